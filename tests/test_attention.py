@@ -1,0 +1,190 @@
+"""Attention to P0 against softmax written out in float64."""
+
+from __future__ import annotations
+
+import math
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sinktrack import attention
+from sinktrack.attention import attend
+from sinktrack.errors import MeasurementError
+
+
+def softmax_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, all probabilities, and the largest absolute score, in float64."""
+    heads, length = query.shape[1], query.shape[2]
+    key = torch.stack([key[:, h * key.shape[1] // heads] for h in range(heads)], 1).double()
+    value = torch.stack([value[:, h * value.shape[1] // heads] for h in range(heads)], 1).double()
+    scores = torch.einsum("bhid,bhjd->bhij", query.double(), key) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    largest = scores.abs().max()
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+    if mask.dtype == torch.bool:
+        scores = torch.where(mask, scores, -math.inf)
+    else:
+        scores = scores + mask.double()
+    extra = torch.full((*scores.shape[:3], 1), -math.inf, dtype=torch.float64)
+    if sinks is not None:
+        extra = sinks.double()[None, :, None, None].expand_as(extra)
+    probabilities = torch.cat([scores, extra], -1).softmax(-1)[..., :-1]
+    return probabilities @ value, probabilities, largest
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 3),
+        "groups": st.integers(1, 3),
+        "per_group": st.integers(1, 4),
+        "length": st.integers(1, 70),
+        "width": st.integers(1, 40),
+        "value_width": st.integers(1, 40),
+        "scale": st.floats(0.01, 2.0),
+        "spread": st.floats(0.1, 3.0),
+        "window": st.one_of(st.none(), st.integers(1, 20)),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+def draw(shape: dict, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(shape["seed"])
+
+    def normal(heads: int, width: int) -> Tensor:
+        size = (shape["batch"], heads, shape["length"], width)
+        return (torch.randn(size, generator=generator) * shape["spread"]).to(dtype)
+
+    query = normal(shape["groups"] * shape["per_group"], shape["width"])
+    key = normal(shape["groups"], shape["width"])
+    value = normal(shape["groups"], shape["value_width"])
+    mask = None
+    if shape["window"] is not None:
+        distance = torch.arange(shape["length"])[:, None] - torch.arange(shape["length"])
+        mask = ((distance >= 0) & (distance < shape["window"]))[None, None]
+    return query, key, value, mask
+
+
+@given(shapes)
+@settings(max_examples=150, deadline=None)
+def test_float32_equals_softmax(shape: dict) -> None:
+    query, key, value, mask = draw(shape, torch.float32)
+    got = attend(query, key, value, scale=shape["scale"], mask=mask)
+    output, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask)
+    bound = 1e-6 + 2**-22 * float(largest)
+    assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
+    torch.testing.assert_close(got.output.double(), output, atol=1e-4, rtol=1e-4)
+
+
+@given(shapes)
+@settings(max_examples=60, deadline=None)
+def test_moderate_scores_are_within_a_millionth(shape: dict) -> None:
+    shape = shape | {"scale": min(shape["scale"], 1 / math.sqrt(shape["width"])), "spread": 1.0}
+    query, key, value, mask = draw(shape, torch.float32)
+    got = attend(query, key, value, scale=shape["scale"], mask=mask)
+    _, probabilities, _ = softmax_reference(query, key, value, shape["scale"], mask)
+    assert (got.p0.double() - probabilities[..., 0]).abs().max() <= 1e-6
+
+
+@given(shapes, st.sampled_from([torch.bfloat16, torch.float16]))
+@settings(max_examples=100, deadline=None)
+def test_half_precision_is_within_its_bound(shape: dict, dtype: torch.dtype) -> None:
+    query, key, value, mask = draw(shape, dtype)
+    got = attend(query, key, value, scale=shape["scale"], mask=mask)
+    _, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask)
+    bound = 2**-13 + 2**-22 * float(largest)
+    assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
+
+
+@given(shapes, st.one_of(st.none(), st.floats(0.5, 50.0)), st.booleans(), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_softcap_sinks_and_biases(
+    shape: dict, softcap: float | None, has_sinks: bool, has_bias: bool
+) -> None:
+    query, key, value, mask = draw(shape, torch.float32)
+    generator = torch.Generator().manual_seed(shape["seed"] + 1)
+    sinks = torch.randn(query.shape[1], generator=generator) if has_sinks else None
+    if has_bias:
+        length = query.shape[2]
+        bias = torch.randn(1, query.shape[1], length, length, generator=generator)
+        seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
+        mask = bias.masked_fill(~seen, torch.finfo(torch.float32).min)
+    got = attend(
+        query, key, value, scale=shape["scale"], mask=mask, softcap=softcap, sinks=sinks
+    )
+    output, probabilities, largest = softmax_reference(
+        query, key, value, shape["scale"], mask, softcap, sinks
+    )
+    bound = 2e-6 + 2**-21 * float(largest)
+    assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
+    torch.testing.assert_close(got.output.double(), output, atol=2e-4, rtol=2e-4)
+    if sinks is not None:
+        assert (got.sink.double() - (1 - probabilities.sum(-1))).abs().max() <= bound
+    else:
+        assert got.sink is None
+
+
+@given(shapes, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
+@settings(max_examples=60, deadline=None)
+def test_chunks_equal_softmax(shape: dict, dtype: torch.dtype) -> None:
+    query, key, value, mask = draw(shape, dtype)
+    with patch.object(attention, "_CHUNK_SCORES", 64):
+        _, lse = attention._chunked(query, key, value, shape["scale"], mask)
+    heads = query.shape[1] // key.shape[1]
+    score = (query.double() * key[:, :, :1].double().repeat_interleave(heads, 1)).sum(-1)
+    p0 = (score * shape["scale"] - lse.double()).exp()
+    _, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask)
+    seen = probabilities[..., 0] > 0
+    assert ((p0 - probabilities[..., 0])[seen].abs() <= 1e-6 + 2**-21 * largest).all()
+
+
+def test_visible_queries_of_a_window() -> None:
+    query, key, value, mask = draw(
+        {"batch": 2, "groups": 1, "per_group": 2, "length": 9, "width": 4, "value_width": 4,
+         "scale": 1.0, "spread": 1.0, "window": 3, "seed": 0},
+        torch.float32,
+    )  # fmt: skip
+    got = attend(query, key, value, scale=1.0, mask=mask)
+    assert got.visible.tolist() == [[True] * 3 + [False] * 6]
+    assert (got.p0[..., 3:] == 0).all() and (got.p0[..., :3] > 0).all()
+
+
+def test_a_key_cache_is_refused() -> None:
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    with pytest.raises(MeasurementError, match=r"\(1, 2, 3, 4\).*\(1, 2, 5, 4\).*no cache"):
+        attend(query, key, key, scale=1.0)
+
+
+def test_no_quadratic_matrix_is_held() -> None:
+    """The largest tensor that any operation returns has far fewer than T * T numbers per head."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for value in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(value, Tensor):
+                    self.numbers = max(self.numbers, value.numel())
+            return result
+
+    query = torch.randn(1, 4, 2048, 16)
+    key = torch.randn(1, 2, 2048, 16)
+    with Largest() as largest:
+        attend(query, key, key, scale=0.25)
+    assert largest.numbers <= query.numel()
