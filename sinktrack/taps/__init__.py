@@ -7,10 +7,54 @@ business.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from sinktrack.attention import Attended
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The output projection of an attention, which mixes its heads into the stream."""
+
+    mixed: Tensor
+    """``[B, T, H * Dv]``: what the heads yield, gates included."""
+    heads: int
+    weight: Tensor
+    """``[D, H * Dv]``."""
+    bias: Tensor | None
+    """``[D]``."""
+    factor: float
+    """What the product is multiplied with on its way into the stream."""
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The routed experts of a block."""
+
+    index: Tensor
+    """``[B, T, K]`` int: the chosen experts."""
+    gate: Tensor
+    """``[B, T, K]``: their gate weights."""
+    outputs: Callable[[int], Tensor]
+    """Recomputes the gated outputs ``[B, K, D]`` of the chosen experts at one position."""
+    factor: float
+    """What their sum is multiplied with on its way into the stream."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """What one sublayer adds to the residual stream."""
+
+    sublayer: str
+    """``attention`` or ``mlp``."""
+    added: Tensor
+    """``[B, T, D]``: the write itself."""
+    raw: Tensor | None = None
+    """``[B, T, D]``: the sublayer's output before an output norm, where there is one."""
+    projection: Projection | None = None
+    routed: Routed | None = None
 
 
 class Observer:
@@ -25,21 +69,5 @@ class Observer:
     def attention(self, block: int, attended: Attended) -> None:
         """Once for every softmax attention of the block."""
 
-    def heads(self, block: int, mixed: Tensor, heads: int, weight: Tensor, factor: float) -> None:
-        """When the attention's output projection has run.
-
-        ``mixed`` ``[B, T, H * Dv]`` is the projection's input, ``weight`` ``[D, H * Dv]`` its
-        matrix, and ``factor`` what the product is multiplied with before it is added.
-        """
-
-    def write(self, block: int, sublayer: str, added: Tensor) -> None:
-        """Before ``added`` ``[B, T, D]`` is added to the stream by ``attention`` or ``mlp``."""
-
-    def experts(
-        self, block: int, index: Tensor, gate: Tensor, outputs: Callable[[int], Tensor]
-    ) -> None:
-        """When the routed experts have run.
-
-        ``index`` and ``gate`` are ``[B, T, K]``; ``outputs(position)`` recomputes the gated
-        outputs ``[B, K, D]`` of the chosen experts at one position.
-        """
+    def write(self, block: int, write: Write) -> None:
+        """Before a sublayer's output is added to the stream."""

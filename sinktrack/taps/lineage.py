@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -22,7 +21,7 @@ _ADD = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _MULTIPLY = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
 _SAME = {
     "view", "reshape", "contiguous", "to", "float", "clone", "flatten", "unflatten",
-    "squeeze", "unsqueeze", "dropout", "type", "bfloat16", "half", "view_as",
+    "squeeze", "unsqueeze", "dropout", "type", "bfloat16", "half", "view_as", "reshape_as",
 }  # fmt: skip
 _MARK = "_sinktrack_mark"
 
@@ -32,13 +31,15 @@ class Mark:
     """Where a tensor comes from."""
 
     origin: str
-    """``stream``, ``mixed`` (attention before its output projection) or ``attention``."""
-    heads: int = 0
-    """Heads in the last dimension of a ``mixed`` tensor."""
+    """``stream``, ``mixed`` (heads before the output projection), ``attention`` or ``experts``."""
+    operands: tuple[Tensor, int, Tensor, Tensor | None] | None = None
+    """Of the output projection: mixed, heads, weight, bias."""
     factor: float = 1.0
     """What the sublayer's output has been multiplied with since."""
-    parts: tuple[tuple[str, Tensor], ...] = ()
-    """The sublayers of a sum that is not yet in the stream (parallel attention and MLP)."""
+    raw: Tensor | None = None
+    """The value before anything but additions and factors was done to it."""
+    parts: tuple[tuple[Mark | None, Tensor], ...] = ()
+    """The terms of a sum that is not yet in the stream (parallel attention and MLP)."""
 
 
 def mark(tensor: Tensor, value: Mark) -> None:
@@ -52,20 +53,15 @@ def mark_of(tensor: Any) -> Mark | None:
 
 
 class Lineage(TorchFunctionMode):
-    """While active, reports writes (``on_write``) and output projections (``on_projection``).
+    """While active, calls ``on_write(mark, added)`` before anything is added to the stream.
 
-    ``on_write(sublayer, added)`` gets ``attention`` or ``mlp`` and the tensor about to be added;
-    ``on_projection(mixed, heads, weight)`` the operands of an attention's output projection.
+    The mark tells what ``added`` is: an attention's output, one that routed experts are part of, or
+    None for anything else.
     """
 
-    def __init__(
-        self,
-        on_write: Callable[[str, Tensor], None],
-        on_projection: Callable[[Tensor, int, Tensor], None],
-    ) -> None:
+    def __init__(self, on_write: Callable[[Mark | None, Tensor], None]) -> None:
         super().__init__()
         self._on_write = on_write
-        self._on_projection = on_projection
         self.following = False
 
     def __torch_function__(
@@ -87,7 +83,7 @@ class Lineage(TorchFunctionMode):
             for value in _tensors((result,), {}):
                 if value.is_floating_point():
                     mark(value, after)
-        elif name.endswith("_") and isinstance(result, Tensor) and mark_of(result):
+        elif name.endswith("_") and mark_of(result):
             delattr(result, _MARK)
         return result
 
@@ -97,17 +93,21 @@ class Lineage(TorchFunctionMode):
         a, b = mark_of(left), mark_of(right)
         for stream, other, value in ((a, b, right), (b, a, left)):
             if stream and stream.origin == "stream":
+                if other and other.origin == "stream":
+                    return None
                 added = value * kwargs["alpha"] if "alpha" in kwargs else value
-                for sublayer, part in _parts(other, added):
-                    self._on_write(sublayer, part)
+                for part, tensor in (other.parts if other else ()) or ((other, added),):
+                    self._on_write(part, tensor)
                 return stream
         if left.shape != right.shape:
             return a or b
-        if a and b and not (a.parts or b.parts):
-            return a if a == b else replace(a, origin="attention", factor=1.0)
-        # A sum of sublayers that is not the stream yet: keep the terms, which an addition in
-        # place would overwrite.
-        return Mark("attention", parts=(*_parts(a, left.clone()), *_parts(b, right.clone())))
+        if {found.origin for found in (a, b) if found} <= {"experts"}:
+            return a or b  # a shared expert joins the routed ones
+        if any(found and found.origin == "mixed" for found in (a, b)):
+            return a or b
+        # Sublayers side by side: keep the terms, which an addition in place would overwrite.
+        terms = [*_terms(a, left.clone()), *_terms(b, right.clone())]
+        return Mark("sum", parts=tuple(terms))
 
     def _passed(
         self, name: str, args: tuple[Any, ...], kwargs: Any, marks: list[Mark]
@@ -116,30 +116,28 @@ class Lineage(TorchFunctionMode):
         if any(found.origin == "stream" for found in marks):
             same = name in _SAME and first is not None and first.origin == "stream"
             return first if same else None
-        if first and first.origin == "mixed":
-            weight = None
-            if name == "linear":
-                weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if weight is not None:
-                self._on_projection(args[0], first.heads, weight)
-                return Mark("attention")
-        elif name == "addmm" and (mixed := mark_of(args[1])) and mixed.origin == "mixed":
-            self._on_projection(args[1], mixed.heads, args[2].T)
-            return Mark("attention")
+        if name == "linear" and first and first.origin == "mixed" and first.operands:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return Mark("attention", operands=(args[0], first.operands[1], weight, bias))
+        if name == "addmm" and (mixed := mark_of(args[1])) and mixed.operands:
+            return Mark("attention", operands=(args[1], mixed.operands[1], args[2].T, args[0]))
         found = first or marks[0]
-        if name in _MULTIPLY and found.origin == "attention" and not found.parts:
+        if found.origin == "mixed" or name in _SAME:
+            return found
+        if name in _MULTIPLY and found.raw is None and not found.parts:
             number = [value for value in args[:2] if isinstance(value, int | float)]
             if number:
                 return replace(found, factor=found.factor * number[0])
-        if found.parts and name not in _SAME:
-            return Mark("attention")
+        if found.origin == "sum":
+            return None
+        if found.raw is None and args and isinstance(args[0], Tensor):
+            return replace(found, raw=args[0])
         return found
 
 
-def _parts(found: Mark | None, value: Tensor) -> list[tuple[str, Tensor]]:
-    if found is None:
-        return [("mlp", value)]
-    return list(found.parts) or [("attention", value)]
+def _terms(found: Mark | None, value: Tensor) -> tuple[tuple[Mark | None, Tensor], ...]:
+    return found.parts if found and found.parts else ((found, value),)
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
@@ -147,4 +145,4 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Tensor]:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, tuple | list):
-            yield from (item for item in value if isinstance(item, torch.Tensor))
+            yield from (item for item in value if isinstance(item, Tensor))

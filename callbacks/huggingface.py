@@ -1,0 +1,62 @@
+"""For the Hugging Face Trainer: ``Trainer(..., callbacks=[SinkTrackCallback(probe, run)])``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from sinktrack.callbacks.loop import SinkTracker
+from sinktrack.probe import Probe
+
+
+class SinkTrackCallback(TrainerCallback):  # type: ignore[misc]
+    """Probes every ``every`` steps, at each save and at the end of training.
+
+    Arguments and errors are those of `sinktrack.callbacks.loop.SinkTracker`.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        run: str | Path,
+        every: int = 100,
+        *,
+        early: bool = False,
+        on_error: Literal["warn", "raise"] = "warn",
+        batch_size: int | None = None,
+    ) -> None:
+        self.tracker = SinkTracker(
+            probe, run, every, early=early, on_error=on_error, batch_size=batch_size
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first step, or the first after a resume: probe if the step is due."""
+        self._probe(state, kwargs["model"], self.tracker.due(state.global_step))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the optimizer's step, gradients cleared: probe if the step is due."""
+        self._probe(state, kwargs["model"], self.tracker.due(state.global_step))
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After a checkpoint is written: probe the same weights."""
+        self._probe(state, kwargs["model"], True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the last step."""
+        self._probe(state, kwargs["model"], True)
+
+    def _probe(self, state: TrainerState, model: Any, wanted: bool) -> None:
+        step = state.global_step
+        if wanted and self.tracker.measured != step:
+            self.tracker.axes = {"train/global_step": step}
+            self.tracker.probe_now(step, model, state.num_input_tokens_seen or None)

@@ -1,0 +1,106 @@
+"""For a hand-written PyTorch loop: ``tracker.step(step, model)`` after each optimizer step."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from sinktrack.measure import measure
+from sinktrack.measurement import Measurement
+from sinktrack.probe import Probe
+from sinktrack.publish import wandb
+from sinktrack.record import Run, versions
+
+_log = logging.getLogger("sinktrack")
+
+
+class SinkTracker:
+    """Measures the model every ``every`` steps, writes a record and logs it to W&B.
+
+    Args:
+        probe: the fixed batch; it must be the same on every process.
+        run: the run directory.
+        every: steps between probes; step 0 counts.
+        early: probe at steps 1, 2, 4, 8, ... below ``every`` too.
+        on_error: ``warn`` reports a failing probe once and lets training go on; ``raise`` raises.
+        batch_size: sequences per forward pass of the probe; all at once by default.
+
+    Raises:
+        RecordError: the run directory cannot be written, or holds another probe.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        run: str | Path,
+        every: int = 100,
+        *,
+        early: bool = False,
+        on_error: Literal["warn", "raise"] = "warn",
+        batch_size: int | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every={every}: the interval is at least one step")
+        self.probe, self.every, self.early, self.on_error = probe, every, early, on_error
+        self.batch_size = batch_size
+        self.axes: dict[str, int] = {}
+        """More axes to log beside ``sinktrack/step``, by W&B key."""
+        self.measured: int | None = None
+        """The last step that was measured."""
+        self._run = Run.open(run, probe) if _main() else None
+        self._reported: set[str] = set()
+
+    def due(self, step: int) -> bool:
+        """Is this one of the steps to probe?"""
+        power_of_two = step > 0 and step & (step - 1) == 0
+        return step % self.every == 0 or (self.early and step < self.every and power_of_two)
+
+    def step(self, step: int, model: nn.Module, tokens: int | None = None) -> Measurement | None:
+        """Probe if ``step`` is due. Call it on every process, after the optimizer's step.
+
+        Args:
+            step: optimizer steps done.
+            model: the model in training, as it is wrapped.
+            tokens: tokens seen so far, for the record.
+        """
+        return self.probe_now(step, model, tokens) if self.due(step) else None
+
+    def probe_now(
+        self, step: int, model: nn.Module, tokens: int | None = None
+    ) -> Measurement | None:
+        """Probe whatever the step; None on a process that does not write, or after a failure."""
+        self.measured = step
+        if self._run is None and not _sharded(model):
+            return None
+        try:
+            measurement = measure(model, self.probe, batch_size=self.batch_size)
+            if self._run is None:
+                return None
+            self._run.append(measurement.to_record(step, "callback", versions(), tokens))
+            wandb.log(self._run.records[-1], self.axes)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            reason = f"{type(error).__name__}: {error}"
+            if reason not in self._reported:
+                self._reported.add(reason)
+                _log.warning("the probe at step %d failed, training goes on: %s", step, reason)
+            return None
+        return measurement
+
+
+def _main() -> bool:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _sharded(model: Any) -> bool:
+    """Must every process take part in a forward pass?"""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -1,0 +1,152 @@
+"""Keep what the measurement needs of a forward pass: position zero's rows and a few sums."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from sinktrack.attention import Attended
+from sinktrack.circuit import Leaf
+from sinktrack.errors import MeasurementError
+from sinktrack.taps import Observer, Write
+
+
+class States(Observer):
+    """P0 states and norms, block by block."""
+
+    def __init__(self) -> None:
+        self.states: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self.others: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self.other_norms: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self.dtype = torch.float32
+
+    def state(self, block: int, stream: Tensor) -> None:
+        """Keep the P0 row, the mean of the other rows and their norms."""
+        self.dtype = stream.dtype
+        self.states[block].append(stream[:, 0].float())
+        if stream.shape[1] > 1:
+            rest = stream[:, 1:]
+            self.others[block].append(rest.mean(1, dtype=torch.float32))
+            self.other_norms[block].append(
+                torch.linalg.vector_norm(rest, dim=-1, dtype=torch.float32)
+            )
+
+    def stacked(self, of: dict[int, list[Tensor]]) -> Tensor:
+        """``[L + 1, sequences, ...]`` on the CPU.
+
+        Raises:
+            MeasurementError: a state is not finite; names the block.
+        """
+        rows = torch.stack([torch.cat([part.cpu() for part in of[b]]) for b in sorted(of)])
+        finite = rows.flatten(1).isfinite().all(-1)
+        if not finite.all():
+            block = int((~finite).nonzero()[0])
+            where = f"input of block {block}" if block < len(rows) - 1 else "last block's output"
+            raise MeasurementError(
+                f"the residual stream is not finite at the {where}: NaN or infinite weights, or an "
+                f"overflow in {self.dtype}"
+            )
+        return rows
+
+
+class Collector(States):
+    """All that one probe pass yields."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p0: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self.own: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self.sink: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self.visible: dict[int, int] = {}
+        self.writes: defaultdict[tuple[int, int, str], list[Tensor]] = defaultdict(list)
+        self._parts: defaultdict[tuple[int, str, int], Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._gates: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
+        self._order: dict[int, int] = {}
+        self._sequences = 0
+
+    def attention(self, block: int, attended: Attended) -> None:
+        """Average the attention to P0 over the queries that see it."""
+        seen = attended.visible[:, 1:]
+        counts = seen.sum(-1).unique()
+        if len(counts) > 1:
+            raise MeasurementError(
+                f"block {block}: the sequences differ in how many queries see P0 "
+                f"({counts.tolist()}); padded probes are not supported"
+            )
+        if len(self.p0[block]) > len(self.states[block]) - 1:
+            raise MeasurementError(f"block {block} attends more than once; not supported")
+        self.visible[block] = int(counts)
+        self.p0[block].append(attended.p0[..., 1:].sum(-1) / counts)
+        self.own[block].append(attended.p0[..., 0])
+        if attended.sink is not None:
+            self.sink[block].append(attended.sink[..., 1:].mean(-1))
+
+    def state(self, block: int, stream: Tensor) -> None:
+        """As in `States`; a new batch of sequences begins at block 0."""
+        super().state(block, stream)
+        self._order[block] = 0
+        if block == 0:
+            self._sequences += len(stream)
+
+    def write(self, block: int, write: Write) -> None:
+        """Keep the P0 row of a write, and add up its parts over the sequences."""
+        place = self._order[block]
+        self._order[block] += 1
+        row = write.added[:, 0].float()
+        self.writes[block, place, write.sublayer].append(row)
+        raw = row if write.raw is None else write.raw[:, 0].float()
+        rest = raw.sum(0)
+        if write.projection is not None:
+            of = write.projection
+            mixed = of.mixed[:, 0].float().sum(0).view(of.heads, -1)
+            weight = of.weight.float().unflatten(1, (of.heads, -1))
+            heads = torch.einsum("hv,dhv->hd", mixed, weight) * of.factor
+            for head, part in enumerate(heads):
+                self._add(block, "head", head, part)
+            rest = rest - heads.sum(0)
+            if of.bias is not None:
+                bias = of.bias.float() * (of.factor * len(row))
+                self._add(block, "attention_bias", -1, bias)
+                rest = rest - bias
+        if write.routed is not None:
+            routed = write.routed
+            outputs = routed.outputs(0).float() * routed.factor
+            index, gate = routed.index[:, 0].cpu(), routed.gate[:, 0].cpu()
+            for expert in index.unique().tolist():
+                chosen = index == expert
+                self._add(block, "expert", expert, outputs[chosen.to(outputs.device)].sum(0))
+                self._gates[block, expert] += gate[chosen].tolist()
+            rest = rest - outputs.sum((0, 1))
+        if write.routed is not None:
+            kind = "shared_expert"
+        elif write.sublayer == "mlp":
+            kind = "mlp"
+        else:
+            kind = "attention_rest"
+        residue = 16 * torch.finfo(write.added.dtype).eps * raw.norm(dim=-1).sum()
+        if kind == "mlp" or rest.norm() > residue:  # else nothing but rounding is left
+            self._add(block, kind, -1, rest)
+        if write.raw is not None:
+            self._add(block, f"{write.sublayer}_norm", -1, row.sum(0) - raw.sum(0))
+
+    def _add(self, block: int, kind: str, index: int, part: Tensor) -> None:
+        self._parts[block, kind, index] = self._parts[block, kind, index].to(part.device) + part
+
+    def leaves(self) -> list[Leaf]:
+        """The parts of all writes, averaged over the sequences."""
+        return [
+            Leaf(
+                kind,
+                block,
+                None if index < 0 else index,
+                part.cpu() / self._sequences,
+                _mean(self._gates[block, index]) if kind == "expert" else None,
+            )
+            for (block, kind, index), part in self._parts.items()
+        ]
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)

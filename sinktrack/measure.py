@@ -1,0 +1,94 @@
+"""Run a probe under taps and leave no trace."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sinktrack.collect import Collector, States
+from sinktrack.errors import MeasurementError
+from sinktrack.measurement import Measurement, assemble
+from sinktrack.probe import Probe
+from sinktrack.undisturbed import undisturbed
+
+
+def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) -> Measurement:
+    """Measure the P0 sink of a live model with one forward pass of the probe.
+
+    The model is evaluated in its own dtype without dropout, autocast or gradients, and left as it
+    was found: hooks, attention implementation, modes, gradients, random states, buffers.
+
+    Args:
+        model: a transformers decoder, bare or wrapped (DDP, torch.compile, PEFT).
+        probe: the fixed batch.
+        batch_size: sequences per forward pass; all at once by default.
+
+    Raises:
+        ProbeError: the probe does not fit the model's vocabulary or positions.
+        MeasurementError: the model cannot be measured exactly; names the block and the reason.
+    """
+    from sinktrack.taps.huggingface import decoder, watch
+
+    started = time.perf_counter()
+    found = decoder(model)
+    _refuse_meta(found.model)
+    probe.check(found.config.vocab_size, getattr(found.config, "max_position_embeddings", None))
+    device = found.model.get_input_embeddings().weight.device
+    collected, singles = Collector(), States()
+    first = probe.first_tokens()
+    size = batch_size or probe.sequences
+    with undisturbed(found.model):
+        with watch(found, collected):
+            for tokens in probe.tokens.split(size):
+                _forward(found.model, tokens.to(device))
+        with watch(found, singles):
+            for tokens in first[:, None].split(max(size, 256)):
+                _forward(found.model, tokens.to(device))
+    return assemble(
+        collected,
+        singles,
+        probe.tokens[:, 0],
+        found.kinds,
+        model={
+            "type": found.type,
+            "blocks": len(found.blocks),
+            "heads": int(found.config.num_attention_heads),
+            "experts": found.experts,
+        },
+        probe=probe.digest,
+        weights=_digest(found.model, found.blocks.values(), first),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _forward(model: nn.Module, tokens: Tensor) -> None:
+    accepted = inspect.signature(model.forward).parameters
+    wanted: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+    model(input_ids=tokens, **{name: value for name, value in wanted.items() if name in accepted})
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise MeasurementError(
+                f"{name} is on the meta device and has no values; load the weights first"
+            )
+
+
+def _digest(model: Any, blocks: Iterator[nn.Module] | Any, tokens: Tensor) -> str:
+    """Of the probe's embedding rows and the blocks' vectors (norms, biases): cheap to compare."""
+    hasher = hashlib.blake2b(digest_size=16)
+    embedding = model.get_input_embeddings().weight
+    sample = [embedding[tokens.to(embedding.device)]]
+    sample += [value for block in blocks for value in block.parameters() if value.ndim == 1]
+    for value in sample:
+        data = value.detach().cpu().contiguous()
+        hasher.update(f"{data.dtype}{tuple(data.shape)}".encode())
+        hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()

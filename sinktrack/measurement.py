@@ -1,0 +1,314 @@
+"""A Measurement: all that one probe pass over one set of weights yields."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinktrack.circuit import (
+    EPSILON,
+    Localization,
+    amplification,
+    first_two_gain,
+    localize,
+    reference_block,
+    summarize,
+)
+from sinktrack.collect import Collector, States
+from sinktrack.record import SCHEMA
+
+RECORDED_EPSILONS = (0.1, 0.2, 0.3, 0.5)
+_RESAMPLES = 1000
+_QUANTILES = (5, 50, 95)
+
+
+@dataclass(frozen=True)
+class FirstToken:
+    """The P0 state over single-token sequences: is the circuit independent of meaning?"""
+
+    tokens: int
+    """How many distinct first tokens were tried."""
+    norm_ratio: dict[int, Tensor]
+    """5, 50 and 95 % quantile over these tokens, ``[L + 1]`` each."""
+    direction_consistency: Tensor
+    """``[L + 1]``."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one probe pass yields. Tensors are on the CPU; L blocks, H heads, B sequences."""
+
+    model: dict[str, Any]
+    """Type, blocks, heads and experts of the model."""
+    probe: str
+    """Digest of the probe."""
+    weights: str | None
+    """Digest of a sample of the weights."""
+    seconds: float
+    block_kinds: tuple[str, ...]
+    """``full``, ``sliding`` or ``linear``; linear blocks have no softmax attention, hence nan."""
+    visible_queries: tuple[int | None, ...]
+    """Queries ``i >= 1`` of a sequence that can see P0, per block."""
+    p0_attention_by_sequence: Tensor
+    """float32 ``[B, L, H]``: mean attention to P0 over the visible queries ``i >= 1``."""
+    own_attention_by_sequence: Tensor
+    """float32 ``[B, L, H]``: of query 0 to itself; 1 but for learned sink logits."""
+    sink_logit_mass: Tensor | None
+    """float32 ``[L, H]``: probability on learned sink logits; None where no block has them."""
+    p0_norm: Tensor
+    """float32 ``[L + 1]``."""
+    norm_ratio: Tensor
+    """float32 ``[L + 1]``."""
+    direction_consistency: Tensor
+    """float32 ``[L + 1]``; nan where all first tokens are equal."""
+    first_token: FirstToken
+    localization: Localization
+    gain: Tensor
+    """float64 ``[L]``: log growth of the norm ratio per block, nan past ``peak_block``."""
+    peak_block: int
+    first_two_gain: float | None
+    intervals: dict[str, Any]
+    """95 % intervals over sequences of the headline numbers."""
+
+    @property
+    def p0_attention(self) -> Tensor:
+        """float32 ``[L, H]``: mean attention to P0 over sequences and visible queries."""
+        return self.p0_attention_by_sequence.mean(0)
+
+    @property
+    def concentration(self) -> Tensor:
+        """float32 ``[L]``: mean of `p0_attention` over heads."""
+        return self.p0_attention.nanmean(-1)
+
+    def sink_rate(self, eps: float = EPSILON, start_block: int = 0) -> float:
+        """Share of (sequence, block, head) whose mean attention to P0, query 0 included, is a sink.
+
+        Gu et al. 2025 (2410.10781); blocks without softmax attention do not count.
+
+        Args:
+            eps: the threshold on one sequence's mean.
+            start_block: the first block that counts.
+        """
+        return _rate(self._alpha()[:, start_block:], eps)
+
+    def sink_rate_by_block(self, eps: float = EPSILON) -> Tensor:
+        """float64 ``[L]``: `sink_rate` of each block alone."""
+        return _over(self._alpha(), eps).nanmean((0, 2))
+
+    def _alpha(self) -> Tensor:
+        """float64 ``[B, L, H]``: mean over all queries that see P0, query 0 included."""
+        count = torch.tensor([torch.nan if n is None else n for n in self.visible_queries])
+        count = count.double()[:, None]
+        seen = self.p0_attention_by_sequence.double() * count
+        return (seen + self.own_attention_by_sequence.double()) / (count + 1)
+
+    def to_record(
+        self, step: int, source: str, versions: dict[str, str], tokens: int | None = None
+    ) -> dict[str, Any]:
+        """The measurement as a record (design: records); nan becomes null on writing."""
+        where = self.localization
+        record = {
+            "schema": SCHEMA,
+            "step": step,
+            "tokens": tokens,
+            "source": source,
+            "weights": self.weights,
+            "probe": self.probe,
+            "model": self.model,
+            "versions": versions,
+            "seconds": self.seconds,
+            "block_kinds": list(self.block_kinds),
+            "visible_queries": list(self.visible_queries),
+            "p0_attention": self.p0_attention,
+            "concentration": self.concentration,
+            "sink_rate": self.sink_rate(),
+            "sink_rate_by_block": {
+                str(eps): self.sink_rate_by_block(eps) for eps in RECORDED_EPSILONS
+            },
+            "p0_norm": self.p0_norm,
+            "norm_ratio": self.norm_ratio,
+            "direction_consistency": self.direction_consistency,
+            "first_token": {
+                "tokens": self.first_token.tokens,
+                "norm_ratio": {str(q): v for q, v in self.first_token.norm_ratio.items()},
+                "direction_consistency": self.first_token.direction_consistency,
+            },
+            "formed": where.formed,
+            "reference_block": where.reference_block,
+            "shares": [component.to_record() for component in where.shares],
+            "share_sum": where.share_sum,
+            "first_two_share": where.first_two_share,
+            "depth": where.depth,
+            "effective_blocks": where.effective_blocks,
+            "top_components": [component.to_record() for component in where.top_components],
+            "gain": self.gain,
+            "peak_block": self.peak_block,
+            "first_two_gain": self.first_two_gain,
+            "intervals": self.intervals,
+        }
+        if self.sink_logit_mass is not None:
+            record["sink_logit_mass"] = self.sink_logit_mass
+        return record
+
+
+def assemble(
+    collected: Collector,
+    singles: States,
+    first_tokens: Tensor,
+    kinds: Sequence[str],
+    **identity: Any,
+) -> Measurement:
+    """Compute everything from what the two passes left.
+
+    Args:
+        collected: of the probe's pass.
+        singles: of the first-token pass, one sequence per distinct first token.
+        first_tokens: ``[B]`` int64, token 0 of each of the probe's sequences.
+        kinds: the blocks' kinds.
+        identity: ``model``, ``probe``, ``weights`` and ``seconds`` of the Measurement.
+
+    Raises:
+        MeasurementError: states that are not finite, or shares that do not sum to 1.
+    """
+    states = collected.stacked(collected.states)
+    others = collected.stacked(collected.others)
+    other_norms = collected.stacked(collected.other_norms)
+    blocks, sequences = len(states) - 1, states.shape[1]
+
+    p0 = _heads(collected.p0, blocks, sequences)
+    norms = torch.linalg.vector_norm(states, dim=-1)
+    median = _median(other_norms.flatten(1))
+    norm_ratio = norms.mean(-1) / median
+    single = singles.stacked(singles.states)
+    single_ratio = torch.linalg.vector_norm(single, dim=-1) / median[:, None]
+    points = torch.tensor(_QUANTILES, dtype=single_ratio.dtype) / 100
+    quantiles = torch.quantile(single_ratio, points, dim=-1)
+
+    reference, formed = reference_block(p0.mean(0).nanmean(-1), norm_ratio)
+    writes = [
+        (sublayer, block, torch.cat([part.cpu() for part in parts]))
+        for (block, _, sublayer), parts in sorted(collected.writes.items())
+    ]
+    gain, peak, two_gain = amplification(norm_ratio)
+    measurement = Measurement(
+        block_kinds=tuple(kinds),
+        visible_queries=tuple(collected.visible.get(block) for block in range(blocks)),
+        p0_attention_by_sequence=p0,
+        own_attention_by_sequence=_heads(collected.own, blocks, sequences),
+        sink_logit_mass=_heads(collected.sink, blocks, sequences).mean(0)
+        if collected.sink
+        else None,
+        p0_norm=norms.mean(-1),
+        norm_ratio=norm_ratio,
+        direction_consistency=_consistency(states, first_tokens),
+        first_token=FirstToken(
+            single.shape[1],
+            dict(zip(_QUANTILES, quantiles, strict=True)),
+            _consistency(single, torch.arange(single.shape[1])),
+        ),
+        localization=localize(
+            reference,
+            formed,
+            states,
+            others,
+            writes,
+            collected.leaves(),
+            torch.finfo(collected.dtype).eps / 2,
+        ),
+        gain=gain,
+        peak_block=peak,
+        first_two_gain=two_gain,
+        intervals={},
+        **identity,
+    )
+    measurement.intervals.update(_intervals(measurement, states, others, writes, norms, median))
+    return measurement
+
+
+def _heads(of: dict[int, list[Tensor]], blocks: int, sequences: int) -> Tensor:
+    """``[B, L, H]`` with nan for blocks, and heads, that are not there."""
+    rows = {block: torch.cat([part.cpu() for part in parts]) for block, parts in of.items()}
+    width = max((row.shape[1] for row in rows.values()), default=1)
+    result = torch.full((sequences, blocks, width), torch.nan)
+    for block, row in rows.items():
+        result[:, block, : row.shape[1]] = row
+    return result
+
+
+def _median(values: Tensor) -> Tensor:
+    """Median over the last dimension, the mean of the middle two where their number is even."""
+    ordered = values.sort(-1).values
+    count = ordered.shape[-1]
+    return (ordered[..., (count - 1) // 2] + ordered[..., count // 2]) / 2
+
+
+def _consistency(states: Tensor, tokens: Tensor) -> Tensor:
+    """Mean cosine ``[L + 1]`` over pairs of sequences with different first tokens."""
+    unit = torch.nn.functional.normalize(states.double(), dim=-1)
+    _, group, size = tokens.unique(return_inverse=True, return_counts=True)
+    pairs = float(len(tokens) ** 2 - (size**2).sum())
+    if not pairs:
+        return torch.full((len(states),), torch.nan)
+    sums = torch.zeros(len(states), len(size), unit.shape[-1], dtype=torch.float64)
+    sums.index_add_(1, group, unit)
+    squares = sums.sum(1).square().sum(-1) - sums.square().sum((1, 2))
+    return (squares / pairs).float()
+
+
+def _over(alpha: Tensor, eps: float) -> Tensor:
+    return torch.where(alpha.isnan(), torch.nan, (alpha > eps).double())
+
+
+def _rate(alpha: Tensor, eps: float) -> float:
+    return float(_over(alpha, eps).nanmean())
+
+
+def _intervals(
+    measured: Measurement,
+    states: Tensor,
+    others: Tensor,
+    writes: Sequence[tuple[str, int, Tensor]],
+    norms: Tensor,
+    median: Tensor,
+) -> dict[str, Any]:
+    """Bootstrap over sequences; reference block, peak and medians stay as measured."""
+    sequences, blocks = norms.shape[1], norms.shape[0] - 1
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(sequences, (_RESAMPLES, sequences), generator=generator)
+    weight = torch.zeros(_RESAMPLES, sequences, dtype=torch.float64)
+    weight.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    weight /= sequences
+
+    rate = weight @ _over(measured._alpha(), EPSILON).nanmean((1, 2))
+    concentration = weight @ measured.p0_attention_by_sequence.nanmean(-1).double()
+    logs = (weight @ (norms / median[:, None]).double().T).log()
+    where = measured.localization
+    reference = where.reference_block
+    direction = weight @ (states[reference] - others[reference]).double()
+    by_block = torch.zeros(_RESAMPLES, reference, dtype=torch.float64)
+    for _, block, write in writes:
+        if block < reference:
+            by_block[:, block] += ((weight @ write.double()) * direction).sum(-1)
+    total = ((weight @ states[reference].double()) * direction).sum(-1, keepdim=True)
+    first_two, depth, _ = summarize(by_block / total)
+    return {
+        "sink_rate": _interval(rate),
+        "concentration": [_interval(concentration[:, block]) for block in range(blocks)],
+        "first_two_share": _interval(first_two),
+        "depth": _interval(depth),
+        "first_two_gain": _interval(first_two_gain(logs, measured.peak_block))
+        if measured.first_two_gain is not None
+        else None,
+    }
+
+
+def _interval(samples: Tensor) -> list[float] | None:
+    samples = samples[~samples.isnan()]
+    if not len(samples):
+        return None
+    low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype))
+    return [float(low), float(high)]

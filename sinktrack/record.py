@@ -1,0 +1,285 @@
+"""The append-only record file of a run."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sinktrack.errors import RecordError, require
+from sinktrack.probe import Probe
+
+SCHEMA = 1
+_SCALARS = (
+    "tokens", "source", "sink_rate", "formed", "reference_block", "share_sum", "first_two_share",
+    "depth", "effective_blocks", "first_two_gain", "peak_block", "seconds", "weights", "probe",
+)  # fmt: skip
+_INTERVALS = ("sink_rate", "first_two_share", "depth", "first_two_gain")
+_BY_BLOCK = ("concentration", "norm_ratio", "gain")
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that the numbers depend on."""
+    names = ("sinktrack", "torch", "transformers")
+    found = {}
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+class Run:
+    """A run directory: ``records.jsonl``, ``run.json`` and ``probe.safetensors``."""
+
+    def __init__(self, directory: Path, probe: Probe | None) -> None:
+        self.directory, self.probe = directory, probe
+        self._file = directory / "records.jsonl"
+        self._seen: tuple[int, ...] = ()
+        self._records: list[dict[str, Any]] = []
+
+    @classmethod
+    def open(cls, directory: str | Path, probe: Probe | None = None) -> Run:
+        """Open a run for reading and appending; make the directory if it is not there.
+
+        Raises:
+            RecordError: no permission, another schema, or the run holds another probe.
+        """
+        directory = Path(directory)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            run = cls(directory, _probe(directory))
+            if probe is not None:
+                run._adopt(probe)
+            if not os.access(directory, os.W_OK):
+                raise PermissionError(13, os.strerror(13))
+            if not (directory / "run.json").exists():
+                run._describe()
+        except OSError as error:
+            raise RecordError(
+                f"cannot write to the run directory {directory}: {error.strerror}; give another"
+            ) from error
+        run._check_schema()
+        return run
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Run:
+        """Open an existing run for reading alone; nothing is written.
+
+        Raises:
+            RecordError: there is no run, or one of another schema.
+        """
+        directory = Path(directory)
+        if not any((directory / name).exists() for name in ("run.json", "records.jsonl")):
+            raise RecordError(f"{directory} is not a run directory (no run.json, no records.jsonl)")
+        run = cls(directory, _probe(directory))
+        run._check_schema()
+        return run
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """One record per step, ascending; of two of the same step the last counts.
+
+        Raises:
+            RecordError: a damaged line, or one of another schema.
+        """
+        try:
+            status = self._file.stat()
+        except FileNotFoundError:
+            return []
+        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if seen != self._seen:
+            self._records = self._parse(self._file.read_bytes())
+            self._seen = seen
+        return list(self._records)
+
+    @property
+    def steps(self) -> list[int]:
+        """The recorded steps, ascending."""
+        return [record["step"] for record in self.records]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a record and flush it to disk; whole or not at all. nan becomes null.
+
+        Raises:
+            RecordError: another schema or probe, no step, an infinity, or the write failed.
+        """
+        line = self._line(record)
+        new = not self._file.exists()
+        try:
+            descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                end = _whole(descriptor)
+                os.ftruncate(descriptor, end)
+                os.lseek(descriptor, end, os.SEEK_SET)
+                try:
+                    if os.write(descriptor, line) != len(line):
+                        raise OSError(28, os.strerror(28))
+                    os.fsync(descriptor)
+                except OSError:
+                    os.ftruncate(descriptor, end)
+                    raise
+            finally:
+                os.close(descriptor)
+            if new:
+                _sync(self.directory)
+        except OSError as error:
+            raise RecordError(
+                f"cannot append to {self._file}: {error.strerror}; earlier records are untouched"
+            ) from error
+
+    def to_pandas(self) -> Any:
+        """A DataFrame, one row per record, indexed by step; a column per block where it applies.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        pandas = require("pandas", "report")
+        rows = []
+        for record in self.records:
+            row = {"step": record["step"]} | {name: record.get(name) for name in _SCALARS}
+            for name in _INTERVALS:
+                low, high = record.get("intervals", {}).get(name) or (None, None)
+                row |= {f"{name}_low": low, f"{name}_high": high}
+            for name in _BY_BLOCK:
+                for block, value in enumerate(record.get(name) or []):
+                    row[f"{name}_{block:02d}"] = value
+            rows.append(row)
+        columns = None if rows else ["step", *_SCALARS]
+        return pandas.DataFrame(rows, columns=columns).set_index("step")
+
+    def _line(self, record: Mapping[str, Any]) -> bytes:
+        if record.get("schema") != SCHEMA:
+            raise RecordError(f"record of schema {record.get('schema')}; this run has {SCHEMA}")
+        step = record.get("step")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise RecordError(f"record of step {step!r}; wanted an integer of 0 or more")
+        ours = self.probe.digest if self.probe else None
+        if ours is None and self.records:
+            ours = self.records[-1]["probe"]
+        if ours is not None and record.get("probe") != ours:
+            raise RecordError(
+                f"record of probe {record.get('probe')}, but {self.directory} holds probe {ours}; "
+                "use another run directory"
+            )
+        return json.dumps(to_json(record), allow_nan=False).encode() + b"\n"
+
+    def _parse(self, data: bytes) -> list[dict[str, Any]]:
+        found = {}
+        lines = data.split(b"\n")[:-1]  # what follows the last newline is torn
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+                schema, step = record["schema"], record["step"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise RecordError(
+                    f"{self._file}, line {number} is not a record ({type(error).__name__}); remove "
+                    "that line to go on with the others"
+                ) from error
+            if schema != SCHEMA:
+                raise RecordError(
+                    f"{self._file}, line {number} has schema {schema}, this version reads {SCHEMA}"
+                )
+            found[step] = record
+        return [found[step] for step in sorted(found)]
+
+    def _adopt(self, probe: Probe) -> None:
+        if self.probe is None:
+            recorded = {record["probe"] for record in self.records}
+            if recorded - {probe.digest}:
+                raise RecordError(
+                    f"{self.directory} holds records of probe {', '.join(sorted(recorded))}, not "
+                    f"{probe.digest}; use another run directory"
+                )
+            probe.save(self.directory / "probe.safetensors")
+            self.probe = probe
+            self._describe()
+        elif self.probe != probe:
+            raise RecordError(
+                f"{self.directory} holds probe {self.probe.digest}, not {probe.digest}; use "
+                "another run directory"
+            )
+
+    def _describe(self) -> None:
+        content = {
+            "schema": SCHEMA,
+            "probe": self.probe.digest if self.probe else None,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        with tempfile.NamedTemporaryFile("w", dir=self.directory, delete=False) as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, self.directory / "run.json")
+        _sync(self.directory)
+
+    def _check_schema(self) -> None:
+        path = self.directory / "run.json"
+        if not path.exists():
+            return
+        try:
+            schema = json.loads(path.read_bytes())["schema"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RecordError(f"{path} is damaged; remove it to have it written again") from error
+        if schema != SCHEMA:
+            raise RecordError(f"{path} has schema {schema}, this version reads {SCHEMA}")
+
+
+def to_json(value: Any, name: str = "record") -> Any:
+    """Plain JSON values: tensors and arrays become lists, nan becomes None.
+
+    Raises:
+        RecordError: an infinity; names the field.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item, str(key)) for key, item in value.items()}
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [to_json(item, name) for item in value]
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        if math.isinf(value):
+            raise RecordError(f"{name} is infinite; nothing was recorded")
+    return value
+
+
+def _probe(directory: Path) -> Probe | None:
+    path = directory / "probe.safetensors"
+    return Probe.load(path) if path.exists() else None
+
+
+def _whole(descriptor: int) -> int:
+    """Length of the file up to and with its last newline."""
+    end = os.lseek(descriptor, 0, os.SEEK_END)
+    while end:
+        start = max(0, end - 65536)
+        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,309 @@
+"""Taps on Hugging Face decoders: the attention interface, hooks, and the blocks' own additions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
+
+from sinktrack.attention import attend
+from sinktrack.errors import MeasurementError
+from sinktrack.taps import Observer, Projection, Routed, Write
+from sinktrack.taps.lineage import Lineage, Mark, mark, mark_of
+
+_INTERFACE = "sinktrack"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A Hugging Face decoder and what we need to know of it."""
+
+    model: PreTrainedModel
+    """The bare model, out of every wrapper."""
+    config: Any
+    """Its text configuration."""
+    blocks: Mapping[int, nn.Module]
+    """The blocks by number."""
+    kinds: tuple[str, ...]
+    """Per block ``full``, ``sliding`` or ``linear``."""
+    attentions: tuple[type, ...]
+    """The classes of softmax attention that transformers names for this family."""
+
+    @property
+    def type(self) -> str:
+        """The family, as ``config.model_type``."""
+        return str(self.config.model_type)
+
+    @property
+    def experts(self) -> int | None:
+        """Routed experts per block, None for a dense model."""
+        names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        found = [getattr(self.config, name, None) for name in names]
+        return next((int(count) for count in found if isinstance(count, int) and count > 1), None)
+
+
+def decoder(model: nn.Module) -> Decoder:
+    """Find the blocks of a Hugging Face decoder, whatever wraps it.
+
+    Raises:
+        MeasurementError: not a decoder of transformers, or none whose blocks can be found.
+    """
+    bare = _unwrap(model)
+    if not isinstance(bare, PreTrainedModel):
+        raise MeasurementError(
+            f"{type(bare).__name__} is not a transformers model; sinktrack measures "
+            "transformers decoders (AutoModelForCausalLM and the like)"
+        )
+    config = bare.config.get_text_config(decoder=True)
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [
+        module
+        for module in bare.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and count
+    ]
+    if not lists:
+        raise MeasurementError(
+            f"unknown architecture {type(bare).__name__}: no list of {count} blocks found in it"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise MeasurementError(f"{type(bare).__name__} is an encoder-decoder; only decoders have P0")
+    blocks = dict(enumerate(lists[0]))
+    attentions = _attention_classes(bare)
+    return Decoder(bare, config, blocks, _kinds(config, blocks, attentions), attentions)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while not isinstance(model, PreTrainedModel):
+        for name in ("module", "_orig_mod", "base_model", "model"):
+            inner = getattr(model, name, None)
+            if isinstance(inner, nn.Module):
+                model = inner
+                break
+        else:
+            break
+    return model
+
+
+def _attention_classes(model: nn.Module) -> tuple[type, ...]:
+    found: set[type] = set()
+    for module in model.modules():
+        recorded = getattr(type(module), "_can_record_outputs", None) or {}
+        named = recorded.get("attentions", ()) if isinstance(recorded, dict) else ()
+        for entry in named if isinstance(named, list | tuple) else (named,):
+            target = getattr(entry, "target_class", entry)
+            if isinstance(target, type):
+                found.add(target)
+    return tuple(found)
+
+
+def _kinds(
+    config: Any, blocks: Mapping[int, nn.Module], attentions: tuple[type, ...]
+) -> tuple[str, ...]:
+    declared = getattr(config, "layer_types", None) or ["full_attention"] * len(blocks)
+    kinds = []
+    for block, name in zip(blocks.values(), declared, strict=False):
+        softmax = any(isinstance(module, attentions) for module in block.modules())
+        if attentions and not softmax:
+            kinds.append("linear")
+        elif "sliding" in name or "chunked" in name:
+            kinds.append("sliding")
+        elif "full" in name or "attention" == name or softmax:
+            kinds.append("full")
+        else:
+            kinds.append("linear")
+    return tuple(kinds)
+
+
+@contextmanager
+def watch(found: Decoder, observer: Observer) -> Iterator[None]:
+    """Show the forward passes of ``found`` to ``observer``; undone on leaving, whatever happens.
+
+    Raises:
+        MeasurementError: by the forward pass, where a block cannot be shown exactly.
+    """
+    tap = _Tap(found, observer)
+    with ExitStack() as stack:
+        for config in _configs(found.model):
+            stack.callback(
+                setattr, config, "_attn_implementation_internal", config._attn_implementation
+            )
+            config._attn_implementation_internal = _INTERFACE
+        last = max(found.blocks)
+        for index, block in found.blocks.items():
+            hook = block.register_forward_pre_hook(tap.enter(index), with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.callback(block.register_forward_hook(tap.leave(index, index == last)).remove)
+            for module in block.modules():
+                if _is_experts(module):
+                    hook = module.register_forward_hook(tap.experts, with_kwargs=True)
+                    stack.callback(hook.remove)
+        token = _ACTIVE.set(tap)
+        stack.callback(_ACTIVE.reset, token)
+        with tap.lineage:
+            yield
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every distinct configuration object that a module of the model reads."""
+    found = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Does transformers' experts interface run this module?"""
+    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
+
+
+class _Tap:
+    """What one watched forward pass goes through."""
+
+    def __init__(self, found: Decoder, observer: Observer) -> None:
+        self.found, self.observer = found, observer
+        self.block = -1
+        self.attended = 0
+        self.attention_writes = 0
+        self.shape: tuple[int, ...] = ()
+        self.routed: Routed | None = None
+        self.lineage = Lineage(self._write)
+
+    def name(self) -> str:
+        return f"block {self.block} ({type(self.found.blocks[self.block]).__name__})"
+
+    def enter(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            stream = args[0] if args else kwargs.get("hidden_states")
+            self.block = index
+            if not isinstance(stream, Tensor) or stream.ndim != 3:
+                raise MeasurementError(f"{self.name()}: no residual stream [B, T, D] at its input")
+            self.lineage.following = False
+            self.observer.state(index, stream)
+            self.attended = self.attention_writes = 0
+            self.routed = None
+            self.shape = tuple(stream.shape)
+            mark(stream, Mark("stream"))
+            self.lineage.following = True
+
+        return hook
+
+    def leave(self, index: int, last: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.lineage.following = False
+            stream = output[0] if isinstance(output, tuple) else output
+            found = mark_of(stream)
+            if found is None or found.origin != "stream":
+                raise MeasurementError(
+                    f"{self.name()}: its output is not its input plus writes, so what writes the "
+                    "P0 state cannot be told; this architecture is not supported"
+                )
+            if self.found.kinds[index] != "linear" and not self.attended:
+                raise MeasurementError(
+                    f"{self.name()}: its attention does not go through transformers' attention "
+                    "interface, so its probabilities cannot be read exactly; not supported"
+                )
+            if self.attended and not self.attention_writes:
+                raise MeasurementError(
+                    f"{self.name()}: the attention's output was not seen on its way into the "
+                    "residual stream; this architecture is not supported"
+                )
+            if last:
+                self.observer.state(index + 1, stream)
+
+        return hook
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        following, self.lineage.following = self.lineage.following, False
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if mask is None and not causal:
+            raise MeasurementError(f"{self.name()}: attention that is not causal has no P0 sink")
+        if position_bias is not None:
+            raise MeasurementError(f"{self.name()}: learned position biases are not supported")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        try:
+            attended = attend(
+                query, key, value, scale=scale, mask=mask, softcap=softcap, sinks=s_aux
+            )
+        except MeasurementError as error:
+            raise MeasurementError(f"{self.name()}: {error}") from error
+        self.attended += 1
+        self.observer.attention(self.block, attended)
+        output = attended.output.transpose(1, 2).contiguous()
+        heads = query.shape[1]
+        mark(output, Mark("mixed", operands=(output, heads, output, None)))
+        self.lineage.following = following
+        return output, None
+
+    def experts(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        bound = dict(zip(names, args, strict=False)) | kwargs
+        if any(name not in bound for name in names):
+            return
+        batch, length, width = self.shape
+        stream = bound["hidden_states"].detach().view(batch, length, width)
+        index = bound["top_k_index"].view(batch, length, -1)
+        gate = bound["top_k_weights"].view(batch, length, -1)
+        chosen = index.shape[-1]
+
+        def outputs(position: int) -> Tensor:
+            rows = stream[:, position].repeat_interleave(chosen, dim=0)
+            one = (index[:, position].reshape(-1, 1), gate[:, position].reshape(-1, 1))
+            result: Tensor = module.forward(rows, *one)
+            return result.view(batch, chosen, width)
+
+        self.routed = Routed(index, gate, outputs, 1.0)
+        mark(output, Mark("experts"))
+
+    def _write(self, found: Mark | None, added: Tensor) -> None:
+        self.lineage.following = False
+        added = added.view(self.shape)
+        raw = None if found is None or found.raw is None else found.raw.view(self.shape)
+        if found is not None and found.origin == "attention":
+            self.attention_writes += 1
+            assert found.operands is not None
+            mixed, heads, weight, bias = found.operands
+            mixed = mixed.view(*self.shape[:2], -1)
+            projection = Projection(mixed, heads, weight, bias, found.factor)
+            self.observer.write(self.block, Write("attention", added, raw, projection))
+        elif found is not None and found.origin == "experts" and self.routed is not None:
+            routed = Routed(
+                self.routed.index, self.routed.gate, self.routed.outputs, found.factor
+            )
+            self.observer.write(self.block, Write("mlp", added, raw, routed=routed))
+        else:
+            self.observer.write(self.block, Write("mlp", added))
+        self.lineage.following = True
+
+
+_ACTIVE: ContextVar[_Tap] = ContextVar("sinktrack_tap")
+
+
+def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    return _ACTIVE.get().attend(module, *args, **kwargs)
+
+
+AttentionInterface.register(_INTERFACE, _attention)
+AttentionMaskInterface.register(_INTERFACE, sdpa_mask)

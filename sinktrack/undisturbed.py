@@ -1,0 +1,77 @@
+"""Leave no trace: what a probe may change in a training process is put back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+_INTERNAL = {"_parameters", "_buffers", "_modules", "training"}
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluate without gradients, autocast, compilation or dropout; then restore everything.
+
+    Restored, also when the body raises: the random states of Python, numpy, torch and every CUDA
+    device, train or eval mode of each module, its buffers and plain attributes, the default dtype.
+    """
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    devices = {"cpu"} | {parameter.device.type for parameter in model.parameters()}
+    python, numpy = random.getstate(), np.random.get_state()
+    cpu = torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if cuda else []
+    dtype = torch.get_default_dtype()
+    modules = [(module, _attributes(module), module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for device in sorted(devices - {"meta"}):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for module, _, _ in modules:
+                module.training = False
+            yield
+    finally:
+        for module, attributes, training in modules:
+            _restore(module, attributes)
+            module.training = training
+        with torch.no_grad():
+            for module, name, buffer, saved in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(_bits(buffer), _bits(saved)):
+                    buffer.copy_(saved)
+        torch.set_default_dtype(dtype)
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(gpus)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes: nan equals itself."""
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _attributes(module: nn.Module) -> dict[str, object]:
+    return {name: value for name, value in vars(module).items() if name not in _INTERNAL}
+
+
+def _restore(module: nn.Module, attributes: dict[str, object]) -> None:
+    current = vars(module)
+    for name in [name for name in current if name not in attributes and name not in _INTERNAL]:
+        del current[name]
+    for name, value in attributes.items():
+        if current.get(name) is not value:
+            current[name] = value
