@@ -1,0 +1,1 @@
+"""Checkpoints on disk: find them, and get their weights. Checkpoints are untrusted input."""

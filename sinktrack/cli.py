@@ -1,0 +1,188 @@
+"""The ``sinktrack`` command. Exit codes: 0 done, 1 some checkpoints failed, 2 wrong use."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from sinktrack.errors import SinktrackError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Follow the attention sink at position zero through pretraining.",
+)
+_out = Console()
+_err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Records as JSON lines on stdout.")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write everything.")] = Path(
+        "demo"
+    ),
+) -> None:
+    """Train a tiny MoE, watch its sink form, scan its checkpoints and draw the report."""
+    from sinktrack.demo import run_demo
+
+    run_demo(out, _out)
+
+
+@app.command()
+def scan(
+    archives: Annotated[
+        list[Path], typer.Argument(metavar="ARCHIVE...", help="Directories of checkpoints.")
+    ],
+    run: Annotated[Path, typer.Option(help="The run directory that takes the records.")],
+    probe: Annotated[
+        Path | None, typer.Option(help="A probe file; by default the run's own.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """Measure every checkpoint that the run does not hold yet."""
+    from sinktrack.archive.discover import Checkpoint, discover
+    from sinktrack.record import Run
+    from sinktrack.scan import choose_probe, pending
+    from sinktrack.scan import scan as scan_archive
+
+    _quiet()
+    found = [checkpoint for archive in archives for checkpoint in discover(archive)]
+    batch, note = choose_probe(found[0].path, Run.open(run), probe)
+    if note:
+        _err.print(note)
+    opened = Run.open(run, batch)
+    failures: list[str] = []
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=_err,
+        disable=not sys.stderr.isatty(),
+    )
+    with progress:
+        todo = [len(pending(archive, opened)) for archive in archives]
+        task = progress.add_task("scan", total=sum(todo))
+        measured = 0
+
+        def notify(checkpoint: Checkpoint, outcome: dict[str, Any] | SinktrackError) -> None:
+            nonlocal measured
+            if isinstance(outcome, SinktrackError):
+                failures.append(checkpoint.name)
+                _err.print(f"failed: {checkpoint.name}: {outcome}", markup=False)
+            else:
+                measured += 1
+                if as_json:
+                    print(json.dumps(outcome), flush=True)
+            progress.update(task, advance=1, description=checkpoint.name)
+
+        for archive in archives:
+            for _ in scan_archive(archive, run=opened, device=device, notify=notify):
+                pass
+    skipped = len(found) - sum(todo)
+    _err.print(
+        f"{measured} measured, {skipped} already recorded, {len(failures)} failed -> {run}",
+        markup=False,
+    )
+    raise typer.Exit(1 if failures else 0)
+
+
+@app.command()
+def show(run: RunDirectory, as_json: AsJson = False) -> None:
+    """The run's last record as a table, one row a block, with the curves so far."""
+    from sinktrack.record import Run
+    from sinktrack.show import show as show_records
+
+    records = Run.read(run).records
+    if as_json:
+        for record in records:
+            print(json.dumps(record))
+    else:
+        show_records(records, str(run), _out)
+
+
+@app.command()
+def report(
+    run: RunDirectory,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
+) -> None:
+    """One HTML file with the run's curves; it opens without a network."""
+    from sinktrack.record import Run
+    from sinktrack.report import write_report
+
+    write_report(Run.read(run).records, out, run.absolute().name)
+    _err.print(f"wrote {out}", markup=False)
+
+
+@app.command()
+def probe(
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="The probe file to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A directory with a tokenizer; with --texts.")
+    ] = None,
+    texts: Annotated[Path | None, typer.Option(help="A text file, one sequence a line.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Random tokens below this id.")] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences of a random probe.")] = 64,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of a random probe.")] = 0,
+) -> None:
+    """Make a probe from texts and a tokenizer, or from random tokens."""
+    from sinktrack.archive.safetensors import tokenizer as load_tokenizer
+    from sinktrack.errors import ProbeError
+    from sinktrack.probe import Probe
+
+    if tokenizer is not None and texts is not None:
+        found = load_tokenizer(tokenizer)
+        if found is None:
+            raise ProbeError(f"no tokenizer.json in {tokenizer}")
+        try:
+            lines = texts.read_text().splitlines()
+        except OSError as error:
+            raise ProbeError(f"cannot read {texts}: {error.strerror}") from error
+        made = Probe.from_texts(found, lines, length)
+    elif vocab_size is not None:
+        made = Probe.random(vocab_size, sequences, length, seed)
+    else:
+        raise ProbeError("give --tokenizer with --texts, or --vocab-size")
+    made.save(out)
+    print(made)
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars out of ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def main() -> None:
+    """Entry point."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except SinktrackError as error:
+        _err.print(f"sinktrack: {error}", markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
