@@ -35,28 +35,31 @@ class SinkTrackCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Before the first step, or the first after a resume: probe if the step is due."""
-        self._probe(state, kwargs["model"], self.tracker.due(state.global_step))
+        self._probe(args, state, kwargs["model"], self.tracker.due(state.global_step))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After the optimizer's step, gradients cleared: probe if the step is due."""
-        self._probe(state, kwargs["model"], self.tracker.due(state.global_step))
+        self._probe(args, state, kwargs["model"], self.tracker.due(state.global_step))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After a checkpoint is written: probe the same weights."""
-        self._probe(state, kwargs["model"], True)
+        self._probe(args, state, kwargs["model"], True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After the last step."""
-        self._probe(state, kwargs["model"], True)
+        self._probe(args, state, kwargs["model"], True)
 
-    def _probe(self, state: TrainerState, model: Any, wanted: bool) -> None:
+    def _probe(
+        self, args: TrainingArguments, state: TrainerState, model: Any, wanted: bool
+    ) -> None:
         step = state.global_step
         if wanted and self.tracker.measured != step:
             self.tracker.axes = {"train/global_step": step}
-            self.tracker.probe_now(step, model, state.num_input_tokens_seen or None)
+            counted = args.include_num_input_tokens_seen != "no"
+            self.tracker.probe_now(step, model, state.num_input_tokens_seen if counted else None)

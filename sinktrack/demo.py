@@ -1,8 +1,8 @@
 """The demo: a tiny MoE grows a P0 sink circuit, and sinktrack watches it.
 
 The task is Bigram-Backcopy (after Guo et al. 2024, arXiv 2410.13835) with a pair trigger: tokens
-follow a bigram table behind [BOS], but after a trigger symbol that itself follows a symbol of a
-fixed half of the alphabet, the token three back is repeated. An early block has to find the pair
+follow a bigram table behind [BOS], but after a trigger symbol that itself follows one of 16 arming
+symbols, the token three back is repeated. An early block has to find the pair
 and a later one to act on it; at all other positions the later one has nothing to do, and with
 little width to spare its attention comes to rest on P0.
 """
@@ -35,7 +35,7 @@ from sinktrack.report import write_report
 from sinktrack.scan import scan
 from sinktrack.show import show
 
-SYMBOLS, LENGTH, BACK = 64, 64, 3
+SYMBOLS, ARMING, LENGTH, BACK = 64, 16, 64, 3
 BOS = SYMBOLS
 TRIGGERS, TRIGGER_RATE = 3, 0.08
 STEPS, SAVE_EVERY, PROBE_EVERY = 1200, 200, 50
@@ -53,7 +53,7 @@ class PairBackcopy:
         table[:, :TRIGGERS] = TRIGGER_RATE
         self.cumulative = table.cumsum(-1)
         self.arming = torch.zeros(SYMBOLS + 1, dtype=torch.bool)
-        chosen = torch.randperm(SYMBOLS, generator=self.generator)[: SYMBOLS // 2]
+        chosen = torch.randperm(SYMBOLS, generator=self.generator)[:ARMING]
         self.arming[chosen] = True
 
     def sample(self, sequences: int) -> Tensor:
