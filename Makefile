@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/ready  ## train a tiny MoE, scan its checkpoints, draw demo/report.html
+	$(BIN)/sinktrack demo --out demo
+
+test: $(VENV)-test/ready  ## run the tests
+	$(VENV)-test/bin/python -m pytest -n 2 --dist loadfile
+
+check: $(VENV)-test/ready  ## what must hold before a change goes in: style, types, tests
+	$(VENV)-test/bin/ruff check .
+	$(VENV)-test/bin/ruff format --check .
+	$(VENV)-test/bin/mypy
+	$(MAKE) test
+
+bench: $(VENV)-test/ready  ## time and memory of a probe
+	$(VENV)-test/bin/python scripts/bench_probe.py
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -e '.[report]'
+	touch $@
+
+$(VENV)-test/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)-test
+	$(VENV)-test/bin/pip install -q -c constraints.txt torch==2.13.0
+	$(VENV)-test/bin/pip install -q -c constraints.txt -e '.[report,wandb,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-test demo build

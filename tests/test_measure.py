@@ -1,0 +1,285 @@
+"""`measure` against eager attention, plain hooks and its own definitions."""
+
+from __future__ import annotations
+
+import random
+
+import models
+import numpy as np
+import pytest
+import torch
+from reference import blocks_of, measured_by_hand
+
+from sinktrack import MeasurementError, Probe, ProbeError, measure
+
+FAMILIES = [
+    models.mixtral,
+    models.qwen3_moe,
+    models.deepseek_v3,
+    models.llama,
+    models.mistral_sliding,
+    models.gpt2,
+    models.gpt_neox,
+]
+PROBE = Probe.random(models.VOCABULARY, sequences=6, length=20, seed=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_equals_the_definitions(family) -> None:
+    model = family()
+    found = measure(model, PROBE)
+    truth = measured_by_hand(model, PROBE.tokens)
+    np.testing.assert_allclose(found.p0_attention_by_sequence, truth["p0"], atol=2e-6)
+    np.testing.assert_allclose(found.p0_attention, truth["p0"].mean(0), atol=1e-6)
+    np.testing.assert_allclose(found.concentration, truth["p0"].mean((0, 2)), atol=1e-6)
+    for name in ("p0_norm", "norm_ratio", "direction_consistency"):
+        np.testing.assert_allclose(getattr(found, name), truth[name], rtol=2e-5, atol=2e-5)
+    for eps in (0.1, 0.3, 0.5):
+        assert found.sink_rate(eps) == pytest.approx((truth["alpha"] > eps).mean(), abs=1e-9)
+        np.testing.assert_allclose(
+            found.sink_rate_by_block(eps), (truth["alpha"] > eps).mean((0, 2)), atol=1e-9
+        )
+    later = (truth["alpha"][:, 2:] > 0.1).mean()
+    assert found.sink_rate(0.1, start_block=2) == pytest.approx(later, abs=1e-9)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_shares_are_the_projections_of_the_writes(family) -> None:
+    """Each block's two shares are what its stream changed by, seen from outside."""
+    model = family()
+    found = measure(model, PROBE).localization
+    inputs = measured_by_hand(model, PROBE.tokens)["inputs"]
+    reference = found.reference_block
+    direction = inputs[reference, :, 0].mean(0) - inputs[reference, :, 1:].mean((0, 1))
+    total = inputs[reference, :, 0].mean(0) @ direction
+    assert found.share_sum == pytest.approx(1, abs=1e-5)
+    assert found.shares[0].share == pytest.approx(
+        inputs[0, :, 0].mean(0) @ direction / total, abs=1e-5
+    )
+    for block in range(reference):
+        written = (inputs[block + 1, :, 0] - inputs[block, :, 0]).mean(0) @ direction / total
+        assert sum(c.share for c in found.shares if c.block == block) == pytest.approx(
+            written, abs=1e-5
+        )
+        kinds = {c.kind for c in found.shares if c.block == block}
+        assert kinds == {"attention", "mlp"}
+
+
+@pytest.mark.parametrize(
+    "family", [models.mixtral, models.qwen3_moe, models.deepseek_v3], ids=lambda f: f.__name__
+)
+def test_heads_and_experts_add_up_to_their_sublayer(family, monkeypatch) -> None:
+    monkeypatch.setattr("sinktrack.circuit._TOP", 10_000)
+    found = measure(family(), PROBE).localization
+    assert found.reference_block > 0
+    whole = {"attention": ("head", "attention_bias", "attention_rest"),
+             "mlp": ("expert", "shared_expert", "mlp")}  # fmt: skip
+    for component in found.shares[1:]:
+        parts = [
+            part
+            for part in found.top_components
+            if part.block == component.block and part.kind in whole[component.kind]
+        ]
+        assert sum(part.share for part in parts) == pytest.approx(component.share, abs=1e-4)
+
+
+def test_experts_are_those_that_ran(monkeypatch) -> None:
+    """Zeroing the down projection of one expert changes the MLP's write by that expert's part."""
+    monkeypatch.setattr("sinktrack.circuit._TOP", 10_000)
+    model = models.mixtral()
+    probe = Probe.random(models.VOCABULARY, sequences=6, length=20, seed=3)
+    seen: list[torch.Tensor] = []
+    experts = blocks_of(model)[0].mlp.experts
+    found = measure(model, probe).localization
+    handle = experts.register_forward_hook(lambda m, a, out: seen.append(out.view(6, 20, -1)[:, 0]))
+    with torch.no_grad():
+        model(probe.tokens)
+        before = seen[0].clone()
+        chosen = next(part for part in found.top_components if part.kind == "expert")
+        experts.down_proj[chosen.index] = 0
+        model(probe.tokens)
+    handle.remove()
+    inputs = measured_by_hand(models.mixtral(), probe.tokens)["inputs"][found.reference_block]
+    direction = torch.tensor(inputs[:, 0].mean(0) - inputs[:, 1:].mean((0, 1)))
+    total = torch.tensor(inputs[:, 0].mean(0)) @ direction
+    lost = (before - seen[1]).double().mean(0) @ direction / total
+    assert chosen.block == 0
+    assert chosen.share == pytest.approx(float(lost), abs=1e-4)
+
+
+def test_batches_give_the_same_numbers() -> None:
+    model = models.mixtral()
+    whole, split = measure(model, PROBE), measure(model, PROBE, batch_size=2)
+    torch.testing.assert_close(whole.p0_attention, split.p0_attention, atol=1e-6, rtol=0)
+    torch.testing.assert_close(whole.norm_ratio, split.norm_ratio)
+    for one, other in zip(
+        whole.localization.shares, split.localization.shares, strict=True
+    ):
+        assert one.share == pytest.approx(other.share, abs=1e-5)
+
+
+def test_first_tokens_are_measured_alone() -> None:
+    model = models.llama()
+    found = measure(model, PROBE).first_token
+    distinct = PROBE.tokens.unique()
+    assert found.tokens == len(distinct)
+    truth = measured_by_hand(model, PROBE.tokens)["inputs"]
+    alone = [measured_alone(model, int(token)) for token in distinct]
+    for block in range(5):
+        median = np.median(np.linalg.norm(truth[block, :, 1:], axis=-1))
+        ratios = [np.linalg.norm(state[block]) / median for state in alone]
+        for quantile, values in found.norm_ratio.items():
+            assert float(values[block]) == pytest.approx(np.percentile(ratios, quantile), rel=1e-4)
+
+
+def measured_alone(model, token: int) -> np.ndarray:
+    from reference import capture_inputs
+
+    return capture_inputs(model, torch.tensor([[token]]))[:, 0, 0]
+
+
+def test_equal_first_tokens_have_no_direction_consistency() -> None:
+    tokens = PROBE.tokens.clone()
+    tokens[:, 0] = 7
+    found = measure(models.llama(), Probe.from_tokens(tokens))
+    assert found.direction_consistency.isnan().all()
+
+
+def test_a_sliding_window_sees_p0_only_early() -> None:
+    found = measure(models.mistral_sliding(), PROBE)
+    assert found.visible_queries == (5, 5, 5, 5)
+
+
+def test_intervals_hold_the_value() -> None:
+    found = measure(models.mixtral(), PROBE)
+    for low, value, high in [
+        (found.intervals["sink_rate"][0], found.sink_rate(), found.intervals["sink_rate"][1]),
+        *(
+            (low, float(value), high)
+            for (low, high), value in zip(
+                found.intervals["concentration"], found.concentration, strict=True
+            )
+        ),
+    ]:
+        assert low <= value <= high
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype: torch.dtype) -> None:
+    model = models.mixtral()
+    exact = measure(model, PROBE)
+    half = measure(model.to(dtype), PROBE)
+    torch.testing.assert_close(half.norm_ratio, exact.norm_ratio, rtol=0.1, atol=0.1)
+    assert half.localization.share_sum == pytest.approx(1, abs=0.05)
+
+
+def fingerprint(model) -> dict[str, object]:
+    return {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "buffers": {k: (id(v), v.clone()) for k, v in model.named_buffers()},
+        "grads": {k: None if p.grad is None else p.grad.clone() for k, p in model.named_parameters()},
+        "training": [m.training for m in model.modules()],
+        "hooks": [
+            (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+            for m in model.modules()
+        ],
+        "attributes": [
+            {k: id(v) for k, v in vars(m).items() if not k.startswith("_")}
+            for m in model.modules()
+        ],
+        "attention": model.config._attn_implementation,
+        "rng": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "python": random.getstate(),
+        "dtype": torch.get_default_dtype(),
+        "grad_enabled": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+    }
+
+
+def same(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["measured", "failing"])
+def test_leaves_no_trace(broken: bool) -> None:
+    model = models.mixtral(attention_dropout=0.1).train()
+    model.model.layers[1].eval()
+    model(PROBE.tokens, labels=PROBE.tokens).loss.backward()
+    model.register_buffer("count", torch.zeros(2))
+
+    def disturb(module, args) -> None:
+        model.count += 1
+        random.random(), np.random.rand(), torch.rand(1)
+        module.scratch = object()
+        if broken:
+            raise RuntimeError("planted")
+
+    handle = model.model.layers[2].register_forward_pre_hook(disturb)
+    before = fingerprint(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        if broken:
+            with pytest.raises(RuntimeError, match="planted"):
+                measure(model, PROBE)
+        else:
+            measure(model, PROBE)
+        assert torch.is_autocast_enabled("cpu")
+    after = fingerprint(model)
+    handle.remove()
+    assert [name for name in before if not same(before[name], after[name])] == []
+
+
+def test_autocast_does_not_change_the_numbers() -> None:
+    model = models.mixtral()
+    plain = measure(model, PROBE)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = measure(model, PROBE)
+    assert torch.equal(plain.p0_attention, cast.p0_attention)
+
+
+def test_nan_weights_name_the_block() -> None:
+    model = models.mixtral()
+    with torch.no_grad():
+        blocks_of(model)[1].self_attn.o_proj.weight[0, 0] = torch.nan
+    with pytest.raises(MeasurementError, match="not finite at the input of block 2"):
+        measure(model, PROBE)
+
+
+def test_a_model_on_meta_is_refused() -> None:
+    with torch.device("meta"):
+        model = models.llama()
+    with pytest.raises(MeasurementError, match=r"embed_tokens.*meta device.*load"):
+        measure(model, PROBE)
+
+
+def test_not_a_transformers_model() -> None:
+    with pytest.raises(MeasurementError, match="Linear is not a transformers model"):
+        measure(torch.nn.Linear(2, 2), PROBE)
+
+
+def test_a_probe_of_another_vocabulary() -> None:
+    probe = Probe.from_tokens([[1, 2, 3], [4, 99, 6]])
+    with pytest.raises(ProbeError, match="token id 99 at sequence 1, position 1 .* of 65"):
+        measure(models.llama(), probe)
+
+
+def test_a_probe_longer_than_the_positions() -> None:
+    with pytest.raises(ProbeError, match="200 tokens, the model 128 positions"):
+        measure(models.llama(), Probe.random(60, sequences=1, length=200))
+
+
+def test_an_unseen_write_is_refused() -> None:
+    """A hook that changes the stream between blocks is a write that nobody accounts for."""
+    model = models.llama()
+    handle = blocks_of(model)[0].register_forward_hook(lambda m, args, out: out * 1.5)
+    try:
+        with pytest.raises(MeasurementError, match="not 1: something writes|its input plus writes"):
+            measure(model, PROBE)
+    finally:
+        handle.remove()
