@@ -39,7 +39,7 @@ class States(Observer):
         Raises:
             MeasurementError: a state is not finite; names the block.
         """
-        rows = torch.stack([torch.cat([part.cpu() for part in of[b]]) for b in sorted(of)])
+        rows = torch.stack([torch.cat([part.detach().cpu() for part in of[b]]) for b in sorted(of)])
         finite = rows.flatten(1).isfinite().all(-1)
         if not finite.all():
             block = int((~finite).nonzero()[0])

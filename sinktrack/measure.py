@@ -18,6 +18,7 @@ from sinktrack.probe import Probe
 from sinktrack.undisturbed import undisturbed
 
 
+@torch.no_grad()
 def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) -> Measurement:
     """Measure the P0 sink of a live model with one forward pass of the probe.
 

@@ -10,14 +10,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from sinktrack.circuit import EPSILON
 from sinktrack.errors import RecordError
 
 _BARS = "▁▂▃▄▅▆▇█"
-_WIDTH = 12
+_LONGEST = 24
+_SHORTEST = 4
+_BESIDE_SPARKLINES = 58
+"""Columns of the table that hold no sparkline, and the gaps."""
+_TOP = 5
 
 
 def show(records: Sequence[Mapping[str, Any]], title: str, console: Console) -> None:
-    """Print headline numbers and a table of blocks.
+    """Print headline numbers, a table of blocks and the largest components.
 
     Args:
         records: of one run, in step order.
@@ -30,107 +35,115 @@ def show(records: Sequence[Mapping[str, Any]], title: str, console: Console) -> 
     if not records:
         raise RecordError(f"{title} holds no records yet: train with a callback, or scan an archive")
     last = records[-1]
-    console.print(Text(title, style="bold"))
-    for line in headline(records):
-        console.print(line, markup=False, highlight=False)
-    console.print(_table(records))
-    console.print("Largest parts of the P0 state at the reference block:")
-    for part in last["top_components"][:5]:
-        gate = "" if part.get("gate") is None else f", gate {part['gate']:.2f}"
-        console.print(f"  {name_of(part)}: {part['share']:+.1%}{gate}", highlight=False)
-    console.print(
-        "A sink is a candidate signal of convergence: a high rate alone says little of progress.",
-        style="dim",
-    )
-
-
-def headline(records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The last record's numbers in a few lines."""
-    last = records[-1]
-    tokens = "" if last["tokens"] is None else f", {last['tokens']:,} tokens"
-    bounds = last["intervals"]
     reference = last["reference_block"]
-    lines = [
-        f"step {last['step']:,}{tokens} ({len(records)} records)",
-        f"sink rate {_with(last['sink_rate'], bounds['sink_rate'])}",
-    ]
-    if not last["formed"]:
-        lines.append(f"no sink has formed; localized at block {reference}, of the highest norm")
-    elif reference == 0:
-        lines.append("the sink stands in block 0: it precedes any write")
-    else:
-        lines.append(f"the sink starts in block {reference}")
-    if last["first_two_share"] is not None:
-        lines.append(
-            f"first-two share {_with(last['first_two_share'], bounds['first_two_share'])}, "
-            f"depth {_with(last['depth'], bounds['depth'])}"
-        )
-    if last["first_two_gain"] is not None:
-        lines.append(f"first-two gain {_with(last['first_two_gain'], bounds['first_two_gain'])}")
-    return lines
+    console.print(Text(title, style="bold"))
+    console.print(_summary(records))
+    console.print()
+    console.print(_blocks(records, console.width))
+    console.print()
+    console.print(Text(f"Largest parts of the P0 state at the input of block {reference}:"))
+    for part in last["top_components"][:_TOP]:
+        gate = "" if part.get("gate") is None else f", gate {part['gate']:.2f}"
+        console.print(Text(f"  {_percent(part['share']):>8}  {_name(part)}{gate}"))
+    console.print()
+    console.print(Text("A candidate signal of convergence, not an established one.", style="dim"))
 
 
-def name_of(part: Mapping[str, Any]) -> str:
-    """A component in words: ``block 0 expert 5``."""
-    where = "" if part["block"] is None else f"block {part['block']} "
-    number = "" if part["index"] is None else f" {part['index']}"
-    return f"{where}{part['kind'].replace('_', ' ')}{number}"
-
-
-def sparkline(values: Sequence[float | None], low: float, high: float) -> str:
-    """Bars for values between ``low`` and ``high``; a space where there is none."""
-    if len(values) > _WIDTH:
-        places = [round(i * (len(values) - 1) / (_WIDTH - 1)) for i in range(_WIDTH)]
-        values = [values[place] for place in places]
-    bars = []
-    for value in values:
-        if value is None:
-            bars.append(" ")
-            continue
-        level = (value - low) / (high - low) if high > low else 0.0
-        bars.append(_BARS[min(len(_BARS) - 1, max(0, int(level * len(_BARS))))])
-    return "".join(bars)
-
-
-def _table(records: Sequence[Mapping[str, Any]]) -> Table:
+def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
     last = records[-1]
-    table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("block", justify="right")
-    table.add_column("kind")
-    table.add_column("to P0", justify="right")
-    table.add_column("0 to 1", no_wrap=True)
-    table.add_column("rate", justify="right")
-    table.add_column("norm", justify="right")
-    table.add_column("log", no_wrap=True)
-    table.add_column("attn", justify="right")
-    table.add_column("mlp", justify="right")
-    table.add_column("gain", justify="right")
-    logs = [
-        [None if value is None else math.log(value) for value in record["norm_ratio"]]
-        for record in records
-    ]
-    known = [value for row in logs for value in row if value is not None]
-    low, high = min(known), max(known)
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column()
+    grid.add_column()
+
+    def add(name: str, value: str) -> None:
+        grid.add_row(Text(name, style="dim"), Text(value))
+
+    def measured(name: str, field: str, form: str) -> None:
+        value, interval = last[field], last["intervals"][field]
+        if value is not None:
+            low_high = "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+            add(name, f"{value:{form}}" + (f"  (95 %: {low_high})" if low_high else ""))
+
+    tokens = "" if last["tokens"] is None else f", {last['tokens']:,} tokens"
+    count = f"{len(records)} record" + ("s" if len(records) > 1 else "")
+    add("last step", f"{last['step']:,}{tokens} ({count})")
+    measured("sink rate", "sink_rate", ".1%")
+    add("sink", _sink(last))
+    measured("first-two share", "first_two_share", ".1%")
+    measured("depth", "depth", ".2f")
+    measured("first-two gain", "first_two_gain", ".1%")
+    return grid
+
+
+def _sink(record: Mapping[str, Any]) -> str:
+    reference = record["reference_block"]
+    if not record["formed"]:
+        return f"no block has formed a sink; judged at block {reference}, of the highest norm"
+    if reference == 0:
+        return "in block 0: it precedes any write"
+    return f"starts in block {reference}"
+
+
+def _blocks(records: Sequence[Mapping[str, Any]], width: int) -> Table:
+    last = records[-1]
+    room = min(_LONGEST, max(_SHORTEST, (width - _BESIDE_SPARKLINES) // 2))
+    norms = [[_log(value) for value in record["norm_ratio"]] for record in records]
+    known = [value for row in norms for value in row if value is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    table = Table(box=None, header_style="dim", pad_edge=False, show_edge=False)
+    for name, right in (
+        ("\nblock", True),
+        ("\nkind", False),
+        ("to\nP0", True),
+        ("over steps\n0 to 1", False),
+        ("sink\nrate", True),
+        ("P0\nnorm", True),
+        (f"log scale\n{math.exp(low):.2g} to {math.exp(high):.2g}", False),
+        ("share\nattn", True),
+        ("\nmlp", True),
+        ("\ngain", True),
+    ):
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
     shares = {(part["kind"], part["block"]): part["share"] for part in last["shares"]}
     for block, kind in enumerate(last["block_kinds"]):
         table.add_row(
             str(block),
             kind,
             _number(last["concentration"][block], ".2f"),
-            sparkline([record["concentration"][block] for record in records], 0, 1),
-            _number(last["sink_rate_by_block"]["0.3"][block], ".2f"),
-            _number(last["norm_ratio"][block], ".1f"),
-            sparkline([row[block] for row in logs], low, high),
-            _number(shares.get(("attention", block)), "+.0%"),
-            _number(shares.get(("mlp", block)), "+.0%"),
+            _sparkline([record["concentration"][block] for record in records], 0, 1, room),
+            _number(last["sink_rate_by_block"][str(EPSILON)][block], ".2f"),
+            _number(last["norm_ratio"][block], ".3g"),
+            _sparkline([row[block] for row in norms], low, high, room),
+            _number(shares.get(("attention", block)), ".0%"),
+            _number(shares.get(("mlp", block)), ".0%"),
             _number(last["gain"][block], "+.2f"),
         )
     return table
 
 
-def _with(value: float, interval: Sequence[float] | None) -> str:
-    bounds = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-    return f"{value:.2f}{bounds}"
+def _sparkline(values: Sequence[float | None], low: float, high: float, width: int) -> str:
+    """Bars between ``low`` and ``high``, at most ``width``; a space where there is no value."""
+    if len(values) > width:
+        values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
+    scale = len(_BARS) / (high - low) if high > low else 0.0
+    return "".join(
+        " " if value is None else _BARS[min(len(_BARS) - 1, max(0, int((value - low) * scale)))]
+        for value in values
+    )
+
+
+def _name(part: Mapping[str, Any]) -> str:
+    where = "" if part["block"] is None else f"block {part['block']} "
+    number = "" if part["index"] is None else f" {part['index']}"
+    return f"{where}{part['kind'].replace('_', ' ')}{number}"
+
+
+def _log(value: float | None) -> float | None:
+    return math.log(value) if value else None
+
+
+def _percent(value: float) -> str:
+    return f"{value:+.1%}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -39,8 +39,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             for device in sorted(devices - {"meta"}):
                 stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for module, _, _ in modules:
+            for module, attributes, _ in modules:
                 module.training = False
+                if "_original_forward" in attributes:  # Accelerate wraps forward in autocast
+                    module.forward = attributes["_original_forward"]  # type: ignore[assignment]
             yield
     finally:
         for module, attributes, training in modules:

@@ -1,0 +1,28 @@
+"""Shared by all tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory):
+    """A finished demo, shorter than the real one: its directory and what it printed."""
+    import io
+
+    from rich.console import Console
+
+    from sinktrack.demo import run_demo
+
+    out = tmp_path_factory.mktemp("demo")
+    text = io.StringIO()
+    run_demo(out, Console(file=text, width=100), steps=400)
+    return out, text.getvalue()

@@ -1,0 +1,204 @@
+"""Training with the callback is training without it, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from sinktrack import MeasurementError, Probe, Run
+from sinktrack.callbacks.huggingface import SinkTrackCallback
+from sinktrack.callbacks.loop import SinkTracker
+
+PROBE = Probe.random(models.VOCABULARY, sequences=4, length=16, seed=5)
+
+
+class Data(torch.utils.data.Dataset):
+    def __init__(self) -> None:
+        self.tokens = Probe.random(models.VOCABULARY, sequences=64, length=16, seed=9).tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+class Outcome(TrainerCallback):
+    """What a run leaves behind, taken at its end."""
+
+    def on_train_end(self, args, state, control, model, optimizer, **kwargs) -> None:
+        self.weights = copy.deepcopy(model.state_dict())
+        self.optimizer = copy.deepcopy(optimizer.state_dict())
+        self.buffers = {k: v.clone() for k, v in model.named_buffers()}
+        self.random = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
+        self.losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+
+
+def run_trainer(model: Any, out: Path, callbacks: list, resume: Any = None, **changes: Any):
+    set_seed(11)
+    outcome = Outcome()
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        **{
+            "max_steps": 50,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 3e-3,
+            "logging_steps": 1,
+            "save_steps": 20,
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "seed": 11,
+        }
+        | changes,
+    )
+    trainer = Trainer(model, arguments, train_dataset=Data(), callbacks=[*callbacks, outcome])
+    trainer.train(resume_from_checkpoint=resume)
+    return outcome
+
+
+def assert_identical(one: Any, other: Any, where: str = "") -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_identical(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_identical(left, right, f"{where}[{index}]")
+    else:
+        assert one == other, where
+
+
+SETUPS = {
+    "dense with dropout": (models.gpt2, {}),
+    "moe with dropout": (lambda: models.mixtral(attention_dropout=0.1, router_jitter_noise=0.1), {}),
+    "moe with router buffers": (lambda: models.deepseek_v3(attention_dropout=0.1), {}),
+    "gradient accumulation": (models.mixtral, {"gradient_accumulation_steps": 2}),
+    "gradient checkpointing": (models.llama, {"gradient_checkpointing": True}),
+    "bf16 autocast": (models.mixtral, {"bf16": True}),
+}
+
+
+@pytest.mark.parametrize("name", SETUPS)
+def test_training_is_bit_identical(name: str, tmp_path: Path) -> None:
+    build, changes = SETUPS[name]
+    plain = run_trainer(build().train(), tmp_path / "plain", [], **changes)
+    callback = SinkTrackCallback(PROBE, tmp_path / "run", every=7, early=True, on_error="raise")
+    tracked = run_trainer(build().train(), tmp_path / "tracked", [callback], **changes)
+    assert_identical(vars(plain), vars(tracked))
+    steps = {0, 1, 2, 4, 7, 14, 20, 21, 28, 35, 40, 42, 49, 50}
+    assert Run.read(tmp_path / "run").steps == sorted(steps)
+
+
+def test_resuming_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    def callback() -> SinkTrackCallback:
+        return SinkTrackCallback(PROBE, tmp_path / "run", every=10, on_error="raise")
+
+    checkpoint = str(tmp_path / "out" / "checkpoint-20")
+    run_trainer(models.llama().train(), tmp_path / "out", [callback()], max_steps=30)
+    assert Run.read(tmp_path / "run").steps == [0, 10, 20, 30]
+    plain = run_trainer(models.llama().train(), tmp_path / "plain", [], resume=checkpoint)
+    tracked = run_trainer(
+        models.llama().train(), tmp_path / "tracked", [callback()], resume=checkpoint
+    )
+    assert_identical(vars(plain), vars(tracked))
+    assert Run.read(tmp_path / "run").steps == [0, 10, 20, 30, 40, 50]
+
+
+def test_tokens_are_recorded_where_the_trainer_counts_them(tmp_path: Path) -> None:
+    callback = SinkTrackCallback(PROBE, tmp_path / "run", every=2)
+    run_trainer(
+        models.llama(), tmp_path / "out", [callback], max_steps=4, include_num_input_tokens_seen="all"
+    )
+    tokens = [record["tokens"] for record in Run.read(tmp_path / "run").records]
+    assert tokens == [0, 2 * 4 * 16, 4 * 4 * 16]
+
+
+def test_a_hand_written_loop(tmp_path: Path) -> None:
+    def train(tracker: SinkTracker | None) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = models.mixtral(attention_dropout=0.2).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(1, 52):
+            tokens = torch.randint(models.VOCABULARY, (4, 16))
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if tracker:
+                tracker.step(step, model)
+        return {**model.state_dict(), "random": torch.get_rng_state()}
+
+    tracker = SinkTracker(PROBE, tmp_path, every=10, on_error="raise")
+    assert_identical(train(None), train(tracker))
+    assert Run.read(tmp_path).steps == [10, 20, 30, 40, 50]
+
+
+def test_a_failing_probe_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = models.llama()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 1.0
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    tracker = SinkTracker(PROBE, tmp_path, every=1)
+    with caplog.at_level(logging.WARNING, "sinktrack"):
+        assert tracker.step(1, model) is None
+        assert tracker.step(2, model) is None
+    assert len(caplog.records) == 1
+    assert "step 1 failed, training goes on" in caplog.text
+    assert "not finite at the input of block 1" in caplog.text
+    assert Run.read(tmp_path).steps == []
+    with pytest.raises(MeasurementError):
+        SinkTracker(PROBE, tmp_path, every=1, on_error="raise").step(3, model)
+
+
+def test_two_processes_train_alike_and_one_writes(tmp_path: Path) -> None:
+    script = tmp_path / "ddp.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, torch
+            from pathlib import Path
+            sys.path.insert(0, sys.argv[1])
+            from test_callbacks import *
+            torch.set_num_threads(1)
+            out = Path(sys.argv[2])
+            tracked = [SinkTrackCallback(PROBE, out / "run", every=5, on_error="raise")]
+            for name, callbacks in (("plain", []), ("tracked", tracked)):
+                model = models.mixtral(attention_dropout=0.1).train()
+                found = run_trainer(model, out / name, callbacks, max_steps=50, ddp_backend="gloo",
+                                    ddp_find_unused_parameters=True)
+                rank = torch.distributed.get_rank()
+                torch.save(found.weights, out / f"{name}-{rank}.pt")
+            """
+        )
+    )
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        str(script), str(Path(__file__).parent), str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = [
+        torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
+        for name in ("plain", "tracked")
+        for rank in (0, 1)
+    ]
+    for other in weights[1:]:
+        assert_identical(weights[0], other)
+    lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
+    assert len(lines) == 11
+    assert Run.read(tmp_path / "run").steps == list(range(0, 51, 5))

@@ -1,0 +1,106 @@
+"""The probe: what it accepts, what it refuses, and that it comes back from disk as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from sinktrack import Probe, ProbeError
+
+
+@given(st.integers(1, 5), st.integers(2, 9), st.integers(1, 70000), st.integers(0, 99))
+def test_round_trip(sequences: int, length: int, vocabulary: int, seed: int) -> None:
+    import tempfile
+
+    probe = Probe.random(vocabulary, sequences, length, seed)
+    assert probe == Probe.random(vocabulary, sequences, length, seed)
+    with tempfile.TemporaryDirectory() as directory:
+        probe.save(Path(directory) / "p")
+        back = Probe.load(Path(directory) / "p")
+        assert [path.name for path in Path(directory).iterdir()] == ["p"]
+    assert torch.equal(back.tokens, probe.tokens) and back.tokens.dtype == torch.int64
+    assert back.digest == probe.digest and hash(back) == hash(probe)
+
+
+def test_the_digest_is_of_shape_and_ids() -> None:
+    one = Probe.from_tokens([[1, 2, 3, 4]])
+    assert one == Probe.from_tokens(np.array([[1, 2, 3, 4]], dtype=np.int32))
+    assert one != Probe.from_tokens([[1, 2], [3, 4]])
+    assert one != Probe.from_tokens([[1, 2, 3, 5]])
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 2, 3], r"shape \(3,\)"),
+        ([[1, 2], [3]], "rectangle"),
+        ([[1.0, 2.0]], "float32"),
+        ([[True, False]], "bool"),
+        (torch.zeros(0, 4, dtype=torch.long), "0 sequences"),
+        ([[5], [6]], "1 token per sequence"),
+        ([[1, 2], [3, -7]], "-7 at sequence 1, position 1"),
+    ],
+)
+def test_refusals(ids: object, message: str) -> None:
+    with pytest.raises(ProbeError, match=message):
+        Probe.from_tokens(ids)
+
+
+def test_texts() -> None:
+    def tokenizer(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [1, *(ord(letter) for letter in text)]}
+
+    probe = Probe.from_texts(tokenizer, ["abcdef", "ab", "xyzxyz"], length=4)
+    assert probe.tokens.tolist() == [[1, 97, 98, 99], [1, 120, 121, 122]]
+    with pytest.raises(ProbeError, match="none of 1 texts has 9 tokens .the longest has 3"):
+        Probe.from_texts(tokenizer, ["ab"], length=9)
+    with pytest.raises(ProbeError, match="one string"):
+        Probe.from_texts(tokenizer, "abc", length=2)
+
+
+def test_random_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    Probe.random(9)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_first_tokens_are_distinct_and_bounded() -> None:
+    probe = Probe.from_tokens([[5, 3, 5], [9, 3, 0]])
+    assert probe.first_tokens().tolist() == [0, 3, 5, 9]
+    many = Probe.from_tokens(torch.arange(1000).view(2, 500)).first_tokens(10)
+    assert len(many.unique()) == 10 and many[0] == 0 and many[-1] == 999
+
+
+def test_damaged_files(tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    Probe.random(9).save(good)
+    data = good.read_bytes()
+    with pytest.raises(ProbeError, match="no probe file"):
+        Probe.load(tmp_path / "none")
+    for name, content in {
+        "cut": data[:-9],
+        "header": data[:20],
+        "text": b"hello",
+        "empty": b"",
+        "huge": b"\xff" * 8 + data[8:],
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ProbeError, match=f"{name} is not a readable safetensors"):
+            Probe.load(tmp_path / name)
+    (tmp_path / "flipped").write_bytes(data[:-8] + bytes([data[-8] ^ 1]) + data[-7:])
+    with pytest.raises(ProbeError, match="damaged"):
+        Probe.load(tmp_path / "flipped")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other")
+    with pytest.raises(ProbeError, match="not a sinktrack probe"):
+        Probe.load(tmp_path / "other")
+
+
+def test_saving_where_nothing_can_be_written(tmp_path: Path) -> None:
+    with pytest.raises(ProbeError, match="cannot write the probe .*No such file"):
+        Probe.random(9).save(tmp_path / "missing" / "p")

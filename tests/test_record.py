@@ -1,0 +1,212 @@
+"""Records survive crashes, concurrency and full disks; nothing wrong is let in."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sinktrack import Probe, RecordError, Run
+from sinktrack.record import to_json
+
+PROBE = Probe.random(9, sequences=2, length=4)
+
+
+def record(step: int, **changes: object) -> dict[str, object]:
+    return {"schema": 1, "step": step, "probe": PROBE.digest, "sink_rate": 0.5} | changes
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "a" / "run", PROBE)
+    run.append(record(20, gain=torch.tensor([0.5, torch.nan])))
+    run.append(record(3, p0=np.float32(0.25)))
+    again = Run.open(tmp_path / "a" / "run")
+    assert again.probe == PROBE and again.steps == [3, 20] and len(again) == 2
+    assert again.records[1]["gain"] == [0.5, None]
+    assert again.records[0]["p0"] == 0.25
+    assert json.loads((tmp_path / "a" / "run" / "run.json").read_text())["probe"] == PROBE.digest
+
+
+def test_the_last_of_two_counts(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, PROBE)
+    run.append(record(5, sink_rate=0.1))
+    run.append(record(5, sink_rate=0.2))
+    assert [found["sink_rate"] for found in Run.read(tmp_path).records] == [0.2]
+    assert len((tmp_path / "records.jsonl").read_text().splitlines()) == 2
+
+
+@given(st.integers(1, 200))
+def test_a_torn_last_line_is_dropped_and_overwritten(kept: int) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as directory:
+        run = Run.open(directory, PROBE)
+        run.append(record(1))
+        line = (Path(directory) / "records.jsonl").read_bytes()
+        with (Path(directory) / "records.jsonl").open("ab") as file:
+            file.write(line[: min(kept, len(line) - 1)])
+        assert Run.read(directory).steps == [1]
+        run.append(record(2))
+        assert Run.read(directory).steps == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"schema": 2}, "record of schema 2; this run has 1"),
+        ({"probe": "feed"}, "record of probe feed, but .* another run directory"),
+        ({"step": -1}, "step -1"),
+        ({"step": 1.5}, "step 1.5"),
+        ({"step": True}, "step True"),
+        ({"gain": [1.0, float("inf")]}, "gain is infinite"),
+    ],
+)
+def test_refusals_write_nothing(tmp_path: Path, bad: dict, message: str) -> None:
+    run = Run.open(tmp_path, PROBE)
+    run.append(record(1))
+    before = (tmp_path / "records.jsonl").read_bytes()
+    with pytest.raises(RecordError, match=message):
+        run.append(record(2) | bad)
+    assert (tmp_path / "records.jsonl").read_bytes() == before
+
+
+def test_another_probe_is_refused(tmp_path: Path) -> None:
+    Run.open(tmp_path, PROBE)
+    with pytest.raises(RecordError, match=f"{PROBE.digest}, not .* another run directory"):
+        Run.open(tmp_path, Probe.random(9, sequences=2, length=4, seed=1))
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, PROBE)
+    run.append(record(1))
+    file = tmp_path / "records.jsonl"
+    good = file.read_bytes()
+    for bad in (b"{not json}\n", b"[1]\n", b"{}\n"):
+        file.write_bytes(good + bad)
+        with pytest.raises(RecordError, match="line 2 is not a record"):
+            _ = Run.read(tmp_path).records
+    file.write_bytes(good + good.replace(b'"schema": 1', b'"schema": 7'))
+    with pytest.raises(RecordError, match="line 2 has schema 7, this version reads 1"):
+        _ = Run.read(tmp_path).records
+    (tmp_path / "run.json").write_text('{"schema": 3}')
+    with pytest.raises(RecordError, match="run.json has schema 3"):
+        Run.open(tmp_path)
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(RecordError, match="not a run directory"):
+            Run.read(path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="cannot write to the run directory .*file"):
+        Run.open(tmp_path / "file")
+    assert not (tmp_path / "missing").exists()
+
+
+def child(code: str, *arguments: object) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(code), str(Path(__file__).parent), *map(str, arguments)]
+
+
+APPEND = """
+    import sys; sys.path.insert(0, sys.argv[1])
+    from test_record import *
+    run = Run.open(sys.argv[2], PROBE)
+    for step in range(int(sys.argv[3]), int(sys.argv[4]), 2):
+        run.append(record(step, filler="x" * 20000))
+        print(step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("after", [1, 3, 7, 12])
+def test_a_killed_process_loses_nothing_it_reported(tmp_path: Path, after: int) -> None:
+    process = subprocess.Popen(child(APPEND, tmp_path, 0, 100000), stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    reported = [int(process.stdout.readline()) for _ in range(after)]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    run = Run.open(tmp_path, PROBE)
+    assert set(reported) <= set(run.steps)
+    run.append(record(99999))
+    assert run.steps == [*range(0, 2 * (len(run) - 1), 2), 99999]
+
+
+def test_two_processes_append_side_by_side(tmp_path: Path) -> None:
+    Run.open(tmp_path, PROBE)
+    both = [subprocess.Popen(child(APPEND, tmp_path, start, 80), stdout=subprocess.DEVNULL)
+            for start in (0, 1)]  # fmt: skip
+    assert [process.wait() for process in both] == [0, 0]
+    assert Run.read(tmp_path).steps == list(range(80))
+
+
+def test_a_full_disk_leaves_earlier_records(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, PROBE)
+    run.append(record(1))
+    before = (tmp_path / "records.jsonl").read_bytes()
+    code = """
+        import sys; sys.path.insert(0, sys.argv[1])
+        import resource, signal
+        from test_record import *
+        run = Run.open(sys.argv[2], PROBE)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        try:
+            run.append(record(2, filler="x" * 20000))
+        except RecordError as error:
+            print(error)
+    """
+    done = subprocess.run(child(code, tmp_path), capture_output=True, text=True, check=True)
+    assert "earlier records are untouched" in done.stdout
+    assert (tmp_path / "records.jsonl").read_bytes() == before
+
+
+def test_no_permission_to_write(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run", PROBE)
+    run.append(record(1))
+    for path in (tmp_path / "run" / "records.jsonl", tmp_path / "run"):
+        path.chmod(0o555)
+    for parent in tmp_path.parents:  # let an unprivileged user in
+        if os.access(parent, os.W_OK) and str(parent).startswith("/tmp/pytest"):
+            parent.chmod(0o755)
+    tmp_path.chmod(0o755)
+    code = """
+        import os, sys; sys.path.insert(0, sys.argv[1])
+        from test_record import *
+        if os.getuid() == 0:
+            os.setuid(65534)
+        for directory in (sys.argv[2], sys.argv[2] + "/new"):
+            try:
+                Run.open(directory, PROBE)
+            except RecordError as error:
+                print(error)
+    """
+    done = subprocess.run(child(code, tmp_path / "run"), capture_output=True, text=True)
+    assert done.stdout.count("cannot write to the run directory") == 2, done.stderr
+    assert done.stdout.count("Permission denied; give another") == 2
+    assert Run.read(tmp_path / "run").steps == [1]
+
+
+def test_to_pandas(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, PROBE)
+    assert list(run.to_pandas().columns)[:2] == ["tokens", "source"]
+    run.append(record(4, norm_ratio=[1.0, 2.0], intervals={"sink_rate": [0.4, 0.6]}))
+    run.append(record(2, norm_ratio=[1.0, float("nan")]))
+    table = run.to_pandas()
+    assert table.index.tolist() == [2, 4]
+    assert table.loc[4, "norm_ratio_01"] == 2.0 and np.isnan(table.loc[2, "norm_ratio_01"])
+    assert table.loc[4, ["sink_rate_low", "sink_rate_high"]].tolist() == [0.4, 0.6]
+
+
+def test_json_values() -> None:
+    value = {"a": torch.tensor([1, 2]), "b": (np.int64(3), float("nan")), "c": {"d": None}}
+    assert to_json(value) == {"a": [1, 2], "b": [3, None], "c": {"d": None}}
