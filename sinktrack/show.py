@@ -114,9 +114,9 @@ def _blocks(records: Sequence[Mapping[str, Any]], width: int) -> Table:
             _number(last["sink_rate_by_block"][str(EPSILON)][block], ".2f"),
             _number(last["norm_ratio"][block], ".3g"),
             _sparkline([row[block] for row in norms], low, high, room),
-            _number(shares.get(("attention", block)), ".0%"),
-            _number(shares.get(("mlp", block)), ".0%"),
-            _number(last["gain"][block], "+.2f"),
+            _number(shares.get(("attention", block)), "z.0%"),
+            _number(shares.get(("mlp", block)), "z.0%"),
+            _number(last["gain"][block], "+z.2f"),
         )
     return table
 
@@ -143,7 +143,7 @@ def _log(value: float | None) -> float | None:
 
 
 def _percent(value: float) -> str:
-    return f"{value:+.1%}"
+    return f"{value:+z.1%}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -4,14 +4,14 @@
   const { records, model, epsilon } = data;
   const last = records.at(-1);
   const blocks = model.blocks;
-  const LARGEST = 24;
+  const LARGEST = 16;
 
   const $ = (id) => document.getElementById(id);
   const range = (count) => [...Array(count).keys()];
   const count = (value) => value.toLocaleString("en");
   const plural = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
   const fixed = (value) => (value === null ? "–" : value.toFixed(2));
-  const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1)} %`);
+  const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1).replace(/^-(0\.0)$/, "$1")} %`);
   const words = (kind) => kind.replaceAll("_", " ");
   const element = (tag, text, parent, className = "") => {
     const made = parent.appendChild(document.createElement(tag));
@@ -55,14 +55,16 @@
     const ever = records.some((record) => record.formed);
     const most = Math.max(0, ...last.concentration);
     const judged = `Shares are taken at block ${reference}, where the norm of P0 stands out most.`;
-    $("verdict").textContent = !ever
-      ? `No sink has formed in this run: no block's concentration reaches ${epsilon} (largest now: ${fixed(most)}). ${judged}`
+    const [finding, note] = !ever
+      ? [`No sink has formed in this run: no block's concentration reaches ${epsilon} (largest now: ${fixed(most)}).`, judged]
       : !last.formed
-        ? `In the last record no block's concentration reaches ${epsilon} any more (largest: ${fixed(most)}). ${judged}`
+        ? [`In the last record no block's concentration reaches ${epsilon} any more (largest: ${fixed(most)}).`, judged]
         : reference === 0
-          ? "The sink stands in block 0: it precedes any write, so no block has a share in it."
-          : `The sink starts in block ${reference}.` + (reference > 2 ? "" :
-            " All writes before it lie in the first two blocks by construction: read the first-two share beside the reference block.");
+          ? ["The sink stands in block 0: it precedes any write.", "So no block has a share in it."]
+          : [`The sink starts in block ${reference}.`, reference > 2 ? "" :
+            "All writes before it lie in the first two blocks by construction: read the first-two share beside the reference block."];
+    element("b", finding, $("verdict"));
+    $("verdict").append(" ", note);
     $("verdict").parentElement.classList.toggle("warn", !last.formed);
     $("versions").textContent = Object.entries(data.versions).map((pair) => pair.join(" ")).join(", ") + ".";
     for (const place of document.querySelectorAll(".epsilon")) place.textContent = epsilon;
@@ -87,7 +89,7 @@
     return `rgb(${range(3).map(mix)})`;
   };
 
-  const chosen = (name) => document.querySelector(`input[name=${name}]:checked`).value;
+  const chosen = (name) => new FormData($("axis")).get(name);
   const config = { displaylogo: false, responsive: true, modeBarButtons: [["resetScale2d", "toImage"]] };
   const axis = (extra = {}) => ({
     gridcolor: colour("grid"), zerolinecolor: colour("line"), linecolor: colour("line"), automargin: true,
@@ -105,7 +107,7 @@
   });
 
   const drawCurves = () => {
-    const field = chosen("x");
+    const field = chosen("x") ?? "step";
     const scale = chosen("scale");
     const drawn = scale === "log" ? records.filter((record) => record[field] > 0) : records;
     const absent = records.length - drawn.length;
@@ -134,7 +136,7 @@
       ]);
       return {
         x: corners.map((corner) => corner[0]), y: corners.map((corner) => corner[1]), type: "scatter", mode: "lines",
-        fill: "toself", fillcolor: tone, line: { color: tone, width: 1 }, opacity: 0.2, hoverinfo: "skip", showlegend: false, ...extra,
+        fill: "toself", fillcolor: tone, line: { color: tone, width: drawn.length === 1 ? 8 : 1 }, opacity: 0.2, hoverinfo: "skip", showlegend: false, ...extra,
       };
     };
     const accent = colour("accent");
@@ -154,6 +156,8 @@
       yaxis: axis({ title: "block", showgrid: false, zeroline: false, autorange: "reversed", ...(blocks > 12 ? {} : { dtick: 1 }) }),
     }), config);
 
+    const norms = drawn.flatMap((record) => record.norm_ratio).filter((value) => value > 0);
+    const spread = norms.reduce((a, b) => Math.max(a, b), 0) / norms.reduce((a, b) => Math.min(a, b), Infinity);
     Plotly.react("norm_ratio", [
       ...range(blocks + 1).map((block) => {
         const name = block < blocks ? `block ${block}` : "output";
@@ -165,7 +169,7 @@
         marker: { color: [0], cmin: 0, cmax: blocks, colorscale: scaleOf(depths()), showscale: true,
           colorbar: { ...bar("block"), ...(blocks > 12 ? {} : { tickvals: range(blocks + 1), ticktext: [...range(blocks), "output"] }) } } },
     ], layout({
-      showlegend: false, xaxis: xAxis(), yaxis: axis({ type: "log", tickformat: "~g", dtick: "D2", minexponent: 5 }),
+      showlegend: false, xaxis: xAxis(), yaxis: axis({ type: "log", tickformat: "~g", ...(spread > 5 ? { dtick: "D2" } : {}) }),
     }), config);
 
     const reference = (record) => record.reference_block;
@@ -202,7 +206,6 @@
     const share = rest.reduce((sum, part) => sum + part.share, 0);
     return [...shares.filter((part) => !rest.includes(part)), { kind: `the other ${rest.length}`, block: null, share }];
   };
-  const slots = Math.max(...records.map((record) => Math.min(record.shares.length, LARGEST + 1)));
 
   const drawShares = () => {
     const slider = $("record");
@@ -220,14 +223,15 @@
     const shares = parts.map((part) => part.share);
     const [low, high] = [Math.min(0, ...shares), Math.max(1, ...shares)];
     const room = 0.12 * (high - low);
+    const slots = Math.max(parts.length, 4);
     Plotly.react("shares", [{
       type: "bar", orientation: "h", x: shares, y: parts.map(label), text: shares.map(percent), textposition: "outside", cliponaxis: false,
       textfont: { color: colour("muted") }, hovertemplate: "%{y}: %{x:.2%}<extra></extra>",
       marker: { color: parts.map((part) => (part.block === null ? colour("muted") : depthColour(part.block))) },
     }], layout({
-      height: 60 + 26 * Math.max(slots, 4), showlegend: false, bargap: 0.25,
+      height: 60 + 26 * slots, showlegend: false, bargap: 0.25,
       xaxis: axis({ title: "share", tickformat: ".0%", range: [low - (low < 0 ? room : 0), high + room] }),
-      yaxis: axis({ range: [Math.max(slots, 4) - 0.5, -0.5], showgrid: false }),
+      yaxis: axis({ range: [slots - 0.5, -0.5], showgrid: false }),
     }), config);
 
     const rows = record.top_components.map((part) => {
@@ -240,9 +244,10 @@
   };
 
   describe();
-  if (records.some((record) => record.tokens === null)) document.querySelector("input[value=tokens]").parentElement.remove();
+  if (records.some((record) => record.tokens === null)) $("over").remove();
   document.querySelector("input[value=log]").disabled = !records.some((record) => record.step > 0);
-  $("record").max = $("record").value = records.length - 1;
+  $("record").max = records.length - 1;
+  $("record").value = records.length - 1;
   $("record").addEventListener("input", drawShares);
   $("axis").addEventListener("change", drawCurves);
   const draw = () => { drawCurves(); drawShares(); };

@@ -1,0 +1,251 @@
+"""Scanning archives: the right numbers, in order, resumable, and clear about what is broken."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sinktrack import ArchiveError, Probe, Run, measure, scan
+from sinktrack.demo import AGREEMENT, largest_difference
+
+PROBE = Probe.random(models.VOCABULARY, sequences=4, length=12)
+WEIGHTS = "model.safetensors"
+
+
+def sinktrack(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from sinktrack.cli import main; main()"]
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three checkpoints of a small MoE, the second sharded."""
+    root = tmp_path_factory.mktemp("archive")
+    for step, changes in ((30, {}), (4, {"max_shard_size": "20KB"}), (200, {})):
+        torch.manual_seed(step)
+        model = models.mixtral()
+        model.model.embed_tokens.weight.data.normal_()
+        model.save_pretrained(root / f"checkpoint-{step}", **changes)
+    assert len(list((root / "checkpoint-4").glob("model-*.safetensors"))) > 2
+    return root
+
+
+@pytest.fixture
+def archive(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "archive"))
+
+
+def test_in_step_order_and_equal_to_the_live_model(archive: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    records = list(scan(archive, probe=PROBE, run=tmp_path / "run"))
+    assert [record["step"] for record in records] == [4, 30, 200]
+    assert [record["source"] for record in records] == [
+        "checkpoint-4", "checkpoint-30", "checkpoint-200",
+    ]  # fmt: skip
+    for record in records:
+        model = AutoModelForCausalLM.from_pretrained(archive / record["source"])
+        live = measure(model, PROBE)
+        assert record["p0_attention"] == [[float(v) for v in row] for row in live.p0_attention]
+        assert record["weights"] == live.weights
+
+
+def test_what_is_recorded_is_skipped(archive: Path, tmp_path: Path) -> None:
+    shutil.move(archive / "checkpoint-30", tmp_path / "later")
+    assert len(list(scan(archive, probe=PROBE, run=tmp_path / "run"))) == 2
+    shutil.move(tmp_path / "later", archive / "checkpoint-30")
+    again = list(scan(archive, run=tmp_path / "run"))
+    assert [record["step"] for record in again] == [30]
+    assert Run.read(tmp_path / "run").steps == [4, 30, 200]
+
+
+def test_a_single_model_directory(archive: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "model"
+    shutil.move(archive / "checkpoint-4", moved)
+    (moved / "trainer_state.json").write_text('{"global_step": 77, "num_input_tokens_seen": 5}')
+    (record,) = scan(moved, probe=PROBE, run=tmp_path / "run")
+    assert (record["step"], record["tokens"], record["source"]) == (77, 5, "model")
+
+
+def test_online_and_offline_agree_on_a_real_run(demo) -> None:
+    out, text = demo
+    online = {record["step"]: record for record in Run.read(out / "run").records}
+    offline = Run.read(out / "scanned").records
+    assert [record["step"] for record in offline] == [200, 400]
+    for record in offline:
+        assert largest_difference(online[record["step"]], record) <= AGREEMENT
+        assert record["weights"] == online[record["step"]]["weights"]
+        assert record["tokens"] == online[record["step"]]["tokens"] == record["step"] * 32 * 64
+    assert "online and offline agree" in text
+
+
+def test_the_demo_tells_what_is_there(demo) -> None:
+    out, text = demo
+    last = Run.read(out / "run").records[-1]
+    assert last["formed"] == ("A P0 sink formed" in text)
+    assert (out / "report.html").stat().st_size > 1_000_000
+
+
+def cut(path: Path, keep: int) -> None:
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def wrong_header(path: Path) -> None:
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    name = next(key for key in header if key != "__metadata__")
+    header[name]["data_offsets"] = [0, 2**40]
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + size :])
+
+
+def drop_weight(path: Path) -> None:
+    weights = load_file(path)
+    del weights["model.norm.weight"]
+    save_file(weights, path, {"format": "pt"})
+
+
+def reshape_weight(path: Path) -> None:
+    weights = load_file(path)
+    weights["model.norm.weight"] = torch.zeros(5)
+    save_file(weights, path, {"format": "pt"})
+
+
+def set_nan(path: Path) -> None:
+    weights = load_file(path)
+    weights["model.layers.0.self_attn.o_proj.weight"][0] = torch.nan
+    save_file(weights, path, {"format": "pt"})
+
+
+def rename_type(path: Path) -> None:
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model_type": "nonesuch"}))
+
+
+def escape(path: Path) -> None:
+    index = json.loads(path.read_text())
+    index["weight_map"] = {key: "../../secret.safetensors" for key in index["weight_map"]}
+    path.write_text(json.dumps(index))
+
+
+INDEX = "model.safetensors.index.json"
+DAMAGES = {
+    "no weights": (30, WEIGHTS, Path.unlink, "model.safetensors is missing"),
+    "cut weights": (30, WEIGHTS, lambda p: cut(p, 5000), "model.safetensors is truncated"),
+    "empty weights": (30, WEIGHTS, lambda p: cut(p, 0), "model.safetensors is truncated"),
+    "wrong header": (30, WEIGHTS, wrong_header, "model.safetensors is truncated or damaged"),
+    "weight missing": (30, WEIGHTS, drop_weight, "1 weights missing .model.norm.weight"),
+    "weight of another shape": (30, WEIGHTS, reshape_weight, "mismatched|size mismatch|ckpt"),
+    "nan": (30, WEIGHTS, set_nan, "not finite at the input of block 1"),
+    "no config": (30, "config.json", Path.unlink, "config.json is missing"),
+    "cut config": (30, "config.json", lambda p: cut(p, 40), "config.json is not valid JSON"),
+    "unknown architecture": (30, "config.json", rename_type, "model_type 'nonesuch'"),
+    "missing shard": (4, "model-00002-of-*.safetensors", Path.unlink, "model-00002.* is missing"),
+    "cut shard": (4, "model-00002-of-*.safetensors", lambda p: cut(p, 99), "00002.* is truncated"),
+    "cut index": (4, INDEX, lambda p: cut(p, 99), "index.json is not valid JSON"),
+    "index that points out": (4, INDEX, escape, "which is not a file of its directory"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_others_are_measured(
+    name: str, archive: Path, tmp_path: Path
+) -> None:
+    step, file, damage, message = DAMAGES[name]
+    (path,) = (archive / f"checkpoint-{step}").glob(file)
+    damage(path)
+    with pytest.raises(ArchiveError, match=f"1 checkpoints failed\ncheckpoint-{step}: .*({message})"):
+        list(scan(archive, probe=PROBE, run=tmp_path / "run"))
+    assert Run.read(tmp_path / "run").steps == sorted({4, 30, 200} - {step})
+
+
+def test_the_command(archive: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    PROBE.save(tmp_path / "probe")
+    cut(archive / "checkpoint-30" / WEIGHTS, 99)
+    first = sinktrack("scan", archive, "--run", run, "--probe", tmp_path / "probe")
+    assert first.returncode == 1, first.stderr
+    assert "failed: checkpoint-30: " in first.stderr and "truncated" in first.stderr
+    assert "2 measured, 0 already recorded, 1 failed" in first.stderr
+    shutil.copy(archive / "checkpoint-200" / WEIGHTS, archive / "checkpoint-30" / WEIGHTS)
+    second = sinktrack("scan", archive, "--run", run, "--json")
+    assert second.returncode == 0, second.stderr
+    assert [json.loads(line)["step"] for line in second.stdout.splitlines()] == [30]
+    assert Run.read(run).probe == PROBE and Run.read(run).steps == [4, 30, 200]
+
+
+def test_without_a_probe_the_command_says_what_it_takes(archive: Path, tmp_path: Path) -> None:
+    done = sinktrack("scan", archive, "--run", tmp_path / "random")
+    assert done.returncode == 0 and "seeded random tokens" in done.stderr
+    assert int(Run.read(tmp_path / "random").probe.tokens.max()) < models.VOCABULARY
+
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"[UNK]": 0, "the": 1, "and": 2, "a": 3, "of": 4}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(archive / "checkpoint-4")
+    done = sinktrack("scan", archive, "--run", tmp_path / "prose")
+    assert done.returncode == 0, done.stderr
+    assert "built-in prose and the checkpoint's tokenizer" in done.stderr
+    probe = Run.read(tmp_path / "prose").probe
+    assert probe.length == 64 and set(probe.tokens.unique().tolist()) == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["scan", "{tmp}/empty", "--run", "{tmp}/run"], "no checkpoint in .*empty"),
+        (["scan", "{tmp}/missing", "--run", "{tmp}/run"], "missing is not a directory"),
+        (["scan", "{tmp}/archive", "--run", "{tmp}/file"], "cannot write to the run directory"),
+        (["scan", "{tmp}/archive", "--run", "{tmp}/run", "--probe", "{tmp}/no"], "no probe file"),
+        (["scan", "{tmp}/archive"], "Missing option '--run'"),
+        (["show", "{tmp}/empty"], "empty is not a run directory"),
+        (["show", "{tmp}/fresh"], "fresh holds no records yet"),
+        (["report", "{tmp}/fresh", "-o", "{tmp}/r.html"], "fresh holds no records yet"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_wrong_use_exits_with_2(
+    arguments: list[str], message: str, archive: Path, tmp_path: Path
+) -> None:
+    import re
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    Run.open(tmp_path / "fresh", PROBE)
+    done = sinktrack(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert done.returncode == 2, done.stderr
+    assert re.search(message, " ".join(done.stderr.split())), done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_probe_of_another_vocabulary_fails_every_checkpoint(
+    archive: Path, tmp_path: Path
+) -> None:
+    Probe.from_tokens([[1, 2, 3], [4, 999, 6]]).save(tmp_path / "probe")
+    done = sinktrack("scan", archive, "--run", tmp_path / "run", "--probe", tmp_path / "probe")
+    assert done.returncode == 1
+    assert done.stderr.count("token id 999") == 3
+
+
+def test_import_is_light() -> None:
+    code = "import sys, sinktrack; print([m for m in ('transformers', 'wandb', 'pandas', 'plotly', 'rich') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
