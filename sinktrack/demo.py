@@ -25,6 +25,8 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
 
 from sinktrack.callbacks.huggingface import SinkTrackCallback
 from sinktrack.circuit import EPSILON
@@ -38,14 +40,14 @@ from sinktrack.show import show
 SYMBOLS, ARMING, LENGTH, BACK = 64, 16, 64, 3
 BOS = SYMBOLS
 TRIGGERS, TRIGGER_RATE = 3, 0.08
-STEPS, SAVE_EVERY, PROBE_EVERY = 1200, 200, 50
+STEPS, SAVE_EVERY, PROBE_EVERY = 1000, 200, 50
 AGREEMENT = 1e-5
 
 
 class PairBackcopy:
     """The language: a source of sequences, int64 ``[n, LENGTH]``."""
 
-    def __init__(self, seed: int = 1000) -> None:
+    def __init__(self, seed: int = 1) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         table = torch.softmax(3 * torch.randn(SYMBOLS, SYMBOLS, generator=self.generator), -1)
         table[:, :TRIGGERS] = 0
@@ -134,8 +136,6 @@ def train(
     trainer = Trainer(
         model, arguments, train_dataset=Sequences(language.sample(4096)), callbacks=callbacks
     )
-    from transformers.trainer_callback import PrinterCallback
-
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return model
@@ -146,7 +146,7 @@ def probe() -> Probe:
     return Probe.from_tokens(PairBackcopy().sample(64))
 
 
-def run_demo(out: Path, console: Console, *, seed: int = 0, steps: int = STEPS) -> None:
+def run_demo(out: Path, console: Console, *, seed: int = 1, steps: int = STEPS) -> None:
     """Train with the callback, scan the checkpoints, compare, draw the report, say what was seen.
 
     Raises:
@@ -156,6 +156,7 @@ def run_demo(out: Path, console: Console, *, seed: int = 0, steps: int = STEPS) 
     for directory in (online, offline, out / "checkpoints"):
         shutil.rmtree(directory, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()
     torch.set_num_threads(1)  # the model is so small that a second thread only waits
 
     console.print(f"Training a tiny MoE for {steps} steps, a probe every {PROBE_EVERY} ...")

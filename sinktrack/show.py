@@ -33,7 +33,9 @@ def show(records: Sequence[Mapping[str, Any]], title: str, console: Console) -> 
         RecordError: there are no records.
     """
     if not records:
-        raise RecordError(f"{title} holds no records yet: train with a callback, or scan an archive")
+        raise RecordError(
+            f"{title} holds no records yet: train with a callback, or scan an archive"
+        )
     last = records[-1]
     reference = last["reference_block"]
     console.print(Text(title, style="bold"))

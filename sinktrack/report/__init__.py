@@ -34,7 +34,9 @@ def write_report(records: Sequence[Mapping[str, Any]], path: Path, title: str) -
         MissingExtra: plotly is not installed.
     """
     if not records:
-        raise RecordError(f"{title} holds no records yet: train with a callback, or scan an archive")
+        raise RecordError(
+            f"{title} holds no records yet: train with a callback, or scan an archive"
+        )
     require("plotly", "report")
     from plotly.offline import get_plotlyjs
 
