@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sinktrack.errors import RecordError
+from sinktrack.show import show
+from tests.synthetic import synthetic_records
+
+
+def shown(records: list[dict[str, Any]], title: str = "run", width: int = 80) -> str:
+    console = Console(width=width, color_system=None, file=io.StringIO())
+    show(records, title, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def row(text: str, block: int) -> str:
+    return next(line for line in text.splitlines() if line.split()[:1] == [str(block)])
+
+
+def test_headline_and_blocks() -> None:
+    records = synthetic_records()
+    last = records[-1]
+    text = shown(records)
+    assert "1,900, 3,891,200 tokens (20 records)" in text
+    low, high = last["intervals"]["sink_rate"]
+    assert f"{last['sink_rate']:.1%}  (95 %: {low:.1%} to {high:.1%})" in text
+    assert "starts in block 2" in text
+    assert "candidate" in text
+    for block in range(4):
+        cells = row(text, block).split()
+        assert cells[1:3] == ["full", f"{last['concentration'][block]:.2f}"]
+    assert f"{last['shares'][2]['share']:.0%}" in row(text, 0)
+    assert "%" not in row(text, 2), "blocks from the reference on have no share"
+    assert "block 0 expert 5, gate 0.80" in text
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 48])
+def test_fits_80_columns(blocks: int) -> None:
+    text = shown(synthetic_records(blocks, steps=range(0, 100_000, 500)))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    assert all(row(text, block) for block in range(blocks))
+
+
+def test_sparklines_have_a_fixed_scale_and_at_most_24_columns() -> None:
+    records = synthetic_records(steps=range(1000))
+    for index, record in enumerate(records):
+        record["concentration"][0] = 1.0 if index == 0 else 0.5 if index == 999 else 0.0
+    bars = row(shown(records, width=200), 0).split()[3]
+    assert bars == "█" + "▁" * 22 + "▅"
+
+
+def test_gaps_are_blank() -> None:
+    records = synthetic_records(steps=[0, 1, 2])
+    for record in records:
+        record["concentration"][0] = 0.0
+    records[1]["concentration"][0] = None
+    assert "▁ ▁" in row(shown(records), 0)
+
+
+def test_linear_blocks_are_blank() -> None:
+    records = synthetic_records()
+    for record in records:
+        record["block_kinds"][1] = "linear"
+        record["concentration"][1] = record["sink_rate_by_block"]["0.3"][1] = None
+    assert row(shown(records), 1).split()[:2] == ["1", "linear"]
+
+
+def test_no_sink_is_said() -> None:
+    text = shown(synthetic_records(formed=False))
+    assert "no block has formed a sink" in text
+    assert "starts in" not in text
+
+
+def test_a_sink_before_any_write_is_said() -> None:
+    records = synthetic_records(steps=[10])
+    records[0] |= {"reference_block": 0, "first_two_share": None, "depth": None}
+    records[0]["shares"] = records[0]["shares"][:1]
+    text = shown(records)
+    assert "precedes any write" in text
+    assert "first-two share" not in text
+    assert "(1 record)" in text
+
+
+def test_titles_are_not_markup() -> None:
+    assert "[bold]run[/x]" in shown(synthetic_records(), "[bold]run[/x]")
+
+
+def test_no_records() -> None:
+    with pytest.raises(RecordError, match="train with a callback, or scan"):
+        shown([])
