@@ -1,6 +1,6 @@
 """Time and peak memory of ``measure`` against a plain forward and against eager attention.
 
-An 8-block MoE of width 512. Each way runs in its own process, rounds interleaved; the ratios of the
+An 8-block MoE of width 512, a probe of 4,096 tokens. Each way runs in its own process, rounds interleaved; the ratios of the
 medians are printed as a Markdown table. Peak memory is what the process holds above the loaded
 model.
 
@@ -73,7 +73,8 @@ def worker(arguments: argparse.Namespace) -> None:
         experts_implementation="grouped_mm",
     )
     model = Qwen3MoeForCausalLM(config).to(arguments.device, getattr(torch, arguments.dtype)).eval()
-    probe = sinktrack.Probe.random(4096, arguments.sequences, arguments.length)
+    sequences = max(1, arguments.tokens // arguments.length)
+    probe = sinktrack.Probe.random(4096, sequences, arguments.length)
     tokens = probe.tokens.to(arguments.device)
     cuda = arguments.device == "cuda"
 
@@ -105,7 +106,7 @@ def compare(arguments: argparse.Namespace, length: int) -> str:
     """One row of the table."""
     results: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     shared = ["--length", str(length), "--device", arguments.device, "--dtype", arguments.dtype,
-              "--width", str(arguments.width), "--sequences", str(arguments.sequences)]  # fmt: skip
+              "--width", str(arguments.width), "--tokens", str(arguments.tokens)]  # fmt: skip
     environment = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     processes = {
         way: subprocess.Popen(
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--sequences", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the probe")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -25,7 +25,7 @@ class States(Observer):
     def state(self, block: int, stream: Tensor) -> None:
         """Keep the P0 row, the mean of the other rows and their norms."""
         self.dtype = stream.dtype
-        self.states[block].append(stream[:, 0].float())
+        self.states[block].append(_row(stream))
         if stream.shape[1] > 1:
             rest = stream[:, 1:]
             self.others[block].append(rest.mean(1, dtype=torch.float32))
@@ -79,7 +79,7 @@ class Collector(States):
             raise MeasurementError(f"block {block} attends more than once; not supported")
         self.visible[block] = int(counts)
         self.p0[block].append(attended.p0[..., 1:].sum(-1) / counts)
-        self.own[block].append(attended.p0[..., 0])
+        self.own[block].append(attended.p0[..., 0].clone())
         if attended.sink is not None:
             self.sink[block].append(attended.sink[..., 1:].mean(-1))
 
@@ -94,9 +94,9 @@ class Collector(States):
         """Keep the P0 row of a write, and add up its parts over the sequences."""
         place = self._order[block]
         self._order[block] += 1
-        row = write.added[:, 0].float()
+        row = _row(write.added)
         self.writes[block, place, write.sublayer].append(row)
-        raw = row if write.raw is None else write.raw[:, 0].float()
+        raw = row if write.raw is None else _row(write.raw)
         rest = raw.sum(0)
         if write.projection is not None:
             of = write.projection
@@ -146,6 +146,11 @@ class Collector(States):
             )
             for (block, kind, index), part in self._parts.items()
         ]
+
+
+def _row(stream: Tensor) -> Tensor:
+    """Position zero, copied: a view would keep the whole stream alive."""
+    return stream[:, 0].to(torch.float32, copy=True)
 
 
 def _mean(numbers: list[float]) -> float:

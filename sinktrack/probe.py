@@ -112,7 +112,7 @@ class Probe:
         head = f"sinktrack probe {data.shape}".encode()
         return hashlib.blake2b(head + data.tobytes(), digest_size=16).hexdigest()
 
-    def first_tokens(self, limit: int = 256) -> Tensor:
+    def first_tokens(self, limit: int) -> Tensor:
         """int64 ``[N]``: the probe's distinct ids, ascending, thinned evenly to ``limit``."""
         distinct = self.tokens.unique()
         if len(distinct) <= limit:

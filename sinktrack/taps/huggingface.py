@@ -198,6 +198,7 @@ class _Tap:
     def leave(self, index: int, last: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.lineage.following = False
+            self.routed = None
             stream = output[0] if isinstance(output, tuple) else output
             found = mark_of(stream)
             if found is None or found.origin != "stream":
@@ -250,8 +251,7 @@ class _Tap:
         self.attended += 1
         self.observer.attention(self.block, attended)
         output = attended.output.transpose(1, 2).contiguous()
-        heads = query.shape[1]
-        mark(output, Mark("mixed", operands=(output, heads, output, None)))
+        mark(output, Mark("mixed", heads=query.shape[1]))
         self.lineage.following = following
         return output, None
 

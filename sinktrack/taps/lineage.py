@@ -32,8 +32,10 @@ class Mark:
 
     origin: str
     """``stream``, ``mixed`` (heads before the output projection), ``attention`` or ``experts``."""
+    heads: int = 0
+    """How many are side by side in a ``mixed`` tensor."""
     operands: tuple[Tensor, int, Tensor, Tensor | None] | None = None
-    """Of the output projection: mixed, heads, weight, bias."""
+    """Of an attention's output projection: mixed, heads, weight, bias."""
     factor: float = 1.0
     """What the sublayer's output has been multiplied with since."""
     raw: Tensor | None = None
@@ -116,12 +118,12 @@ class Lineage(TorchFunctionMode):
         if any(found.origin == "stream" for found in marks):
             same = name in _SAME and first is not None and first.origin == "stream"
             return first if same else None
-        if name == "linear" and first and first.origin == "mixed" and first.operands:
+        if name == "linear" and first and first.origin == "mixed":
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return Mark("attention", operands=(args[0], first.operands[1], weight, bias))
-        if name == "addmm" and (mixed := mark_of(args[1])) and mixed.operands:
-            return Mark("attention", operands=(args[1], mixed.operands[1], args[2].T, args[0]))
+            return Mark("attention", operands=(args[0], first.heads, weight, bias))
+        if name == "addmm" and (mixed := mark_of(args[1])) and mixed.heads:
+            return Mark("attention", operands=(args[1], mixed.heads, args[2].T, args[0]))
         found = first or marks[0]
         if found.origin == "mixed" or name in _SAME:
             return found
