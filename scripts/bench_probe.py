@@ -1,8 +1,8 @@
 """Time and peak memory of ``measure`` against a plain forward and against eager attention.
 
-An 8-block MoE of width 512, a probe of 4,096 tokens. Each way runs in its own process, rounds interleaved; the ratios of the
-medians are printed as a Markdown table. Peak memory is what the process holds above the loaded
-model.
+An 8-block MoE of width 512, a probe of 4,096 tokens. Each way runs in its own process, rounds
+interleaved; the ratios of the medians are printed as a Markdown table. Peak memory is what the
+process holds above the loaded model.
 
     python scripts/bench_probe.py [--device cuda --dtype bfloat16 --width 2048]
 """
@@ -129,8 +129,9 @@ def compare(arguments: argparse.Namespace, length: int) -> str:
         {way: statistics.median(row[column] for row in rows) for way, rows in results.items()}
         for column in (0, 1)
     )
+    slower = seconds["measure"] / seconds["forward"]
     return (
-        f"| {length} | {seconds['forward']:.2f} s | {seconds['measure'] / seconds['forward']:.2f} | "
+        f"| {length} | {seconds['forward']:.2f} s | {slower:.2f} | "
         f"{seconds['output_attentions'] / seconds['measure']:.1f} | "
         f"{memory['forward'] / 2**20:.0f} MiB | {memory['measure'] / memory['forward']:.2f} | "
         f"{memory['output_attentions'] / memory['measure']:.1f} |"
@@ -151,7 +152,9 @@ def main() -> None:
     if arguments.worker:
         worker(arguments)
         return
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {arguments.dtype}")
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {arguments.dtype}"
+    )
     print(
         "| T | forward | measure / forward | eager / measure | forward memory | "
         "measure / forward | eager / measure |\n|---|---|---|---|---|---|---|"

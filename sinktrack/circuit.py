@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Component:
     gate: float | None = None
     """An expert's mean gate weight over the sequences whose P0 is routed to it."""
 
-    def to_record(self) -> dict[str, object]:
+    def to_record(self) -> dict[str, Any]:
         """As it stands in a record."""
         found = {"kind": self.kind, "block": self.block, "index": self.index, "share": self.share}
         return found if self.gate is None else found | {"gate": self.gate}
@@ -141,7 +142,14 @@ def localize(
         by_block[0, component.block] += component.share
     first_two, depth, effective = (_number(value) for value in summarize(by_block))
     return Localization(
-        formed, reference, tuple(shares), share_sum, first_two, depth, effective, tuple(parts[:_TOP])
+        formed,
+        reference,
+        tuple(shares),
+        share_sum,
+        first_two,
+        depth,
+        effective,
+        tuple(parts[:_TOP]),
     )
 
 

@@ -61,7 +61,9 @@ class Collector(States):
         self.sink: defaultdict[int, list[Tensor]] = defaultdict(list)
         self.visible: dict[int, int] = {}
         self.writes: defaultdict[tuple[int, int, str], list[Tensor]] = defaultdict(list)
-        self._parts: defaultdict[tuple[int, str, int], Tensor] = defaultdict(lambda: torch.zeros(()))
+        self._parts: defaultdict[tuple[int, str, int], Tensor] = defaultdict(
+            lambda: torch.zeros(())
+        )
         self._gates: defaultdict[tuple[int, int], list[float]] = defaultdict(list)
         self._order: dict[int, int] = {}
         self._sequences = 0

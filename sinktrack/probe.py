@@ -114,7 +114,7 @@ class Probe:
 
     def first_tokens(self, limit: int) -> Tensor:
         """int64 ``[N]``: the probe's distinct ids, ascending, thinned evenly to ``limit``."""
-        distinct = self.tokens.unique()
+        distinct: Tensor = self.tokens.unique()
         if len(distinct) <= limit:
             return distinct
         return distinct[torch.from_numpy(np.linspace(0, len(distinct) - 1, limit).astype("int64"))]

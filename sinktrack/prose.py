@@ -30,6 +30,4 @@ SENTENCES = (
 
 def passages() -> list[str]:
     """The whole text once from the start of each sentence, wrapping around."""
-    return [
-        " ".join(SENTENCES[start:] + SENTENCES[:start]) for start in range(len(SENTENCES))
-    ]
+    return [" ".join(SENTENCES[start:] + SENTENCES[:start]) for start in range(len(SENTENCES))]

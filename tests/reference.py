@@ -38,9 +38,7 @@ def measured_by_hand(model: Any, tokens: torch.Tensor) -> dict[str, np.ndarray]:
             for b in range(sequences):
                 if tokens[a, 0] != tokens[b, 0]:
                     left, right = inputs[block, a, 0], inputs[block, b, 0]
-                    cosines.append(
-                        left @ right / np.linalg.norm(left) / np.linalg.norm(right)
-                    )
+                    cosines.append(left @ right / np.linalg.norm(left) / np.linalg.norm(right))
         consistency.append(np.mean(cosines) if cosines else math.nan)
     return {
         "p0": p0,

@@ -123,9 +123,7 @@ def test_softcap_sinks_and_biases(
         bias = torch.randn(1, query.shape[1], length, length, generator=generator)
         seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
         mask = bias.masked_fill(~seen, torch.finfo(torch.float32).min)
-    got = attend(
-        query, key, value, scale=shape["scale"], mask=mask, softcap=softcap, sinks=sinks
-    )
+    got = attend(query, key, value, scale=shape["scale"], mask=mask, softcap=softcap, sinks=sinks)
     output, probabilities, largest = softmax_reference(
         query, key, value, shape["scale"], mask, softcap, sinks
     )

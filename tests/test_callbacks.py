@@ -15,11 +15,11 @@ import models
 import numpy as np
 import pytest
 import torch
+from sinktrack.callbacks.huggingface import SinkTrackCallback
+from sinktrack.callbacks.loop import SinkTracker
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sinktrack import MeasurementError, Probe, Run
-from sinktrack.callbacks.huggingface import SinkTrackCallback
-from sinktrack.callbacks.loop import SinkTracker
 
 PROBE = Probe.random(models.VOCABULARY, sequences=4, length=16, seed=5)
 
@@ -86,7 +86,10 @@ def assert_identical(one: Any, other: Any, where: str = "") -> None:
 
 SETUPS = {
     "dense with dropout": (models.gpt2, {}),
-    "moe with dropout": (lambda: models.mixtral(attention_dropout=0.1, router_jitter_noise=0.1), {}),
+    "moe with dropout": (
+        lambda: models.mixtral(attention_dropout=0.1, router_jitter_noise=0.1),
+        {},
+    ),
     "moe with router buffers": (lambda: models.deepseek_v3(attention_dropout=0.1), {}),
     "gradient accumulation": (models.mixtral, {"gradient_accumulation_steps": 2}),
     "gradient checkpointing": (models.llama, {"gradient_checkpointing": True}),
@@ -123,7 +126,11 @@ def test_resuming_goes_on_where_it_stopped(tmp_path: Path) -> None:
 def test_tokens_are_recorded_where_the_trainer_counts_them(tmp_path: Path) -> None:
     callback = SinkTrackCallback(PROBE, tmp_path / "run", every=2)
     run_trainer(
-        models.llama(), tmp_path / "out", [callback], max_steps=4, include_num_input_tokens_seen="all"
+        models.llama(),
+        tmp_path / "out",
+        [callback],
+        max_steps=4,
+        include_num_input_tokens_seen="all",
     )
     tokens = [record["tokens"] for record in Run.read(tmp_path / "run").records]
     assert tokens == [0, 2 * 4 * 16, 4 * 4 * 16]

@@ -112,9 +112,7 @@ def test_batches_give_the_same_numbers() -> None:
     whole, split = measure(model, PROBE), measure(model, PROBE, batch_size=2)
     torch.testing.assert_close(whole.p0_attention, split.p0_attention, atol=1e-6, rtol=0)
     torch.testing.assert_close(whole.norm_ratio, split.norm_ratio)
-    for one, other in zip(
-        whole.localization.shares, split.localization.shares, strict=True
-    ):
+    for one, other in zip(whole.localization.shares, split.localization.shares, strict=True):
         assert one.share == pytest.approx(other.share, abs=1e-5)
 
 
@@ -177,15 +175,16 @@ def fingerprint(model) -> dict[str, object]:
     return {
         "state": {k: v.clone() for k, v in model.state_dict().items()},
         "buffers": {k: (id(v), v.clone()) for k, v in model.named_buffers()},
-        "grads": {k: None if p.grad is None else p.grad.clone() for k, p in model.named_parameters()},
+        "grads": {
+            k: None if p.grad is None else p.grad.clone() for k, p in model.named_parameters()
+        },
         "training": [m.training for m in model.modules()],
         "hooks": [
             (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
             for m in model.modules()
         ],
         "attributes": [
-            {k: id(v) for k, v in vars(m).items() if not k.startswith("_")}
-            for m in model.modules()
+            {k: id(v) for k, v in vars(m).items() if not k.startswith("_")} for m in model.modules()
         ],
         "attention": model.config._attn_implementation,
         "rng": torch.get_rng_state(),

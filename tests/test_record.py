@@ -114,7 +114,13 @@ def test_not_a_run(tmp_path: Path) -> None:
 
 
 def child(code: str, *arguments: object) -> list[str]:
-    return [sys.executable, "-c", textwrap.dedent(code), str(Path(__file__).parent), *map(str, arguments)]
+    return [
+        sys.executable,
+        "-c",
+        textwrap.dedent(code),
+        str(Path(__file__).parent),
+        *map(str, arguments),
+    ]
 
 
 APPEND = """
@@ -129,7 +135,9 @@ APPEND = """
 
 @pytest.mark.parametrize("after", [1, 3, 7, 12])
 def test_a_killed_process_loses_nothing_it_reported(tmp_path: Path, after: int) -> None:
-    process = subprocess.Popen(child(APPEND, tmp_path, 0, 100000), stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        child(APPEND, tmp_path, 0, 100000), stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     reported = [int(process.stdout.readline()) for _ in range(after)]
     process.send_signal(signal.SIGKILL)

@@ -166,7 +166,9 @@ def test_a_damaged_checkpoint_is_named_and_the_others_are_measured(
     step, file, damage, message = DAMAGES[name]
     (path,) = (archive / f"checkpoint-{step}").glob(file)
     damage(path)
-    with pytest.raises(ArchiveError, match=f"1 checkpoints failed\ncheckpoint-{step}: .*({message})"):
+    with pytest.raises(
+        ArchiveError, match=f"1 checkpoints failed\ncheckpoint-{step}: .*({message})"
+    ):
         list(scan(archive, probe=PROBE, run=tmp_path / "run"))
     assert Run.read(tmp_path / "run").steps == sorted({4, 30, 200} - {step})
 
@@ -246,6 +248,7 @@ def test_a_probe_of_another_vocabulary_fails_every_checkpoint(
 
 
 def test_import_is_light() -> None:
-    code = "import sys, sinktrack; print([m for m in ('transformers', 'wandb', 'pandas', 'plotly', 'rich') if m in sys.modules])"
+    heavy = ("transformers", "wandb", "pandas", "plotly", "rich")
+    code = f"import sys, sinktrack; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,12 +12,12 @@ import models
 import pytest
 import torch
 import wandb
+from sinktrack.callbacks.huggingface import SinkTrackCallback
+from sinktrack.callbacks.loop import SinkTracker
 from test_callbacks import PROBE, run_trainer
 from wandb.proto import wandb_internal_pb2
 
 from sinktrack import Run
-from sinktrack.callbacks.huggingface import SinkTrackCallback
-from sinktrack.callbacks.loop import SinkTracker
 
 
 def read_back(directory: Path) -> tuple[list[dict], list]:

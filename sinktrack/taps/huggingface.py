@@ -72,7 +72,9 @@ def decoder(model: nn.Module) -> Decoder:
             f"unknown architecture {type(bare).__name__}: no list of {count} blocks found in it"
         )
     if getattr(config, "is_encoder_decoder", False):
-        raise MeasurementError(f"{type(bare).__name__} is an encoder-decoder; only decoders have P0")
+        raise MeasurementError(
+            f"{type(bare).__name__} is an encoder-decoder; only decoders have P0"
+        )
     blocks = dict(enumerate(lists[0]))
     attentions = _attention_classes(bare)
     return Decoder(bare, config, blocks, _kinds(config, blocks, attentions), attentions)
@@ -113,7 +115,7 @@ def _kinds(
             kinds.append("linear")
         elif "sliding" in name or "chunked" in name:
             kinds.append("sliding")
-        elif "full" in name or "attention" == name or softmax:
+        elif "full" in name or name == "attention" or softmax:
             kinds.append("full")
         else:
             kinds.append("linear")
@@ -289,9 +291,7 @@ class _Tap:
             projection = Projection(mixed, heads, weight, bias, found.factor)
             self.observer.write(self.block, Write("attention", added, raw, projection))
         elif found is not None and found.origin == "experts" and self.routed is not None:
-            routed = Routed(
-                self.routed.index, self.routed.gate, self.routed.outputs, found.factor
-            )
+            routed = Routed(self.routed.index, self.routed.gate, self.routed.outputs, found.factor)
             self.observer.write(self.block, Write("mlp", added, raw, routed=routed))
         else:
             self.observer.write(self.block, Write("mlp", added))
