@@ -23,7 +23,7 @@ class Component:
     """One term of the P0 state."""
 
     kind: str
-    """``embedding``, ``attention``, ``mlp``; or a part of the last two: ``head``,
+    """``embedding``, ``attention``, ``mixer``, ``mlp``; or a part of one: ``head``,
     ``attention_bias``, ``attention_norm``, ``expert``, ``shared_expert``, ``mlp_norm``, and
     ``attention_rest`` for what an attention adds beside its heads."""
     block: int | None

@@ -123,12 +123,12 @@ class Collector(States):
             rest = rest - outputs.sum((0, 1))
         if write.routed is not None:
             kind = "shared_expert"
-        elif write.sublayer == "mlp":
-            kind = "mlp"
+        elif write.sublayer in ("mlp", "mixer"):
+            kind = write.sublayer
         else:
             kind = "attention_rest"
         residue = 16 * torch.finfo(write.added.dtype).eps * raw.norm(dim=-1).sum()
-        if kind == "mlp" or rest.norm() > residue:  # else nothing but rounding is left
+        if kind in ("mlp", "mixer") or rest.norm() > residue:  # else nothing but rounding is left
             self._add(block, kind, -1, rest)
         if write.raw is not None:
             self._add(block, f"{write.sublayer}_norm", -1, row.sum(0) - raw.sum(0))

@@ -19,6 +19,7 @@ from sinktrack.circuit import (
     summarize,
 )
 from sinktrack.collect import Collector, States
+from sinktrack.errors import MeasurementError
 from sinktrack.record import SCHEMA
 
 RECORDED_EPSILONS = (0.1, 0.2, 0.3, 0.5)
@@ -172,8 +173,11 @@ def assemble(
         identity: ``model``, ``probe``, ``weights`` and ``seconds`` of the Measurement.
 
     Raises:
-        MeasurementError: states that are not finite, or shares that do not sum to 1.
+        MeasurementError: no softmax attention at all, states that are not finite, or shares that
+            do not sum to 1.
     """
+    if not collected.p0:
+        raise MeasurementError("no block has softmax attention, so there is no attention to P0")
     states = collected.stacked(collected.states)
     others = collected.stacked(collected.others)
     other_norms = collected.stacked(collected.other_norms)

@@ -48,7 +48,7 @@ class Write:
     """What one sublayer adds to the residual stream."""
 
     sublayer: str
-    """``attention`` or ``mlp``."""
+    """``attention``, ``mlp``, or ``mixer``: the token mixing of a block of linear attention."""
     added: Tensor
     """``[B, T, D]``: the write itself."""
     raw: Tensor | None = None

@@ -174,6 +174,7 @@ class _Tap:
         self.block = -1
         self.attended = 0
         self.attention_writes = 0
+        self.written = False
         self.shape: tuple[int, ...] = ()
         self.routed: Routed | None = None
         self.lineage = Lineage(self._write)
@@ -190,6 +191,7 @@ class _Tap:
             self.lineage.following = False
             self.observer.state(index, stream)
             self.attended = self.attention_writes = 0
+            self.written = False
             self.routed = None
             self.shape = tuple(stream.shape)
             mark(stream, Mark("stream"))
@@ -294,7 +296,9 @@ class _Tap:
             routed = Routed(self.routed.index, self.routed.gate, self.routed.outputs, found.factor)
             self.observer.write(self.block, Write("mlp", added, raw, routed=routed))
         else:
-            self.observer.write(self.block, Write("mlp", added))
+            mixer = self.found.kinds[self.block] == "linear" and not self.written
+            self.observer.write(self.block, Write("mixer" if mixer else "mlp", added))
+        self.written = True
         self.lineage.following = True
 
 
