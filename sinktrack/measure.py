@@ -42,7 +42,7 @@ def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) ->
     probe.check(found.config.vocab_size, getattr(found.config, "max_position_embeddings", None))
     device = found.model.get_input_embeddings().weight.device
     collected, singles = Collector(), States()
-    first = probe.first_tokens(min(256, max(8, probe.tokens.numel() // 64)))
+    first = probe.first_tokens()
     size = batch_size or probe.sequences
     with undisturbed(found.model):
         with watch(found, collected):

@@ -112,9 +112,14 @@ class Probe:
         head = f"sinktrack probe {data.shape}".encode()
         return hashlib.blake2b(head + data.tobytes(), digest_size=16).hexdigest()
 
-    def first_tokens(self, limit: int) -> Tensor:
-        """int64 ``[N]``: the probe's distinct ids, ascending, thinned evenly to ``limit``."""
+    def first_tokens(self) -> Tensor:
+        """int64 ``[N]``: the probe's distinct ids, ascending.
+
+        Thinned evenly to a 64th of the probe's tokens, but at least 64 and at most 256, so that
+        measuring them one by one stays cheap beside the probe itself.
+        """
         distinct: Tensor = self.tokens.unique()
+        limit = min(256, max(64, self.tokens.numel() // 64))
         if len(distinct) <= limit:
             return distinct
         return distinct[torch.from_numpy(np.linspace(0, len(distinct) - 1, limit).astype("int64"))]
