@@ -15,7 +15,7 @@ from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
 from sinktrack.publish import wandb
-from sinktrack.record import Run, versions
+from sinktrack.record import Run, to_json, versions
 
 _log = logging.getLogger("sinktrack")
 
@@ -82,8 +82,9 @@ class SinkTracker:
             measurement = measure(model, self.probe, batch_size=self.batch_size)
             if self._run is None:
                 return None
-            self._run.append(measurement.to_record(step, "callback", versions(), tokens))
-            wandb.log(self._run.records[-1], self.axes)
+            record = to_json(measurement.to_record(step, "callback", versions(), tokens))
+            self._run.append(record)
+            wandb.log(record, self.axes)
         except Exception as error:
             if self.on_error == "raise":
                 raise

@@ -11,7 +11,7 @@ from sinktrack.errors import ArchiveError, SinktrackError
 from sinktrack.measure import measure
 from sinktrack.probe import Probe
 from sinktrack.prose import passages
-from sinktrack.record import Run, versions
+from sinktrack.record import Run, to_json, versions
 
 Notify = Callable[[Checkpoint, dict[str, Any] | SinktrackError], None]
 
@@ -55,7 +55,7 @@ def scan(
             outcome: dict[str, Any] | SinktrackError = error
         else:
             run.append(record)
-            outcome = run.records[run.steps.index(checkpoint.step)]
+            outcome = record
         if notify is not None:
             notify(checkpoint, outcome)
         if isinstance(outcome, dict):
@@ -74,7 +74,10 @@ def _measure(checkpoint: Checkpoint, probe: Probe, device: str) -> dict[str, Any
     from sinktrack.archive.safetensors import load
 
     measured = measure(load(checkpoint, device), probe)
-    return measured.to_record(checkpoint.step, checkpoint.name, versions(), checkpoint.tokens)
+    record: dict[str, Any] = to_json(
+        measured.to_record(checkpoint.step, checkpoint.name, versions(), checkpoint.tokens)
+    )
+    return record
 
 
 def choose_probe(checkpoint: Path, run: Run, file: Path | None) -> tuple[Probe, str | None]:

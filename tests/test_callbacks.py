@@ -209,3 +209,39 @@ def test_two_processes_train_alike_and_one_writes(tmp_path: Path) -> None:
     lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
     assert len(lines) == 11
     assert Run.read(tmp_path / "run").steps == list(range(0, 51, 5))
+
+
+def test_the_probe_does_not_recompile_a_compiled_model(tmp_path: Path) -> None:
+    """A compiled training graph is neither compiled again nor changed by the probe."""
+    from torch._dynamo.testing import CompileCounter
+
+    def train(tracker: SinkTracker | None) -> tuple[int, dict[str, torch.Tensor]]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = models.llama().train()
+        counter = CompileCounter()
+        compiled = torch.compile(model, backend=counter)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        for step in range(1, 9):
+            tokens = torch.randint(models.VOCABULARY, (4, 16))
+            compiled(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if tracker:
+                tracker.step(step, compiled)
+        return counter.frame_count, model.state_dict()
+
+    tracker = SinkTracker(PROBE, tmp_path, every=3, on_error="raise")
+    plain, tracked = train(None), train(tracker)
+    assert plain[0] > 0 and plain[0] == tracked[0]
+    assert_identical(plain[1], tracked[1])
+    assert Run.read(tmp_path).steps == [3, 6]
+
+
+def test_a_resume_from_an_older_checkpoint_logs_the_new_record(tmp_path: Path, monkeypatch) -> None:
+    logged = []
+    monkeypatch.setattr("sinktrack.publish.wandb.log", lambda record, axes: logged.append(record))
+    tracker = SinkTracker(PROBE, tmp_path, every=10, on_error="raise")
+    for step in (10, 20, 10):
+        tracker.step(step, models.llama())
+    assert [record["step"] for record in logged] == [10, 20, 10]
