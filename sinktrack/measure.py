@@ -6,10 +6,13 @@ import hashlib
 import inspect
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from sinktrack.collect import Collector, States
 from sinktrack.errors import MeasurementError
@@ -44,7 +47,7 @@ def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) ->
     collected, singles = Collector(), States()
     first = probe.first_tokens()
     size = batch_size or probe.sequences
-    with undisturbed(found.model):
+    with undisturbed(found.model), _resharded(found.model):
         with watch(found, collected):
             for tokens in probe.tokens.split(size):
                 _forward(found.model, tokens.to(device))
@@ -68,10 +71,26 @@ def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) ->
     )
 
 
+@contextmanager
+def _resharded(model: nn.Module) -> Iterator[None]:
+    """FSDP keeps what a forward gathered until a backward, which a probe does not have."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
 def _forward(model: nn.Module, tokens: Tensor) -> None:
     accepted = inspect.signature(model.forward).parameters
     wanted: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
     model(input_ids=tokens, **{name: value for name, value in wanted.items() if name in accepted})
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A parameter, gathered where FSDP shards it; then every process must be here."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _refuse_meta(model: nn.Module) -> None:
@@ -85,9 +104,9 @@ def _refuse_meta(model: nn.Module) -> None:
 def _digest(model: Any, blocks: Iterator[nn.Module] | Any, tokens: Tensor) -> str:
     """Of the probe's embedding rows and the blocks' vectors (norms, biases): cheap to compare."""
     hasher = hashlib.blake2b(digest_size=16)
-    embedding = model.get_input_embeddings().weight
+    embedding = _whole(model.get_input_embeddings().weight)
     sample = [embedding[tokens.to(embedding.device)]]
-    sample += [value for block in blocks for value in block.parameters() if value.ndim == 1]
+    sample += [_whole(value) for block in blocks for value in block.parameters() if value.ndim == 1]
     for value in sample:
         data = value.detach().cpu().contiguous()
         hasher.update(f"{data.dtype}{tuple(data.shape)}".encode())

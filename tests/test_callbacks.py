@@ -245,3 +245,63 @@ def test_a_resume_from_an_older_checkpoint_logs_the_new_record(tmp_path: Path, m
     for step in (10, 20, 10):
         tracker.step(step, models.llama())
     assert [record["step"] for record in logged] == [10, 20, 10]
+
+
+def test_fully_sharded_training(tmp_path: Path) -> None:
+    """FSDP2 over two processes: bit-identical training, and the numbers of the whole model."""
+    script = tmp_path / "fsdp.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys, torch, torch.distributed as dist
+            from pathlib import Path
+            sys.path.insert(0, sys.argv[1])
+            from test_callbacks import *
+            from sinktrack import measure
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+            torch.set_num_threads(1)
+            dist.init_process_group("gloo")
+            mesh = init_device_mesh("cpu", (2,))
+            out, rank = Path(sys.argv[2]), dist.get_rank()
+            for name, build in (("dense", models.llama), ("moe", models.mixtral)):
+                found = []
+                for tracked in (False, True):
+                    torch.manual_seed(rank)
+                    model = build().train()
+                    for block in model.model.layers:
+                        fully_shard(block, mesh=mesh)
+                    fully_shard(model, mesh=mesh)
+                    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+                    tracker = SinkTracker(PROBE, out / name, every=5, on_error="raise")
+                    for step in range(1, 12):
+                        tokens = torch.randint(models.VOCABULARY, (4, 16))
+                        model(tokens, labels=tokens).loss.backward()
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        if tracked:
+                            tracker.step(step, model)
+                    if tracked:
+                        tracker.probe_now(11, model)
+                    found.append({k: v.full_tensor() for k, v in model.state_dict().items()})
+                assert_identical(*found)
+                whole = build()
+                whole.load_state_dict(found[0])
+                if rank == 0:
+                    live = measure(whole, PROBE)
+                    last = Run.read(out / name).records[-1]
+                    assert last["step"] == 11 and last["weights"] == live.weights
+                    torch.testing.assert_close(
+                        torch.tensor(last["p0_attention"]), live.p0_attention, atol=1e-6, rtol=0
+                    )
+                    assert abs(last["share_sum"] - 1) < 1e-5
+            dist.destroy_process_group()
+            """
+        )
+    )
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        str(script), str(Path(__file__).parent), str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
