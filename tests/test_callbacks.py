@@ -172,33 +172,35 @@ def test_a_failing_probe_is_reported_once(tmp_path: Path, caplog: pytest.LogCapt
         SinkTracker(PROBE, tmp_path, every=1, on_error="raise").step(3, model)
 
 
-def test_two_processes_train_alike_and_one_writes(tmp_path: Path) -> None:
-    script = tmp_path / "ddp.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys, torch
-            from pathlib import Path
-            sys.path.insert(0, sys.argv[1])
-            from test_callbacks import *
-            torch.set_num_threads(1)
-            out = Path(sys.argv[2])
-            tracked = [SinkTrackCallback(PROBE, out / "run", every=5, on_error="raise")]
-            for name, callbacks in (("plain", []), ("tracked", tracked)):
-                model = models.mixtral(attention_dropout=0.1).train()
-                found = run_trainer(model, out / name, callbacks, max_steps=50, ddp_backend="gloo",
-                                    ddp_find_unused_parameters=True)
-                rank = torch.distributed.get_rank()
-                torch.save(found.weights, out / f"{name}-{rank}.pt")
-            """
-        )
-    )
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        str(script), str(Path(__file__).parent), str(tmp_path),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def two_processes(tmp_path: Path, code: str) -> None:
+    """Run ``code`` under torchrun with everything of this module and ``out`` at hand."""
+    script = tmp_path / "script.py"
+    start = f"""
+        import sys, torch, torch.distributed as dist
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_callbacks import *
+        torch.set_num_threads(1)
+        out = Path({str(tmp_path)!r})
+    """
+    script.write_text(textwrap.dedent(start) + textwrap.dedent(code))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_train_alike_and_one_writes(tmp_path: Path) -> None:
+    two_processes(
+        tmp_path,
+        """
+        tracked = [SinkTrackCallback(PROBE, out / "run", every=5, on_error="raise")]
+        for name, callbacks in (("plain", []), ("tracked", tracked)):
+            model = models.mixtral(attention_dropout=0.1).train()
+            found = run_trainer(model, out / name, callbacks, max_steps=50, ddp_backend="gloo",
+                                ddp_find_unused_parameters=True)
+            rank = torch.distributed.get_rank()
+            torch.save(found.weights, out / f"{name}-{rank}.pt")
+        """,
+    )
     weights = [
         torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
         for name in ("plain", "tracked")
@@ -249,59 +251,46 @@ def test_a_resume_from_an_older_checkpoint_logs_the_new_record(tmp_path: Path, m
 
 def test_fully_sharded_training(tmp_path: Path) -> None:
     """FSDP2 over two processes: bit-identical training, and the numbers of the whole model."""
-    script = tmp_path / "fsdp.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys, torch, torch.distributed as dist
-            from pathlib import Path
-            sys.path.insert(0, sys.argv[1])
-            from test_callbacks import *
-            from sinktrack import measure
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-            torch.set_num_threads(1)
-            dist.init_process_group("gloo")
-            mesh = init_device_mesh("cpu", (2,))
-            out, rank = Path(sys.argv[2]), dist.get_rank()
-            for name, build in (("dense", models.llama), ("moe", models.mixtral)):
-                found = []
-                for tracked in (False, True):
-                    torch.manual_seed(rank)
-                    model = build().train()
-                    for block in model.model.layers:
-                        fully_shard(block, mesh=mesh)
-                    fully_shard(model, mesh=mesh)
-                    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-                    tracker = SinkTracker(PROBE, out / name, every=5, on_error="raise")
-                    for step in range(1, 12):
-                        tokens = torch.randint(models.VOCABULARY, (4, 16))
-                        model(tokens, labels=tokens).loss.backward()
-                        optimizer.step()
-                        optimizer.zero_grad()
-                        if tracked:
-                            tracker.step(step, model)
+    two_processes(
+        tmp_path,
+        """
+        from sinktrack import measure
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        dist.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (2,))
+        rank = dist.get_rank()
+        for name, build in (("dense", models.llama), ("moe", models.mixtral)):
+            found = []
+            for tracked in (False, True):
+                torch.manual_seed(rank)
+                model = build().train()
+                for block in model.model.layers:
+                    fully_shard(block, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+                tracker = SinkTracker(PROBE, out / name, every=5, on_error="raise")
+                for step in range(1, 12):
+                    tokens = torch.randint(models.VOCABULARY, (4, 16))
+                    model(tokens, labels=tokens).loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
                     if tracked:
-                        tracker.probe_now(11, model)
-                    found.append({k: v.full_tensor() for k, v in model.state_dict().items()})
-                assert_identical(*found)
-                whole = build()
-                whole.load_state_dict(found[0])
-                if rank == 0:
-                    live = measure(whole, PROBE)
-                    last = Run.read(out / name).records[-1]
-                    assert last["step"] == 11 and last["weights"] == live.weights
-                    torch.testing.assert_close(
-                        torch.tensor(last["p0_attention"]), live.p0_attention, atol=1e-6, rtol=0
-                    )
-                    assert abs(last["share_sum"] - 1) < 1e-5
-            dist.destroy_process_group()
-            """
-        )
+                        tracker.step(step, model)
+                if tracked:
+                    tracker.probe_now(11, model)
+                found.append({k: v.full_tensor() for k, v in model.state_dict().items()})
+            assert_identical(*found)
+            whole = build()
+            whole.load_state_dict(found[0])
+            if rank == 0:
+                live = measure(whole, PROBE)
+                last = Run.read(out / name).records[-1]
+                assert last["step"] == 11 and last["weights"] == live.weights
+                torch.testing.assert_close(
+                    torch.tensor(last["p0_attention"]), live.p0_attention, atol=1e-6, rtol=0
+                )
+                assert abs(last["share_sum"] - 1) < 1e-5
+        dist.destroy_process_group()
+        """,
     )
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        str(script), str(Path(__file__).parent), str(tmp_path),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
