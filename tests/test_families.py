@@ -31,6 +31,7 @@ SHARED: dict[str, Any] = models.small(
     intermediate_size_mlp=48, word_embed_proj_dim=32, ffn_dim=48,
 )  # fmt: skip
 LATENT = {"num_key_value_heads": 4}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2}
 EXACT: dict[str, dict[str, Any]] = {
     "qwen2_moe": {}, "qwen3_moe": {}, "qwen3_next": {}, "qwen3_5_moe_text": {}, "olmoe": {},
     "flex_olmo": {}, "mixtral": {}, "gpt_oss": {}, "deepseek_v2": LATENT, "glm4_moe": {},
@@ -38,10 +39,18 @@ EXACT: dict[str, dict[str, Any]] = {
     "minimax_m2": {}, "hunyuan_v1_moe": {}, "llama4_text": {}, "llama": {}, "mistral": {},
     "qwen2": {}, "qwen3": {}, "gemma": {}, "gemma2": {}, "gemma3_text": {}, "gpt2": {},
     "gpt_neox": {}, "opt": {}, "olmo": {}, "olmo2": {}, "olmo3": {}, "phi": {}, "phi3": {},
-    "smollm3": {}, "cohere": {}, "stablelm": {},
+    "smollm3": {}, "cohere": {}, "stablelm": {}, "deepseek_v3": LATENT | {"head_dim": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"] * 2},
+    "bamba": MAMBA | {"attn_layer_indices": [1, 3]}, "afmoe": {}, "starcoder2": {},
+    "glm4_moe_lite": LATENT, "deepseek_v32": LATENT, "seed_oss": {}, "arcee": {}, "exaone4": {},
+    "apertus": {}, "qwen3_5_text": {}, "hunyuan_v1_dense": {}, "ernie4_5": {}, "gpt_bigcode": {},
+    "helium": {}, "granite": {}, "nemotron": {},
 }  # fmt: skip
 REFUSED = {
+    "jetmoe": "its attention heads are routed like experts",
     "minimax": "its output is not its input plus writes",
+    "falcon": "its attention does not go through transformers' attention interface",
     "bloom": "its attention does not go through transformers' attention interface",
 }
 
@@ -50,6 +59,8 @@ def tiny(family: str, changes: dict[str, Any]) -> Any:
     """A model of the family from those of our arguments that its configuration knows."""
     config = CONFIG_MAPPING[family]
     known = {name: value for name, value in SHARED.items() if hasattr(config(), name)}
+    if isinstance(getattr(config, "head_dim", None), property):
+        known.pop("head_dim", None)
     return models.build(config(**{**known, "num_hidden_layers": 4, **changes}))
 
 
@@ -69,7 +80,7 @@ def test_exact(family: str) -> None:
             found.p0_attention_by_sequence[:, block], p0.float(), atol=1e-6, rtol=0
         )
         torch.testing.assert_close(
-            found.own_attention_by_sequence[:, block], matrix[:, :, 0, 0].float(), atol=1e-6, rtol=0
+            found.own_attention_by_sequence[:, block], matrix[:, :, 0, 0].float(), atol=4e-6, rtol=0
         )
         if found.sink_logit_mass is not None:
             missing = (1 - matrix.sum(-1))[:, :, 1:].mean((0, 2))

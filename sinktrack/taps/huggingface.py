@@ -231,7 +231,7 @@ class _Tap:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        mask: Tensor | None,
+        attention_mask: Tensor | None,
         scaling: float | None = None,
         is_causal: bool | None = None,
         softcap: float | None = None,
@@ -241,14 +241,14 @@ class _Tap:
     ) -> tuple[Tensor, None]:
         following, self.lineage.following = self.lineage.following, False
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        if mask is None and not causal:
+        if attention_mask is None and not causal:
             raise MeasurementError(f"{self.name()}: attention that is not causal has no P0 sink")
         if position_bias is not None:
             raise MeasurementError(f"{self.name()}: learned position biases are not supported")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         try:
             attended = attend(
-                query, key, value, scale=scale, mask=mask, softcap=softcap, sinks=s_aux
+                query, key, value, scale=scale, mask=attention_mask, softcap=softcap, sinks=s_aux
             )
         except MeasurementError as error:
             raise MeasurementError(f"{self.name()}: {error}") from error
@@ -284,11 +284,18 @@ class _Tap:
     def _write(self, found: Mark | None, added: Tensor) -> None:
         self.lineage.following = False
         added = added.view(self.shape)
-        raw = None if found is None or found.raw is None else found.raw.view(self.shape)
+        raw = None if found is None else found.raw
+        if raw is not None:  # of another shape, it went through more than a norm
+            raw = raw.view(self.shape) if raw.numel() == added.numel() else None
         if found is not None and found.origin == "attention":
             self.attention_writes += 1
             assert found.operands is not None
             mixed, heads, weight, bias = found.operands
+            if mixed.numel() != self.shape[0] * self.shape[1] * weight.shape[1]:
+                raise MeasurementError(
+                    f"{self.name()}: its attention heads are routed like experts, so what each "
+                    "writes at P0 cannot be told; not supported"
+                )
             mixed = mixed.view(*self.shape[:2], -1)
             projection = Projection(mixed, heads, weight, bias, found.factor)
             self.observer.write(self.block, Write("attention", added, raw, projection))
