@@ -23,13 +23,13 @@ from sinktrack.errors import MeasurementError
 
 _CHUNK_SCORES = 2**22
 """Scores held at a time where no fused call returns a log-sum-exp (16 MiB in float32)."""
+_NOTHING = -80.0
+"""Log-probability of a masked key at most; float32 has no smaller normal ``exp``."""
 
 
 class Attended(NamedTuple):
-    """What one attention call yields."""
+    """Who attends to P0 in one attention call."""
 
-    output: Tensor
-    """``[B, H, T, Dv]`` in the dtype of the values."""
     p0: Tensor
     """``[B, H, T]`` float32: probability of query ``i`` on key 0; 0 where P0 is out of sight."""
     visible: Tensor
@@ -47,7 +47,7 @@ def attend(
     mask: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> Attended:
+) -> tuple[Tensor, Attended]:
     """Attend causally and return the exact probability on P0 beside the output.
 
     Args:
@@ -60,6 +60,9 @@ def attend(
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
         sinks: ``[H]`` learned logits that join the denominator of every query (gpt-oss).
 
+    Returns:
+        The output ``[B, H, T, Dv]`` in the dtype of the values, and the attention to P0.
+
     Raises:
         MeasurementError: shapes that do not fit together, as with a key cache.
     """
@@ -70,6 +73,8 @@ def attend(
             f"{tuple(value.shape)}: the probe needs as many keys as queries (no cache) and a whole "
             "number of query heads per key head"
         )
+    if mask is not None and length > 1 and _sees_later(mask):
+        raise MeasurementError("attention that is not causal has no P0 sink")
     first = key[:, :, 0].float().repeat_interleave(heads // key.shape[1], dim=1)
     score = torch.einsum("bhtd,bhd->bht", query.float(), first).mul_(scale)
     if softcap is not None:
@@ -93,7 +98,35 @@ def attend(
         output = output * (lse - total).exp_().unsqueeze(-1).to(output.dtype)
         sink = (sinks.float()[:, None] - total).exp_()
         lse = total
-    return Attended(output, score.sub_(lse).exp_(), visible, sink)
+    return output, Attended(score.sub_(lse).exp_(), visible, sink)
+
+
+def _sees_later(mask: Tensor) -> bool:
+    """Does the mask let a query see a later key?"""
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return bool(seen.triu(1).any())
+
+
+def read_scores(scores: Tensor) -> Attended:
+    """Attention to P0 from the scores ``[B, H, T, T]`` of a model that holds them anyway.
+
+    Args:
+        scores: scaled, with biases and mask added, as they enter the softmax.
+
+    Raises:
+        MeasurementError: not causal, or heads that differ in which queries see P0.
+    """
+    column = scores[..., 0]
+    visible = column > torch.finfo(scores.dtype).min / 2
+    if not bool((visible == visible[:, :1]).all()):
+        raise MeasurementError("its heads differ in which queries see P0; not supported")
+    wide = scores.float()
+    total = wide.logsumexp(-1)
+    past = torch.ones(wide.shape[-2:], dtype=torch.bool, device=wide.device).tril()
+    if bool(((wide - total[..., None]).masked_fill_(past, -torch.inf) > _NOTHING).any()):
+        raise MeasurementError("attention that is not causal has no P0 sink")
+    p0 = (column.float() - total).exp_().masked_fill_(~visible, 0.0)
+    return Attended(p0, visible[:, 0], None)
 
 
 def _fused(

@@ -29,12 +29,11 @@ class States(Observer):
         if stream.shape[1] > 1:
             rest = stream[:, 1:]
             self.others[block].append(rest.mean(1, dtype=torch.float32))
-            self.other_norms[block].append(
-                torch.linalg.vector_norm(rest, dim=-1, dtype=torch.float32)
-            )
+            norms = torch.linalg.vector_norm(rest, dim=-1, dtype=torch.float32)
+            self.other_norms[block].append(norms.flatten())
 
     def stacked(self, of: dict[int, list[Tensor]]) -> Tensor:
-        """``[L + 1, sequences, ...]`` on the CPU.
+        """``[L + 1, ...]`` on the CPU, the batches side by side.
 
         Raises:
             MeasurementError: a state is not finite; names the block.
@@ -59,7 +58,8 @@ class Collector(States):
         self.p0: defaultdict[int, list[Tensor]] = defaultdict(list)
         self.own: defaultdict[int, list[Tensor]] = defaultdict(list)
         self.sink: defaultdict[int, list[Tensor]] = defaultdict(list)
-        self.visible: dict[int, int] = {}
+        self.gates: defaultdict[int, list[Tensor]] = defaultdict(list)
+        self.visible: defaultdict[int, list[Tensor]] = defaultdict(list)
         self.writes: defaultdict[tuple[int, int, str], list[Tensor]] = defaultdict(list)
         self._parts: defaultdict[tuple[int, str, int], Tensor] = defaultdict(
             lambda: torch.zeros(())
@@ -70,20 +70,24 @@ class Collector(States):
 
     def attention(self, block: int, attended: Attended) -> None:
         """Average the attention to P0 over the queries that see it."""
-        seen = attended.visible[:, 1:]
-        counts = seen.sum(-1).unique()
-        if len(counts) > 1:
+        sequences = len(attended.p0)
+        seen = attended.visible.expand(sequences, -1)
+        if not bool(seen[:, 0].all()):
             raise MeasurementError(
-                f"block {block}: the sequences differ in how many queries see P0 "
-                f"({counts.tolist()}); padded probes are not supported"
+                f"block {block}: P0 does not see itself; sequences padded on the left have no P0"
             )
         if len(self.p0[block]) > len(self.states[block]) - 1:
             raise MeasurementError(f"block {block} attends more than once; not supported")
-        self.visible[block] = int(counts)
-        self.p0[block].append(attended.p0[..., 1:].sum(-1) / counts)
+        counts = seen[:, 1:].sum(-1)
+        self.visible[block].append(counts)
+        self.p0[block].append(attended.p0[..., 1:].sum(-1) / counts[:, None])
         self.own[block].append(attended.p0[..., 0].clone())
         if attended.sink is not None:
             self.sink[block].append(attended.sink[..., 1:].mean(-1))
+
+    def gate(self, block: int, gate: Tensor) -> None:
+        """Average the gate over the queries after P0."""
+        self.gates[block].append(gate[:, 1:].mean(1))
 
     def state(self, block: int, stream: Tensor) -> None:
         """As in `States`; a new batch of sequences begins at block 0."""

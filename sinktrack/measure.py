@@ -42,14 +42,19 @@ def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) ->
     started = time.perf_counter()
     found = decoder(model)
     _refuse_meta(found.model)
-    probe.check(found.config.vocab_size, getattr(found.config, "max_position_embeddings", None))
+    probe.check(
+        found.config.vocab_size,
+        getattr(found.config, "max_position_embeddings", None),
+        getattr(found.config, "pad_token_id", None),
+    )
     device = found.model.get_input_embeddings().weight.device
     collected, singles = Collector(), States()
     first = probe.first_tokens()
     size = batch_size or probe.sequences
+    batches = probe.batches(size)
     with undisturbed(found.model), _resharded(found.model):
         with watch(found, collected):
-            for tokens in probe.tokens.split(size):
+            for tokens in batches:
                 _forward(found.model, tokens.to(device))
         with watch(found, singles):
             for tokens in first[:, None].split(max(size, 256)):
@@ -57,12 +62,12 @@ def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) ->
     return assemble(
         collected,
         singles,
-        probe.tokens[:, 0],
+        torch.cat([tokens[:, 0] for tokens in batches]),
         found.kinds,
         model={
             "type": found.type,
             "blocks": len(found.blocks),
-            "heads": int(found.config.num_attention_heads),
+            "heads": getattr(found.config, "num_attention_heads", None),
             "experts": found.experts,
         },
         probe=probe.digest,

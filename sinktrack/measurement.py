@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,15 +52,18 @@ class Measurement:
     """Digest of a sample of the weights."""
     seconds: float
     block_kinds: tuple[str, ...]
-    """``full``, ``sliding`` or ``linear``; linear blocks have no softmax attention, hence nan."""
-    visible_queries: tuple[int | None, ...]
-    """Queries ``i >= 1`` of a sequence that can see P0, per block."""
+    """``full``, ``sliding``, ``linear`` or ``mlp``; the last two have no softmax attention: nan."""
+    visible_queries_by_sequence: Tensor
+    """float32 ``[B, L]``: queries ``i >= 1`` that can see P0; nan for linear blocks."""
     p0_attention_by_sequence: Tensor
     """float32 ``[B, L, H]``: mean attention to P0 over the visible queries ``i >= 1``."""
     own_attention_by_sequence: Tensor
     """float32 ``[B, L, H]``: of query 0 to itself; 1 but for learned sink logits."""
     sink_logit_mass: Tensor | None
     """float32 ``[L, H]``: probability on learned sink logits; None where no block has them."""
+    attention_gate: Tensor | None
+    """float32 ``[L, H]``: mean gate on the heads' outputs at queries ``i >= 1``; None where no
+    block has one. Attention to P0 is that before the gate."""
     p0_norm: Tensor
     """float32 ``[L + 1]``."""
     norm_ratio: Tensor
@@ -74,6 +78,17 @@ class Measurement:
     first_two_gain: float | None
     intervals: dict[str, Any]
     """95 % intervals over sequences of the headline numbers."""
+
+    @property
+    def visible_queries(self) -> tuple[int | float | None, ...]:
+        """Queries ``i >= 1`` of a sequence that can see P0, per block.
+
+        The mean where sequences differ: documents of several lengths, or sparse attention.
+        """
+        means = self.visible_queries_by_sequence.double().mean(0).tolist()
+        return tuple(
+            None if math.isnan(mean) else int(mean) if mean.is_integer() else mean for mean in means
+        )
 
     @property
     def p0_attention(self) -> Tensor:
@@ -102,8 +117,7 @@ class Measurement:
 
     def _alpha(self) -> Tensor:
         """float64 ``[B, L, H]``: mean over all queries that see P0, query 0 included."""
-        count = torch.tensor([torch.nan if n is None else n for n in self.visible_queries])
-        count = count.double()[:, None]
+        count = self.visible_queries_by_sequence.double()[..., None]
         seen = self.p0_attention_by_sequence.double() * count
         return (seen + self.own_attention_by_sequence.double()) / (count + 1)
 
@@ -151,8 +165,9 @@ class Measurement:
             "first_two_gain": self.first_two_gain,
             "intervals": self.intervals,
         }
-        if self.sink_logit_mass is not None:
-            record["sink_logit_mass"] = self.sink_logit_mass
+        for name in ("sink_logit_mass", "attention_gate"):
+            if getattr(self, name) is not None:
+                record[name] = getattr(self, name)
         return record
 
 
@@ -185,7 +200,7 @@ def assemble(
 
     p0 = _heads(collected.p0, blocks, sequences)
     norms = torch.linalg.vector_norm(states, dim=-1)
-    median = _median(other_norms.flatten(1))
+    median = _median(other_norms)
     norm_ratio = norms.mean(-1) / median
     single = singles.stacked(singles.states)
     single_ratio = torch.linalg.vector_norm(single, dim=-1) / median[:, None]
@@ -200,11 +215,21 @@ def assemble(
     gain, peak, two_gain = amplification(norm_ratio)
     measurement = Measurement(
         block_kinds=tuple(kinds),
-        visible_queries=tuple(collected.visible.get(block) for block in range(blocks)),
+        visible_queries_by_sequence=_heads(
+            {
+                block: [count[:, None] for count in parts]
+                for block, parts in collected.visible.items()
+            },
+            blocks,
+            sequences,
+        )[..., 0],
         p0_attention_by_sequence=p0,
         own_attention_by_sequence=_heads(collected.own, blocks, sequences),
         sink_logit_mass=_heads(collected.sink, blocks, sequences).mean(0)
         if collected.sink
+        else None,
+        attention_gate=_heads(collected.gates, blocks, sequences).mean(0)
+        if collected.gates
         else None,
         p0_norm=norms.mean(-1),
         norm_ratio=norm_ratio,

@@ -18,29 +18,35 @@ from torch import Tensor
 
 from sinktrack.errors import ProbeError
 
+_PADDING = 4
+"""As many padding tokens at the start of a row are no text, and no chance either."""
+
 
 class Probe:
     """Token ids ``[B, T]``; two probes are equal when their digests are."""
 
-    def __init__(self, tokens: Tensor) -> None:
+    def __init__(self, tokens: Tensor, documents: Tensor | None = None) -> None:
         self.tokens = tokens
         """int64 ``[B, T]`` on the CPU."""
+        self.documents = documents
+        """int64 ``[B, T]``: where rows are packed, the number of each token's document."""
 
     @classmethod
-    def from_tokens(cls, ids: Any) -> Probe:
+    def from_tokens(cls, ids: Any, documents: Any = None) -> Probe:
         """From token ids: a tensor, an array or nested lists of integers ``[B, T]``.
 
+        Args:
+            ids: the tokens.
+            documents: ``[B, T]`` integers for packed rows: a new document begins where the number
+                changes along a row. P0 is then the first token of every document, and each is
+                measured as a sequence of its own, which is what a model sees that is trained with
+                a document mask and positions that begin anew.
+
         Raises:
-            ProbeError: not two-dimensional, not integers, empty, one token per sequence, negative.
+            ProbeError: not two-dimensional, not integers, empty, one token per sequence or
+                document, negative.
         """
-        try:
-            tokens = torch.as_tensor(ids)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ProbeError(f"token ids do not form a rectangle [B, T]: {error}") from error
-        if tokens.ndim != 2:
-            raise ProbeError(f"token ids have shape {tuple(tokens.shape)}, wanted [B, T]")
-        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
-            raise ProbeError(f"token ids are {tokens.dtype}, wanted integers")
+        tokens = _integers(ids, "token ids")
         sequences, length = tokens.shape
         if sequences == 0:
             raise ProbeError("the probe has 0 sequences")
@@ -56,7 +62,20 @@ class Probe:
                 f"token id {int(tokens[row, column])} at sequence {row}, position {column} is "
                 "negative; padding cannot be measured"
             )
-        return cls(tokens)
+        if documents is None:
+            return cls(tokens)
+        numbers = _integers(documents, "documents")
+        if numbers.shape != tokens.shape:
+            raise ProbeError(
+                f"documents have shape {tuple(numbers.shape)}, the token ids {tuple(tokens.shape)}"
+            )
+        probe = cls(tokens, numbers.detach().to("cpu", torch.int64).contiguous().clone())
+        for document in probe._sequences:
+            if len(document) < 2:
+                raise ProbeError(
+                    "a document has 1 token, so no query after its P0; leave it out of the probe"
+                )
+        return probe
 
     @classmethod
     def from_texts(cls, tokenizer: Any, texts: Sequence[str], length: int = 64) -> Probe:
@@ -95,22 +114,43 @@ class Probe:
         ids = torch.randint(vocab_size, (sequences, max(length, 0)), generator=generator)
         return cls.from_tokens(ids)
 
+    @cached_property
+    def _sequences(self) -> list[Tensor]:
+        """The rows, or the documents in them, in reading order."""
+        if self.documents is None:
+            return list(self.tokens)
+        cuts = [(row.diff() != 0).nonzero()[:, 0] + 1 for row in self.documents]
+        return [
+            document
+            for row, cut in zip(self.tokens, cuts, strict=True)
+            for document in row.tensor_split(cut)
+        ]
+
     @property
     def sequences(self) -> int:
-        """B."""
-        return int(self.tokens.shape[0])
+        """B: rows, or documents where rows are packed."""
+        return len(self._sequences)
+
+    def batches(self, size: int) -> list[Tensor]:
+        """int64 ``[b, T]`` each, ``b <= size``: the sequences, those of one length together."""
+        by_length: dict[int, list[Tensor]] = {}
+        for sequence in self._sequences:
+            by_length.setdefault(len(sequence), []).append(sequence)
+        return [batch for group in by_length.values() for batch in torch.stack(group).split(size)]
 
     @property
     def length(self) -> int:
-        """T."""
+        """T, of a row."""
         return int(self.tokens.shape[1])
 
     @cached_property
     def digest(self) -> str:
         """Hex digest of shape and ids: 128 bits of BLAKE2b."""
         data = self.tokens.numpy().astype("<i8")
-        head = f"sinktrack probe {data.shape}".encode()
-        return hashlib.blake2b(head + data.tobytes(), digest_size=16).hexdigest()
+        content = f"sinktrack probe {data.shape}".encode() + data.tobytes()
+        if self.documents is not None:
+            content += b" documents" + self.documents.numpy().astype("<i8").tobytes()
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
 
     def first_tokens(self) -> Tensor:
         """int64 ``[N]``: the probe's distinct ids, ascending.
@@ -124,12 +164,25 @@ class Probe:
             return distinct
         return distinct[torch.from_numpy(np.linspace(0, len(distinct) - 1, limit).astype("int64"))]
 
-    def check(self, vocab_size: int | None, positions: int | None) -> None:
+    def check(
+        self, vocab_size: int | None, positions: int | None, padding: int | None = None
+    ) -> None:
         """Refuse a model that this probe does not fit.
 
+        Args:
+            vocab_size: of the model.
+            positions: the longest sequence that the model takes.
+            padding: the model's padding token.
+
         Raises:
-            ProbeError: an id beyond the vocabulary, or more tokens than positions.
+            ProbeError: an id beyond the vocabulary, more tokens than positions, or left padding.
         """
+        for row, sequence in enumerate(self._sequences):
+            if padding is not None and bool((sequence[:_PADDING] == padding).all()):
+                raise ProbeError(
+                    f"sequence {row} begins with padding (token id {padding}), so its P0 is no "
+                    "text; give sequences without padding"
+                )
         if positions is not None and self.length > positions:
             raise ProbeError(
                 f"the probe's sequences have {self.length} tokens, the model {positions} positions"
@@ -150,7 +203,10 @@ class Probe:
         """
         path = Path(path)
         metadata = {"sinktrack": "probe", "schema": "1", "digest": self.digest}
-        data = save({"tokens": self.tokens}, metadata)
+        tensors = {"tokens": self.tokens}
+        if self.documents is not None:
+            tensors["documents"] = self.documents
+        data = save(tensors, metadata)
         try:
             with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
                 file.write(data)
@@ -171,16 +227,16 @@ class Probe:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tokens = file.get_tensor("tokens") if "tokens" in file.keys() else None  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError as error:
             raise ProbeError(f"no probe file {path}") from error
         except (SafetensorError, OSError) as error:
             raise ProbeError(
                 f"{path} is not a readable safetensors file ({error}); make the probe again"
             ) from error
-        if metadata.get("sinktrack") != "probe" or tokens is None:
+        if metadata.get("sinktrack") != "probe" or "tokens" not in tensors:
             raise ProbeError(f"{path} is not a sinktrack probe; make one with Probe.save")
-        probe = cls.from_tokens(tokens)
+        probe = cls.from_tokens(tensors["tokens"], tensors.get("documents"))
         if probe.digest != metadata.get("digest"):
             raise ProbeError(
                 f"{path}: its tokens have digest {probe.digest}, its header says "
@@ -195,4 +251,18 @@ class Probe:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"Probe({self.sequences} x {self.length} tokens, {self.digest[:12]})"
+        packed = "" if self.documents is None else f" in {self.sequences} documents"
+        rows = len(self.tokens)
+        return f"Probe({rows} x {self.length} tokens{packed}, {self.digest[:12]})"
+
+
+def _integers(values: Any, what: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(values)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ProbeError(f"{what} do not form a rectangle [B, T]: {error}") from error
+    if tensor.ndim != 2:
+        raise ProbeError(f"{what} have shape {tuple(tensor.shape)}, wanted [B, T]")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ProbeError(f"{what} are {tensor.dtype}, wanted integers")
+    return tensor

@@ -83,11 +83,11 @@ def draw(shape: dict, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tenso
 @settings(max_examples=150, deadline=None)
 def test_float32_equals_softmax(shape: dict) -> None:
     query, key, value, mask = draw(shape, torch.float32)
-    got = attend(query, key, value, scale=shape["scale"], mask=mask)
-    output, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask)
+    output, got = attend(query, key, value, scale=shape["scale"], mask=mask)
+    wanted, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask)
     bound = 1e-6 + 2**-22 * float(largest)
     assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
-    torch.testing.assert_close(got.output.double(), output, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(output.double(), wanted, atol=1e-4, rtol=1e-4)
 
 
 @given(shapes)
@@ -95,7 +95,7 @@ def test_float32_equals_softmax(shape: dict) -> None:
 def test_moderate_scores_are_within_a_millionth(shape: dict) -> None:
     shape = shape | {"scale": min(shape["scale"], 1 / math.sqrt(shape["width"])), "spread": 1.0}
     query, key, value, mask = draw(shape, torch.float32)
-    got = attend(query, key, value, scale=shape["scale"], mask=mask)
+    _, got = attend(query, key, value, scale=shape["scale"], mask=mask)
     _, probabilities, _ = softmax_reference(query, key, value, shape["scale"], mask)
     assert (got.p0.double() - probabilities[..., 0]).abs().max() <= 1e-6
 
@@ -104,7 +104,7 @@ def test_moderate_scores_are_within_a_millionth(shape: dict) -> None:
 @settings(max_examples=100, deadline=None)
 def test_half_precision_is_within_its_bound(shape: dict, dtype: torch.dtype) -> None:
     query, key, value, mask = draw(shape, dtype)
-    got = attend(query, key, value, scale=shape["scale"], mask=mask)
+    _, got = attend(query, key, value, scale=shape["scale"], mask=mask)
     _, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask)
     bound = 2**-13 + 2**-22 * float(largest)
     assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
@@ -123,13 +123,15 @@ def test_softcap_sinks_and_biases(
         bias = torch.randn(1, query.shape[1], length, length, generator=generator)
         seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
         mask = bias.masked_fill(~seen, torch.finfo(torch.float32).min)
-    got = attend(query, key, value, scale=shape["scale"], mask=mask, softcap=softcap, sinks=sinks)
-    output, probabilities, largest = softmax_reference(
+    output, got = attend(
+        query, key, value, scale=shape["scale"], mask=mask, softcap=softcap, sinks=sinks
+    )
+    wanted, probabilities, largest = softmax_reference(
         query, key, value, shape["scale"], mask, softcap, sinks
     )
     bound = 2e-6 + 2**-21 * float(largest)
     assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
-    torch.testing.assert_close(got.output.double(), output, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(output.double(), wanted, atol=2e-4, rtol=2e-4)
     if sinks is not None:
         assert (got.sink.double() - (1 - probabilities.sum(-1))).abs().max() <= bound
     else:
@@ -156,7 +158,7 @@ def test_visible_queries_of_a_window() -> None:
          "scale": 1.0, "spread": 1.0, "window": 3, "seed": 0},
         torch.float32,
     )  # fmt: skip
-    got = attend(query, key, value, scale=1.0, mask=mask)
+    _, got = attend(query, key, value, scale=1.0, mask=mask)
     assert got.visible.tolist() == [[True] * 3 + [False] * 6]
     assert (got.p0[..., 3:] == 0).all() and (got.p0[..., :3] > 0).all()
 

@@ -69,5 +69,8 @@ class Observer:
     def attention(self, block: int, attended: Attended) -> None:
         """Once for every softmax attention of the block."""
 
+    def gate(self, block: int, gate: Tensor) -> None:
+        """Where heads are gated: ``[B, T, H]`` float32, the mean over a head's channels."""
+
     def write(self, block: int, write: Write) -> None:
         """Before a sublayer's output is added to the stream."""

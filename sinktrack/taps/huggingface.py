@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from sinktrack.attention import attend
+from sinktrack.attention import Attended, attend, read_scores
 from sinktrack.errors import MeasurementError
 from sinktrack.taps import Observer, Projection, Routed, Write
 from sinktrack.taps.lineage import Lineage, Mark, mark, mark_of
@@ -31,9 +33,11 @@ class Decoder:
     blocks: Mapping[int, nn.Module]
     """The blocks by number."""
     kinds: tuple[str, ...]
-    """Per block ``full``, ``sliding`` or ``linear``."""
+    """Per block ``full``, ``sliding``, ``linear``, or ``mlp`` where a block only has an MLP."""
     attentions: tuple[type, ...]
     """The classes of softmax attention that transformers names for this family."""
+    interface: bool
+    """Does its attention go through transformers' interface? If not, it is read where it is."""
 
     @property
     def type(self) -> str:
@@ -61,23 +65,15 @@ def decoder(model: nn.Module) -> Decoder:
             "transformers decoders (AutoModelForCausalLM and the like)"
         )
     config = bare.config.get_text_config(decoder=True)
-    count = getattr(config, "num_hidden_layers", None)
-    lists = [
-        module
-        for module in bare.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and count
-    ]
-    if not lists:
-        raise MeasurementError(
-            f"unknown architecture {type(bare).__name__}: no list of {count} blocks found in it"
-        )
     if getattr(config, "is_encoder_decoder", False):
         raise MeasurementError(
             f"{type(bare).__name__} is an encoder-decoder; only decoders have P0"
         )
-    blocks = dict(enumerate(lists[0]))
-    attentions = _attention_classes(bare)
-    return Decoder(bare, config, blocks, _kinds(config, blocks, attentions), attentions)
+    blocks = dict(enumerate(_blocks(bare, config)))
+    attentions = _recorded(bare, "attentions")
+    kinds = _kinds(config, blocks, attentions)
+    interface = bare._can_set_attn_implementation()
+    return Decoder(bare, config, blocks, kinds, attentions, interface)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -92,11 +88,28 @@ def _unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def _attention_classes(model: nn.Module) -> tuple[type, ...]:
+def _blocks(model: PreTrainedModel, config: Any) -> nn.ModuleList:
+    """The list of the blocks that transformers names; else the one as long as the config says."""
+    named = _recorded(model, "hidden_states")
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for found in lists:
+        if len(found) and named and all(isinstance(block, named) for block in found):
+            return found
+    for found in lists:
+        if len(found) and len(found) == count:
+            return found
+    raise MeasurementError(
+        f"unknown architecture {type(model).__name__}: no list of {count} blocks found in it"
+    )
+
+
+def _recorded(model: nn.Module, what: str) -> tuple[type, ...]:
+    """The classes of modules that transformers names as the source of an output."""
     found: set[type] = set()
     for module in model.modules():
         recorded = getattr(type(module), "_can_record_outputs", None) or {}
-        named = recorded.get("attentions", ()) if isinstance(recorded, dict) else ()
+        named = recorded.get(what, ()) if isinstance(recorded, dict) else ()
         for entry in named if isinstance(named, list | tuple) else (named,):
             target = getattr(entry, "target_class", entry)
             if isinstance(target, type):
@@ -109,9 +122,11 @@ def _kinds(
 ) -> tuple[str, ...]:
     declared = getattr(config, "layer_types", None) or ["full_attention"] * len(blocks)
     kinds = []
-    for block, name in zip(blocks.values(), declared, strict=False):
+    for index, (block, name) in enumerate(zip(blocks.values(), declared, strict=False)):
         softmax = any(isinstance(module, attentions) for module in block.modules())
-        if attentions and not softmax:
+        if name in ("mlp", "moe"):
+            kinds.append("mlp")
+        elif attentions and not softmax:
             kinds.append("linear")
         elif "sliding" in name or "chunked" in name:
             kinds.append("sliding")
@@ -119,7 +134,17 @@ def _kinds(
             kinds.append("full")
         else:
             kinds.append("linear")
+        mixers = {type(module).__name__ for module in block.modules() if _is_recurrent(module)}
+        if softmax and mixers:
+            raise MeasurementError(
+                f"block {index} ({type(block).__name__}): {', '.join(sorted(mixers))} beside its "
+                "attention, so what its MLP writes cannot be told apart; not supported"
+            )
     return tuple(kinds)
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    return re.search("mamba|ssm|recurrent|deltanet", type(module).__name__, re.I) is not None
 
 
 @contextmanager
@@ -131,7 +156,7 @@ def watch(found: Decoder, observer: Observer) -> Iterator[None]:
     """
     tap = _Tap(found, observer)
     with ExitStack() as stack:
-        for config in _configs(found.model):
+        for config in _configs(found.model) if found.interface else ():
             stack.callback(
                 setattr, config, "_attn_implementation_internal", config._attn_implementation
             )
@@ -177,7 +202,7 @@ class _Tap:
         self.written = False
         self.shape: tuple[int, ...] = ()
         self.routed: Routed | None = None
-        self.lineage = Lineage(self._write)
+        self.lineage = Lineage(self)
 
     def name(self) -> str:
         return f"block {self.block} ({type(self.found.blocks[self.block]).__name__})"
@@ -210,10 +235,12 @@ class _Tap:
                     f"{self.name()}: its output is not its input plus writes, so what writes the "
                     "P0 state cannot be told; this architecture is not supported"
                 )
-            if self.found.kinds[index] != "linear" and not self.attended:
+            if self.found.kinds[index] in ("full", "sliding") and not self.attended:
                 raise MeasurementError(
-                    f"{self.name()}: its attention does not go through transformers' attention "
-                    "interface, so its probabilities cannot be read exactly; not supported"
+                    f"{self.name()}: its attention was not seen: it goes through neither "
+                    "transformers' attention interface nor torch's softmax over [B, H, T, T] or "
+                    "scaled_dot_product_attention; load the model with "
+                    "attn_implementation='eager' or 'sdpa'"
                 )
             if self.attended and not self.attention_writes:
                 raise MeasurementError(
@@ -246,15 +273,12 @@ class _Tap:
         if position_bias is not None:
             raise MeasurementError(f"{self.name()}: learned position biases are not supported")
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        try:
-            attended = attend(
+        with self._named():
+            output, attended = attend(
                 query, key, value, scale=scale, mask=attention_mask, softcap=softcap, sinks=s_aux
             )
-        except MeasurementError as error:
-            raise MeasurementError(f"{self.name()}: {error}") from error
-        self.attended += 1
-        self.observer.attention(self.block, attended)
-        output = attended.output.transpose(1, 2).contiguous()
+        self._attended(attended)
+        output = output.transpose(1, 2).contiguous()
         mark(output, Mark("mixed", heads=query.shape[1]))
         self.lineage.following = following
         return output, None
@@ -281,8 +305,52 @@ class _Tap:
         self.routed = Routed(index, gate, outputs, 1.0)
         mark(output, Mark("experts"))
 
-    def _write(self, found: Mark | None, added: Tensor) -> None:
-        self.lineage.following = False
+    def softmax(self, scores: Tensor) -> Mark | None:
+        batch, length, _ = self.shape
+        if scores.ndim != 4 or (scores.shape[0], *scores.shape[2:]) != (batch, length, length):
+            return None
+        with self._named():
+            attended = read_scores(scores)
+        self._attended(attended)
+        return Mark("weights", heads=scores.shape[1])
+
+    def scaled_dot_product_attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        output, _ = self.attend(
+            nn.Identity(), query, key, value, attn_mask, scale, is_causal or query.shape[2] == 1
+        )
+        return output.transpose(1, 2)
+
+    def gate(self, mixed: Tensor, gate: Tensor, heads: int) -> None:
+        batch, length, _ = self.shape
+        if mixed.shape[:2] != (batch, length):
+            raise MeasurementError(
+                f"{self.name()}: a gate on heads of shape {tuple(mixed.shape)}; not supported"
+            )
+        gate = gate.expand_as(mixed).reshape(batch, length, heads, -1)
+        self.observer.gate(self.block, gate.mean(-1, dtype=torch.float32))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except MeasurementError as error:
+            raise MeasurementError(f"{self.name()}: {error}") from error
+
+    def _attended(self, attended: Attended) -> None:
+        self.attended += 1
+        self.observer.attention(self.block, attended)
+
+    def write(self, found: Mark | None, added: Tensor) -> None:
         added = added.view(self.shape)
         raw = None if found is None else found.raw
         if raw is not None:  # of another shape, it went through more than a norm
@@ -306,7 +374,6 @@ class _Tap:
             mixer = self.found.kinds[self.block] == "linear" and not self.written
             self.observer.write(self.block, Write("mixer" if mixer else "mlp", added))
         self.written = True
-        self.lineage.following = True
 
 
 _ACTIVE: ContextVar[_Tap] = ContextVar("sinktrack_tap")

@@ -10,9 +10,9 @@ Marks are attributes of the intermediate tensors and vanish with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -23,6 +23,7 @@ _SAME = {
     "view", "reshape", "contiguous", "to", "float", "clone", "flatten", "unflatten",
     "squeeze", "unsqueeze", "dropout", "type", "bfloat16", "half", "view_as", "reshape_as",
 }  # fmt: skip
+_PRODUCT = {"matmul", "__matmul__", "__rmatmul__", "bmm", "einsum"}
 _MARK = "_sinktrack_mark"
 
 
@@ -31,9 +32,10 @@ class Mark:
     """Where a tensor comes from."""
 
     origin: str
-    """``stream``, ``mixed`` (heads before the output projection), ``attention`` or ``experts``."""
+    """``stream``, ``weights`` (attention probabilities), ``mixed`` (heads before the output
+    projection), ``attention`` or ``experts``."""
     heads: int = 0
-    """How many are side by side in a ``mixed`` tensor."""
+    """How many a ``weights`` or ``mixed`` tensor holds."""
     operands: tuple[Tensor, int, Tensor, Tensor | None] | None = None
     """Of an attention's output projection: mixed, heads, weight, bias."""
     factor: float = 1.0
@@ -54,16 +56,32 @@ def mark_of(tensor: Any) -> Mark | None:
     return getattr(tensor, _MARK, None) if isinstance(tensor, Tensor) else None
 
 
+class Watcher(Protocol):
+    """Who is told what the arithmetic of a block shows."""
+
+    def write(self, found: Mark | None, added: Tensor) -> None:
+        """Before ``added`` enters the stream.
+
+        Its mark tells an attention's output and one that routed experts are part of; it is None for
+        anything else.
+        """
+
+    def gate(self, mixed: Tensor, gate: Tensor, heads: int) -> None:
+        """Before the heads' outputs are multiplied with ``gate``, which does not stem from them."""
+
+    def softmax(self, scores: Tensor) -> Mark | None:
+        """Before a softmax over the last dimension; the mark of its result."""
+
+    def scaled_dot_product_attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        """In place of torch's function of that name."""
+
+
 class Lineage(TorchFunctionMode):
-    """While active, calls ``on_write(mark, added)`` before anything is added to the stream.
+    """While active and `following`, tells a `Watcher` what it sees."""
 
-    The mark tells what ``added`` is: an attention's output, one that routed experts are part of, or
-    None for anything else.
-    """
-
-    def __init__(self, on_write: Callable[[Mark | None, Tensor], None]) -> None:
+    def __init__(self, watcher: Watcher) -> None:
         super().__init__()
-        self._on_write = on_write
+        self._watcher = watcher
         self.following = False
 
     def __torch_function__(
@@ -72,12 +90,16 @@ class Lineage(TorchFunctionMode):
         kwargs = kwargs or {}
         if not self.following:
             return func(*args, **kwargs)
-        marks = [found for value in _tensors(args, kwargs) if (found := mark_of(value))]
-        if not marks:
-            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name == "scaled_dot_product_attention":
+            return self._watcher.scaled_dot_product_attention(*args, **kwargs)
+        marks = [found for value in _tensors(args, kwargs) if (found := mark_of(value))]
+        if not marks and name != "softmax":
+            return func(*args, **kwargs)
         if name in _ADD and len(args) > 1 and isinstance(args[1], Tensor):
             after = self._added(args[0], args[1], kwargs)
+        elif name == "softmax":
+            after = self._watcher.softmax(args[0]) if _last(args, kwargs) else None
         else:
             after = self._passed(name, args, kwargs, marks)
         result = func(*args, **kwargs)
@@ -99,13 +121,13 @@ class Lineage(TorchFunctionMode):
                     return None
                 added = value * kwargs["alpha"] if "alpha" in kwargs else value
                 for part, tensor in (other.parts if other else ()) or ((other, added),):
-                    self._on_write(part, tensor)
+                    self._watcher.write(part, tensor)
                 return stream
         if left.shape != right.shape:
-            return a or b
+            return _biased(a, right) if a else b
         if {found.origin for found in (a, b) if found} <= {"experts"}:
             return a or b  # a shared expert joins the routed ones
-        if any(found and found.origin == "mixed" for found in (a, b)):
+        if any(found and found.origin in ("weights", "mixed") for found in (a, b)):
             return a or b
         # Sublayers side by side: keep the terms, which an addition in place would overwrite.
         terms = [*_terms(a, left.clone()), *_terms(b, right.clone())]
@@ -124,7 +146,15 @@ class Lineage(TorchFunctionMode):
             return Mark("attention", operands=(args[0], first.heads, weight, bias))
         if name == "addmm" and (mixed := mark_of(args[1])) and mixed.heads:
             return Mark("attention", operands=(args[1], mixed.heads, args[2].T, args[0]))
+        if name in _PRODUCT and first and first.origin == "mixed" and args[1].ndim == 2:
+            return Mark("attention", operands=(args[0], first.heads, args[1].T, None))
         found = first or marks[0]
+        if found.origin == "weights":
+            return replace(found, origin="mixed") if name in _PRODUCT else found
+        if found.origin == "mixed" and name in _MULTIPLY:
+            for mixed, gate in (args[:2], args[1::-1]):
+                if _is_gate(gate) and mark_of(mixed):
+                    self._watcher.gate(mixed, gate, found.heads)
         if found.origin == "mixed" or name in _SAME:
             return found
         if name in _MULTIPLY and found.raw is None and not found.parts:
@@ -136,6 +166,24 @@ class Lineage(TorchFunctionMode):
         if found.raw is None and args and isinstance(args[0], Tensor):
             return replace(found, raw=args[0])
         return found
+
+
+def _biased(found: Mark, added: Tensor) -> Mark:
+    """An attention's output whose bias comes after the product."""
+    if found.operands is None or found.raw is not None or added.ndim != 1:
+        return found
+    mixed, heads, weight, bias = found.operands
+    return replace(found, operands=(mixed, heads, weight, added if bias is None else bias + added))
+
+
+def _is_gate(value: Any) -> bool:
+    """One number for each position, and not of the heads' own making as a norm's factor is."""
+    return isinstance(value, Tensor) and value.ndim > 2 and mark_of(value) is None
+
+
+def _last(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    return dim in (-1, args[0].ndim - 1)
 
 
 def _terms(found: Mark | None, value: Tensor) -> tuple[tuple[Mark | None, Tensor], ...]:
