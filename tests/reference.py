@@ -84,3 +84,80 @@ def capture_inputs(model: Any, tokens: torch.Tensor) -> np.ndarray:
     for handle in handles:
         handle.remove()
     return np.stack(seen)
+
+
+class PlainWrites:
+    """What heads and routed experts write at P0, by plain hooks and loops over the parameters.
+
+    The output projection of an attention is the last linear map that runs inside of it. Heads are
+    compared up to ``factor``, the residual multiplier of the family.
+    """
+
+    def __init__(self, model: Any, tokens: torch.Tensor) -> None:
+        self.heads: dict[tuple[int, int], torch.Tensor] = {}
+        self.experts: dict[tuple[int, int], torch.Tensor] = {}
+        self._shape = tuple(tokens.shape)
+        handles = []
+        for index, block in enumerate(blocks_of(model)):
+            for name, module in block.named_modules():
+                if name.split(".")[-1] in ("self_attn", "attn", "attention", "self_attention"):
+                    for inner in module.modules():
+                        if "Linear" in type(inner).__name__ or type(inner).__name__ == "Conv1D":
+                            handles.append(inner.register_forward_hook(self._project(index, model)))
+                if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
+                    handles.append(
+                        module.register_forward_hook(self._route(index), with_kwargs=True)
+                    )
+        with torch.no_grad():
+            model(tokens, use_cache=False)
+        for handle in handles:
+            handle.remove()
+
+    def _project(self, block: int, model: Any) -> Any:
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+
+        def hook(module: Any, args: Any, output: Any) -> None:
+            weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+            if args[0].ndim < 2 or args[0].shape[-1] % heads:
+                return
+            at_zero = args[0].detach().reshape(*self._shape, -1)[:, 0].mean(0)
+            if at_zero.numel() != weight.shape[1]:
+                return
+            size = len(at_zero) // heads
+            for head in range(heads):
+                part = slice(head * size, (head + 1) * size)
+                self.heads[block, head] = weight.detach()[:, part] @ at_zero[part]
+
+        return hook
+
+    def _route(self, block: int) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            names = ("hidden_states", "top_k_index", "top_k_weights")
+            given = dict(zip(names, args, strict=False)) | kwargs
+            sequences, length = self._shape
+            stream, index, gate = (
+                given[name].detach().reshape(sequences, length, -1)[:, 0] for name in names
+            )
+            for row in range(sequences):
+                for expert, weight in zip(index[row].tolist(), gate[row], strict=True):
+                    write = weight * _expert(module, expert, stream[row]) / sequences
+                    key = block, expert
+                    self.experts[key] = self.experts.get(key, torch.zeros(())) + write
+
+        return hook
+
+
+def _expert(module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
+    def times(name: str, value: torch.Tensor) -> torch.Tensor:
+        weight = getattr(module, name)[expert].detach()
+        value = value @ weight if module.is_transposed else weight @ value
+        return (
+            value + getattr(module, name + "_bias")[expert].detach() if module.has_bias else value
+        )
+
+    if module.has_gate:
+        inner = module._apply_gate(times("gate_up_proj", x)[None])[0]
+    else:
+        inner = module.act_fn(times("up_proj", x))
+    return times("down_proj", inner)

@@ -14,10 +14,12 @@ import models
 import numpy as np
 import pytest
 import torch
-from reference import capture_inputs
+from reference import PlainWrites, capture_inputs
 from transformers import CONFIG_MAPPING
 
 from sinktrack import MeasurementError, Probe, measure
+from sinktrack.collect import Collector
+from sinktrack.taps.huggingface import decoder, watch
 
 PROBE = Probe.random(models.VOCABULARY, sequences=4, length=20, seed=3)
 TABLE = Path(__file__).parent.parent / "docs" / "families.md"
@@ -32,32 +34,83 @@ SHARED: dict[str, Any] = models.small(
 )  # fmt: skip
 LATENT = {"num_key_value_heads": 4}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2}
+ALTERNATING = {"layer_types": ["conv", "full_attention"] * 2}
+GPT = {
+    "vocab_size": 65,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 64,
+    "n_inner": 48,
+    "rotary_dim": 4,
+    "initializer_range": 0.2,
+}
+FALCON = {
+    "vocab_size": 65,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "initializer_range": 0.2,
+}
 EXACT: dict[str, dict[str, Any]] = {
+    # mixtures of experts
     "qwen2_moe": {}, "qwen3_moe": {}, "qwen3_next": {}, "qwen3_5_moe_text": {}, "olmoe": {},
     "flex_olmo": {}, "mixtral": {}, "gpt_oss": {}, "deepseek_v2": LATENT, "glm4_moe": {},
-    "granitemoe": {}, "granitemoeshared": {}, "phimoe": {}, "ernie4_5_moe": {}, "dots1": {},
-    "minimax_m2": {}, "hunyuan_v1_moe": {}, "llama4_text": {}, "llama": {}, "mistral": {},
-    "qwen2": {}, "qwen3": {}, "gemma": {}, "gemma2": {}, "gemma3_text": {}, "gpt2": {},
-    "gpt_neox": {}, "opt": {}, "olmo": {}, "olmo2": {}, "olmo3": {}, "phi": {}, "phi3": {},
-    "smollm3": {}, "cohere": {}, "stablelm": {}, "deepseek_v3": LATENT | {"head_dim": 4},
+    "granitemoe": {}, "granitemoeshared": {}, "granitemoe_swa": {}, "phimoe": {},
+    "ernie4_5_moe": {}, "dots1": {}, "minimax_m2": {}, "hunyuan_v1_moe": {}, "llama4_text": {},
+    "deepseek_v3": LATENT | {"head_dim": 4}, "afmoe": {}, "glm4_moe_lite": LATENT,
+    "deepseek_v32": LATENT, "aria_text": {}, "cohere2_moe": {}, "exaone_moe": {}, "flint": {},
+    "hy_v3": {}, "laguna": {}, "mellum": {}, "mimo_v2_flash": {}, "solar_open": {},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "granitemoehybrid": MAMBA | {"layer_types": ["mamba", "attention"] * 2},
-    "bamba": MAMBA | {"attn_layer_indices": [1, 3]}, "afmoe": {}, "starcoder2": {},
-    "glm4_moe_lite": LATENT, "deepseek_v32": LATENT, "seed_oss": {}, "arcee": {}, "exaone4": {},
-    "apertus": {}, "qwen3_5_text": {}, "hunyuan_v1_dense": {}, "ernie4_5": {}, "gpt_bigcode": {},
-    "helium": {}, "granite": {}, "nemotron": {},
+    "lfm2_moe": ALTERNATING | {"num_dense_layers": 1},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mlp", "moe"],
+                   "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8},
+    "dbrx": {"vocab_size": 65, "d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 64,
+             "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 8, "moe_top_k": 2},
+             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+             "initializer_range": 0.2},
+    # dense
+    "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {}, "gemma": {}, "gemma2": {},
+    "gemma3_text": {}, "gpt2": {}, "gpt_neox": {}, "opt": {}, "olmo": {}, "olmo2": {}, "olmo3": {},
+    "phi": {}, "phi3": {}, "smollm3": {}, "cohere": {}, "cohere2": {}, "stablelm": {},
+    "starcoder2": {}, "seed_oss": {}, "arcee": {}, "exaone4": {}, "apertus": {},
+    "qwen3_5_text": {}, "hunyuan_v1_dense": {}, "ernie4_5": {}, "gpt_bigcode": {}, "helium": {},
+    "granite": {}, "granite_swa": {}, "nemotron": {}, "glm": {}, "glm4": {}, "biogpt": {},
+    "bitnet": {}, "cwm": {}, "gpt_neox_japanese": {}, "hyperclovax": {}, "internlm3": {},
+    "jais2": {}, "ministral": {}, "ministral3": {}, "nanochat": {}, "persimmon": {},
+    "vaultgemma": {}, "recurrent_gemma": {}, "olmo_hybrid": {}, "lfm2": ALTERNATING,
+    "bamba": MAMBA | {"attn_layer_indices": [1, 3]}, "bloom": {}, "gptj": GPT, "codegen": GPT,
+    "falcon": FALCON,
+    "mpt": {"vocab_size": 65, "d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 64,
+            "initializer_range": 0.2},
+    "gpt_neo": {"vocab_size": 65, "hidden_size": 32, "num_layers": 4, "num_heads": 4,
+                "attention_types": [[["global", "local"], 2]], "window_size": 6,
+                "max_position_embeddings": 64, "initializer_range": 0.2},
 }  # fmt: skip
-REFUSED = {
-    "jetmoe": "its attention heads are routed like experts",
-    "minimax": "its output is not its input plus writes",
-    "falcon": "its attention does not go through transformers' attention interface",
-    "bloom": "its attention does not go through transformers' attention interface",
-}
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "jetmoe": ("its attention heads are routed like experts", {}),
+    "minimax": ("its output is not its input plus writes", {}),
+    "openai-gpt": ("its output is not its input plus writes", {}),
+    "doge": ("its output is not its input plus writes", {}),
+    "xglm": ("its attention was not seen", {}),
+    "diffllama": ("attends more than once", {}),
+    "longcat_flash": ("attends more than once", LATENT | {
+        "num_layers": 4, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2,
+        "zero_expert_num": 2, "head_dim": 4}),
+    "falcon_h1": ("FalconH1Mixer beside its attention", {
+        "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_ssm": 64}),
+    "inkling_text": ("learned position biases", {}),
+    "deepseek_v4": ("no residual stream", {}),
+    "bert": ("attention that is not causal", {}),
+}  # fmt: skip
 
 
 def tiny(family: str, changes: dict[str, Any]) -> Any:
     """A model of the family from those of our arguments that its configuration knows."""
     config = CONFIG_MAPPING[family]
+    if "vocab_size" in changes:  # its configuration has names of its own
+        return models.build(config(**{k: v for k, v in changes.items() if hasattr(config(), k)}))
     known = {name: value for name, value in SHARED.items() if hasattr(config(), name)}
     if isinstance(getattr(config, "head_dim", None), property):
         known.pop("head_dim", None)
@@ -75,25 +128,54 @@ def test_exact(family: str) -> None:
     assert len(weights) == len(full) > 0
     for block, matrix in zip(full, weights, strict=True):
         column = matrix[:, :, 1:, 0]
-        p0 = column.sum(-1) / found.visible_queries[block]
+        counts = found.visible_queries_by_sequence[:, block, None]
+        p0 = column.sum(-1) / counts
+        heads = matrix.shape[1]
         torch.testing.assert_close(
-            found.p0_attention_by_sequence[:, block], p0.float(), atol=1e-6, rtol=0
+            found.p0_attention_by_sequence[:, block, :heads], p0.float(), atol=1e-6, rtol=0
         )
-        torch.testing.assert_close(
-            found.own_attention_by_sequence[:, block], matrix[:, :, 0, 0].float(), atol=4e-6, rtol=0
-        )
-        if found.sink_logit_mass is not None:
+        own = found.own_attention_by_sequence[:, block, :heads]
+        torch.testing.assert_close(own, matrix[:, :, 0, 0].float(), atol=4e-6, rtol=0)
+        if found.sink_logit_mass is not None and not found.sink_logit_mass[block].isnan().any():
             missing = (1 - matrix.sum(-1))[:, :, 1:].mean((0, 2))
             torch.testing.assert_close(found.sink_logit_mass[block], missing, atol=1e-5, rtol=0)
-    norms = np.linalg.norm(capture_inputs(model, PROBE.tokens), axis=-1)
+    inputs = capture_inputs(model, PROBE.tokens)
+    norms = np.linalg.norm(inputs, axis=-1)
     np.testing.assert_allclose(found.p0_norm, norms[:, :, 0].mean(1), rtol=1e-5)
     assert found.localization.share_sum == pytest.approx(1, abs=1e-4)
+    check_writes(model, inputs)
+
+
+def check_writes(model: Any, inputs: np.ndarray) -> None:
+    """Every block's parts make its whole write; heads and experts equal plain loops."""
+    found, collected = decoder(model), Collector()
+    with torch.no_grad(), watch(found, collected):
+        model(PROBE.tokens, use_cache=False)
+    leaves = {(leaf.kind, leaf.block, leaf.index): leaf.write for leaf in collected.leaves()}
+    scale = np.linalg.norm(inputs[:, :, 0], axis=-1).max()
+    for block in found.blocks:
+        total = sum(write for (_, where, _), write in leaves.items() if where == block)
+        wanted = (inputs[block + 1] - inputs[block])[:, 0].mean(0)
+        np.testing.assert_allclose(total, wanted, atol=2e-5 * scale)
+    plain = PlainWrites(model, PROBE.tokens)
+    factor = getattr(found.config, "residual_multiplier", 1.0)
+    for (kind, block, index), write in leaves.items():
+        if kind == "head":
+            wanted = plain.heads[block, index] * factor
+            torch.testing.assert_close(write, wanted, atol=2e-5 * scale, rtol=1e-4)
+        if kind == "expert":
+            wanted = plain.experts[block, index] * factor
+            torch.testing.assert_close(write, wanted, atol=2e-5 * scale, rtol=1e-4)
+    experts = {(block, index) for kind, block, index in leaves if kind == "expert"}
+    assert experts == set(plain.experts)
+    assert bool(experts) == (found.experts is not None), "routed experts are told apart"
 
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_refused(family: str) -> None:
-    with pytest.raises(MeasurementError, match=f"block 0 .*: {REFUSED[family]}"):
-        measure(tiny(family, {}), PROBE)
+    reason, changes = REFUSED[family]
+    with pytest.raises(MeasurementError, match=f"block 0 .*{reason}"):
+        measure(tiny(family, changes), PROBE)
 
 
 def test_a_model_without_softmax_attention_is_refused() -> None:
@@ -104,7 +186,7 @@ def test_a_model_without_softmax_attention_is_refused() -> None:
 
 def test_the_table_is_up_to_date() -> None:
     rows = [f"| {family} | exact | |" for family in EXACT]
-    rows += [f"| {family} | refused | {reason} |" for family, reason in REFUSED.items()]
+    rows += [f"| {family} | refused | {reason} |" for family, (reason, _) in REFUSED.items()]
     text = "\n".join(
         [
             "# Model families",
