@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
 import torch
+
+from sinktrack import Measurement, Probe, measure
+from sinktrack.collect import Collector
+from sinktrack.taps.huggingface import decoder, watch
 
 
 def measured_by_hand(model: Any, tokens: torch.Tensor) -> dict[str, np.ndarray]:
@@ -161,3 +166,73 @@ def _expert(module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
     else:
         inner = module.act_fn(times("up_proj", x))
     return times("down_proj", inner)
+
+
+def eager_attention(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """``[B, H, T, T]`` for each block with softmax attention, by the family's own eager code."""
+    module = sys.modules[type(model).__module__]
+    eager = getattr(module, "eager_attention_forward", None)
+
+    def whole(attention: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        """GraniteSWA scales the output for its sinks and returns the weights as they were."""
+        output, weights = eager(attention, query, key, value, *args, **kwargs)
+        spread = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+        ratio = (output / (weights @ spread).transpose(1, 2)).median(-1).values
+        return output, weights * ratio.transpose(1, 2)[..., None]
+
+    if "Swa" in type(model).__name__ or "SWA" in type(model).__name__:
+        module.eager_attention_forward = whole
+    try:
+        with torch.no_grad():
+            found = model(tokens, output_attentions=True, use_cache=False).attentions
+    finally:
+        if eager is not None:
+            module.eager_attention_forward = eager
+    return [matrix for matrix in found if matrix is not None]
+
+
+def check_exact(model: Any, probe: Probe) -> Measurement:
+    """Measure, and compare attention, states, heads and experts with plain computations."""
+    found = measure(model, probe)
+    weights = eager_attention(model, probe.tokens)
+    full = [block for block, kind in enumerate(found.block_kinds) if kind in ("full", "sliding")]
+    assert len(weights) == len(full) > 0
+    for block, matrix in zip(full, weights, strict=True):
+        column, heads = matrix[:, :, 1:, 0], matrix.shape[1]
+        p0 = column.sum(-1) / found.visible_queries_by_sequence[:, block, None]
+        got = found.p0_attention_by_sequence[:, block, :heads]
+        torch.testing.assert_close(got, p0.float(), atol=1e-6, rtol=0)
+        own = found.own_attention_by_sequence[:, block, :heads]
+        torch.testing.assert_close(own, matrix[:, :, 0, 0].float(), atol=4e-6, rtol=0)
+        if found.sink_logit_mass is not None and not found.sink_logit_mass[block].isnan().any():
+            missing = (1 - matrix.sum(-1))[:, :, 1:].mean((0, 2))
+            torch.testing.assert_close(found.sink_logit_mass[block], missing, atol=1e-5, rtol=0)
+    inputs = capture_inputs(model, probe.tokens)
+    norms = np.linalg.norm(inputs, axis=-1)
+    np.testing.assert_allclose(found.p0_norm, norms[:, :, 0].mean(1), rtol=1e-5)
+    assert abs(found.localization.share_sum - 1) < 1e-4
+    _check_writes(model, probe.tokens, inputs)
+    return found
+
+
+def _check_writes(model: Any, tokens: torch.Tensor, inputs: np.ndarray) -> None:
+    """Every block's parts make its whole write; heads and experts equal plain loops."""
+    found, collected = decoder(model), Collector()
+    with torch.no_grad(), watch(found, collected):
+        model(tokens, use_cache=False)
+    leaves = {(leaf.kind, leaf.block, leaf.index): leaf.write for leaf in collected.leaves()}
+    scale = float(np.linalg.norm(inputs[:, :, 0], axis=-1).max())
+    for block in found.blocks:
+        total = sum(write for (_, where, _), write in leaves.items() if where == block)
+        wanted = (inputs[block + 1] - inputs[block])[:, 0].mean(0)
+        np.testing.assert_allclose(total, wanted, atol=2e-5 * scale)
+    plain = PlainWrites(model, tokens)
+    factor = getattr(found.config, "residual_multiplier", 1.0)
+    for (kind, block, index), write in leaves.items():
+        if kind in ("head", "expert"):
+            wanted = {"head": plain.heads, "expert": plain.experts}[kind][block, index] * factor
+            torch.testing.assert_close(write, wanted, atol=2e-5 * scale, rtol=1e-4)
+    experts = {(block, index) for kind, block, index in leaves if kind == "expert"}
+    assert experts == set(plain.experts)
+    if found.type != "llama4_text":
+        assert bool(experts) == (found.experts is not None), "routed experts are told apart"

@@ -20,6 +20,13 @@ from sinktrack.taps import Observer, Projection, Routed, Write
 from sinktrack.taps.lineage import Lineage, Mark, mark, mark_of
 
 _INTERFACE = "sinktrack"
+_INERT = {
+    "attention_mask", "cache_position", "deterministic", "dropout", "indices", "layer_idx",
+    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
+    "past_key_values", "position_ids", "return_dict", "sliding_window", "use_cache",
+}  # fmt: skip
+"""What else an attention may be handed without a change to its scores: windows and selected keys
+are part of the mask."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def _kinds(
 
 
 def _is_recurrent(module: nn.Module) -> bool:
-    return re.search("mamba|ssm|recurrent|deltanet", type(module).__name__, re.I) is not None
+    return re.search("Mixer$|Mamba|DeltaNet|RecurrentBlock", type(module).__name__) is not None
 
 
 @contextmanager
@@ -272,6 +279,11 @@ class _Tap:
             raise MeasurementError(f"{self.name()}: attention that is not causal has no P0 sink")
         if position_bias is not None:
             raise MeasurementError(f"{self.name()}: learned position biases are not supported")
+        if unknown := [name for name in kwargs.keys() - _INERT if kwargs[name] is not None]:
+            raise MeasurementError(
+                f"{self.name()}: it hands {', '.join(sorted(unknown))} to its attention, whose "
+                "meaning is not known here; not supported"
+            )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         with self._named():
             output, attended = attend(
