@@ -105,7 +105,7 @@ class PlainWrites:
         handles = []
         for index, block in enumerate(blocks_of(model)):
             for name, module in block.named_modules():
-                if name.split(".")[-1] in ("self_attn", "attn", "attention", "self_attention"):
+                if "Attention" in type(module).__name__ or name.endswith("attn"):
                     for inner in module.modules():
                         if "Linear" in type(inner).__name__ or type(inner).__name__ == "Conv1D":
                             handles.append(inner.register_forward_hook(self._project(index, model)))

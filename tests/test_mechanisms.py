@@ -52,7 +52,11 @@ CONFIGURED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "YaRN": ("llama", {"rope_parameters": YARN}, {}),
     "Llama 3 rotary scaling": ("llama", {"rope_parameters": LLAMA3}, {}),
     "linear rotary scaling": ("llama", {"rope_parameters": LINEAR}, {}),
-    "partial rotary embedding": ("phi", {"rope_parameters": PARTIAL}, {}),
+    "partial rotary embedding": (
+        "phi",
+        {"rope_parameters": PARTIAL},
+        {"rope_parameters": PARTIAL | {"partial_rotary_factor": 1.0}},
+    ),
     "latent attention with YaRN": (
         "deepseek_v3",
         LATENT | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
@@ -273,14 +277,14 @@ def test_the_documents_of_packed_rows_have_a_p0_each() -> None:
     model = tiny("qwen3_moe", {})
     tokens = PROBE.tokens[:2]
     lengths = [[5, 12, 7], [12, 12]]
-    documents = torch.tensor([sum(([n] * k for n, k in enumerate(row)), []) for row in lengths])
+    documents = torch.tensor([[n for n, k in enumerate(row) for _ in range(k)] for row in lengths])
     probe = Probe.from_tokens(tokens, documents)
     assert probe.sequences == 5 and "5 documents" in repr(probe)
     found = measure(model, probe)
     assert torch.equal(measure(model, probe, batch_size=1).p0_attention, found.p0_attention)
     seen = (documents[:, :, None] == documents[:, None]).tril()[:, None]
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    positions = torch.tensor([sum((list(range(k)) for k in row), []) for row in lengths])
+    positions = torch.tensor([[i for k in row for i in range(k)] for row in lengths])
     with torch.no_grad():
         packed = model(
             tokens, attention_mask=mask, position_ids=positions, output_attentions=True,
@@ -298,9 +302,9 @@ def test_the_documents_of_packed_rows_have_a_p0_each() -> None:
                 norms.setdefault(count, []).append(states[0])
                 others.append(states[1:])
                 start = stop
-        p0 = torch.stack(sum(wanted.values(), []))
+        p0 = torch.stack([p0 for some in wanted.values() for p0 in some])
         torch.testing.assert_close(found.p0_attention_by_sequence[:, block], p0, atol=1e-6, rtol=0)
-        norm = torch.stack(sum(norms.values(), [])).mean()
+        norm = torch.stack([norm for some in norms.values() for norm in some]).mean()
         torch.testing.assert_close(found.p0_norm[block], norm, atol=0, rtol=1e-5)
         ratio = norm / torch.cat(others).double().quantile(0.5)
         assert float(found.norm_ratio[block]) == pytest.approx(float(ratio), rel=1e-4)

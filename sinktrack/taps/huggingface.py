@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sinktrack.attention import Attended, attend, read_scores
 from sinktrack.errors import MeasurementError
 from sinktrack.taps import Observer, Projection, Routed, Write
 from sinktrack.taps.lineage import Lineage, Mark, mark, mark_of
 
-_INTERFACE = "sinktrack"
+_STANDS_FOR = "sdpa"
+"""The implementation whose place we take: models ask for its name and prepare masks for it."""
 _INERT = {
-    "attention_mask", "cache_position", "deterministic", "dropout", "indices", "layer_idx",
+    "attention_mask", "block_indices", "cache_position", "deterministic", "dropout", "layer_idx",
     "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
     "past_key_values", "position_ids", "return_dict", "sliding_window", "use_cache",
 }  # fmt: skip
@@ -167,7 +168,7 @@ def watch(found: Decoder, observer: Observer) -> Iterator[None]:
             stack.callback(
                 setattr, config, "_attn_implementation_internal", config._attn_implementation
             )
-            config._attn_implementation_internal = _INTERFACE
+            config._attn_implementation_internal = _STANDS_FOR
         last = max(found.blocks)
         for index, block in found.blocks.items():
             hook = block.register_forward_pre_hook(tap.enter(index), with_kwargs=True)
@@ -177,6 +178,251 @@ def watch(found: Decoder, observer: Observer) -> Iterator[None]:
                 if _is_experts(module):
                     hook = module.register_forward_hook(tap.experts, with_kwargs=True)
                     stack.callback(hook.remove)
+        stack.enter_context(_standing_in())
+        token = _ACTIVE.set(tap)
+        stack.callback(_ACTIVE.reset, token)
+        with tap.lineage:
+            yield
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every distinct configuration object that a module of the model reads."""
+    found = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _is_experts(module: nn.Module) -> bool:
+    """Does transformers' experts interface run this module?"""
+    return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
+
+
+class _Tap:
+    """What one watched forward pass goes through."""
+
+    def __init__(self, found: Decoder, observer: Observer) -> None:
+        self.found, self.observer = found, observer
+        self.block = -1
+        self.attended = 0
+        self.attention_writes = 0
+        self.written = False
+        self.shape: tuple[int, ...] = ()
+        self.routed: Routed | None = None
+        self.lineage = Lineage(self)
+
+    def name(self) -> str:
+        return f"block {self.block} ({type(self.found.blocks[self.block]).__name__})"
+
+    def enter(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            stream = args[0] if args else kwargs.get("hidden_states")
+            self.block = index
+            if not isinstance(stream, Tensor) or stream.ndim != 3:
+                raise MeasurementError(f"{self.name()}: no residual stream [B, T, D] at its input")
+            self.lineage.following = False
+            self.observer.state(index, stream)
+            self.attended = self.attention_writes = 0
+            self.written = False
+            self.routed = None
+            self.shape = tuple(stream.shape)
+            mark(stream, Mark("stream"))
+            self.lineage.following = True
+
+        return hook
+
+    def leave(self, index: int, last: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self.lineage.following = False
+            self.routed = None
+            stream = output[0] if isinstance(output, tuple) else output
+            found = mark_of(stream)
+            if found is None or found.origin != "stream":
+                raise MeasurementError(
+                    f"{self.name()}: its output is not its input plus writes, so what writes the "
+                    "P0 state cannot be told; this architecture is not supported"
+                )
+            if self.found.kinds[index] in ("full", "sliding") and not self.attended:
+                raise MeasurementError(
+                    f"{self.name()}: its attention was not seen: it goes through neither "
+                    "transformers' attention interface nor torch's softmax over [B, H, T, T] or "
+                    "scaled_dot_product_attention; load the model with "
+                    "attn_implementation='eager' or 'sdpa'"
+                )
+            if self.attended and not self.attention_writes:
+                raise MeasurementError(
+                    f"{self.name()}: the attention's output was not seen on its way into the "
+                    "residual stream; this architecture is not supported"
+                )
+            if last:
+                self.observer.state(index + 1, stream)
+
+        return hook
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        softcap: float | None = None,
+        s_aux: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        following, self.lineage.following = self.lineage.following, False
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if attention_mask is None and not causal:
+            raise MeasurementError(f"{self.name()}: attention that is not causal has no P0 sink")
+        if position_bias is not None:
+            raise MeasurementError(f"{self.name()}: learned position biases are not supported")
+        if unknown := [name for name in kwargs.keys() - _INERT if kwargs[name] is not None]:
+            raise MeasurementError(
+                f"{self.name()}: it hands {', '.join(sorted(unknown))} to its attention, whose "
+                "meaning is not known here; not supported"
+            )
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        with self._named():
+            output, attended = attend(
+                query, key, value, scale=scale, mask=attention_mask, softcap=softcap, sinks=s_aux
+            )
+        self._attended(attended)
+        output = output.transpose(1, 2).contiguous()
+        mark(output, Mark("mixed", heads=query.shape[1]))
+        self.lineage.following = following
+        return output, None
+
+    def experts(self) -> int | None:
+        """Routed experts per block, None for a dense model."""
+        names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        found = [getattr(self.config, name, None) for name in names]
+        return next((int(count) for count in found if isinstance(count, int) and count > 1), None)
+
+
+def decoder(model: nn.Module) -> Decoder:
+    """Find the blocks of a Hugging Face decoder, whatever wraps it.
+
+    Raises:
+        MeasurementError: not a decoder of transformers, or none whose blocks can be found.
+    """
+    bare = _unwrap(model)
+    if not isinstance(bare, PreTrainedModel):
+        raise MeasurementError(
+            f"{type(bare).__name__} is not a transformers model; sinktrack measures "
+            "transformers decoders (AutoModelForCausalLM and the like)"
+        )
+    config = bare.config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise MeasurementError(
+            f"{type(bare).__name__} is an encoder-decoder; only decoders have P0"
+        )
+    blocks = dict(enumerate(_blocks(bare, config)))
+    attentions = _recorded(bare, "attentions")
+    kinds = _kinds(config, blocks, attentions)
+    interface = bare._can_set_attn_implementation()
+    return Decoder(bare, config, blocks, kinds, attentions, interface)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while not isinstance(model, PreTrainedModel):
+        for name in ("module", "_orig_mod", "base_model", "model"):
+            inner = getattr(model, name, None)
+            if isinstance(inner, nn.Module):
+                model = inner
+                break
+        else:
+            break
+    return model
+
+
+def _blocks(model: PreTrainedModel, config: Any) -> nn.ModuleList:
+    """The list of the blocks that transformers names; else the one as long as the config says."""
+    named = _recorded(model, "hidden_states")
+    count = getattr(config, "num_hidden_layers", None)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for found in lists:
+        if len(found) and named and all(isinstance(block, named) for block in found):
+            return found
+    for found in lists:
+        if len(found) and len(found) == count:
+            return found
+    raise MeasurementError(
+        f"unknown architecture {type(model).__name__}: no list of {count} blocks found in it"
+    )
+
+
+def _recorded(model: nn.Module, what: str) -> tuple[type, ...]:
+    """The classes of modules that transformers names as the source of an output."""
+    found: set[type] = set()
+    for module in model.modules():
+        recorded = getattr(type(module), "_can_record_outputs", None) or {}
+        named = recorded.get(what, ()) if isinstance(recorded, dict) else ()
+        for entry in named if isinstance(named, list | tuple) else (named,):
+            target = getattr(entry, "target_class", entry)
+            if isinstance(target, type):
+                found.add(target)
+    return tuple(found)
+
+
+def _kinds(
+    config: Any, blocks: Mapping[int, nn.Module], attentions: tuple[type, ...]
+) -> tuple[str, ...]:
+    declared = getattr(config, "layer_types", None) or ["full_attention"] * len(blocks)
+    kinds = []
+    for index, (block, name) in enumerate(zip(blocks.values(), declared, strict=False)):
+        softmax = any(isinstance(module, attentions) for module in block.modules())
+        if name in ("mlp", "moe"):
+            kinds.append("mlp")
+        elif attentions and not softmax:
+            kinds.append("linear")
+        elif "sliding" in name or "chunked" in name:
+            kinds.append("sliding")
+        elif "full" in name or name == "attention" or softmax:
+            kinds.append("full")
+        else:
+            kinds.append("linear")
+        mixers = {type(module).__name__ for module in block.modules() if _is_recurrent(module)}
+        if softmax and mixers:
+            raise MeasurementError(
+                f"block {index} ({type(block).__name__}): {', '.join(sorted(mixers))} beside its "
+                "attention, so what its MLP writes cannot be told apart; not supported"
+            )
+    return tuple(kinds)
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    return re.search("Mixer$|Mamba|DeltaNet|RecurrentBlock", type(module).__name__) is not None
+
+
+@contextmanager
+def watch(found: Decoder, observer: Observer) -> Iterator[None]:
+    """Show the forward passes of ``found`` to ``observer``; undone on leaving, whatever happens.
+
+    Raises:
+        MeasurementError: by the forward pass, where a block cannot be shown exactly.
+    """
+    tap = _Tap(found, observer)
+    with ExitStack() as stack:
+        for config in _configs(found.model) if found.interface else ():
+            stack.callback(
+                setattr, config, "_attn_implementation_internal", config._attn_implementation
+            )
+            config._attn_implementation_internal = _STANDS_FOR
+        last = max(found.blocks)
+        for index, block in found.blocks.items():
+            hook = block.register_forward_pre_hook(tap.enter(index), with_kwargs=True)
+            stack.callback(hook.remove)
+            stack.callback(block.register_forward_hook(tap.leave(index, index == last)).remove)
+            for module in block.modules():
+                if _is_experts(module):
+                    hook = module.register_forward_hook(tap.experts, with_kwargs=True)
+                    stack.callback(hook.remove)
+        stack.enter_context(_standing_in())
         token = _ACTIVE.set(tap)
         stack.callback(_ACTIVE.reset, token)
         with tap.lineage:
@@ -340,7 +586,9 @@ class _Tap:
         output, _ = self.attend(
             nn.Identity(), query, key, value, attn_mask, scale, is_causal or query.shape[2] == 1
         )
-        return output.transpose(1, 2)
+        output = output.transpose(1, 2)
+        mark(output, Mark("mixed", heads=query.shape[1]))
+        return output
 
     def gate(self, mixed: Tensor, gate: Tensor, heads: int) -> None:
         batch, length, _ = self.shape
@@ -388,12 +636,25 @@ class _Tap:
         self.written = True
 
 
-_ACTIVE: ContextVar[_Tap] = ContextVar("sinktrack_tap")
+_ACTIVE: ContextVar[_Tap | None] = ContextVar("sinktrack_tap", default=None)
 
 
-def _attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return _ACTIVE.get().attend(module, *args, **kwargs)
+@contextmanager
+def _standing_in() -> Iterator[None]:
+    """Be transformers' `_STANDS_FOR` attention, for the watched forward pass alone."""
+    own = ALL_ATTENTION_FUNCTIONS[_STANDS_FOR]
+    local = ALL_ATTENTION_FUNCTIONS._local_mapping
+    before = local.get(_STANDS_FOR)
 
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tap = _ACTIVE.get()  # another thread may run a model of its own meanwhile
+        return own(module, *args, **kwargs) if tap is None else tap.attend(module, *args, **kwargs)
 
-AttentionInterface.register(_INTERFACE, _attention)
-AttentionMaskInterface.register(_INTERFACE, sdpa_mask)
+    local[_STANDS_FOR] = attention
+    try:
+        yield
+    finally:
+        if before is None:
+            local.pop(_STANDS_FOR, None)
+        else:
+            local[_STANDS_FOR] = before
