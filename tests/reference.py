@@ -107,7 +107,7 @@ class PlainWrites:
             for name, module in block.named_modules():
                 if "Attention" in type(module).__name__ or name.endswith("attn"):
                     for inner in module.modules():
-                        if "Linear" in type(inner).__name__ or type(inner).__name__ == "Conv1D":
+                        if hasattr(inner, "weight") and inner.weight.ndim == 2:
                             handles.append(inner.register_forward_hook(self._project(index, model)))
                 if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
                     handles.append(
