@@ -105,9 +105,9 @@ class PlainWrites:
         handles = []
         for index, block in enumerate(blocks_of(model)):
             for name, module in block.named_modules():
-                if "Attention" in type(module).__name__ or name.endswith("attn"):
+                if type(module).__name__.endswith("Attention") or name.endswith("attn"):
                     for inner in module.modules():
-                        if hasattr(inner, "weight") and inner.weight.ndim == 2:
+                        if "Linear" in type(inner).__name__ or type(inner).__name__ == "Conv1D":
                             handles.append(inner.register_forward_hook(self._project(index, model)))
                 if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
                     handles.append(
@@ -123,6 +123,8 @@ class PlainWrites:
         heads = config.num_attention_heads
 
         def hook(module: Any, args: Any, output: Any) -> None:
+            if not hasattr(module, "weight"):
+                return
             weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
             if args[0].ndim < 2 or args[0].shape[-1] % heads:
                 return

@@ -25,14 +25,14 @@ def softmax_reference(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, all probabilities, and the largest absolute score, in float64."""
+    """Output, all probabilities, and the largest sum of a score's absolute terms, in float64."""
     heads, length = query.shape[1], query.shape[2]
     key = torch.stack([key[:, h * key.shape[1] // heads] for h in range(heads)], 1).double()
     value = torch.stack([value[:, h * value.shape[1] // heads] for h in range(heads)], 1).double()
     scores = torch.einsum("bhid,bhjd->bhij", query.double(), key) * scale
+    largest = torch.einsum("bhid,bhjd->bhij", query.double().abs(), key.abs()).max() * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    largest = scores.abs().max()
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool).tril()
     if mask.dtype == torch.bool:
