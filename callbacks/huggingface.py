@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sinktrack.callbacks.loop import SinkTracker
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,19 +17,8 @@ class SinkTrackCallback(TrainerCallback):  # type: ignore[misc]
     Arguments and errors are those of `sinktrack.callbacks.loop.SinkTracker`.
     """
 
-    def __init__(
-        self,
-        probe: Probe,
-        run: str | Path,
-        every: int = 100,
-        *,
-        early: bool = False,
-        on_error: Literal["warn", "raise"] = "warn",
-        batch_size: int | None = None,
-    ) -> None:
-        self.tracker = SinkTracker(
-            probe, run, every, early=early, on_error=on_error, batch_size=batch_size
-        )
+    def __init__(self, probe: Probe, run: str | Path, every: int = 100, **options: Any) -> None:
+        self.tracker = SinkTracker(probe, run, every, **options)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from sinktrack.errors import MeasurementError
 from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
@@ -29,7 +30,7 @@ class SinkTracker:
         every: steps between probes; step 0 counts.
         early: probe at steps 1, 2, 4, 8, ... below ``every`` too.
         on_error: ``warn`` reports a failing probe once and lets training go on; ``raise`` raises.
-        batch_size: sequences per forward pass of the probe; all at once by default.
+        probe_batch_size: sequences per forward pass of the probe; all at once by default.
 
     Raises:
         RecordError: the run directory cannot be written, or holds another probe.
@@ -43,12 +44,12 @@ class SinkTracker:
         *,
         early: bool = False,
         on_error: Literal["warn", "raise"] = "warn",
-        batch_size: int | None = None,
+        probe_batch_size: int | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"every={every}: the interval is at least one step")
         self.probe, self.every, self.early, self.on_error = probe, every, early, on_error
-        self.batch_size = batch_size
+        self.probe_batch_size = probe_batch_size
         self.axes: dict[str, int] = {}
         """More axes to log beside ``sinktrack/step``, by W&B key."""
         self.measured: int | None = None
@@ -76,10 +77,13 @@ class SinkTracker:
     ) -> Measurement | None:
         """Probe whatever the step; None on a process that does not write, or after a failure."""
         self.measured = step
-        if self._run is None and not _sharded(model):
+        together = _sharded(model)
+        if self._run is None and not together:
             return None
         try:
-            measurement = measure(model, self.probe, batch_size=self.batch_size)
+            if together:
+                _agree(self.probe)
+            measurement = measure(model, self.probe, batch_size=self.probe_batch_size)
             if self._run is None:
                 return None
             record = to_json(measurement.to_record(step, "callback", versions(), tokens))
@@ -100,6 +104,24 @@ def _main() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _agree(probe: Probe) -> None:
+    """Fail on every process or on none, before a forward pass in which all wait for each other.
+
+    What fails later fails on all alike, since weights and probe are the same; but for a process
+    that runs out of memory alone, for which the others wait until their process group times out.
+
+    Raises:
+        MeasurementError: the processes hold different probes.
+    """
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, probe.digest)
+    if len(set(digests)) > 1:
+        raise MeasurementError(
+            f"the processes hold different probes ({', '.join(sorted(set(digests)))}); a sharded "
+            "model needs the same one on each"
+        )
 
 
 def _sharded(model: Any) -> bool:

@@ -3,8 +3,8 @@
 One fused attention call gives the block's output and the log-sum-exp of every query's scores; the
 probability on P0 is then ``exp(scale * q_i . k_0 - logsumexp_i)``.
 
-Accuracy against softmax in float64 of the same inputs, with ``s`` the largest of the scores' sums of
-absolute terms ``scale * sum_d |q_d k_d|``, which bounds what rounding can do to a score:
+Accuracy against softmax in float64 of the same inputs, with ``s`` the largest of the scores' sums
+of absolute terms ``scale * sum_d |q_d k_d|``, which bounds what rounding can do to a score:
 
 * float32: ``1e-6 + 2**-22 * s`` at most; 1e-6 for the scores of ordinary models.
 * bfloat16 and float16: products of two such numbers are exact in float32, so the scores are as good

@@ -35,13 +35,14 @@ def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) ->
 
     Raises:
         ProbeError: the probe does not fit the model's vocabulary or positions.
-        MeasurementError: the model cannot be measured exactly; names the block and the reason.
+        MeasurementError: the model cannot be measured exactly, which names the block and the
+            reason; or there is not enough memory, which names the number to lower.
     """
     from sinktrack.taps.huggingface import decoder, watch
 
     started = time.perf_counter()
     found = decoder(model)
-    _refuse_meta(found.model)
+    _refuse_unreadable(found.model)
     probe.check(
         found.config.vocab_size,
         getattr(found.config, "max_position_embeddings", None),
@@ -52,7 +53,7 @@ def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) ->
     first = probe.first_tokens()
     size = batch_size or probe.sequences
     batches = probe.batches(size)
-    with undisturbed(found.model), _resharded(found.model):
+    with _out_of_memory(size, probe), undisturbed(found.model), _resharded(found.model):
         with watch(found, collected):
             for tokens in batches:
                 _forward(found.model, tokens.to(device))
@@ -98,11 +99,41 @@ def _whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _refuse_meta(model: nn.Module) -> None:
+@contextmanager
+def _out_of_memory(size: int, probe: Probe) -> Iterator[None]:
+    """Say which number to lower; everything else is put back by then."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no error of its own
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "not enough memory" not in str(error):
+            raise
+        advice = (
+            f"lower the probe's batch size (probe_batch_size of a callback) to {size // 2} or less"
+            if size > 1
+            else "give a probe of shorter sequences"
+        )
+        raise MeasurementError(
+            f"out of memory with {size} sequences of {probe.length} tokens at once; {advice}"
+        ) from error
+
+
+def _refuse_unreadable(model: nn.Module) -> None:
+    """Refuse weights that are not there, or not numbers that we can multiply with."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise MeasurementError(
                 f"{name} is on the meta device and has no values; load the weights first"
+            )
+        if hasattr(parameter, "ds_id"):
+            raise MeasurementError(
+                f"{name} is partitioned by DeepSpeed ZeRO-3, so no process holds the model; measure "
+                "the saved checkpoints with `sinktrack scan`, or train with ZeRO-1, ZeRO-2 or FSDP2"
+            )
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise MeasurementError(
+                f"{name} is stored as {parameter.dtype}: quantized weights are not supported; "
+                "measure the model before quantization"
             )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -125,6 +126,8 @@ class Lineage(TorchFunctionMode):
                 return stream
         if left.shape != right.shape:
             return _biased(a, right) if a else b
+        if a and b and (joined := _joined(a, b)):
+            return joined
         if {found.origin for found in (a, b) if found} <= {"experts"}:
             return a or b  # a shared expert joins the routed ones
         if any(found and found.origin in ("weights", "mixed") for found in (a, b)):
@@ -144,6 +147,8 @@ class Lineage(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             return Mark("attention", operands=(args[0], first.heads, weight, bias))
+        if name == "linear" and first and first.operands and first.raw is None:
+            return _composed(first, *args, **kwargs)
         if name == "addmm" and (mixed := mark_of(args[1])) and mixed.heads:
             return Mark("attention", operands=(args[1], mixed.heads, args[2].T, args[0]))
         if name in _PRODUCT and first and first.origin == "mixed" and args[1].ndim == 2:
@@ -174,6 +179,29 @@ def _biased(found: Mark, added: Tensor) -> Mark:
         return found
     mixed, heads, weight, bias = found.operands
     return replace(found, operands=(mixed, heads, weight, added if bias is None else bias + added))
+
+
+def _composed(found: Mark, value: Tensor, weight: Tensor, bias: Tensor | None = None) -> Mark:
+    """One linear map after another, as in the low-rank factors of an adapter."""
+    assert found.operands is not None
+    mixed, heads, first, offset = found.operands
+    if offset is not None:
+        bias = weight @ offset * found.factor + (0 if bias is None else bias)
+    operands = (mixed, heads, weight @ (first * found.factor), bias)
+    return replace(found, operands=operands, factor=1.0)
+
+
+def _joined(a: Mark, b: Mark) -> Mark | None:
+    """Two linear maps of the same heads, added: an output projection and its adapter."""
+    if a.operands is None or b.operands is None or a.raw is not None or b.raw is not None:
+        return None
+    (mixed, heads, left, one), (other, _, right, two) = a.operands, b.operands
+    if mixed.data_ptr() != other.data_ptr() or left.shape != right.shape:
+        return None
+    biases = [bias * mark.factor for bias, mark in ((one, a), (two, b)) if bias is not None]
+    bias = torch.stack(biases).sum(0) if biases else None
+    weight = left * a.factor + right * b.factor
+    return Mark("attention", operands=(mixed, heads, weight, bias))
 
 
 def _is_gate(value: Any) -> bool:
