@@ -106,7 +106,7 @@ def _out_of_memory(size: int, probe: Probe) -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no error of its own
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "not enough memory" not in str(error):
+        if not known and "DefaultCPUAllocator" not in str(error):
             raise
         advice = (
             f"lower the probe's batch size (probe_batch_size of a callback) to {size // 2} or less"
@@ -127,8 +127,8 @@ def _refuse_unreadable(model: nn.Module) -> None:
             )
         if hasattr(parameter, "ds_id"):
             raise MeasurementError(
-                f"{name} is partitioned by DeepSpeed ZeRO-3, so no process holds the model; measure "
-                "the saved checkpoints with `sinktrack scan`, or train with ZeRO-1, ZeRO-2 or FSDP2"
+                f"{name} is partitioned by DeepSpeed ZeRO-3, so no process holds the model; "
+                "measure the saved checkpoints with `sinktrack scan`, or train with ZeRO-2 or FSDP2"
             )
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise MeasurementError(

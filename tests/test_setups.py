@@ -61,6 +61,7 @@ def wrapped_blocks(model: Any) -> Any:
         apply_activation_checkpointing,
     )
 
+    model.config.use_cache = False  # a recomputed block would append its keys a second time
     block = type(model.model.layers[0])
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, block))
     return model
