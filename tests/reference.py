@@ -94,8 +94,8 @@ def capture_inputs(model: Any, tokens: torch.Tensor) -> np.ndarray:
 class PlainWrites:
     """What heads and routed experts write at P0, by plain hooks and loops over the parameters.
 
-    The output projection of an attention is the last linear map that runs inside of it. Heads are
-    compared up to ``factor``, the residual multiplier of the family.
+    The output projection of an attention is the last linear map that runs inside of it. Writes are
+    compared up to `factor`.
     """
 
     def __init__(self, model: Any, tokens: torch.Tensor) -> None:
@@ -123,10 +123,10 @@ class PlainWrites:
         heads = config.num_attention_heads
 
         def hook(module: Any, args: Any, output: Any) -> None:
-            if not hasattr(module, "weight"):
+            if not hasattr(module, "weight") or module.weight.ndim != 2:
                 return
             weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
-            if args[0].ndim < 2 or args[0].shape[-1] % heads:
+            if not args or args[0].ndim < 2 or args[0].shape[-1] % heads:
                 return
             at_zero = args[0].detach().reshape(*self._shape, -1)[:, 0].mean(0)
             if at_zero.numel() != weight.shape[1]:
@@ -168,6 +168,15 @@ def _expert(module: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
     else:
         inner = module.act_fn(times("up_proj", x))
     return times("down_proj", inner)
+
+
+def factor(config: Any, kind: str) -> float:
+    """What a family multiplies an attention's or the experts' output with."""
+    if config.model_type == "minicpm3":
+        return float(config.scale_depth / math.sqrt(config.num_hidden_layers))
+    if config.model_type.startswith("minimax_m3") and kind == "expert":
+        return float(config.routed_scaling_factor)
+    return float(getattr(config, "residual_multiplier", 1.0))
 
 
 def eager_attention(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -229,10 +238,10 @@ def _check_writes(model: Any, tokens: torch.Tensor, inputs: np.ndarray) -> None:
         wanted = (inputs[block + 1] - inputs[block])[:, 0].mean(0)
         np.testing.assert_allclose(total, wanted, atol=2e-5 * scale)
     plain = PlainWrites(model, tokens)
-    factor = getattr(found.config, "residual_multiplier", 1.0)
     for (kind, block, index), write in leaves.items():
         if kind in ("head", "expert"):
-            wanted = {"head": plain.heads, "expert": plain.experts}[kind][block, index] * factor
+            wanted = {"head": plain.heads, "expert": plain.experts}[kind][block, index]
+            wanted = wanted * factor(found.config, kind)
             torch.testing.assert_close(write, wanted, atol=2e-5 * scale, rtol=1e-4)
     experts = {(block, index) for kind, block, index in leaves if kind == "expert"}
     assert experts == set(plain.experts)

@@ -54,6 +54,11 @@ EXACT: dict[str, dict[str, Any]] = {
     "flex_olmo": {}, "mixtral": {}, "gpt_oss": {}, "deepseek_v2": LATENT, "glm4_moe": {},
     "granitemoe": {}, "granitemoeshared": {}, "granitemoe_swa": {}, "phimoe": {},
     "ernie4_5_moe": {}, "dots1": {}, "minimax_m2": {}, "hunyuan_v1_moe": {}, "llama4_text": {},
+    "minimax_m3_vl_text": {}, "kolibri1": {}, "lfm3": {}, "glm_moe_dsa": LATENT,
+    "axk1": LATENT | {"head_dim": 4}, "axk2": LATENT | {"head_dim": 4},
+    "bailing_hybrid": LATENT | {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "kimi_linear": LATENT | {"layer_types": ["linear_attention", "full_attention"] * 2,
+                             "linear_num_heads": 2, "linear_head_dim": 8},
     "deepseek_v3": LATENT | {"head_dim": 4}, "afmoe": {}, "glm4_moe_lite": LATENT,
     "deepseek_v32": LATENT, "aria_text": {}, "cohere2_moe": {}, "exaone_moe": {}, "flint": {},
     "hy_v3": {}, "laguna": {}, "mellum": {}, "mimo_v2_flash": {}, "solar_open": {},
@@ -76,6 +81,14 @@ EXACT: dict[str, dict[str, Any]] = {
     "bitnet": {}, "cwm": {}, "gpt_neox_japanese": {}, "hyperclovax": {}, "internlm3": {},
     "jais2": {}, "ministral": {}, "ministral3": {}, "nanochat": {}, "persimmon": {},
     "vaultgemma": {}, "recurrent_gemma": {}, "olmo_hybrid": {}, "lfm2": ALTERNATING,
+    "minicpm3": LATENT, "youtu": LATENT | {"head_dim": 4}, "iquestcoder": {}, "ctrl": {},
+    "modernbert-decoder": {}, "phi4_multimodal": {
+        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
+                          "num_hidden_layers": 1, "crop_size": 28, "image_size": 28},
+        "audio_config": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
+                         "num_blocks": 1, "ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16,
+                         "nemo_conv_channels": 16},
+    },
     "bamba": MAMBA | {"attn_layer_indices": [1, 3]}, "bloom": {}, "gptj": GPT, "codegen": GPT,
     "falcon": FALCON,
     "mpt": {"vocab_size": 65, "d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 64,
@@ -99,6 +112,14 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "inkling_text": ("learned position biases", {}),
     "deepseek_v4": ("no residual stream", {}),
     "bert": ("attention that is not causal", {}),
+    "cpmant": ("attention that is not causal", {}),
+    "rwkv": ("its output is not its input plus writes", {}),
+    "hy_v4": ("no residual stream", {}),
+    "hrm_text": ("attends more than once", {}),
+    "inkling2_text": ("learned position biases", {}),
+    "zaya": ("is added to its residual stream", {"num_experts_per_tok": 1}),
+    "zamba": ("ZambaMambaMixer beside its attention", {}),
+    "zamba2": ("Zamba2MambaMixer beside its attention", {"layer_types": ["mamba", "hybrid"] * 2}),
 }  # fmt: skip
 
 
@@ -121,7 +142,7 @@ def test_exact(family: str) -> None:
 @pytest.mark.parametrize("family", REFUSED)
 def test_refused(family: str) -> None:
     reason, changes = REFUSED[family]
-    with pytest.raises(MeasurementError, match=f"block 0 .*{reason}"):
+    with pytest.raises(MeasurementError, match=rf"block \d .*{reason}"):
         measure(tiny(family, changes), PROBE)
 
 

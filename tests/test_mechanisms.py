@@ -281,7 +281,8 @@ def test_the_documents_of_packed_rows_have_a_p0_each() -> None:
     probe = Probe.from_tokens(tokens, documents)
     assert probe.sequences == 5 and "5 documents" in repr(probe)
     found = measure(model, probe)
-    assert torch.equal(measure(model, probe, batch_size=1).p0_attention, found.p0_attention)
+    split = measure(model, probe, batch_size=1)  # kernels may round by the number of rows
+    torch.testing.assert_close(split.p0_attention, found.p0_attention, atol=1e-6, rtol=0)
     seen = (documents[:, :, None] == documents[:, None]).tril()[:, None]
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     positions = torch.tensor([[i for k in row for i in range(k)] for row in lengths])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +23,8 @@ from sinktrack import Run
 
 def read_back(directory: Path) -> tuple[list[dict], list]:
     """History rows and metric definitions of the one offline run below ``directory``."""
-    (file,) = directory.glob("wandb/offline-run-*/*.wandb")
     rows, definitions = [], []
-    for data in leveldb_records(file.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in finished(directory):
         if record.WhichOneof("record_type") == "history":
             rows.append(
                 {
@@ -37,6 +35,21 @@ def read_back(directory: Path) -> tuple[list[dict], list]:
         if record.WhichOneof("record_type") == "metric":
             definitions.append(record.metric)
     return rows, definitions
+
+
+def finished(directory: Path) -> list[wandb_internal_pb2.Record]:
+    """All records of the run; ``finish()`` may return before the last reach the disk."""
+    (file,) = directory.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        records = []
+        for data in leveldb_records(file.read_bytes()):
+            records.append(wandb_internal_pb2.Record())
+            records[-1].ParseFromString(data)
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.05)
+    raise AssertionError(f"{file} never ended with the record of its exit")
 
 
 def leveldb_records(data: bytes) -> Iterator[bytes]:

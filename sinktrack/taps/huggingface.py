@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -367,6 +368,11 @@ class _Tap:
         self.observer.attention(self.block, attended)
 
     def write(self, found: Mark | None, added: Tensor) -> None:
+        if added.numel() != math.prod(self.shape):
+            raise MeasurementError(
+                f"{self.name()}: a {tuple(added.shape)} is added to its residual stream "
+                f"{self.shape}, which is no sublayer's write; this architecture is not supported"
+            )
         added = added.view(self.shape)
         raw = None if found is None else found.raw
         if raw is not None:  # of another shape, it went through more than a norm
