@@ -28,7 +28,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 $(VENV)-test/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-test
 	$(VENV)-test/bin/pip install -q -c constraints.txt torch==2.13.0
-	$(VENV)-test/bin/pip install -q -c constraints.txt -e '.[report,wandb,dev]'
+	$(VENV)-test/bin/pip install -q -c constraints.txt -e '.[all,dev]'
 	touch $@
 
 clean:
