@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,7 +11,33 @@ from torch import Tensor
 from sinktrack.attention import Attended
 from sinktrack.circuit import Leaf
 from sinktrack.errors import MeasurementError
-from sinktrack.taps import Observer, Write
+from sinktrack.taps import Observer, Projection, Write
+
+
+@dataclass
+class Terms:
+    """A write at P0 and the parts of it that are known."""
+
+    sublayer: str
+    row: Tensor
+    """float32 ``[B, D]``: the write."""
+    raw: Tensor | None
+    """float32 ``[B, D]``: the sublayer's output before an output norm, where there is one."""
+    dtype: torch.dtype
+    """Of the stream, for what rounding may leave over."""
+    parts: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    """By kind and index (-1 for none), ``[D]`` float32 summed over the sequences."""
+    gates: dict[int, list[float]] | None = None
+    """By routed expert, its gate weights; None where nothing is routed."""
+
+    def add_heads(self, of: Projection, first: int = 0) -> None:
+        """What each head writes, and the bias; ``first`` is the number of the first head."""
+        mixed = of.mixed[:, 0].float().sum(0).view(of.heads, -1)
+        weight = of.weight.float().unflatten(1, (of.heads, -1))
+        for head, part in enumerate(torch.einsum("hv,dhv->hd", mixed, weight) * of.factor):
+            self.parts["head", first + head] = part
+        if of.bias is not None:
+            self.parts["attention_bias", -1] = of.bias.float() * (of.factor * len(of.mixed))
 
 
 class States(Observer):
@@ -98,44 +125,43 @@ class Collector(States):
 
     def write(self, block: int, write: Write) -> None:
         """Keep the P0 row of a write, and add up its parts over the sequences."""
-        place = self._order[block]
-        self._order[block] += 1
-        row = _row(write.added)
-        self.writes[block, place, write.sublayer].append(row)
-        raw = row if write.raw is None else _row(write.raw)
-        rest = raw.sum(0)
+        raw = None if write.raw is None else _row(write.raw)
+        terms = Terms(write.sublayer, _row(write.added), raw, write.added.dtype)
         if write.projection is not None:
-            of = write.projection
-            mixed = of.mixed[:, 0].float().sum(0).view(of.heads, -1)
-            weight = of.weight.float().unflatten(1, (of.heads, -1))
-            heads = torch.einsum("hv,dhv->hd", mixed, weight) * of.factor
-            for head, part in enumerate(heads):
-                self._add(block, "head", head, part)
-            rest = rest - heads.sum(0)
-            if of.bias is not None:
-                bias = of.bias.float() * (of.factor * len(row))
-                self._add(block, "attention_bias", -1, bias)
-                rest = rest - bias
+            terms.add_heads(write.projection)
         if write.routed is not None:
-            routed = write.routed
+            routed, terms.gates = write.routed, {}
             outputs = routed.outputs(0).float() * routed.factor
             index, gate = routed.index[:, 0].cpu(), routed.gate[:, 0].cpu()
             for expert in index.unique().tolist():
                 chosen = index == expert
-                self._add(block, "expert", expert, outputs[chosen.to(outputs.device)].sum(0))
-                self._gates[block, expert] += gate[chosen].tolist()
-            rest = rest - outputs.sum((0, 1))
-        if write.routed is not None:
+                terms.parts["expert", expert] = outputs[chosen.to(outputs.device)].sum(0)
+                terms.gates[expert] = gate[chosen].tolist()
+        self.keep(block, terms)
+
+    def keep(self, block: int, terms: Terms) -> None:
+        """Keep a write and its parts; what they leave over is a part of its own."""
+        place = self._order[block]
+        self._order[block] += 1
+        row, raw = terms.row, terms.row if terms.raw is None else terms.raw
+        self.writes[block, place, terms.sublayer].append(row)
+        rest = raw.sum(0)
+        for (kind, index), part in terms.parts.items():
+            self._add(block, kind, index, part)
+            rest = rest - part
+        for expert, gates in (terms.gates or {}).items():
+            self._gates[block, expert] += gates
+        if terms.gates is not None:
             kind = "shared_expert"
-        elif write.sublayer in ("mlp", "mixer"):
-            kind = write.sublayer
+        elif terms.sublayer in ("mlp", "mixer"):
+            kind = terms.sublayer
         else:
             kind = "attention_rest"
-        residue = 16 * torch.finfo(write.added.dtype).eps * raw.norm(dim=-1).sum()
+        residue = 16 * torch.finfo(terms.dtype).eps * raw.norm(dim=-1).sum()
         if kind in ("mlp", "mixer") or rest.norm() > residue:  # else nothing but rounding is left
             self._add(block, kind, -1, rest)
-        if write.raw is not None:
-            self._add(block, f"{write.sublayer}_norm", -1, row.sum(0) - raw.sum(0))
+        if terms.raw is not None:
+            self._add(block, f"{terms.sublayer}_norm", -1, row.sum(0) - raw.sum(0))
 
     def _add(self, block: int, kind: str, index: int, part: Tensor) -> None:
         self._parts[block, kind, index] = self._parts[block, kind, index].to(part.device) + part
