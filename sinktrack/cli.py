@@ -123,14 +123,15 @@ def show(run: RunDirectory, as_json: AsJson = False) -> None:
 
 @app.command()
 def report(
-    run: RunDirectory,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
 ) -> None:
-    """One HTML file with the run's curves; it opens without a network."""
+    """One HTML file with the curves of one run or several; it opens without a network."""
     from sinktrack.record import Run
     from sinktrack.report import write_report
 
-    write_report(Run.read(run).records, out, run.absolute().name)
+    named = _named(runs)
+    write_report({name: Run.read(path).records for name, path in named.items()}, out)
     _err.print(f"wrote {out}", markup=False)
 
 
@@ -166,6 +167,16 @@ def probe(
         raise ProbeError("give --tokenizer with --texts, or --vocab-size")
     made.save(out)
     print(made)
+
+
+def _named(runs: list[Path]) -> dict[str, Path]:
+    """The runs by the shortest end of their paths that tells them apart."""
+    paths = [run.absolute() for run in dict.fromkeys(runs)]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(paths):
+            break
+    return dict(zip(names, paths, strict=True))
 
 
 def _quiet() -> None:

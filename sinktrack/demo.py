@@ -172,7 +172,7 @@ def run_demo(out: Path, console: Console, *, seed: int = 1, steps: int = STEPS) 
         raise SinktrackError(f"online and offline records differ by {worst:.2g}")
 
     records = Run.read(online).records
-    write_report(records, out / "report.html", "sinktrack demo")
+    write_report({"sinktrack demo": records}, out / "report.html")
     show(records, "sinktrack demo", console)
     console.print(summary(records))
     console.print(

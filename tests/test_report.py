@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import shutil
@@ -16,7 +18,7 @@ from tests.synthetic import synthetic_records
 pytest.importorskip("plotly")
 playwright = pytest.importorskip("playwright.sync_api")
 
-CURVES = ("sink_rate", "concentration", "norm_ratio", "localization")
+CURVES = ("sink_rate", "blocks", "norm_ratio", "localization")
 Open = Callable[..., Any]
 
 
@@ -40,9 +42,14 @@ def open_report(browser: Any, tmp_path: Path) -> Iterator[Open]:
     troubles: list[str] = []
     contexts = []
 
-    def opener(records: list[dict[str, Any]], title: str = "run", **options: Any) -> Any:
+    def opener(
+        runs: list[dict[str, Any]] | dict[str, list[dict[str, Any]]],
+        name: str = "run",
+        losses: dict[str, dict[int, float]] | None = None,
+        **options: Any,
+    ) -> Any:
         path = tmp_path / "report.html"
-        write_report(records, path, title)
+        write_report(runs if isinstance(runs, dict) else {name: runs}, path, losses)
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
         page.on("request", lambda request: requests.append(request.url))
@@ -62,14 +69,18 @@ def open_report(browser: Any, tmp_path: Path) -> Iterator[Open]:
 def drawn(page: Any, chart: str) -> list[dict[str, Any]]:
     traces: list[dict[str, Any]] = page.evaluate(
         """chart => document.getElementById(chart).data.map(
-            ({type, name, x, y, z}) => ({type, name, x, y, z}))""",
+            ({type, name, meta, x, y, z}) => ({type, name, meta, x, y, z}))""",
         chart,
     )
     return traces
 
 
-def curve(page: Any, chart: str, name: str) -> dict[str, Any]:
-    return next(trace for trace in drawn(page, chart) if trace["name"] == name)
+def curve(page: Any, chart: str, name: str = "run", meta: str | None = None) -> dict[str, Any]:
+    return next(
+        trace
+        for trace in drawn(page, chart)
+        if trace["name"] == name and (meta is None or trace.get("meta") == meta)
+    )
 
 
 def bars(page: Any) -> list[float]:
@@ -81,20 +92,23 @@ def test_headline_and_curves(open_report: Open) -> None:
     records = synthetic_records()
     page = open_report(records, "a run")
     assert page.text_content("h1") == "a run"
-    assert curve(page, "sink_rate", "sink rate")["y"] == pytest.approx(
+    assert curve(page, "sink_rate", "a run")["y"] == pytest.approx(
         [record["sink_rate"] for record in records], rel=1e-5
     )
-    [heat] = drawn(page, "concentration")
+    [heat] = drawn(page, "blocks")
     assert (len(heat["z"]), len(heat["z"][0])) == (4, len(records))
     assert len([t for t in drawn(page, "norm_ratio") if t["name"]]) == 5
-    for name in ("first-two share", "first-two gain", "depth", "reference block"):
-        assert curve(page, "localization", name)["x"] == [record["step"] for record in records]
+    for field in ("first_two_share", "first_two_gain", "depth", "reference_block"):
+        found = curve(page, "localization", "a run", field)
+        assert found["x"] == [record["step"] for record in records]
+        for value, record in zip(found["y"], records, strict=True):
+            assert value is record[field] or value == pytest.approx(record[field], rel=1e-5)
     for chart, least in (("sink_rate", 2), ("norm_ratio", 5), ("localization", 8)):
         lines = page.eval_on_selector_all(
             f"#{chart} path.js-line", "paths => paths.map(path => path.getAttribute('d'))"
         )
         assert len([line for line in lines if re.search("[LHV]", line)]) >= least
-    assert page.locator("#concentration .hm image").count() == 1
+    assert page.locator("#blocks .hm image").count() == 1
     cards = page.inner_text("#cards")
     low, high = (f"{100 * bound:.1f} %" for bound in records[-1]["intervals"]["sink_rate"])
     assert f"95 %: {low} to {high}" in cards
@@ -126,11 +140,11 @@ def test_log_axis_and_tokens(open_report: Open) -> None:
     page.get_by_label("log", exact=True).check()
     page.get_by_label("tokens", exact=True).check()
     assert [page.evaluate(axis, chart) for chart in CURVES] == ["log"] * 4
-    assert curve(page, "sink_rate", "sink rate")["x"] == [r["tokens"] for r in records[1:]]
+    assert curve(page, "sink_rate")["x"] == [r["tokens"] for r in records[1:]]
     assert "1 record at token 0 left out" in page.inner_text("#left_out")
     page.get_by_label("linear", exact=True).check()
     assert [page.evaluate(axis, chart) for chart in CURVES] == ["linear"] * 4
-    assert curve(page, "sink_rate", "sink rate")["x"] == [r["tokens"] for r in records]
+    assert curve(page, "sink_rate")["x"] == [r["tokens"] for r in records]
 
 
 def test_missing_values_are_gaps(open_report: Open) -> None:
@@ -140,17 +154,19 @@ def test_missing_values_are_gaps(open_report: Open) -> None:
     for record in records:
         record["concentration"][1] = float("nan")
     page = open_report(records)
-    assert curve(page, "sink_rate", "sink rate")["y"][10] is None
+    assert curve(page, "sink_rate")["y"][10] is None
     lines = page.locator("#sink_rate .trace").last.locator("path.js-line")
     assert lines.count() == 2, "the curve is broken at the gap"
-    [heat] = drawn(page, "concentration")
+    [heat] = drawn(page, "blocks")
     assert heat["z"][1] == [None] * len(records)
     band, _ = drawn(page, "sink_rate")
     assert records[10]["step"] not in band["x"]
     assert band["x"].count(None) == 2
-    assert page.locator("input[value=tokens]").count() == 0
+    page.get_by_label("tokens", exact=True).check()
+    assert "1 record without a token count left out" in page.inner_text("#left_out")
+    page.get_by_label("steps", exact=True).check()
     page.get_by_label("log", exact=True).check()
-    assert curve(page, "sink_rate", "sink rate")["x"][0] == 100
+    assert curve(page, "sink_rate")["x"][0] == 100
 
 
 def test_no_sink_is_said(open_report: Open) -> None:
@@ -172,14 +188,32 @@ def test_a_sink_before_any_write_is_said(open_report: Open) -> None:
     assert bars(page) == [1.0]
 
 
-def test_large_run(open_report: Open) -> None:
+def test_large_run(open_report: Open, tmp_path: Path) -> None:
     records = synthetic_records(48, range(0, 100_000, 100))
+    for record in records:
+        record["p0_attention"] = [row * 8 for row in record["p0_attention"]]
     page = open_report(records)
+    assert (tmp_path / "report.html").stat().st_size < 15_000_000
+    assert "1,000" in page.inner_text("#facts") and "drawn" not in page.inner_text("#facts")
     assert page.input_value("#record") == "999"
     assert page.locator("#norm_ratio path.js-line").count() == 49
     page.locator("#record").press("Home")
+    [heads] = drawn(page, "heads")
+    assert (len(heads["z"]), len(heads["z"][0])) == (48, 32)
     assert len(bars(page)) == 17
     assert sum(bars(page)) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_larger_run_is_thinned_and_says_so(
+    open_report: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sinktrack.report.data.BUDGET", 20_000)
+    page = open_report(synthetic_records(steps=range(100)))
+    facts = page.inner_text("#facts").replace("\n", " ")
+    found = re.search(r"100, of which (\d+) are drawn", facts)
+    assert found and 10 < int(found[1]) < 34
+    assert curve(page, "sink_rate")["x"][-1] == 99
+    assert (tmp_path / "report.html").stat().st_size < 5_100_000
 
 
 def test_narrow_screens_and_colour_schemes(open_report: Open) -> None:
@@ -219,20 +253,140 @@ def test_titles_cannot_break_out(open_report: Open) -> None:
 def test_data_is_small_and_escaped(tmp_path: Path) -> None:
     records = synthetic_records()
     records[0]["model"]["type"] = "<!--<script>&\u2029"
-    write_report(records, tmp_path / "report.html", "run")
+    write_report({"run": records}, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     data = page.split('type="application/json">')[1].split("</script>")[0]
     assert not set("<>&\u2028\u2029") & set(data)
-    assert json.loads(data)["records"][3]["step"] == 300
+    assert json.loads(data)["runs"][0]["records"][3]["step"] == 300
     digits = [match.replace(".", "").lstrip("0") for match in re.findall(r"\d+\.\d+", data)]
     assert max(map(len, digits)) <= 6
 
 
 def test_no_records(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="train with a callback, or scan"):
-        write_report([], tmp_path / "report.html", "run")
+        write_report({"run": []}, tmp_path / "report.html")
 
 
 def test_unwritable(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="cannot write"):
-        write_report(synthetic_records(), tmp_path / "missing" / "report.html", "run")
+        write_report({"run": synthetic_records()}, tmp_path / "missing" / "report.html")
+
+
+def shifted(records: list[dict[str, Any]], by: float) -> list[dict[str, Any]]:
+    for record in records:
+        record["sink_rate"] *= by
+    return records
+
+
+def test_runs_are_compared(open_report: Open) -> None:
+    runs = {
+        "one": synthetic_records(),
+        "two": shifted(synthetic_records(6, range(0, 3000, 100)), 0.5),
+        "three <b>": synthetic_records(formed=False),
+    }
+    page = open_report(runs)
+    for name, records in runs.items():
+        found = curve(page, "sink_rate", name.replace("<", "&lt;"))
+        assert found["y"] == pytest.approx([record["sink_rate"] for record in records], rel=1e-5)
+    assert [(len(heat["z"]), len(heat["z"][0])) for heat in drawn(page, "blocks")] == [
+        (4, 20), (6, 30), (4, 20),
+    ]  # fmt: skip
+    assert page.locator("#blocks .hm image").count() == 3
+    table = page.locator("#compared tbody tr")
+    assert [line.split("\t")[0].strip() for line in table.all_inner_texts()] == list(runs)
+    assert "0 to 1,900" in page.inner_text("#facts")
+    page.locator("input[name=run]").first.press("ArrowDown")
+    assert "0 to 2,900" in page.inner_text("#facts")
+    assert len([t for t in drawn(page, "norm_ratio") if t["name"]]) == 7
+    [heads] = drawn(page, "heads")
+    assert len(heads["z"]) == 6
+    page.locator("input[name=run]").nth(2).check()
+    assert "No sink has formed" in page.inner_text("#verdict")
+
+
+def test_the_slider_shows_heads_and_circuit(open_report: Open) -> None:
+    records = synthetic_records()
+    for index, record in enumerate(records):
+        record["p0_attention"] = [[0.01 * index, 0.0, 1.0, 0.2 * block] for block in range(4)]
+    records[5]["p0_attention"][2] = [float("nan")] * 4
+    page = open_report(records)
+    page.locator("#record").fill("5")
+    [heads] = drawn(page, "heads")
+    assert heads["z"][1] == pytest.approx([0.05, 0, 1, 0.2], abs=1e-5)
+    assert heads["z"][2] == [None] * 4
+    assert page.locator("#heads .hm image").count() == 1
+    marked = page.evaluate("document.getElementById('blocks').layout.shapes[0].x0")
+    assert marked == records[5]["step"]
+    picture = page.locator("#circuit svg")
+    assert picture.locator("rect").count() == len(records[5]["shares"]) + 4
+    page.locator("#record").press("End")
+    assert "Sinks in blocks 2, 3" in str(picture.get_attribute("aria-label"))
+    assert f"embedding {100 * records[-1]['shares'][0]['share']:.1f} %" in str(
+        picture.get_attribute("aria-label")
+    )
+
+
+def test_loss_as_the_axis(open_report: Open) -> None:
+    records = synthetic_records()
+    page = open_report(records, losses={"run": {100: 4.0, 300: 3.0, 1900: 1.0}})
+    page.get_by_label("loss", exact=True).check()
+    found = curve(page, "sink_rate")
+    assert found["x"][:3] == [4.0, 3.5, 3.0]
+    assert len(found["x"]) == 19
+    assert "1 record without a loss left out" in page.inner_text("#left_out")
+    [heat] = drawn(page, "blocks")
+    assert heat["x"] == sorted(found["x"])
+    span = page.evaluate("document.getElementById('sink_rate')._fullLayout.xaxis.range")
+    assert span[0] > span[1], "training goes to the right"
+
+
+def test_block_measures(open_report: Open) -> None:
+    records = synthetic_records()
+    page = open_report(records)
+    page.select_option("#measure", "sink_rate_by_block")
+    [heat] = drawn(page, "blocks")
+    assert heat["z"][3] == pytest.approx(
+        [record["sink_rate_by_block"]["0.3"][3] for record in records], rel=1e-5
+    )
+    page.select_option("#measure", "norm_ratio")
+    [heat] = drawn(page, "blocks")
+    assert len(heat["z"]) == 5
+
+
+def test_the_table_of_records_moves_the_slider(open_report: Open) -> None:
+    records = synthetic_records()
+    page = open_report(records)
+    page.locator("#records summary").press("Enter")
+    rows = page.locator("#records tbody tr")
+    rows.first.wait_for()
+    assert rows.count() == len(records)
+    assert rows.nth(3).inner_text().split("\t")[1] == f"{records[3]['tokens']:,}"
+    rows.nth(3).locator("button").press("Enter")
+    assert page.input_value("#record") == "3"
+
+
+def test_figures_and_data_are_saved(open_report: Open, tmp_path: Path) -> None:
+    records = synthetic_records()
+    records[2]["sink_rate"] = None
+    page = open_report({'a, "b"': records, "two": synthetic_records(2)})
+
+    def saved(button: Any) -> bytes:
+        with page.expect_download() as download:
+            button.press("Enter")
+        return Path(download.value.path()).read_bytes()
+
+    assert saved(page.get_by_label("Save Sink rate over training as SVG")).startswith(b"<svg")
+    table = list(csv.DictReader(io.StringIO(saved(page.get_by_text("data as CSV")).decode())))
+    assert len(table) == 40
+    assert table[2]["run"] == 'a, "b"' and table[2]["sink_rate"] == ""
+    assert float(table[7]["sink_rate_low"]) == pytest.approx(
+        records[7]["intervals"]["sink_rate"][0], rel=1e-5
+    )
+    assert float(table[7]["concentration_03"]) == pytest.approx(
+        records[7]["concentration"][3], rel=1e-5
+    )
+    assert table[25]["concentration_03"] == ""
+    first, _ = json.loads(saved(page.get_by_text("data as JSON")))
+    assert first["records"][9]["p0_attention"][3] == pytest.approx(
+        records[9]["p0_attention"][3], abs=1e-5
+    )
