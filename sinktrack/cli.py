@@ -59,14 +59,15 @@ def scan(
     as_json: AsJson = False,
 ) -> None:
     """Measure every checkpoint that the run does not hold yet."""
-    from sinktrack.archive.discover import Checkpoint, discover
+    from sinktrack.archive.discover import discover
+    from sinktrack.archive.source import Checkpoint
     from sinktrack.record import Run
     from sinktrack.scan import choose_probe, pending
     from sinktrack.scan import scan as scan_archive
 
     _quiet()
     found = [checkpoint for archive in archives for checkpoint in discover(archive)]
-    batch, note = choose_probe(found[0].path, Run.open(run), probe)
+    batch, note = choose_probe(found[0], Run.open(run), probe)
     if note:
         _err.print(note)
     opened = Run.open(run, batch)
@@ -148,12 +149,13 @@ def probe(
     seed: Annotated[int, typer.Option(help="Seed of a random probe.")] = 0,
 ) -> None:
     """Make a probe from texts and a tokenizer, or from random tokens."""
-    from sinktrack.archive.safetensors import tokenizer as load_tokenizer
+    from sinktrack.archive.files import Files
+    from sinktrack.archive.huggingface import tokenizer as load_tokenizer
     from sinktrack.errors import ProbeError
     from sinktrack.probe import Probe
 
     if tokenizer is not None and texts is not None:
-        found = load_tokenizer(tokenizer)
+        found = load_tokenizer(Files(tokenizer))
         if found is None:
             raise ProbeError(f"no tokenizer.json in {tokenizer}")
         try:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sinktrack.archive.discover import Checkpoint, discover
+from sinktrack.archive.discover import discover
+from sinktrack.archive.source import Checkpoint
 from sinktrack.errors import ArchiveError, SinktrackError
 from sinktrack.measure import measure
 from sinktrack.probe import Probe
@@ -71,7 +72,7 @@ def pending(archive: str | Path, run: Run) -> list[Checkpoint]:
 
 
 def _measure(checkpoint: Checkpoint, probe: Probe, device: str) -> dict[str, Any]:
-    from sinktrack.archive.safetensors import load
+    from sinktrack.archive.huggingface import load
 
     measured = measure(load(checkpoint, device), probe)
     record: dict[str, Any] = to_json(
@@ -80,7 +81,7 @@ def _measure(checkpoint: Checkpoint, probe: Probe, device: str) -> dict[str, Any
     return record
 
 
-def choose_probe(checkpoint: Path, run: Run, file: Path | None) -> tuple[Probe, str | None]:
+def choose_probe(checkpoint: Checkpoint, run: Run, file: Path | None) -> tuple[Probe, str | None]:
     """The probe to scan with, and a line that says so where it had to be made.
 
     From ``file``; else the run's own; else a little prose through the tokenizer beside the
@@ -90,15 +91,15 @@ def choose_probe(checkpoint: Path, run: Run, file: Path | None) -> tuple[Probe, 
         ProbeError: the file holds no probe.
         ArchiveError: the checkpoint's files cannot be read.
     """
-    from sinktrack.archive.safetensors import tokenizer, vocabulary
+    from sinktrack.archive.huggingface import tokenizer, vocabulary
 
     if file is not None:
         return Probe.load(file), None
     if run.probe is not None:
         return run.probe, None
-    found = tokenizer(checkpoint)
+    found = tokenizer(checkpoint.files)
     if found is not None:
         made = Probe.from_texts(found, passages())
         return made, f"no probe given: {made} from built-in prose and the checkpoint's tokenizer"
-    made = Probe.random(vocabulary(checkpoint))
+    made = Probe.random(vocabulary(checkpoint.files))
     return made, f"no probe given and no tokenizer found: {made} of seeded random tokens"

@@ -2,92 +2,84 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
+from sinktrack.archive.files import Files
+from sinktrack.archive.source import FORMATS, Checkpoint
 from sinktrack.errors import ArchiveError
 
-_NUMBERED = re.compile(r"^checkpoint-(\d+)$")
-_STEP_IN_NAME = re.compile(r"(?:checkpoint|step|iter)[-_]?(\d+)")
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_LARGEST_JSON = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One set of weights on disk."""
-
-    path: Path
-    step: int
-    tokens: int | None
-
-    @property
-    def name(self) -> str:
-        """The directory's name."""
-        return self.path.name
+_NAME = re.compile(
+    r"(?:checkpoint-|global_step|step[-_]?)(?P<step>\d+)"
+    r"(?:-tokens(?P<tokens>\d+)(?P<unit>[KMBT]))?(?:-hf|-unsharded)?"
+)
+_STEP_IN_NAME = re.compile(r"(?:checkpoint|step|iter)[-_]?(\d{1,18})")
+_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_MOST_CHECKPOINTS = 100_000
 
 
 def discover(archive: str | Path) -> list[Checkpoint]:
     """The checkpoints of an archive in step order.
 
-    An archive is a directory of ``checkpoint-N`` directories as the Hugging Face Trainer writes
-    them, or itself a model directory of sharded or single-file safetensors.
+    Args:
+        archive: a directory of checkpoints or one checkpoint, local or a URL.
 
     Raises:
-        ArchiveError: there is none, or two of the same step.
+        ArchiveError: there is none.
     """
-    root = Path(archive).expanduser()
-    if not root.is_dir():
-        raise ArchiveError(f"{root} is not a directory")
-    try:
-        numbered = [path for path in root.iterdir() if path.is_dir() and _NUMBERED.match(path.name)]
-    except OSError as error:
-        raise ArchiveError(f"cannot read {root}: {error.strerror}") from error
-    if not numbered and any((root / name).exists() for name in ("config.json", *_WEIGHTS)):
-        numbered = [root]
-    if not numbered:
+    files = Files(archive)
+    found: dict[Files, Checkpoint] = {}
+    for name in FORMATS:
+        for checkpoint in importlib.import_module(f"sinktrack.archive.{name}").find(files):
+            found.setdefault(checkpoint.files, checkpoint)
+    if not found:
         raise ArchiveError(
-            f"no checkpoint in {root}: looked for directories checkpoint-N, and for a config.json "
-            "with model.safetensors or model.safetensors.index.json"
+            f"no checkpoint in {files.location}: looked for directories checkpoint-N or stepN, and "
+            "for a config.json with model.safetensors or model.safetensors.index.json"
         )
-    return sorted((_checkpoint(path.absolute()) for path in numbered), key=lambda c: c.step)
+    return sorted(found.values(), key=lambda checkpoint: checkpoint.step)
 
 
-def _checkpoint(path: Path) -> Checkpoint:
-    state = {}
-    if (path / "trainer_state.json").is_file():
-        try:
-            state = read_json(path / "trainer_state.json")
-        except ArchiveError:  # the step is in the name as well; weights do not depend on it
-            state = {}
-    tokens = state.get("num_input_tokens_seen")
-    found = _NUMBERED.match(path.name) or _STEP_IN_NAME.search(path.name)
-    step = int(found[1]) if found else state.get("global_step")
-    return Checkpoint(
-        path,
-        step if isinstance(step, int) and step >= 0 else 0,
-        tokens if isinstance(tokens, int) and tokens > 0 else None,
-    )
+def directories(files: Files, format: str, marks: Iterable[str]) -> list[Checkpoint]:
+    """The directories with a step in their name that hold one of the marks; else ``files`` itself.
 
-
-def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a file of bounded size.
+    A step is read from the name, else from ``trainer_state.json``; tokens likewise.
 
     Raises:
-        ArchiveError: missing, too large, or not a JSON object.
+        ArchiveError: there are too many.
     """
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ArchiveError(f"{path} is larger than {_LARGEST_JSON // 2**20} MiB")
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ArchiveError(f"{path} is missing; is the checkpoint still being written?") from error
-    except OSError as error:
-        raise ArchiveError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ArchiveError(f"{path} is not valid JSON; the checkpoint is damaged") from error
-    if not isinstance(found, dict):
-        raise ArchiveError(f"{path} does not hold a JSON object; the checkpoint is damaged")
+    marks = tuple(marks)
+    found: list[Checkpoint] = []
+    for entry in files.entries():
+        named = _NAME.fullmatch(entry.name) if entry.directory else None
+        if named is None or not any(files.at(entry.name).exists(mark) for mark in marks):
+            continue
+        if len(found) == _MOST_CHECKPOINTS:
+            raise ArchiveError(f"{files.location} holds more than {len(found)} checkpoints")
+        found.append(_checkpoint(files.at(entry.name), format, named))
+    if not found and any(files.exists(mark) for mark in marks):
+        found.append(_checkpoint(files, format, _NAME.fullmatch(files.name)))
     return found
+
+
+def _checkpoint(files: Files, format: str, named: re.Match[str] | None) -> Checkpoint:
+    try:
+        state = files.read_json("trainer_state.json")
+    except ArchiveError:  # weights do not depend on it
+        state = {}
+    step, tokens = state.get("global_step"), state.get("num_input_tokens_seen")
+    if named is not None:
+        step = int(named["step"][:18])
+        if named["tokens"]:
+            tokens = int(named["tokens"][:18]) * _UNITS[named["unit"]]
+    elif inside := _STEP_IN_NAME.search(files.name):
+        step = int(inside[1])
+    return Checkpoint(
+        files,
+        step if type(step) is int and step >= 0 else 0,
+        tokens if type(tokens) is int and tokens > 0 else None,
+        format,
+        files.name,
+    )

@@ -1,106 +1,250 @@
-"""Hugging Face model directories: ``config.json`` and safetensors, sharded or not."""
+"""Hugging Face model directories: ``config.json`` and safetensors, sharded or not.
+
+A file begins with the length of its header (8 bytes, little-endian) and the header itself, a JSON
+object from each tensor's name to its dtype, shape and place in the rest of the file. Headers come
+from strangers: nothing in one is believed before it is checked.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from threading import Lock
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import torch
+from torch import Tensor
 
-from sinktrack.archive.discover import Checkpoint, read_json
+from sinktrack.archive.discover import directories
+from sinktrack.archive.files import Files, parse_json
+from sinktrack.archive.source import Checkpoint, Index
 from sinktrack.errors import ArchiveError
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+"""What safetensors calls a dtype, and torch."""
+_LARGEST_HEADER = 100 * 10**6
+_MOST_DIMENSIONS = 32
 
-def load(checkpoint: Checkpoint, device: str = "cpu") -> Any:
-    """The model in the dtype it was saved in, in evaluation mode. Nothing is ever unpickled.
+
+def find(files: Files) -> list[Checkpoint]:
+    """The checkpoints in a directory; one counts once its weights or its index are there."""
+    return directories(files, "safetensors", (WEIGHTS, INDEX, "config.json"))
+
+
+def open(checkpoint: Checkpoint) -> SafetensorsSource:
+    """A checkpoint's weights.
 
     Raises:
-        ArchiveError: a file is missing or damaged, a weight is missing or has another shape, or
-            transformers does not know the architecture; names the file.
+        ArchiveError: ``config.json`` or the weights' index is missing, damaged or unknown.
     """
-    path = checkpoint.path
-    config = _config(path)
-    for file in _files(path):
-        _check(file)
+    return SafetensorsSource(checkpoint.files)
+
+
+class SafetensorsSource:
+    """Tensors by name; each file's header is read when the first of its tensors is asked for."""
+
+    def __init__(self, files: Files) -> None:
+        from sinktrack.archive.huggingface import config
+
+        self.files = files
+        self.config = config(files)
+        self._lock = Lock()
+        self._headers: dict[str, dict[str, Place]] = {}
+        if files.exists(INDEX):
+            self._files = _weight_map(files)
+        else:
+            self._files = dict.fromkeys(self._header(WEIGHTS), WEIGHTS)
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._files)
+
+    def slice(self, name: str) -> SafetensorsSlice:
+        """One tensor; nothing of its data is read yet.
+
+        Raises:
+            ArchiveError: there is no such tensor, or its file is missing or damaged.
+        """
+        file = self._files.get(name)
+        place = self._header(file).get(name) if file is not None else None
+        if file is None or place is None:
+            raise ArchiveError(f"{self.files.path(file or INDEX)} holds no tensor {name!r}")
+        return SafetensorsSlice(self.files, file, place)
+
+    def _header(self, file: str) -> dict[str, Place]:
+        with self._lock:
+            if file not in self._headers:
+                self._headers[file] = read_header(self.files, file)
+            return self._headers[file]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """Its first byte, from the start of the file."""
+
+
+@dataclass(frozen=True)
+class SafetensorsSlice:
+    """One tensor of a file; indexing reads the bytes that are asked for."""
+
+    files: Files
+    file: str
+    place: Place
+
+    def get_shape(self) -> list[int]:
+        """Its size in each dimension."""
+        return list(self.place.shape)
+
+    def get_dtype(self) -> str:
+        """As safetensors names it."""
+        return self.place.dtype
+
+    def __getitem__(self, index: Index) -> Tensor:
+        """A part of the tensor, or with ``...`` all of it.
+
+        Whole numbers, then one slice of step 1, on the leading dimensions are read as one range of
+        bytes; what other indices ask for is cut from that.
+        """
+        dtype, shape = DTYPES[self.place.dtype], list(self.place.shape)
+        start, rest = self.place.start, list(index) if isinstance(index, tuple) else [index]
+        done: list[int] = []
+        while rest and shape:
+            first = rest[0]
+            if isinstance(first, int):
+                if not -shape[0] <= first < shape[0]:
+                    raise IndexError(f"index {first} of a dimension of size {shape[0]}")
+                low, count = first % shape[0], 1
+            elif isinstance(first, slice) and first.step in (None, 1):
+                low, high, _ = first.indices(shape[0])
+                count = max(high - low, 0)
+            else:
+                break
+            start += low * math.prod(shape[1:]) * dtype.itemsize
+            rest.pop(0)
+            if isinstance(first, slice):
+                shape[0] = count
+                rest.insert(0, slice(None))
+                break
+            done.append(shape.pop(0))
+        size = math.prod(shape) * dtype.itemsize
+        data = self.files.read(self.file, start, start + size)
+        if size == 0:
+            return torch.empty(shape, dtype=dtype)[tuple(rest)]
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)[tuple(rest)]
+
+
+def read_header(files: Files, name: str) -> dict[str, Place]:
+    """The tensors of a file.
+
+    Raises:
+        ArchiveError: the file is missing, truncated, or its header is false.
+    """
+    size = files.size(name)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype="auto",
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ArchiveError(f"{path} cannot be loaded: {_first_line(error)}") from error
-    for kind in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, found[kind])):
-            listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        if size < 8:
+            raise _Damage(f"{size} bytes, not even the length of a header")
+        length = int.from_bytes(files.read(name, 0, 8), "little")
+        if length > min(_LARGEST_HEADER, size - 8):
+            raise _Damage(f"a header of {length} bytes in a file of {size}")
+        return parse_header(bytes(files.read(name, 8, 8 + length)), size - 8 - length)
+    except _Damage as error:
+        raise ArchiveError(
+            f"{files.path(name)} is truncated or damaged ({error}); copy the checkpoint again"
+        ) from error
+
+
+class _Damage(ValueError):
+    """Why a header is not believed."""
+
+
+def parse_header(header: bytes, room: int) -> dict[str, Place]:
+    """The tensors that a header describes.
+
+    Args:
+        header: the JSON text, which begins at byte 8 of the file.
+        room: bytes of data behind it.
+
+    Raises:
+        ValueError: not JSON, a dtype that is not known, a shape that does not fit its bytes, a name
+            twice, or tensors that do not fill the data exactly, one behind the other.
+    """
+    if not header.startswith(b"{"):
+        raise _Damage("no header in JSON")
+    try:
+        entries = parse_json(header, _distinct)
+    except ValueError as error:
+        raise _Damage(f"header: {error}") from error
+    notes = entries.pop("__metadata__", {})
+    if not isinstance(notes, dict) or not all(isinstance(v, str) for v in notes.values()):
+        raise _Damage("__metadata__ is not text by name")
+    base = 8 + len(header)
+    places, spans = {}, []
+    for name, entry in entries.items():
+        place, stop = _place(name, entry, base)
+        places[name] = place
+        spans.append((place.start - base, stop, name))
+    end = 0
+    for start, stop, name in sorted(spans):
+        if start != end:
+            raise _Damage(f"{name!r} begins at byte {start} of the data, expected {end}")
+        end = stop
+    if end != room:
+        raise _Damage(f"tensors of {end} bytes, {room} bytes of data")
+    return places
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _Damage("a name stands there twice")
+    return found
+
+
+def _place(name: str, entry: Any, base: int) -> tuple[Place, int]:
+    """A tensor, and where its data end."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _Damage(f"{name!r} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _Damage(f"{name!r} has dtype {str(dtype)[:20]!r}, which is not known")
+    if not _counts(shape) or len(shape) > _MOST_DIMENSIONS:
+        raise _Damage(f"{name!r} has shape {str(shape)[:80]}")
+    if not _counts(offsets) or len(offsets) != 2:
+        raise _Damage(f"{name!r} has offsets {str(offsets)[:80]}")
+    start, stop = offsets
+    if stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise _Damage(f"{name!r} has {stop - start} bytes for {dtype} {str(shape)[:80]}")
+    return Place(dtype, tuple(shape), base + start), stop
+
+
+def _counts(values: Any) -> bool:
+    """Whether these are integers that a file of this world could hold."""
+    return isinstance(values, list) and all(
+        type(value) is int and 0 <= value < 2**63 for value in values
+    )
+
+
+def _weight_map(files: Files) -> dict[str, str]:
+    """The file of each tensor, by the index."""
+    found = files.read_json(INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise ArchiveError(f"{files.path(INDEX)} has no weight_map; the checkpoint is damaged")
+    for shard in set(map(str, found.values())):
+        if PurePosixPath(shard).name != shard or not shard.endswith(".safetensors"):
             raise ArchiveError(
-                f"{path}: {len(names)} weights {kind.removesuffix('_keys')} ({listed}); the "
-                "checkpoint does not fit its config.json"
+                f"{files.path(INDEX)} names {shard[:200]!r}, which is not a file of its directory"
             )
-    return model.to(device).eval()
-
-
-def tokenizer(path: Path) -> Any | None:
-    """The tokenizer beside a checkpoint, or None."""
-    if not (path / "tokenizer.json").is_file():
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ArchiveError(f"{path} has a tokenizer that cannot be read: {error}") from error
-
-
-def vocabulary(path: Path) -> int:
-    """The size of the vocabulary, from a checkpoint's ``config.json``.
-
-    Raises:
-        ArchiveError: it cannot be read.
-    """
-    return int(_config(path).get_text_config(decoder=True).vocab_size)
-
-
-def _config(path: Path) -> Any:
-    kind = read_json(path / "config.json").get("model_type")
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise ArchiveError(
-            f"{path / 'config.json'}: transformers does not know how to build model_type {kind!r}: "
-            f"{_first_line(error)}"
-        ) from error
-
-
-def _files(path: Path) -> list[Path]:
-    """The weight files that the checkpoint names."""
-    index = path / "model.safetensors.index.json"
-    if not index.exists():
-        return [path / "model.safetensors"]
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ArchiveError(f"{index} has no weight_map; the checkpoint is damaged")
-    shards = sorted({str(name) for name in names.values()})
-    for shard in shards:
-        if Path(shard).name != shard:
-            raise ArchiveError(f"{index} names {shard!r}, which is not a file of its directory")
-    return [path / shard for shard in shards]
-
-
-def _check(file: Path) -> None:
-    if not file.is_file():
-        raise ArchiveError(f"{file} is missing; is the checkpoint still being written?")
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ArchiveError(
-            f"{file} is truncated or damaged ({error}); copy the checkpoint again"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return {str(name): str(shard) for name, shard in found.items()}

@@ -1,0 +1,374 @@
+"""A directory of files, on this machine or behind a URL, read by byte ranges."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
+
+import torch
+
+from sinktrack.errors import ArchiveError, SinktrackError, require
+
+_LARGEST_JSON = 64 * 2**20
+_MOST_JSON_VALUES = 4_000_000
+_MOST_REMOTE_ENTRIES = 1_000_000
+_AHEAD = 64 * 2**10
+"""Bytes that a remote read takes at least, so that neighbouring small reads cost one request."""
+_KEPT = 8
+"""Reads of that kind which are kept."""
+_PART = 16 * 2**20
+"""A larger remote read is split into parts of this size, a few in flight at a time."""
+_IN_FLIGHT = 4
+_ATTEMPTS = 4
+_STORES = {"s3", "gs", "gcs", "az", "abfs"}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a directory holds under one name."""
+
+    name: str
+    directory: bool
+
+
+class Files:
+    """A directory and what lies below it.
+
+    Nothing outside ``boundary`` is read, whatever names or symbolic links say. May be pickled, and
+    read by several threads.
+    """
+
+    def __init__(self, location: str | Path, boundary: str | None = None) -> None:
+        text = str(location)
+        self.local = "://" not in text
+        self.location = (
+            os.path.abspath(os.path.expanduser(text)) if self.local else text.rstrip("/")
+        )
+        """An absolute path, or a URL without a slash at its end."""
+        self.boundary = boundary or (_boundary(self.location) if self.local else self.location)
+        self._meter = _Meter()
+        self._windows: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Files, (self.location, self.boundary)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Files) and self.location == other.location
+
+    def __hash__(self) -> int:
+        return hash(self.location)
+
+    def __repr__(self) -> str:
+        return f"Files({self.location!r})"
+
+    @property
+    def name(self) -> str:
+        """The directory's own name."""
+        return self.location.rsplit("/", 1)[-1]
+
+    @property
+    def bytes_read(self) -> int:
+        """So far, here and in directories reached with :meth:`at`, read-ahead included."""
+        return self._meter.total
+
+    def at(self, name: str) -> Files:
+        """The directory ``name`` below this one."""
+        found = Files(self.path(name), self.boundary)
+        found._meter = self._meter
+        return found
+
+    def path(self, name: str) -> str:
+        """The full path or URL of a file; for messages, too."""
+        return f"{self.location}/{name}"
+
+    def entries(self) -> Iterator[Entry]:
+        """What is here, in no order.
+
+        Raises:
+            ArchiveError: it is not a directory, or cannot be read.
+        """
+        if not self.local:
+            yield from self._remote_entries()
+            return
+        try:
+            with os.scandir(self.location) as found:
+                for entry in found:
+                    yield Entry(entry.name, entry.is_dir())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ArchiveError(f"{self.location} is not a directory") from error
+        except OSError as error:
+            raise ArchiveError(f"cannot read {self.location}: {error.strerror}") from error
+
+    def exists(self, name: str) -> bool:
+        """Whether there is something of that name; reading it may still be refused.
+
+        Raises:
+            ArchiveError: a remote place cannot be asked.
+        """
+        if self.local:
+            return os.path.exists(self.path(name))
+        try:
+            self._retried(name, lambda: _filesystem(self.location).info(self.path(name)))
+        except _Missing:
+            return False
+        return True
+
+    def size(self, name: str) -> int:
+        """Bytes in a file.
+
+        Raises:
+            ArchiveError: missing, no ordinary file, or not to be read.
+        """
+        if self.local:
+            with self._opened(name) as descriptor:
+                return os.fstat(descriptor.number).st_size
+        info = self._retried(name, lambda: _filesystem(self.location).info(self.path(name)))
+        size = info.get("size")
+        if info.get("type") != "file" or not isinstance(size, int):
+            raise ArchiveError(f"{self.path(name)} is not a file of known size")
+        return size
+
+    def stamp(self, name: str) -> tuple[Any, ...]:
+        """Changes when the file does: its size, and when or as what it was written.
+
+        Raises:
+            ArchiveError: as :meth:`size`.
+        """
+        if self.local:
+            with self._opened(name) as descriptor:
+                status = os.fstat(descriptor.number)
+                return status.st_size, status.st_mtime_ns, status.st_ino
+        info = self._retried(name, lambda: _filesystem(self.location).info(self.path(name)))
+        return tuple(str(info.get(key)) for key in ("size", "e_tag", "ETag", "blob_id", "mtime"))
+
+    def read(self, name: str, start: int, stop: int) -> memoryview:
+        """Exactly the bytes ``start`` to ``stop`` of a file, in memory of their own.
+
+        Raises:
+            ArchiveError: the file is missing, shorter, or not to be read.
+        """
+        buffer: memoryview = torch.empty(stop - start, dtype=torch.uint8).numpy().data
+        if stop > start:
+            if self.local:
+                self._read_local(name, start, buffer)
+            else:
+                self._read_remote(name, start, buffer)
+        return buffer
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object from a file of bounded size.
+
+        Raises:
+            ArchiveError: missing, too large, or not a JSON object.
+        """
+        size = self.size(name)
+        if size > _LARGEST_JSON:
+            raise ArchiveError(f"{self.path(name)} is larger than {_LARGEST_JSON // 2**20} MiB")
+        try:
+            found = parse_json(bytes(self.read(name, 0, size)))
+        except ValueError as error:
+            raise ArchiveError(
+                f"{self.path(name)} is not valid JSON ({error}); the checkpoint is damaged"
+            ) from error
+        if not isinstance(found, dict):
+            raise ArchiveError(
+                f"{self.path(name)} does not hold a JSON object; the checkpoint is damaged"
+            )
+        return found
+
+    def refresh(self) -> None:
+        """Forget what a remote directory was seen to hold."""
+        if not self.local:
+            _filesystem(self.location).invalidate_cache()
+            self._windows.clear()
+
+    def _opened(self, name: str) -> _Descriptor:
+        path = self.path(name)
+        real = os.path.realpath(path)
+        if os.path.commonpath([self.boundary, real]) != self.boundary:
+            raise ArchiveError(f"{path} leads out of {self.boundary}, to {real}; it is not read")
+        try:
+            number = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise _Missing(path) from error
+        except OSError as error:
+            raise ArchiveError(f"cannot read {path}: {error.strerror}") from error
+        descriptor = _Descriptor(number)
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            descriptor.__exit__()
+            raise ArchiveError(f"{path} is not an ordinary file")
+        return descriptor
+
+    def _read_local(self, name: str, start: int, buffer: memoryview) -> None:
+        done = 0
+        with self._opened(name) as descriptor:
+            while done < len(buffer):
+                try:
+                    count = os.preadv(descriptor.number, [buffer[done:]], start + done)
+                except OSError as error:
+                    raise ArchiveError(
+                        f"cannot read {self.path(name)}: {error.strerror}"
+                    ) from error
+                if count == 0:
+                    raise self._truncated(name)
+                done += count
+        self._meter.add(done)
+
+    def _read_remote(self, name: str, start: int, buffer: memoryview) -> None:
+        length = len(buffer)
+        if length < _AHEAD:
+            data = self._window(name, start)
+            if len(data) < length:
+                raise self._truncated(name)
+            buffer[:] = data[:length]
+            return
+
+        def fetch(offset: int) -> None:
+            size = min(_PART, length - offset)
+            data = self._fetch(name, start + offset, start + offset + size)
+            if len(data) != size:
+                raise self._truncated(name)
+            buffer[offset : offset + size] = data
+
+        with ThreadPoolExecutor(_IN_FLIGHT) as pool:
+            list(pool.map(fetch, range(0, length, _PART)))
+
+    def _window(self, name: str, start: int) -> bytes:
+        """From ``start`` on, from a read that is kept or from a new one."""
+        for (kept, begin), data in list(self._windows.items()):
+            if kept == name and begin <= start and start + _AHEAD // 4 <= begin + len(data):
+                return data[start - begin :]
+        data = self._fetch(name, start, min(start + _AHEAD, self.size(name)))
+        self._windows[name, start] = data
+        while len(self._windows) > _KEPT:
+            self._windows.popitem(last=False)
+        return data
+
+    def _fetch(self, name: str, start: int, stop: int) -> bytes:
+        if stop <= start:
+            return b""
+        path = self.path(name)
+        data: bytes = self._retried(
+            name, lambda: _filesystem(path).cat_file(path, start=start, end=stop)
+        )
+        self._meter.add(len(data))
+        return data
+
+    def _remote_entries(self) -> Iterator[Entry]:
+        system = _filesystem(self.location)
+        found = self._retried("", lambda: system.ls(self.location, detail=True))
+        if len(found) > _MOST_REMOTE_ENTRIES:
+            raise ArchiveError(f"{self.location} holds {len(found)} entries; name a part of it")
+        for info in found:
+            name = str(info["name"]).rstrip("/").rsplit("/", 1)[-1]
+            yield Entry(name, info.get("type") == "directory")
+
+    def _retried(self, name: str, call: Callable[[], T]) -> T:
+        """What a remote call answers; tried again where the network may be at fault."""
+        path = self.path(name) if name else self.location
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return call()
+            except SinktrackError:
+                raise
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise _Missing(path) from error
+            except (PermissionError, ValueError, NotImplementedError) as error:
+                raise ArchiveError(f"cannot read {path}: {error}") from error
+            except (Exception, asyncio.CancelledError) as error:  # each store has its own
+                if attempt == _ATTEMPTS or type(error).__name__.startswith(("Perm", "Unauth")):
+                    raise ArchiveError(f"cannot read {path}: {_first_line(error)}") from error
+                time.sleep(0.1 * 4**attempt)
+        raise AssertionError
+
+    def _truncated(self, name: str) -> ArchiveError:
+        return ArchiveError(f"{self.path(name)} is truncated; copy the checkpoint again")
+
+
+def parse_json(data: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of a JSON text, in bounded memory.
+
+    Raises:
+        ValueError: it is not valid, nested too deep, or of too many values.
+    """
+    if sum(map(data.count, (b",", b"[", b"{"))) > _MOST_JSON_VALUES:
+        raise ValueError(f"it holds more than {_MOST_JSON_VALUES} values")
+    try:
+        return json.loads(data, object_pairs_hook=pairs)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+class _Missing(ArchiveError):
+    """There is no such file."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path} is missing; is the checkpoint still being written?")
+
+
+class _Meter:
+    """Counts bytes for several threads."""
+
+    def __init__(self) -> None:
+        self.total, self._lock = 0, Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self.total += count
+
+
+@dataclass(frozen=True)
+class _Descriptor:
+    """An open file, closed on leaving."""
+
+    number: int
+
+    def __enter__(self) -> _Descriptor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.number)
+
+
+def _boundary(path: str) -> str:
+    """Of a local directory: itself, or the hub cache's model directory that a snapshot links to."""
+    real = Path(os.path.realpath(path))
+    for parent in (real, *real.parents):
+        if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith("models--"):
+            return str(parent.parent.parent)
+    return str(real)
+
+
+def _filesystem(url: str) -> Any:
+    """The file system of fsspec that a URL belongs to.
+
+    Raises:
+        MissingExtra: what it needs is not installed.
+        ArchiveError: no file system is known for it.
+    """
+    protocol = url.partition("://")[0]
+    fsspec = require("fsspec", "remote")
+    if protocol in _STORES:
+        require("obstore.fsspec", "remote").register(protocol)
+    elif protocol in ("http", "https"):
+        require("aiohttp", "remote")
+    elif protocol == "hf":
+        require("huggingface_hub", "remote")
+    else:
+        raise ArchiveError(f"{url}: wanted a directory, or a URL of s3, gs, az, hf or https")
+    return fsspec.filesystem(protocol)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

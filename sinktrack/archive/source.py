@@ -1,0 +1,79 @@
+"""What a checkpoint is to the rest of sinktrack, whatever its format.
+
+A format is a module of this package with two functions: ``find(files) -> list[Checkpoint]`` tells
+which checkpoints a directory holds, and ``open(checkpoint) -> Source`` gives access to one of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sinktrack.archive.files import Files
+
+FORMATS = ("safetensors",)
+"""Modules of this package; of two that find the same directory the first counts."""
+
+Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
+
+
+class Slice(Protocol):
+    """One tensor of a checkpoint, read where it is indexed."""
+
+    def get_shape(self) -> list[int]:
+        """Its size in each dimension."""
+
+    def get_dtype(self) -> str:
+        """As safetensors names it: ``F32``, ``BF16``, ..."""
+
+    def __getitem__(self, index: Index) -> Tensor:
+        """A part of it, or with ``...`` all; on the CPU, as it is stored.
+
+        Raises:
+            ArchiveError: the file is damaged.
+        """
+
+
+class Source(Protocol):
+    """The weights of one checkpoint under the names that Hugging Face gives them on disk."""
+
+    files: Files
+    config: Any
+    """The model's configuration, of transformers."""
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+
+    def slice(self, name: str) -> Slice:
+        """One tensor; nothing of its data is read yet.
+
+        Raises:
+            ArchiveError: there is no such tensor, or its file is missing or damaged.
+        """
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One set of weights of a run."""
+
+    files: Files
+    step: int
+    tokens: int | None
+    format: str
+    """The module of this package that reads it."""
+    name: str
+
+
+def open(checkpoint: Checkpoint) -> Source:
+    """Access to a checkpoint's weights.
+
+    Raises:
+        ArchiveError: what it needs is missing, damaged, or not known to transformers.
+    """
+    module = importlib.import_module(f"sinktrack.archive.{checkpoint.format}")
+    source: Source = module.open(checkpoint)
+    return source

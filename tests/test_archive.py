@@ -1,0 +1,273 @@
+"""Reading checkpoints: the bytes that are asked for, and nothing that a stranger's file claims."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sinktrack import ArchiveError
+from sinktrack.archive.discover import discover
+from sinktrack.archive.files import Files
+from sinktrack.archive.huggingface import load
+from sinktrack.archive.safetensors import DTYPES, SafetensorsSlice, read_header
+from sinktrack.archive.source import open as open_checkpoint
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small MoE, sharded."""
+    path = tmp_path_factory.mktemp("archive") / "checkpoint-7"
+    models.qwen3_moe().save_pretrained(path, max_shard_size="20KB")
+    return path
+
+
+def of_every_dtype(path: Path) -> dict[str, Tensor]:
+    bits = torch.randint(0, 2, (4, 3, 5, 8), dtype=torch.uint8)
+    tensors = {name: bits.to(dtype).contiguous() for name, dtype in DTYPES.items()}
+    tensors |= {"scalar": torch.tensor(3.5), "empty": torch.empty(3, 0, 2)}
+    save_file(tensors, path / WEIGHTS)
+    return tensors
+
+
+def test_every_tensor_is_read_as_safetensors_reads_it(saved: Path) -> None:
+    (checkpoint,) = discover(saved)
+    source = open_checkpoint(checkpoint)
+    seen = 0
+    for file in saved.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as truth:
+            for name in truth.keys():  # noqa: SIM118
+                found = source.slice(name)
+                assert found.get_shape() == truth.get_slice(name).get_shape()
+                assert found.get_dtype() == truth.get_slice(name).get_dtype()
+                assert torch.equal(found[...], truth.get_tensor(name))
+                seen += 1
+    assert seen == len(source.names()) > 60
+
+
+def test_every_dtype(tmp_path: Path) -> None:
+    tensors = of_every_dtype(tmp_path)
+    files = Files(tmp_path)
+    for name, place in read_header(files, WEIGHTS).items():
+        found = SafetensorsSlice(files, WEIGHTS, place)[...]
+        assert found.dtype == tensors[name].dtype and found.shape == tensors[name].shape
+        as_bytes = (t.reshape(-1).view(torch.uint8) for t in (found, tensors[name]))
+        assert torch.equal(*as_bytes)
+
+
+BOUNDS = st.one_of(st.none(), st.integers(-9, 9))
+PART = st.one_of(
+    st.integers(-3, 2),
+    st.builds(slice, BOUNDS, BOUNDS, st.sampled_from([None, 1, 2, 3])),
+    st.just(...),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(index=st.one_of(PART, st.lists(PART, max_size=4).map(tuple)))
+def test_any_index_means_what_it_means_to_torch(index: Any, tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "indexed"
+    tensor = torch.arange(4 * 3 * 5, dtype=torch.float32).reshape(4, 3, 5)
+    if not path.exists():
+        path.mkdir()
+        save_file({"before": torch.zeros(3), "t": tensor, "z": torch.ones(9)}, path / WEIGHTS)
+    files = Files(path)
+    found = SafetensorsSlice(files, WEIGHTS, read_header(files, WEIGHTS)["t"])
+    try:
+        wanted = tensor[index]
+    except IndexError:
+        with pytest.raises(IndexError):
+            found[index]
+    else:
+        assert torch.equal(found[index], wanted)
+
+
+def test_only_the_bytes_asked_for_are_read(tmp_path: Path) -> None:
+    save_file({"a": torch.rand(100), "experts": torch.rand(16, 8, 4)}, tmp_path / WEIGHTS)
+    files = Files(tmp_path)
+    experts = SafetensorsSlice(files, WEIGHTS, read_header(files, WEIGHTS)["experts"])
+    row = 8 * 4 * 4
+    for index, cost in (
+        ((3,), row), ((slice(2, 5),), 3 * row), ((3, slice(1, 3)), row // 4), ((-1, 7), row // 8),
+        ((slice(0, 0),), 0), ((slice(None), 2), 16 * row), ((...,), 16 * row),
+    ):  # fmt: skip
+        before = files.bytes_read
+        experts[index]
+        assert files.bytes_read - before == cost, index
+
+
+def test_a_source_is_shared_by_threads_and_sent_to_processes(saved: Path) -> None:
+    (checkpoint,) = discover(saved)
+    assert pickle.loads(pickle.dumps(checkpoint)) == checkpoint
+    source = open_checkpoint(pickle.loads(pickle.dumps(checkpoint)))
+    names = source.names() * 4
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda name: source.slice(name)[...], names))
+    plain = open_checkpoint(checkpoint)
+    assert all(torch.equal(a, plain.slice(n)[...]) for a, n in zip(found, names, strict=True))
+    size = sum(tensor.nbytes for tensor in found)
+    assert size < source.files.bytes_read < size + 60_000  # headers and config.json
+
+
+def test_a_whole_model_equals_the_one_that_was_saved(saved: Path) -> None:
+    (checkpoint,) = discover(saved)
+    model, truth = load(checkpoint), models.qwen3_moe()
+    for (name, found), wanted in zip(
+        model.state_dict().items(), truth.state_dict().values(), strict=True
+    ):
+        assert torch.equal(found, wanted), name
+
+
+def file_of(header: Any, data: bytes = b"\0" * 8, length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def entry(start: Any = 0, stop: Any = 8, shape: Any = (2,), dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
+
+
+LIES = {
+    "nothing": (b"", "0 bytes"),
+    "less than a length": (b"\1\0", "2 bytes"),
+    "a length and no header": (struct.pack("<Q", 9), "a header of 9 bytes in a file of 8"),
+    "a length beyond any file": (file_of({}, length=2**64 - 1), "a header of 18446744073709551615"),
+    "not JSON": (file_of(b'{"a'), "header: Unterminated"),
+    "not UTF-8": (file_of(b'{"\xff": 1}'), "header: 'utf-8' codec"),
+    "a list": (file_of([1]), "no header in JSON"),
+    "deep": (file_of(b'{"a":' + b"[" * 100_000), "nested too deep"),
+    "beyond the file": (file_of({"a": entry(0, 8), "b": entry(8, 16)}), "16 bytes, 8 bytes of"),
+    "short of the file": (file_of({"a": entry(0, 4, [1])}), "tensors of 4 bytes, 8 bytes of data"),
+    "overlapping": (
+        file_of({"a": entry(0, 8), "b": entry(0, 8)}),
+        "begins at byte 0 .*expected 8",
+    ),
+    "a hole": (file_of({"a": entry(4, 8, [1])}), "begins at byte 4 of the data, expected 0"),
+    "backwards": (file_of({"a": entry(8, 0)}), "has -8 bytes"),
+    "negative": (file_of({"a": entry(-8, 0)}), "has offsets"),
+    "a fraction": (file_of({"a": entry(0.0, 8)}), "has offsets"),
+    "a truth": (file_of({"a": entry(False, 8)}), "has offsets"),
+    "three offsets": (file_of({"a": entry() | {"data_offsets": [0, 8, 9]}}), "has offsets"),
+    "a huge count": (file_of({"a": entry(0, 8, [2**62, 2**62])}), "has 8 bytes for F32"),
+    "a count that wraps": (file_of({"a": entry(0, 8, [2**62 + 2])}), "has 8 bytes for F32"),
+    "a negative count": (file_of({"a": entry(0, 8, [-2])}), "has shape"),
+    "a million counts": (file_of({"a": entry(0, 8, [1] * 10**6)}), "has shape"),
+    "a count of 5,000 digits": (file_of(b'{"a": ' + b"9" * 5000 + b"}"), "header: Exceeds"),
+    "another dtype": (file_of({"a": entry(dtype="F31")}), "dtype 'F31', which is not known"),
+    "a dtype that is a list": (file_of({"a": entry(dtype=["F32"])}), "which is not known"),
+    "a dtype of another size": (file_of({"a": entry(dtype="F16")}), "has 8 bytes for F16"),
+    "half an entry": (file_of({"a": {"dtype": "F32"}}), "is not described by"),
+    "no entry": (file_of({"a": None}), "is not described by"),
+    "a name twice": (file_of(b'{"a": 1, "a": 2}'), "a name stands there twice"),
+    "notes that are none": (file_of({"__metadata__": {"a": 1}}), "__metadata__ is not text"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_header_that_lies_is_refused_with_the_reason(name: str, tmp_path: Path) -> None:
+    data, reason = LIES[name]
+    (tmp_path / WEIGHTS).write_bytes(data)
+    with pytest.raises(ArchiveError, match=f"model.safetensors is truncated or .*{reason}"):
+        read_header(Files(tmp_path), WEIGHTS)
+
+
+def test_a_header_of_a_hundred_megabytes_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / WEIGHTS).open("wb") as file:
+        file.write(struct.pack("<Q", 100 * 10**6 + 1))
+        file.truncate(200 * 10**6)
+    files = Files(tmp_path)
+    with pytest.raises(ArchiveError, match="a header of 100000001 bytes"):
+        read_header(files, WEIGHTS)
+    assert files.bytes_read == 8
+
+
+def test_a_header_of_too_many_values_is_refused_unparsed(tmp_path: Path) -> None:
+    text = b'{"a":[' + b"[]," * 10**7 + b"[]]}"
+    (tmp_path / WEIGHTS).write_bytes(file_of(text))
+    with pytest.raises(ArchiveError, match="more than 4000000 values"):
+        read_header(Files(tmp_path), WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    "shard", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "x.bin", "x\0y"]
+)
+def test_an_index_that_points_elsewhere_is_refused(saved: Path, shard: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": shard}}))
+    (checkpoint,) = discover(tmp_path)
+    with pytest.raises(ArchiveError, match=r"index.json names .* not a file of its directory"):
+        open_checkpoint(checkpoint)
+
+
+def test_an_index_that_names_a_tensor_its_file_lacks(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    save_file({"a": torch.zeros(3)}, tmp_path / "one.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": "one.safetensors"}}))
+    (checkpoint,) = discover(tmp_path)
+    with pytest.raises(ArchiveError, match="one.safetensors holds no tensor 'b'"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("link", ["config.json", WEIGHTS])
+def test_links_that_leave_the_archive_are_not_followed(
+    link: str, saved: Path, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    models.mixtral().save_pretrained(outside)
+    inside = tmp_path / "archive" / "checkpoint-1"
+    models.mixtral().save_pretrained(inside)
+    (inside / link).unlink()
+    (inside / link).symlink_to(outside / link)
+    (checkpoint,) = discover(tmp_path / "archive")
+    with pytest.raises(ArchiveError, match=f"{link} leads out of .*archive, to .*outside"):
+        load(checkpoint)
+    (inside / link).unlink()
+    (tmp_path / "archive" / "blob").write_bytes((outside / link).read_bytes())
+    (inside / link).symlink_to("../blob")
+    load(checkpoint)
+
+
+def test_a_directory_that_is_a_link_out_of_the_archive(tmp_path: Path) -> None:
+    models.mixtral().save_pretrained(tmp_path / "outside")
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "archive" / "checkpoint-1").symlink_to(tmp_path / "outside")
+    with pytest.raises(ArchiveError, match="checkpoint-1/.* leads out of"):
+        load(discover(tmp_path / "archive")[0])
+    (tmp_path / "link").symlink_to(tmp_path / "outside")
+    assert load(discover(tmp_path / "link")[0])  # what the user names is meant
+
+
+def test_pipes_and_devices_do_not_hang_a_scan(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    os.mkfifo(tmp_path / WEIGHTS)
+    with pytest.raises(ArchiveError, match="not an ordinary file"):
+        load(discover(tmp_path)[0])
+
+
+def test_code_beside_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    model = tmp_path / "model"
+    model.mkdir()
+    config = json.loads((saved / "config.json").read_text())
+    config |= {"model_type": "strange", "auto_map": {"AutoConfig": "code.C"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "code.py").write_text(f"open({str(ran)!r}, 'w')\nclass C: pass\n")
+    save_file({"a": torch.zeros(1)}, model / WEIGHTS)
+    with pytest.raises(ArchiveError, match="does not know how to build model_type 'strange'"):
+        load(discover(model)[0])
+    assert not ran.exists()
