@@ -126,13 +126,23 @@ def show(run: RunDirectory, as_json: AsJson = False) -> None:
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
+    live: Annotated[
+        bool, typer.Option("--live", help="Serve it to this machine while the runs go on.")
+    ] = False,
+    port: Annotated[int, typer.Option(help="Of --live; 0 takes a free one.")] = 0,
 ) -> None:
     """One HTML file with the curves of one run or several; it opens without a network."""
     from sinktrack.record import Run
     from sinktrack.report import write_report
 
-    named = _named(runs)
-    write_report({name: Run.read(path).records for name, path in named.items()}, out)
+    opened = {name: Run.read(path) for name, path in _named(runs).items()}
+    if live:
+        from sinktrack.report.live import server
+
+        with server(opened, port) as serving:
+            _err.print(f"http://127.0.0.1:{serving.server_port}/  (Ctrl-C ends it)", markup=False)
+            serving.serve_forever()
+    write_report({name: run.records for name, run in opened.items()}, out)
     _err.print(f"wrote {out}", markup=False)
 
 

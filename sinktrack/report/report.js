@@ -53,3 +53,34 @@ $("blocks").on("plotly_click", ({ points: [point] }) => {
     showRun(run);
   }
 });
+
+/** Ask the server for new records; stay with the record that is shown, or follow the newest. */
+const EVERY = 2000;
+const takeIn = (fresh) => {
+  const name = shown().name;
+  const before = new Map(runs.map((run, i) => [run.name, run.records.length - 1 > state.record[i] ? run.records[state.record[i]].step : Infinity]));
+  runs = fresh.runs;
+  state.run = Math.max(0, runs.findIndex((run) => run.name === name));
+  state.record = runs.map((run) => {
+    const later = run.records.findIndex((record) => record.step >= (before.get(run.name) ?? Infinity));
+    return later < 0 ? run.records.length - 1 : later;
+  });
+  drawAll();
+};
+const watch = async (version) => {
+  try {
+    const answer = await fetch("data", { headers: { "If-None-Match": version }, cache: "no-store" });
+    if (answer.status === 200) {
+      takeIn(await answer.json());
+      version = answer.headers.get("ETag");
+    }
+    $("live").textContent = answer.status === 503 ? await answer.text() : `Live: ${plural(runs.reduce((sum, run) => sum + run.total, 0), "record")} so far.`;
+  } catch {
+    $("live").textContent = "The server has gone; this is what it sent last.";
+  }
+  setTimeout(watch, EVERY, version);
+};
+if (live) {
+  $("live").hidden = false;
+  watch("");
+}

@@ -1,0 +1,91 @@
+"""The live report, served by the real command to a real browser."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_report import browser, curve  # noqa: F401
+
+from sinktrack import Run
+from tests.synthetic import synthetic_records
+
+pytest.importorskip("plotly")
+
+
+@pytest.fixture
+def serve() -> Iterator[Any]:
+    """Start ``sinktrack report --live`` and return the page's address."""
+    started = []
+
+    def start(*runs: Path) -> str:
+        code = "from sinktrack.cli import main; main()"
+        command = [sys.executable, "-c", code, "report", *map(str, runs), "--live"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        started.append(process)
+        assert process.stderr is not None
+        found = re.match(r"http://127\.0\.0\.1:\d+/", process.stderr.readline())
+        assert found
+        return found[0]
+
+    yield start
+    for process in started:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
+def test_the_page_takes_in_new_records(serve: Any, browser: Any, tmp_path: Path) -> None:  # noqa: F811
+    run = Run.open(tmp_path / "run")
+    Run.open(tmp_path / "later")
+    records = synthetic_records()
+    address = serve(tmp_path / "run", tmp_path / "later")
+    context = browser.new_context()
+    page = context.new_page()
+    troubles: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(address)
+    assert "No records yet" in page.inner_text("body")
+    for record in records[:3]:
+        run.append(record)
+    page.get_by_text("Live: 3 records so far").wait_for()
+    assert curve(page, "sink_rate")["x"] == [0, 100, 200]
+    assert page.input_value("#record") == "2"
+    run.append(records[3])
+    page.get_by_text("Live: 4 records so far").wait_for()
+    assert curve(page, "sink_rate")["x"] == [0, 100, 200, 300]
+    assert page.input_value("#record") == "3", "the newest is followed"
+    page.locator("#record").press("Home")
+    Run.open(tmp_path / "later").append(records[0])
+    run.append(records[4])
+    page.get_by_text("Live: 6 records so far").wait_for()
+    assert page.input_value("#record") == "0", "what was chosen stays"
+    assert page.locator("#compared tbody tr").count() == 2
+    context.close()
+    assert troubles == []
+    assert {url for url in requests if not url.startswith("data:")} == {address, f"{address}data"}
+
+
+def test_only_this_machine_is_answered(serve: Any, tmp_path: Path) -> None:
+    Run.open(tmp_path / "run").append(synthetic_records()[0])
+    address = serve(tmp_path / "run")
+    foreign = urllib.request.Request(address, headers={"Host": "example.org"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        urllib.request.urlopen(foreign)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{address}../records.jsonl")
+    with urllib.request.urlopen(f"{address}data") as answer:
+        version = answer.headers["ETag"]
+    unchanged = urllib.request.Request(f"{address}data", headers={"If-None-Match": version})
+    with pytest.raises(urllib.error.HTTPError, match="304"):
+        urllib.request.urlopen(unchanged)
