@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import browser, curve  # noqa: F401
+from test_report import curve
 
 from sinktrack import Run
 from tests.synthetic import synthetic_records
@@ -42,7 +42,7 @@ def serve() -> Iterator[Any]:
         assert process.wait(30) == 130
 
 
-def test_the_page_takes_in_new_records(serve: Any, browser: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_the_page_takes_in_new_records(serve: Any, browser: Any, tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run")
     Run.open(tmp_path / "later")
     records = synthetic_records()

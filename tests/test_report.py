@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,9 @@ from sinktrack.report import write_report
 from tests.synthetic import synthetic_records
 
 pytest.importorskip("plotly")
-playwright = pytest.importorskip("playwright.sync_api")
 
 CURVES = ("sink_rate", "blocks", "norm_ratio", "localization")
 Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    installed = next(filter(None, map(shutil.which, names)), None)
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium
-        if installed is None and not Path(chromium.executable_path).exists():
-            pytest.skip("no Chromium here: playwright install chromium")
-        opened = chromium.launch(executable_path=installed, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
