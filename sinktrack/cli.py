@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -144,6 +144,24 @@ def report(
             serving.serve_forever()
     write_report({name: run.records for name, run in opened.items()}, out)
     _err.print(f"wrote {out}", markup=False)
+
+
+@app.command()
+def export(
+    run: RunDirectory,
+    form: Annotated[Literal["parquet", "csv"], typer.Option("--format", help="Of the file.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file; by default named after the run.")
+    ] = None,
+) -> None:
+    """Everything that was measured in long form, one number a row."""
+    from sinktrack.export import export as export_records
+    from sinktrack.record import Run
+
+    opened = Run.read(run)
+    path = out or Path(f"{run.absolute().name}.{form}")
+    count = export_records(opened.records, path, form)
+    _err.print(f"{count:,} rows -> {path}", markup=False)
 
 
 @app.command()
