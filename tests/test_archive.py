@@ -271,3 +271,152 @@ def test_code_beside_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> Non
     with pytest.raises(ArchiveError, match="does not know how to build model_type 'strange'"):
         load(discover(model)[0])
     assert not ran.exists()
+
+
+def place(root: Path, *names: str) -> Path:
+    """An archive of directories that hold a config and a file of weights."""
+    for name in names:
+        (root / name).mkdir(parents=True)
+        (root / name / "config.json").write_text("{}")
+        save_file({"a": torch.zeros(1)}, root / name / WEIGHTS)
+    return root
+
+
+def steps(archive: Path, pattern: str | None = None) -> list[tuple[str, int, int | None]]:
+    return [(c.name, c.step, c.tokens) for c in discover(archive, pattern)]
+
+
+def test_steps_and_tokens_are_read_from_names(tmp_path: Path) -> None:
+    place(
+        tmp_path, "step1000-tokens4B", "step20-tokens83M", "checkpoint-7", "step-9", "global_step3",
+        "step5000-unsharded", "checkpoint_12", "latest", "step", "notes-step5",
+    )  # fmt: skip
+    assert steps(tmp_path) == [
+        ("global_step3", 3, None), ("checkpoint-7", 7, None), ("step-9", 9, None),
+        ("step20-tokens83M", 20, 83_000_000), ("step1000-tokens4B", 1000, 4_000_000_000),
+        ("step5000-unsharded", 5000, None),
+    ]  # fmt: skip
+
+
+def test_the_trainers_state_gives_tokens_and_what_it_lacks_is_null(tmp_path: Path) -> None:
+    place(tmp_path, "checkpoint-7", "checkpoint-8", "checkpoint-9")
+    state = {"global_step": 70, "num_input_tokens_seen": 5_000}
+    (tmp_path / "checkpoint-7/trainer_state.json").write_text(json.dumps(state))
+    (tmp_path / "checkpoint-8/trainer_state.json").write_text('{"num_input_tokens_seen": true}')
+    (tmp_path / "checkpoint-9/trainer_state.json").write_text("{")
+    assert [row[1:] for row in steps(tmp_path)] == [(7, 5_000), (8, None), (9, None)]
+
+
+def test_stages_that_begin_anew_must_be_chosen(tmp_path: Path) -> None:
+    place(
+        tmp_path, "stage1-step1000-tokens5B", "stage1-step2000-tokens9B",
+        "stage2-ingredient1-step1000-tokens5B", "stage2-ingredient2-step1000-tokens5B",
+    )  # fmt: skip
+    with pytest.raises(ArchiveError, match="several stages .*steps begin anew") as raised:
+        discover(tmp_path)
+    pattern = str(raised.value).split("--pattern '")[1].rstrip("'")
+    assert steps(tmp_path, pattern) == [
+        ("stage1-step1000-tokens5B", 1000, 5_000_000_000),
+        ("stage1-step2000-tokens9B", 2000, 9_000_000_000),
+    ]
+
+
+def test_a_pattern_finds_other_names_at_other_depths(tmp_path: Path) -> None:
+    place(tmp_path, "global_step_5/actor/huggingface", "global_step_6/actor/huggingface", "step7")
+    assert steps(tmp_path, r"global_step_(?P<step>\d+)/actor/huggingface") == [
+        ("global_step_5/actor/huggingface", 5, None),
+        ("global_step_6/actor/huggingface", 6, None),
+    ]
+    place(tmp_path / "b", "run-3k", "run-40k")
+    assert [row[2] for row in steps(tmp_path / "b", r"run-(?P<tokens>(?P<step>\d+))k")] == [3, 40]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(", "no regular expression"),
+        ("x", "no group named step"),
+        ("(?P<step>x)", "no checkpoint"),
+    ],
+)
+def test_a_pattern_that_will_not_do(pattern: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match=message):
+        discover(place(tmp_path, "step1"), pattern)
+
+
+def test_two_of_one_step_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="step1 and step1-hf .* both of step 1; choose"):
+        discover(place(tmp_path, "step1", "step1-hf"))
+
+
+def test_a_hub_cache_with_revisions(tmp_path: Path) -> None:
+    repository = tmp_path / "models--a--b"
+    commits = {"main": "c" * 40, "step0": "a" * 40, "step512-tokens1B": "b" * 40}
+    for name, commit in commits.items():
+        snapshot = repository / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        saved = tmp_path / name
+        models.mixtral().save_pretrained(saved)
+        for file in saved.iterdir():  # as the hub's own client lays a cache out
+            blob = repository / "blobs" / f"{commit}{file.name}"
+            blob.parent.mkdir(exist_ok=True)
+            file.rename(blob)
+            (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / name).write_text(commit)
+    assert steps(repository) == [("step0", 0, None), ("step512-tokens1B", 512, 10**9)]
+    assert load(discover(repository)[0])
+    assert load(discover(repository / "snapshots" / commits["main"])[0])
+    for name in ("step0", "step512-tokens1B"):
+        (repository / "refs" / name).write_text("../../../../etc")
+    assert [c.files.name for c in discover(repository)] == [commits["main"]]
+
+
+def test_a_pickle_is_read_by_weights_only_loading(tmp_path: Path) -> None:
+    models.mixtral().save_pretrained(tmp_path / "checkpoint-3")
+    (tmp_path / "checkpoint-3" / WEIGHTS).unlink()
+    model = models.mixtral()
+    torch.save(model.state_dict(), tmp_path / "checkpoint-3/pytorch_model.bin")
+    (checkpoint,) = discover(tmp_path)
+    assert checkpoint.format == "pytorch"
+    for name, found in load(checkpoint).state_dict().items():
+        assert torch.equal(found, model.state_dict()[name])
+
+
+class Malice:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def compressed(path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\0" * 10**8)
+
+
+PICKLES = {
+    "code": (lambda p: torch.save({"a": Malice(p.parent / "ran")}, p), "more than tensors"),
+    "old code": (lambda p: p.write_bytes(pickle.dumps(Malice(p.parent / "ran"))), "more than ten"),
+    "a model": (lambda p: torch.save(torch.nn.Linear(2, 2), p), "more than tensors"),
+    "a number": (lambda p: torch.save({"a": 1}, p), "does not hold tensors by name"),
+    "a list": (lambda p: torch.save([torch.zeros(1)], p), "does not hold tensors by name"),
+    "nothing": (lambda p: p.write_bytes(b""), "truncated or damaged"),
+    "noise": (lambda p: p.write_bytes(b"PK\3\4" + bytes(range(256))), "damaged"),
+    "a bomb": (compressed, "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_pickle_that_is_more_than_tensors_is_refused(
+    name: str, saved: Path, tmp_path: Path
+) -> None:
+    make, reason = PICKLES[name]
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    make(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ArchiveError, match=f"pytorch_model.bin .*{reason}"):
+        load(discover(tmp_path)[0])
+    assert not (tmp_path / "ran").exists()

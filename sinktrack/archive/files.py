@@ -193,11 +193,20 @@ class Files:
             _filesystem(self.location).invalidate_cache()
             self._windows.clear()
 
-    def _opened(self, name: str) -> _Descriptor:
+    def real_path(self, name: str) -> str:
+        """Where a local file is once links are followed.
+
+        Raises:
+            ArchiveError: outside the boundary.
+        """
         path = self.path(name)
         real = os.path.realpath(path)
         if os.path.commonpath([self.boundary, real]) != self.boundary:
             raise ArchiveError(f"{path} leads out of {self.boundary}, to {real}; it is not read")
+        return real
+
+    def _opened(self, name: str) -> _Descriptor:
+        path, real = self.path(name), self.real_path(name)
         try:
             number = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:

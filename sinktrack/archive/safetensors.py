@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinktrack.archive.discover import directories
+from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.files import Files, parse_json
 from sinktrack.archive.source import Checkpoint, Index
 from sinktrack.errors import ArchiveError
@@ -35,8 +35,10 @@ _MOST_DIMENSIONS = 32
 
 
 def find(files: Files) -> list[Checkpoint]:
-    """The checkpoints in a directory; one counts once its weights or its index are there."""
-    return directories(files, "safetensors", (WEIGHTS, INDEX, "config.json"))
+    """The directory itself, if it holds such weights."""
+    if any(files.exists(name) for name in (WEIGHTS, INDEX)):
+        return [checkpoint_at(files, "safetensors")]
+    return []
 
 
 def open(checkpoint: Checkpoint) -> SafetensorsSource:
@@ -59,7 +61,7 @@ class SafetensorsSource:
         self._lock = Lock()
         self._headers: dict[str, dict[str, Place]] = {}
         if files.exists(INDEX):
-            self._files = _weight_map(files)
+            self._files = weight_map(files, INDEX, ".safetensors")
         else:
             self._files = dict.fromkeys(self._header(WEIGHTS), WEIGHTS)
 
@@ -237,14 +239,18 @@ def _counts(values: Any) -> bool:
     )
 
 
-def _weight_map(files: Files) -> dict[str, str]:
-    """The file of each tensor, by the index."""
-    found = files.read_json(INDEX).get("weight_map")
+def weight_map(files: Files, index: str, suffix: str) -> dict[str, str]:
+    """The file of each tensor, by a sharded checkpoint's index.
+
+    Raises:
+        ArchiveError: the index is damaged, or names what is not a file of its directory.
+    """
+    found = files.read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise ArchiveError(f"{files.path(INDEX)} has no weight_map; the checkpoint is damaged")
+        raise ArchiveError(f"{files.path(index)} has no weight_map; the checkpoint is damaged")
     for shard in set(map(str, found.values())):
-        if PurePosixPath(shard).name != shard or not shard.endswith(".safetensors"):
+        if PurePosixPath(shard).name != shard or "\0" in shard or not shard.endswith(suffix):
             raise ArchiveError(
-                f"{files.path(INDEX)} names {shard[:200]!r}, which is not a file of its directory"
+                f"{files.path(index)} names {shard[:200]!r}, which is not a file of its directory"
             )
     return {str(name): str(shard) for name, shard in found.items()}

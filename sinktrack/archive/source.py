@@ -1,7 +1,8 @@
 """What a checkpoint is to the rest of sinktrack, whatever its format.
 
 A format is a module of this package with two functions: ``find(files) -> list[Checkpoint]`` tells
-which checkpoints a directory holds, and ``open(checkpoint) -> Source`` gives access to one of them.
+whether a directory is a checkpoint, or holds several in a way of its own (then all of them), and
+``open(checkpoint) -> Source`` gives access to one of them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from sinktrack.archive.files import Files
 
-FORMATS = ("safetensors",)
-"""Modules of this package; of two that find the same directory the first counts."""
+FORMATS = ("safetensors", "pytorch")
+"""Modules of this package; of two that know a directory the first counts."""
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 

@@ -1,0 +1,145 @@
+"""Old model directories: ``pytorch_model.bin``, a pickle, read by weights-only loading alone."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinktrack.archive.discover import checkpoint_at
+from sinktrack.archive.files import Files
+from sinktrack.archive.safetensors import DTYPES, weight_map
+from sinktrack.archive.source import Checkpoint, Index
+from sinktrack.errors import ArchiveError
+
+WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_PICKLE = 64 * 2**20
+_PART = 64 * 2**20
+
+
+def find(files: Files) -> list[Checkpoint]:
+    """The directory itself, if it holds such weights."""
+    if any(files.exists(name) for name in (WEIGHTS, INDEX)):
+        return [checkpoint_at(files, "pytorch")]
+    return []
+
+
+def open(checkpoint: Checkpoint) -> PytorchSource:
+    """A checkpoint's weights.
+
+    Raises:
+        ArchiveError: ``config.json`` or the weights are missing, damaged or unknown, or hold
+            anything but tensors.
+    """
+    return PytorchSource(checkpoint.files)
+
+
+class PytorchSource:
+    """Tensors by name, mapped from their files; a remote file is copied to this machine whole."""
+
+    def __init__(self, files: Files) -> None:
+        from sinktrack.archive.huggingface import config
+
+        self.files = files
+        self.config = config(files)
+        self._lock = Lock()
+        self._copies = tempfile.TemporaryDirectory() if not files.local else None
+        self._loaded: dict[str, dict[str, Tensor]] = {}
+        if files.exists(INDEX):
+            self._files = weight_map(files, INDEX, ".bin")
+        else:
+            self._files = dict.fromkeys(self._tensors(WEIGHTS), WEIGHTS)
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._files)
+
+    def slice(self, name: str) -> TensorSlice:
+        """One tensor; its data are read when it is indexed.
+
+        Raises:
+            ArchiveError: there is no such tensor, or its file is missing or damaged.
+        """
+        file = self._files.get(name)
+        tensor = self._tensors(file).get(name) if file is not None else None
+        if tensor is None:
+            raise ArchiveError(f"{self.files.path(file or INDEX)} holds no tensor {name!r}")
+        return TensorSlice(tensor)
+
+    def _tensors(self, file: str) -> dict[str, Tensor]:
+        with self._lock:
+            if file not in self._loaded:
+                self._loaded[file] = _load(self.files, file, self._local(file))
+            return self._loaded[file]
+
+    def _local(self, file: str) -> str:
+        if self._copies is None:
+            return self.files.real_path(file)
+        path = Path(self._copies.name) / file
+        size = self.files.size(file)
+        with path.open("wb") as copy:
+            for start in range(0, size, _PART):
+                copy.write(self.files.read(file, start, min(start + _PART, size)))
+        return str(path)
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """A tensor that is there already."""
+
+    tensor: Tensor
+
+    def get_shape(self) -> list[int]:
+        """Its size in each dimension."""
+        return list(self.tensor.shape)
+
+    def get_dtype(self) -> str:
+        """As safetensors names it."""
+        return _NAMES[self.tensor.dtype]
+
+    def __getitem__(self, index: Index) -> Tensor:
+        """A part of it, or with ``...`` all."""
+        return self.tensor[index]
+
+
+def _load(files: Files, name: str, path: str) -> dict[str, Tensor]:
+    """The tensors of a file."""
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _check_zip(path)
+        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise ArchiveError(
+            f"{files.path(name)} is damaged, or asks for more than tensors when it is unpickled, "
+            "which is never done; convert it to safetensors where you trust it"
+        ) from error
+    except Exception as error:  # a pickle can raise anything
+        raise ArchiveError(
+            f"{files.path(name)} is truncated or damaged ({type(error).__name__}); copy the "
+            "checkpoint again"
+        ) from error
+    if not isinstance(found, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) and value.dtype in _NAMES
+        for key, value in found.items()
+    ):
+        raise ArchiveError(f"{files.path(name)} does not hold tensors by name, and nothing else")
+    return found
+
+
+def _check_zip(path: str) -> None:
+    """Refuse what would grow when it is unpacked."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED:
+                raise pickle.UnpicklingError("compressed")
+            if record.filename.endswith(".pkl") and record.file_size > _LARGEST_PICKLE:
+                raise pickle.UnpicklingError("large")
