@@ -57,11 +57,12 @@ class Localization:
 
     formed: bool
     """Did any block's concentration reach `EPSILON`?"""
-    reference_block: int
-    """The first block that did; where none did, the one with the highest norm ratio."""
+    reference_block: int | None
+    """The first block that did; where none did, the one with the highest norm ratio. None where
+    none did among the first blocks and no others were measured: nothing is localized then."""
     shares: tuple[Component, ...]
     """The embedding, and attention and MLP of every block before the reference block."""
-    share_sum: float
+    share_sum: float | None
     first_two_share: float | None
     """Share of blocks 0 and 1; None where the reference block is 0: nothing was written yet."""
     depth: float | None
@@ -70,6 +71,10 @@ class Localization:
     """Exponential of the entropy of the blocks' absolute shares."""
     top_components: tuple[Component, ...]
     """The largest by absolute share, heads and experts told apart."""
+
+
+NOWHERE = Localization(False, None, (), None, None, None, None, ())
+"""Of a measurement of the first blocks alone, in which no sink has formed."""
 
 
 def reference_block(concentration: Tensor, norm_ratio: Tensor) -> tuple[int, bool]:

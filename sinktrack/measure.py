@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,10 @@ from sinktrack.errors import MeasurementError
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.probe import Probe
 from sinktrack.undisturbed import undisturbed
+
+if TYPE_CHECKING:  # transformers is slow to import
+    from sinktrack.archive.stream import Streamed
+    from sinktrack.taps.huggingface import Decoder
 
 
 @torch.no_grad()
@@ -43,11 +48,7 @@ def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) ->
     started = time.perf_counter()
     found = decoder(model)
     _refuse_unreadable(found.model)
-    probe.check(
-        found.config.vocab_size,
-        getattr(found.config, "max_position_embeddings", None),
-        getattr(found.config, "pad_token_id", None),
-    )
+    _check(probe, found)
     device = found.model.get_input_embeddings().weight.device
     collected, singles = Collector(), States()
     first = probe.first_tokens()
@@ -60,21 +61,99 @@ def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) ->
         with watch(found, singles):
             for tokens in first[:, None].split(max(size, 256)):
                 _forward(found.model, tokens.to(device))
+    digest = _Digest(found.model, first)
+    for block in found.blocks.values():
+        digest.add(block)
     return assemble(
         collected,
         singles,
         torch.cat([tokens[:, 0] for tokens in batches]),
         found.kinds,
-        model={
-            "type": found.type,
-            "blocks": len(found.blocks),
-            "heads": getattr(found.config, "num_attention_heads", None),
-            "experts": found.experts,
-        },
+        model=_describe(found),
         probe=probe.digest,
-        weights=_digest(found.model, found.blocks.values(), first),
+        weights=digest.hex(),
         seconds=time.perf_counter() - started,
     )
+
+
+@torch.no_grad()
+def measure_streamed(
+    streamed: Streamed, probe: Probe, *, blocks: int | None = None, batch_size: int | None = None
+) -> Measurement:
+    """As `measure`, over a checkpoint of which one block at a time is in memory.
+
+    Args:
+        streamed: the checkpoint, made with the probe's tokens.
+        probe: the fixed batch.
+        blocks: measure the first blocks only. What depends on all is left out then: nan or None.
+        batch_size: sequences per forward pass of a block; all at once by default.
+
+    Raises:
+        CannotWalk: the blocks do not run one by one; load the model and use `measure`.
+        ArchiveError: a weight is missing or damaged.
+        ProbeError, MeasurementError: as `measure`.
+    """
+    from sinktrack.taps.huggingface import watch
+    from sinktrack.taps.walk import Walk
+
+    started = time.perf_counter()
+    found = streamed.decoder
+    _check(probe, found)
+    total = len(found.blocks)
+    count = total if blocks is None else min(blocks, total)
+    shown = dataclasses.replace(
+        found, blocks={index: found.blocks[index] for index in range(count)}
+    )
+    embedding = streamed.base.get_input_embeddings()
+    device = embedding.weight.device
+    collected, singles = Collector(), States()
+    first = probe.first_tokens()
+    size = batch_size or probe.sequences
+    batches = probe.batches(size)
+    digest = _Digest(streamed.model, first)
+    with _out_of_memory(size, probe), undisturbed(embedding):
+        walks = [
+            (observer, [Walk(found, streamed.base, tokens.to(device)) for tokens in of])
+            for observer, of in (
+                (collected, batches),
+                (singles, first[:, None].split(max(size, 256))),
+            )
+        ]
+        for index in range(count):
+            with streamed.block(index) as block:
+                digest.add(block)
+                for observer, group in walks:
+                    with watch(shown, observer):
+                        for walk in group:
+                            walk.step(index)
+    return assemble(
+        collected,
+        singles,
+        torch.cat([tokens[:, 0] for tokens in batches]),
+        found.kinds,
+        model=_describe(found),
+        probe=probe.digest,
+        weights=digest.hex() if count == total else None,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check(probe: Probe, found: Decoder) -> None:
+    probe.check(
+        found.config.vocab_size,
+        getattr(found.config, "max_position_embeddings", None),
+        getattr(found.config, "pad_token_id", None),
+    )
+
+
+def _describe(found: Decoder) -> dict[str, Any]:
+    """The ``model`` of a record."""
+    return {
+        "type": found.type,
+        "blocks": len(found.blocks),
+        "heads": getattr(found.config, "num_attention_heads", None),
+        "experts": found.experts,
+    }
 
 
 @contextmanager
@@ -137,14 +216,24 @@ def _refuse_unreadable(model: nn.Module) -> None:
             )
 
 
-def _digest(model: Any, blocks: Iterator[nn.Module] | Any, tokens: Tensor) -> str:
+class _Digest:
     """Of the probe's embedding rows and the blocks' vectors (norms, biases): cheap to compare."""
-    hasher = hashlib.blake2b(digest_size=16)
-    embedding = _whole(model.get_input_embeddings().weight)
-    sample = [embedding[tokens.to(embedding.device)]]
-    sample += [_whole(value) for block in blocks for value in block.parameters() if value.ndim == 1]
-    for value in sample:
+
+    def __init__(self, model: Any, tokens: Tensor) -> None:
+        self._hasher = hashlib.blake2b(digest_size=16)
+        embedding = _whole(model.get_input_embeddings().weight)
+        self._update(embedding[tokens.to(embedding.device)])
+
+    def add(self, block: nn.Module) -> None:
+        """The vectors of the next block."""
+        for value in block.parameters():
+            if value.ndim == 1:
+                self._update(_whole(value))
+
+    def _update(self, value: Tensor) -> None:
         data = value.detach().cpu().contiguous()
-        hasher.update(f"{data.dtype}{tuple(data.shape)}".encode())
-        hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return hasher.hexdigest()
+        self._hasher.update(f"{data.dtype}{tuple(data.shape)}".encode())
+        self._hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+    def hex(self) -> str:
+        return self._hasher.hexdigest()

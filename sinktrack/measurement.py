@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sinktrack.circuit import (
     EPSILON,
+    NOWHERE,
     Localization,
     amplification,
     first_two_gain,
@@ -74,10 +75,14 @@ class Measurement:
     localization: Localization
     gain: Tensor
     """float64 ``[L]``: log growth of the norm ratio per block, nan past ``peak_block``."""
-    peak_block: int
+    peak_block: int | None
     first_two_gain: float | None
     intervals: dict[str, Any]
     """95 % intervals over sequences of the headline numbers."""
+    measured_blocks: int
+    """L, or fewer where only the first blocks were measured. Then the others are nan, and what
+    depends on all blocks (sink rate, peak, first-two gain, a circuit without a sink) is nan or
+    None."""
 
     @property
     def visible_queries(self) -> tuple[int | float | None, ...]:
@@ -103,17 +108,24 @@ class Measurement:
     def sink_rate(self, eps: float = EPSILON, start_block: int = 0) -> float:
         """Share of (sequence, block, head) whose mean attention to P0, query 0 included, is a sink.
 
-        Gu et al. 2025 (2410.10781); blocks without softmax attention do not count.
+        Gu et al. 2025 (2410.10781); blocks without softmax attention do not count. nan where not
+        all blocks were measured.
 
         Args:
             eps: the threshold on one sequence's mean.
             start_block: the first block that counts.
         """
+        if self._partial:
+            return math.nan
         return _rate(self._alpha()[:, start_block:], eps)
 
     def sink_rate_by_block(self, eps: float = EPSILON) -> Tensor:
         """float64 ``[L]``: `sink_rate` of each block alone."""
         return _over(self._alpha(), eps).nanmean((0, 2))
+
+    @property
+    def _partial(self) -> bool:
+        return self.measured_blocks < len(self.block_kinds)
 
     def _alpha(self) -> Tensor:
         """float64 ``[B, L, H]``: mean over all queries that see P0, query 0 included."""
@@ -168,6 +180,8 @@ class Measurement:
         for name in ("sink_logit_mass", "attention_gate"):
             if getattr(self, name) is not None:
                 record[name] = getattr(self, name)
+        if self._partial:
+            record["measured_blocks"] = self.measured_blocks
         return record
 
 
@@ -184,7 +198,7 @@ def assemble(
         collected: of the probe's pass.
         singles: of the first-token pass, one sequence per distinct first token.
         first_tokens: ``[B]`` int64, token 0 of each of the probe's sequences.
-        kinds: the blocks' kinds.
+        kinds: the kinds of all L blocks; where the passes saw fewer, the first were measured.
         identity: ``model``, ``probe``, ``weights`` and ``seconds`` of the Measurement.
 
     Raises:
@@ -196,7 +210,9 @@ def assemble(
     states = collected.stacked(collected.states)
     others = collected.stacked(collected.others)
     other_norms = collected.stacked(collected.other_norms)
-    blocks, sequences = len(states) - 1, states.shape[1]
+    measured, sequences = len(states) - 1, states.shape[1]
+    blocks = len(kinds)
+    partial = measured < blocks
 
     p0 = _heads(collected.p0, blocks, sequences)
     norms = torch.linalg.vector_norm(states, dim=-1)
@@ -207,12 +223,15 @@ def assemble(
     points = torch.tensor(_QUANTILES, dtype=single_ratio.dtype) / 100
     quantiles = torch.quantile(single_ratio, points, dim=-1)
 
-    reference, formed = reference_block(p0.mean(0).nanmean(-1), norm_ratio)
+    concentration = p0[:, :measured].mean(0).nanmean(-1)
+    reference, formed = reference_block(concentration, norm_ratio)
     writes = [
         (sublayer, block, torch.cat([part.cpu() for part in parts]))
         for (block, _, sublayer), parts in sorted(collected.writes.items())
     ]
     gain, peak, two_gain = amplification(norm_ratio)
+    if partial:  # the peak may be further on
+        gain = norm_ratio.double().log().diff()
     measurement = Measurement(
         block_kinds=tuple(kinds),
         visible_queries_by_sequence=_heads(
@@ -231,15 +250,20 @@ def assemble(
         attention_gate=_heads(collected.gates, blocks, sequences).mean(0)
         if collected.gates
         else None,
-        p0_norm=norms.mean(-1),
-        norm_ratio=norm_ratio,
-        direction_consistency=_consistency(states, first_tokens),
+        p0_norm=_padded(norms.mean(-1), blocks + 1),
+        norm_ratio=_padded(norm_ratio, blocks + 1),
+        direction_consistency=_padded(_consistency(states, first_tokens), blocks + 1),
         first_token=FirstToken(
             single.shape[1],
-            dict(zip(_QUANTILES, quantiles, strict=True)),
-            _consistency(single, torch.arange(single.shape[1])),
+            {
+                quantile: _padded(values, blocks + 1)
+                for quantile, values in zip(_QUANTILES, quantiles, strict=True)
+            },
+            _padded(_consistency(single, torch.arange(single.shape[1])), blocks + 1),
         ),
-        localization=localize(
+        localization=NOWHERE
+        if partial and not formed
+        else localize(
             reference,
             formed,
             states,
@@ -248,14 +272,20 @@ def assemble(
             collected.leaves(),
             torch.finfo(collected.dtype).eps / 2,
         ),
-        gain=gain,
-        peak_block=peak,
-        first_two_gain=two_gain,
+        gain=_padded(gain, blocks),
+        peak_block=None if partial else peak,
+        first_two_gain=None if partial else two_gain,
         intervals={},
+        measured_blocks=measured,
         **identity,
     )
     measurement.intervals.update(_intervals(measurement, states, others, writes, norms, median))
     return measurement
+
+
+def _padded(values: Tensor, length: int) -> Tensor:
+    """With nan for the blocks that were not measured."""
+    return torch.nn.functional.pad(values, (0, length - len(values)), value=math.nan)
 
 
 def _heads(of: dict[int, list[Tensor]], blocks: int, sequences: int) -> Tensor:
@@ -305,7 +335,7 @@ def _intervals(
     median: Tensor,
 ) -> dict[str, Any]:
     """Bootstrap over sequences; reference block, peak and medians stay as measured."""
-    sequences, blocks = norms.shape[1], norms.shape[0] - 1
+    sequences, blocks = norms.shape[1], len(measured.block_kinds)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(sequences, (_RESAMPLES, sequences), generator=generator)
     weight = torch.zeros(_RESAMPLES, sequences, dtype=torch.float64)
@@ -315,22 +345,23 @@ def _intervals(
     rate = weight @ _over(measured._alpha(), EPSILON).nanmean((1, 2))
     concentration = weight @ measured.p0_attention_by_sequence.nanmean(-1).double()
     logs = (weight @ (norms / median[:, None]).double().T).log()
-    where = measured.localization
-    reference = where.reference_block
-    direction = weight @ (states[reference] - others[reference]).double()
-    by_block = torch.zeros(_RESAMPLES, reference, dtype=torch.float64)
-    for _, block, write in writes:
-        if block < reference:
-            by_block[:, block] += ((weight @ write.double()) * direction).sum(-1)
-    total = ((weight @ states[reference].double()) * direction).sum(-1, keepdim=True)
-    first_two, depth, _ = summarize(by_block / total)
+    reference = measured.localization.reference_block
+    first_two = depth = torch.zeros(0)
+    if reference is not None:
+        direction = weight @ (states[reference] - others[reference]).double()
+        by_block = torch.zeros(_RESAMPLES, reference, dtype=torch.float64)
+        for _, block, write in writes:
+            if block < reference:
+                by_block[:, block] += ((weight @ write.double()) * direction).sum(-1)
+        total = ((weight @ states[reference].double()) * direction).sum(-1, keepdim=True)
+        first_two, depth, _ = summarize(by_block / total)
     return {
-        "sink_rate": _interval(rate),
+        "sink_rate": None if measured.peak_block is None else _interval(rate),
         "concentration": [_interval(concentration[:, block]) for block in range(blocks)],
         "first_two_share": _interval(first_two),
         "depth": _interval(depth),
         "first_two_gain": _interval(first_two_gain(logs, measured.peak_block))
-        if measured.first_two_gain is not None
+        if measured.first_two_gain is not None and measured.peak_block is not None
         else None,
     }
 

@@ -43,7 +43,8 @@ def show(records: Sequence[Mapping[str, Any]], title: str, console: Console) -> 
     console.print()
     console.print(_blocks(records, console.width))
     console.print()
-    console.print(Text(f"Largest parts of the P0 state at the input of block {reference}:"))
+    if reference is not None:
+        console.print(Text(f"Largest parts of the P0 state at the input of block {reference}:"))
     for part in last["top_components"][:_TOP]:
         gate = "" if part.get("gate") is None else f", gate {part['gate']:.2f}"
         console.print(Text(f"  {_percent(part['share']):>8}  {_name(part)}{gate}"))
@@ -79,6 +80,8 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
 
 def _sink(record: Mapping[str, Any]) -> str:
     reference = record["reference_block"]
+    if reference is None:
+        return f"no sink in the first {record['measured_blocks']} blocks; others were not measured"
     if not record["formed"]:
         return f"no block has formed a sink; judged at block {reference}, of the highest norm"
     if reference == 0:

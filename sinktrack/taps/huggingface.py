@@ -165,18 +165,14 @@ def watch(found: Decoder, observer: Observer) -> Iterator[None]:
     """
     tap = _Tap(found, observer)
     with ExitStack() as stack:
-        for config in _configs(found.model) if found.interface else ():
-            stack.callback(
-                setattr, config, "_attn_implementation_internal", config._attn_implementation
-            )
-            config._attn_implementation_internal = _STANDS_FOR
+        stack.enter_context(prepared(found))
         last = max(found.blocks)
         for index, block in found.blocks.items():
             hook = block.register_forward_pre_hook(tap.enter(index), with_kwargs=True)
             stack.callback(hook.remove)
             stack.callback(block.register_forward_hook(tap.leave(index, index == last)).remove)
             for module in block.modules():
-                if _is_experts(module):
+                if is_experts(module):
                     hook = module.register_forward_hook(tap.experts, with_kwargs=True)
                     stack.callback(hook.remove)
         stack.enter_context(_standing_in())
@@ -184,6 +180,19 @@ def watch(found: Decoder, observer: Observer) -> Iterator[None]:
         stack.callback(_ACTIVE.reset, token)
         with tap.lineage:
             yield
+
+
+@contextmanager
+def prepared(found: Decoder) -> Iterator[None]:
+    """Let the model prepare masks for the attention that `watch` puts in the place of its own."""
+    before = [(config, config._attn_implementation) for config in _configs(found.model)]
+    try:
+        for config, _ in before if found.interface else ():
+            config._attn_implementation_internal = _STANDS_FOR
+        yield
+    finally:
+        for config, implementation in before if found.interface else ():
+            config._attn_implementation_internal = implementation
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -196,7 +205,7 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
     """Does transformers' experts interface run this module?"""
     return hasattr(module, "is_transposed") and hasattr(module, "_apply_gate")
 

@@ -1,0 +1,324 @@
+"""A checkpoint's model with the weights of one block at a time.
+
+The model is built on the meta device, where it takes no memory, and transformers' own weight
+conversion fills a block from the checkpoint's tensors. Of routed experts only those are read that a
+token is routed to, of the embedding only the rows of the probe's tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
+from transformers.utils import logging
+
+from sinktrack.archive.source import Slice, Source
+from sinktrack.errors import ArchiveError
+from sinktrack.taps.huggingface import Decoder, decoder, is_experts
+
+_AT_ONCE = 64 * 2**20
+"""Bytes of routed experts that are converted at a time."""
+
+
+class Streamed:
+    """A model whose blocks have weights only inside of `block`.
+
+    Args:
+        source: the checkpoint.
+        tokens: int64, the token ids whose embedding is wanted.
+        device: where to compute.
+
+    Raises:
+        ArchiveError: transformers does not know the architecture, or a weight is missing, damaged
+            or of another shape.
+        MeasurementError: not a decoder whose blocks can be found.
+    """
+
+    def __init__(self, source: Source, tokens: Tensor, device: str = "cpu") -> None:
+        self._source, self._device = source, device
+        self.model = _empty(source)
+        self.decoder: Decoder = decoder(self.model)
+        self._targets = dict(self.model.state_dict())
+        self._load_config = LoadStateDictConfig(
+            dtype=self.model.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.model.dtype),
+            device_map={"": device},
+            weight_mapping=get_model_conversion_mapping(self.model),
+        )
+        self._names = self._by_target()
+        self._prefixes = {
+            index: _prefix(self.model, block) for index, block in self.decoder.blocks.items()
+        }
+        self._load_surroundings(tokens)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model without its language head, which a probe does not need."""
+        base: PreTrainedModel = self.model.base_model
+        return base
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """The block with its weights, which are freed on leaving.
+
+        Routed experts are read when tokens come to them.
+
+        Raises:
+            ArchiveError: a weight is missing, damaged or of another shape.
+        """
+        block, prefix = self.decoder.blocks[index], self._prefixes[index]
+        own = {name for name in self._targets if name.startswith(prefix)}
+        hooks = []
+        try:
+            later: set[str] = set()
+            for path, module in block.named_modules():
+                if is_experts(module):
+                    experts = _Experts(self, module, f"{prefix}{path}.")
+                    later |= experts.targets.keys()
+                    hook = module.register_forward_pre_hook(experts.read, with_kwargs=True)
+                    hooks.append(hook)
+            self._load(own - later)
+            yield block
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for name in own:
+                self._put(name, self._targets[name])
+
+    def _by_target(self) -> dict[str, list[list[str]]]:
+        """Per weight of the model the checkpoint's tensors that make it, like ones together."""
+        mapping = self._load_config.weight_mapping or []
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        prefix = self.model.base_model_prefix
+        found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+        for name in sorted(self._source.names(), key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, self._targets)
+            if target not in self._targets and name in self._targets:
+                target, pattern = rename_source_key(name, [], [], prefix, self._targets)
+            if target in self._targets:
+                found[target][pattern].append(name)
+        return {target: list(by_pattern.values()) for target, by_pattern in found.items()}
+
+    def _load_surroundings(self, tokens: Tensor) -> None:
+        """What the base model has outside of its blocks."""
+        for name, buffer in list(self.model.named_buffers()):
+            if name not in self._targets:  # is not saved, and made anew from the configuration
+                self._put(name, torch.empty_like(buffer, device=self._device))
+        self.model.initialize_weights()
+        base, blocks = _prefix(self.model, self.base), tuple(self._prefixes.values())
+        own = {
+            name for name in self._targets if name.startswith(base) and not name.startswith(blocks)
+        }
+        table = f"{_prefix(self.model, self.base.get_input_embeddings())}weight"
+        self._load(own - self._load_rows(table, tokens))
+
+    def _load_rows(self, table: str, tokens: Tensor) -> set[str]:
+        """Of an embedding table the rows of these tokens, if it can be read by rows."""
+        names = self._names.get(table, [])
+        target = self._targets[table]
+        if len(names) != 1 or len(names[0]) != 1:
+            return set()
+        rows = self._source.slice(names[0][0])
+        if list(rows.get_shape()) != list(target.shape):
+            return set()
+        value = _untouched(target, self._device)
+        for token in tokens.unique().tolist():
+            value[token] = rows[token : token + 1][0].to(value)
+        self._put(table, value)
+        return {table}
+
+    def _load(self, targets: Collection[str]) -> None:
+        names = [name for t in targets for group in self._names.get(t, []) for name in group]
+        self.convert({name: self._source.slice(name) for name in names})
+        ignored = self.model._keys_to_ignore_on_load_missing
+        missing = [
+            name for name in targets if self._get(name).is_meta and not _matches(ignored, name)
+        ]
+        if missing:
+            raise ArchiveError(
+                f"{len(missing)} weights missing ({_some(missing)}); the checkpoint does not fit "
+                "its config.json"
+            )
+
+    def convert(self, tensors: Mapping[str, Slice]) -> None:
+        """Put these tensors of the checkpoint where they belong, by transformers' conversion.
+
+        Raises:
+            ArchiveError: one is damaged, cannot be converted or is of another shape.
+        """
+        if not tensors:
+            return
+        shown = logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            info, _ = convert_and_load_state_dict_in_model(
+                self.model, dict(tensors), self._load_config
+            )
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        if info.conversion_errors or info.error_msgs:
+            errors = [*map(str, info.conversion_errors.values()), *info.error_msgs]
+            raise ArchiveError(f"{_some(list(tensors))} cannot be converted: {errors[0]}")
+        if info.mismatched_keys:
+            name, found, wanted = min(info.mismatched_keys)
+            raise ArchiveError(
+                f"{len(info.mismatched_keys)} weights mismatched ({name} is {tuple(found)}, wanted "
+                f"{tuple(wanted)}); the checkpoint does not fit its config.json"
+            )
+
+    def _get(self, name: str) -> Tensor:
+        value: Tensor = self.model.get_parameter_or_buffer(name)
+        return value
+
+    def _put(self, name: str, value: Tensor) -> None:
+        path, _, own = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        if own in module._buffers:
+            module._buffers[own] = value
+        else:
+            module._parameters[own] = nn.Parameter(value, requires_grad=False)
+
+
+class _Experts:
+    """The routed experts of one block, read as tokens come to them."""
+
+    def __init__(self, streamed: Streamed, module: nn.Module, prefix: str) -> None:
+        self._streamed = streamed
+        self._count = int(getattr(module, "num_experts", 0))
+        self.targets = {
+            name: streamed._targets[name]
+            for own, _ in module.named_parameters()
+            if self._divisible(name := f"{prefix}{own}")
+        }
+        """The weights that can be read expert by expert: their first dimension is the expert."""
+        self._values: dict[str, Tensor] = {}
+        self._read: set[int] = set()
+
+    def _divisible(self, target: str) -> bool:
+        groups = self._streamed._names.get(target, [])
+        return (
+            self._count > 1
+            and self._streamed._targets[target].shape[0] == self._count
+            and bool(groups)
+            and all(len(names) == self._count or self._fused(names) for names in groups)
+        )
+
+    def _fused(self, names: list[str]) -> bool:
+        """Is one tensor on disk all experts, one after the other?"""
+        shape = self._streamed._source.slice(names[0]).get_shape()
+        return len(names) == 1 and shape[0] == self._count
+
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before the experts' forward: read those that the tokens are routed to."""
+        if not self.targets:
+            return
+        index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+        new = sorted(set(index.unique().tolist()) - self._read)
+        new = [expert for expert in new if 0 <= expert < self._count]
+        if not self._values:
+            self._values = {
+                name: _untouched(target, self._streamed._device)
+                for name, target in self.targets.items()
+            }
+        bytes_each = sum(
+            target[0].numel() * target.element_size() for target in self.targets.values()
+        )
+        size = max(1, _AT_ONCE // bytes_each)
+        for start in range(0, len(new), size):
+            self._convert(new[start : start + size])
+        self._read |= set(new)
+        for name, value in self._values.items():
+            self._streamed._put(name, value)
+
+    def _convert(self, experts: list[int]) -> None:
+        """Through transformers' conversion, as if the block had these experts alone."""
+        tensors: dict[str, Slice] = {}
+        for target, like in self.targets.items():
+            shape = (len(experts), *like.shape[1:])
+            self._streamed._put(target, torch.empty(shape, dtype=like.dtype, device="meta"))
+            for names in self._streamed._names[target]:
+                if self._fused(names):
+                    tensors[names[0]] = _Rows(self._streamed._source.slice(names[0]), experts)
+                else:
+                    for expert in experts:
+                        tensors[names[expert]] = self._streamed._source.slice(names[expert])
+        self._streamed.convert(tensors)
+        for target, value in self._values.items():
+            value[experts] = self._streamed._get(target).detach()
+
+
+class _Rows:
+    """Some rows of a tensor on disk."""
+
+    def __init__(self, whole: Slice, rows: list[int]) -> None:
+        self._whole, self._rows = whole, rows
+
+    def get_shape(self) -> list[int]:
+        return [len(self._rows), *self._whole.get_shape()[1:]]
+
+    def get_dtype(self) -> str:
+        return self._whole.get_dtype()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        rows = torch.cat([self._whole[row : row + 1] for row in self._rows])
+        return rows[index]
+
+
+def _empty(source: Source) -> Any:
+    """The model on the meta device, in the dtype it was saved in."""
+    config = source.config
+    if getattr(config, "quantization_config", None):
+        raise ArchiveError(
+            "quantized weights are not supported; scan the model before quantization"
+        )
+    dtype = getattr(config, "dtype", None)
+    if dtype is None:
+        found = [str_to_torch_dtype.get(source.slice(name).get_dtype()) for name in source.names()]
+        dtype = next((dtype for dtype in found if dtype and dtype.is_floating_point), torch.float32)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ArchiveError(f"a {config.model_type} cannot be built: {error}") from error
+    return model.eval()
+
+
+def _untouched(like: Tensor, device: str) -> Tensor:
+    """A tensor that takes memory only where it is written to, on the CPU at least."""
+    if device != "cpu":
+        return torch.empty_like(like, device=device)
+    size = math.prod(like.shape) * like.element_size()
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype).view(like.shape)
+
+
+def _prefix(model: nn.Module, module: nn.Module) -> str:
+    """What the names of the module's weights begin with in the model."""
+    path = next(path for path, found in model.named_modules() if found is module)
+    return f"{path}." if path else ""
+
+
+def _matches(patterns: Collection[str] | None, name: str) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

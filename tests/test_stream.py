@@ -1,0 +1,207 @@
+"""One block at a time against the whole model, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_families import EXACT, PROBE, tiny
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sinktrack import ArchiveError, Measurement, Probe, measure
+from sinktrack.archive.stream import Streamed
+from sinktrack.measure import measure_streamed
+from sinktrack.record import to_json
+from sinktrack.taps.walk import CannotWalk
+
+NOT_ONE_BY_ONE = {"bamba", "glm_moe_dsa"}
+"""Their blocks return more than the stream."""
+
+
+class Recorded:
+    """A checkpoint that remembers which tensors were read, and how many numbers of each."""
+
+    def __init__(self, directory: Path) -> None:
+        self.config = AutoConfig.from_pretrained(directory)
+        self.files = {
+            name: file
+            for path in directory.glob("*.safetensors")
+            for file in [safe_open(path, framework="pt")]
+            for name in file.keys()  # noqa: SIM118
+        }
+        self.read: dict[str, int] = {}
+
+    def names(self) -> list[str]:
+        return list(self.files)
+
+    def slice(self, name: str) -> Any:
+        return RecordedSlice(self, name)
+
+
+class RecordedSlice:
+    def __init__(self, source: Recorded, name: str) -> None:
+        self.source, self.name = source, name
+        self.slice = source.files[name].get_slice(name)
+
+    def get_shape(self) -> list[int]:
+        return self.slice.get_shape()
+
+    def get_dtype(self) -> str:
+        return self.slice.get_dtype()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        value = self.slice[index]
+        self.source.read[self.name] = self.source.read.get(self.name, 0) + value.numel()
+        return value
+
+
+def saved(family: str, directory: Path) -> Recorded:
+    tiny(family, EXACT[family]).save_pretrained(directory)
+    return Recorded(directory)
+
+
+def streamed(source: Recorded, probe: Probe = PROBE, **options: Any) -> Measurement:
+    return measure_streamed(Streamed(source, probe.tokens), probe, **options)
+
+
+def assert_close(found: Measurement, wanted: Measurement) -> None:
+    assert found.weights == wanted.weights and found.block_kinds == wanted.block_kinds
+    left, right = (to_json(m.to_record(0, "", {})) for m in (found, wanted))
+    left["seconds"] = right["seconds"] = 0
+    assert close(left, right)
+
+
+def close(left: Any, right: Any) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(close(left[k], right[k]) for k in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(close, left, right))
+    if isinstance(left, float) and isinstance(right, float):
+        return abs(left - right) <= 1e-6 * max(1, abs(right))
+    return left == right
+
+
+@pytest.mark.parametrize("family", sorted(set(EXACT) - NOT_ONE_BY_ONE))
+def test_as_the_whole_model(family: str, tmp_path: Path) -> None:
+    source = saved(family, tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    assert_close(streamed(source), measure(whole, PROBE))
+    assert_close(streamed(source, batch_size=2), measure(whole, PROBE, batch_size=2))
+
+
+@pytest.mark.parametrize("family", sorted(NOT_ONE_BY_ONE))
+def test_blocks_that_pass_on_more_than_the_stream(family: str, tmp_path: Path) -> None:
+    with pytest.raises(CannotWalk, match=r"ForCausalLM cannot be run one by one"):
+        streamed(saved(family, tmp_path))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe"])
+def test_only_what_the_probe_needs_is_read(family: str, tmp_path: Path) -> None:
+    """Experts on disk one by one, and all in one tensor."""
+    source = saved(family, tmp_path)
+    probe = Probe.random(models.VOCABULARY, sequences=1, length=3, seed=1)
+    routed: dict[int, set[int]] = {}
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    for block, module in enumerate(whole.model.layers):
+        experts = next(m for m in module.modules() if hasattr(m, "is_transposed"))
+        experts.register_forward_pre_hook(
+            lambda _, args, block=block: routed.setdefault(block, set()).update(
+                args[1].flatten().tolist()
+            )
+        )
+    measure(whole, probe)
+    streamed(source, probe)
+    assert any(len(experts) < 8 for experts in routed.values())
+    for name, count in source.read.items():
+        full = source.files[name].get_slice(name).get_shape()
+        numbers = torch.Size(full).numel()
+        if "embed" in name:
+            assert count == len(probe.tokens.unique()) * full[1]
+        elif ".experts." in name or "input_linear" in name or "output_linear" in name:
+            block = int(name.split("layers.")[1].split(".")[0])
+            number = name.split("experts.")[-1].split(".")[0]
+            if number.isdigit():
+                assert int(number) in routed[block] and count == numbers
+            else:
+                assert count == len(routed[block]) * numbers // full[0]
+        else:
+            assert count == numbers
+    assert not any("lm_head" in name for name in source.read)
+
+
+def test_one_block_at_a_time(tmp_path: Path) -> None:
+    model = Streamed(saved("qwen3_moe", tmp_path), PROBE.tokens)
+    layers = model.decoder.blocks
+
+    def held() -> list[int]:
+        return [
+            index
+            for index, block in layers.items()
+            if not all(parameter.is_meta for parameter in block.parameters())
+        ]
+
+    assert held() == []
+    with model.block(1):
+        assert held() == [1]
+    assert held() == []
+    with pytest.raises(KeyError), model.block(2):
+        raise KeyError
+    assert held() == []
+
+
+def test_the_first_blocks_alone(tmp_path: Path) -> None:
+    source = saved("mixtral", tmp_path)
+    whole = to_json(streamed(source).to_record(0, "", {}))
+    source = Recorded(tmp_path)
+    part = streamed(source, blocks=2)
+    assert not any("layers.2." in name or "layers.3." in name for name in source.read)
+    record = to_json(part.to_record(0, "", {}))
+    assert record["measured_blocks"] == 2 and "measured_blocks" not in whole
+    assert record["model"] == whole["model"]
+    for name in ("concentration", "p0_attention"):
+        assert close(record[name][:2], whole[name][:2])
+    assert record["concentration"][2:] == [None, None]
+    assert record["p0_attention"][2:] == [[None] * 4] * 2
+    assert close(record["norm_ratio"][:3], whole["norm_ratio"][:3])
+    assert record["norm_ratio"][3:] == [None, None]
+    for name in ("sink_rate", "peak_block", "first_two_gain", "weights"):
+        assert record[name] is None
+    assert record["reference_block"] is None and record["shares"] == []
+
+
+def test_the_first_blocks_alone_with_a_sink_in_them(tmp_path: Path) -> None:
+    """What is localized among them is what it is in the whole."""
+    source = saved("llama", tmp_path)
+    whole = streamed(source)
+    part = streamed(source, blocks=whole.localization.reference_block or 1)
+    assert part.localization.reference_block is None  # it was the highest norm, not a sink
+    # Queries and keys of nothing: attention is uniform, so of three tokens each gets a third.
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in tensors:
+        if "q_proj" in name:
+            tensors[name].zero_()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    probe = Probe.random(models.VOCABULARY, sequences=4, length=3, seed=0)
+    whole = streamed(Recorded(tmp_path), probe)
+    assert whole.localization.formed and whole.localization.reference_block == 0
+    part = streamed(Recorded(tmp_path), probe, blocks=1)
+    assert part.localization == whole.localization
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    gone = tensors.pop("model.layers.2.mlp.up_proj.weight")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ArchiveError, match=r"1 weights missing \(model.layers.2.mlp.up_proj"):
+        streamed(Recorded(tmp_path))
+    tensors["model.layers.2.mlp.up_proj.weight"] = gone[:-1].clone()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ArchiveError, match=r"1 weights mismatched \(model.layers.2.mlp.up_proj"):
+        streamed(Recorded(tmp_path))
