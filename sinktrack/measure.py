@@ -83,7 +83,7 @@ def measure_streamed(
     """As `measure`, over a checkpoint of which one block at a time is in memory.
 
     Args:
-        streamed: the checkpoint, made with the probe's tokens.
+        streamed: the checkpoint.
         probe: the fixed batch.
         blocks: measure the first blocks only. What depends on all is left out then: nan or None.
         batch_size: sequences per forward pass of a block; all at once by default.
@@ -99,6 +99,7 @@ def measure_streamed(
     started = time.perf_counter()
     found = streamed.decoder
     _check(probe, found)
+    streamed.load_surroundings(probe.tokens)
     total = len(found.blocks)
     count = total if blocks is None else min(blocks, total)
     shown = dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 from sinktrack.archive.discover import discover
 from sinktrack.archive.source import Checkpoint
 from sinktrack.errors import ArchiveError, SinktrackError
-from sinktrack.measure import measure
+from sinktrack.measure import measure, measure_streamed
 from sinktrack.probe import Probe
 from sinktrack.prose import passages
 from sinktrack.record import Run, to_json, versions
 
+_log = logging.getLogger("sinktrack")
 Notify = Callable[[Checkpoint, dict[str, Any] | SinktrackError], None]
 
 
@@ -23,6 +25,7 @@ def scan(
     probe: Probe | None = None,
     run: str | Path | Run,
     device: str = "cpu",
+    blocks: int | None = None,
     notify: Notify | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure every checkpoint of an archive that the run does not hold yet, in step order.
@@ -32,6 +35,7 @@ def scan(
         probe: the fixed batch; the run's own by default.
         run: the run directory.
         device: where to compute.
+        blocks: measure the first blocks only; see `Measurement.measured_blocks`.
         notify: called after each checkpoint with its record or its error; without it, failures
             are raised together at the end.
 
@@ -48,9 +52,9 @@ def scan(
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
     failed = []
-    for checkpoint in pending(archive, run):
+    for checkpoint in pending(archive, run, blocks):
         try:
-            record = _measure(checkpoint, run.probe, device)
+            record = _measure(checkpoint, run.probe, device, blocks)
         except SinktrackError as error:
             failed.append(f"{checkpoint.name}: {error}")
             outcome: dict[str, Any] | SinktrackError = error
@@ -65,16 +69,33 @@ def scan(
         raise ArchiveError(f"{len(failed)} checkpoints failed\n" + "\n".join(failed))
 
 
-def pending(archive: str | Path, run: Run) -> list[Checkpoint]:
-    """The archive's checkpoints that the run does not hold yet, in step order."""
-    done = set(run.steps)
+def pending(archive: str | Path, run: Run, blocks: int | None = None) -> list[Checkpoint]:
+    """The archive's checkpoints of which the run does not hold that many blocks, in step order."""
+    done = {
+        record["step"]
+        for record in run.records
+        if "measured_blocks" not in record
+        or (blocks is not None and record["measured_blocks"] >= blocks)
+    }
     return [checkpoint for checkpoint in discover(archive) if checkpoint.step not in done]
 
 
-def _measure(checkpoint: Checkpoint, probe: Probe, device: str) -> dict[str, Any]:
+def _measure(
+    checkpoint: Checkpoint, probe: Probe, device: str, blocks: int | None
+) -> dict[str, Any]:
     from sinktrack.archive.huggingface import load
+    from sinktrack.archive.source import open
+    from sinktrack.archive.stream import Streamed
+    from sinktrack.taps.walk import CannotWalk
 
-    measured = measure(load(checkpoint, device), probe)
+    try:
+        streamed = Streamed(open(checkpoint), device)
+        measured = measure_streamed(streamed, probe, blocks=blocks)
+    except CannotWalk as error:
+        if blocks is not None:
+            raise ArchiveError(f"{error}; scan all of it, without --blocks") from error
+        _log.warning("%s: %s; loading it whole", checkpoint.name, error)
+        measured = measure(load(checkpoint, device), probe)
     record: dict[str, Any] = to_json(
         measured.to_record(checkpoint.step, checkpoint.name, versions(), checkpoint.tokens)
     )

@@ -252,3 +252,18 @@ def test_import_is_light() -> None:
     code = f"import sys, sinktrack; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_first_blocks_then_all_of_them(archive: Path, tmp_path: Path) -> None:
+    """What is left out is said; a whole scan measures the checkpoints again."""
+    probe = Probe.random(models.VOCABULARY, sequences=4, length=8)
+    probe.save(tmp_path / "probe")
+    command = ("scan", archive, "--run", tmp_path / "run", "--probe", tmp_path / "probe")
+    done = sinktrack(*command, "--blocks", "1")
+    assert done.returncode == 0 and "leaves out sink rate" in done.stderr
+    assert {record["measured_blocks"] for record in Run.read(tmp_path / "run").records} == {1}
+    assert sinktrack("show", tmp_path / "run").returncode == 0
+    assert "3 already recorded" in sinktrack(*command, "--blocks", "1").stderr
+    assert "3 measured" in sinktrack(*command).stderr
+    records = Run.read(tmp_path / "run").records
+    assert len(records) == 3 and not any("measured_blocks" in record for record in records)

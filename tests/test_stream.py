@@ -66,7 +66,7 @@ def saved(family: str, directory: Path) -> Recorded:
 
 
 def streamed(source: Recorded, probe: Probe = PROBE, **options: Any) -> Measurement:
-    return measure_streamed(Streamed(source, probe.tokens), probe, **options)
+    return measure_streamed(Streamed(source), probe, **options)
 
 
 def assert_close(found: Measurement, wanted: Measurement) -> None:
@@ -135,7 +135,7 @@ def test_only_what_the_probe_needs_is_read(family: str, tmp_path: Path) -> None:
 
 
 def test_one_block_at_a_time(tmp_path: Path) -> None:
-    model = Streamed(saved("qwen3_moe", tmp_path), PROBE.tokens)
+    model = Streamed(saved("qwen3_moe", tmp_path))
     layers = model.decoder.blocks
 
     def held() -> list[int]:

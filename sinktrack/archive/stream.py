@@ -42,7 +42,6 @@ class Streamed:
 
     Args:
         source: the checkpoint.
-        tokens: int64, the token ids whose embedding is wanted.
         device: where to compute.
 
     Raises:
@@ -51,7 +50,7 @@ class Streamed:
         MeasurementError: not a decoder whose blocks can be found.
     """
 
-    def __init__(self, source: Source, tokens: Tensor, device: str = "cpu") -> None:
+    def __init__(self, source: Source, device: str = "cpu") -> None:
         self._source, self._device = source, device
         self.model = _empty(source)
         self.decoder: Decoder = decoder(self.model)
@@ -66,13 +65,32 @@ class Streamed:
         self._prefixes = {
             index: _prefix(self.model, block) for index, block in self.decoder.blocks.items()
         }
-        self._load_surroundings(tokens)
 
     @property
     def base(self) -> PreTrainedModel:
         """The model without its language head, which a probe does not need."""
         base: PreTrainedModel = self.model.base_model
         return base
+
+    def load_surroundings(self, tokens: Tensor) -> None:
+        """Read what the base model has outside of its blocks.
+
+        Args:
+            tokens: int64, the token ids whose embedding is wanted.
+
+        Raises:
+            ArchiveError: a weight is missing, damaged or of another shape.
+        """
+        for name, buffer in list(self.model.named_buffers()):
+            if name not in self._targets:  # is not saved, and made anew from the configuration
+                self._put(name, torch.empty_like(buffer, device=self._device))
+        self.model.initialize_weights()
+        base, blocks = _prefix(self.model, self.base), tuple(self._prefixes.values())
+        own = {
+            name for name in self._targets if name.startswith(base) and not name.startswith(blocks)
+        }
+        table = f"{_prefix(self.model, self.base.get_input_embeddings())}weight"
+        self._load(own - self._load_rows(table, tokens))
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -116,19 +134,6 @@ class Streamed:
             if target in self._targets:
                 found[target][pattern].append(name)
         return {target: list(by_pattern.values()) for target, by_pattern in found.items()}
-
-    def _load_surroundings(self, tokens: Tensor) -> None:
-        """What the base model has outside of its blocks."""
-        for name, buffer in list(self.model.named_buffers()):
-            if name not in self._targets:  # is not saved, and made anew from the configuration
-                self._put(name, torch.empty_like(buffer, device=self._device))
-        self.model.initialize_weights()
-        base, blocks = _prefix(self.model, self.base), tuple(self._prefixes.values())
-        own = {
-            name for name in self._targets if name.startswith(base) and not name.startswith(blocks)
-        }
-        table = f"{_prefix(self.model, self.base.get_input_embeddings())}weight"
-        self._load(own - self._load_rows(table, tokens))
 
     def _load_rows(self, table: str, tokens: Tensor) -> set[str]:
         """Of an embedding table the rows of these tokens, if it can be read by rows."""
