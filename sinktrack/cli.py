@@ -173,6 +173,24 @@ def export(
 
 
 @app.command()
+def publish(
+    run: RunDirectory,
+    to: Annotated[Literal["tensorboard"], typer.Option(help="Which dashboard.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="TensorBoard's directory; by default RUN/tensorboard."),
+    ] = None,
+) -> None:
+    """Send a run's records to a dashboard; what is there already is not sent again."""
+    from sinktrack.publish import tensorboard
+    from sinktrack.record import Run
+
+    directory = out or run / "tensorboard"
+    count = tensorboard.publish(Run.read(run), directory)
+    _err.print(f"{count} records -> {directory}", markup=False)
+
+
+@app.command()
 def probe(
     out: Annotated[Path, typer.Argument(metavar="FILE", help="The probe file to write.")],
     tokenizer: Annotated[
