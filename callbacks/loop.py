@@ -17,6 +17,7 @@ from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
 from sinktrack.publish import wandb
 from sinktrack.record import Run, to_json, versions
+from sinktrack.signal import Stages, alarm
 
 _log = logging.getLogger("sinktrack")
 
@@ -56,6 +57,7 @@ class SinkTracker:
         """The last step that was measured."""
         self._run = Run.open(run, probe) if _main() else None
         self._reported: set[str] = set()
+        self._stages: Stages | None = None
 
     def due(self, step: int) -> bool:
         """Is this one of the steps to probe?"""
@@ -90,14 +92,32 @@ class SinkTracker:
             self._run.append(record)
             wandb.log(record, self.axes)
         except Exception as error:
-            if self.on_error == "raise":
-                raise
-            reason = f"{type(error).__name__}: {error}"
-            if reason not in self._reported:
-                self._reported.add(reason)
-                _log.warning("the probe at step %d failed, training goes on: %s", step, reason)
+            self._failed("probe", step, error)
             return None
+        try:
+            self._judge(record)
+        except Exception as error:
+            self._failed("signal", step, error)
         return measurement
+
+    def _judge(self, record: dict[str, Any]) -> None:
+        """Follow the signal; a fall of the sink is told in the log and as a W&B alert."""
+        assert self._run is not None
+        if self._stages is None:
+            self._stages = Stages.of(self._run.written[:-1])
+        before = self._stages.stage
+        text = alarm(self._stages.add(record), before)
+        if text is not None:
+            _log.warning("at step %d %s", record["step"], text)
+            wandb.alert("sinktrack: the P0 sink fell back", f"{self._run.directory}: {text}")
+
+    def _failed(self, what: str, step: int, error: Exception) -> None:
+        if self.on_error == "raise":
+            raise error
+        reason = f"{type(error).__name__}: {error}"
+        if reason not in self._reported:
+            self._reported.add(reason)
+            _log.warning("the %s at step %d failed, training goes on: %s", what, step, reason)
 
 
 def _main() -> bool:

@@ -1,5 +1,6 @@
 """sinktrack: follows the attention sink at position zero through pretraining."""
 
+from sinktrack import signal
 from sinktrack.errors import (
     ArchiveError,
     MeasurementError,
@@ -28,4 +29,5 @@ __all__ = [
     "SinktrackError",
     "measure",
     "scan",
+    "signal",
 ]

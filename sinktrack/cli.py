@@ -118,16 +118,23 @@ def scan(
 
 @app.command()
 def show(run: RunDirectory, as_json: AsJson = False) -> None:
-    """The run's last record as a table, one row a block, with the curves so far."""
+    """The run's last record as a table, one row a block, with the curves and the signal so far.
+
+    With --json, the last record also holds the signal.
+    """
     from sinktrack.record import Run
     from sinktrack.show import show as show_records
+    from sinktrack.signal import analyze
 
-    records = Run.read(run).records
+    opened = Run.read(run)
+    records, signal = opened.records, analyze(opened)
     if as_json:
+        if records:
+            records[-1] |= {"signal": signal.to_json()}
         for record in records:
             print(json.dumps(record))
     else:
-        show_records(records, str(run), _out)
+        show_records(records, signal, str(run), _out)
 
 
 @app.command()

@@ -36,6 +36,7 @@ from sinktrack.record import Run
 from sinktrack.report import write_report
 from sinktrack.scan import scan
 from sinktrack.show import show
+from sinktrack.signal import analyze
 
 SYMBOLS, ARMING, LENGTH, BACK = 64, 16, 64, 3
 BOS = SYMBOLS
@@ -173,7 +174,7 @@ def run_demo(out: Path, console: Console, *, seed: int = 1, steps: int = STEPS) 
 
     records = Run.read(online).records
     write_report({"sinktrack demo": records}, out / "report.html")
-    show(records, "sinktrack demo", console)
+    show(records, analyze(records), "sinktrack demo", console)
     console.print(summary(records))
     console.print(
         f"{len(scanned)} checkpoints scanned; online and offline agree to {worst:.1e}.\n"

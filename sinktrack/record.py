@@ -46,7 +46,7 @@ class Run:
         self.directory, self.probe = directory, probe
         self._file = directory / "records.jsonl"
         self._seen: tuple[int, ...] = ()
-        self._records: list[dict[str, Any]] = []
+        self._written: list[dict[str, Any]] = []
 
     @classmethod
     def open(cls, directory: str | Path, probe: Probe | None = None) -> Run:
@@ -93,15 +93,25 @@ class Run:
         Raises:
             RecordError: a damaged line, or one of another schema.
         """
+        found = {record["step"]: record for record in self.written}
+        return [found[step] for step in sorted(found)]
+
+    @property
+    def written(self) -> list[dict[str, Any]]:
+        """All records in the order in which they were written, also several of one step.
+
+        Raises:
+            RecordError: a damaged line, or one of another schema.
+        """
         try:
             status = self._file.stat()
         except FileNotFoundError:
             return []
         seen = (status.st_ino, status.st_size, status.st_mtime_ns)
         if seen != self._seen:
-            self._records = self._parse(self._file.read_bytes())
+            self._written = self._parse(self._file.read_bytes())
             self._seen = seen
-        return list(self._records)
+        return list(self._written)
 
     @property
     def steps(self) -> list[int]:
@@ -179,12 +189,12 @@ class Run:
         return json.dumps(to_json(record), allow_nan=False).encode() + b"\n"
 
     def _parse(self, data: bytes) -> list[dict[str, Any]]:
-        found = {}
+        found = []
         lines = data.split(b"\n")[:-1]  # what follows the last newline is torn
         for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
-                schema, step = record["schema"], record["step"]
+                schema, _ = record["schema"], record["step"]
             except (ValueError, KeyError, TypeError) as error:
                 raise RecordError(
                     f"{self._file}, line {number} is not a record ({type(error).__name__}); remove "
@@ -194,8 +204,8 @@ class Run:
                 raise RecordError(
                     f"{self._file}, line {number} has schema {schema}, this version reads {SCHEMA}"
                 )
-            found[step] = record
-        return [found[step] for step in sorted(found)]
+            found.append(record)
+        return found
 
     def _adopt(self, probe: Probe) -> None:
         if self.probe is None:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from sinktrack.circuit import EPSILON
 from sinktrack.errors import RecordError
+from sinktrack.signal import Analysis
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LONGEST = 24
@@ -21,11 +22,14 @@ _BESIDE_SPARKLINES = 58
 _TOP = 5
 
 
-def show(records: Sequence[Mapping[str, Any]], title: str, console: Console) -> None:
-    """Print headline numbers, a table of blocks and the largest components.
+def show(
+    records: Sequence[Mapping[str, Any]], signal: Analysis, title: str, console: Console
+) -> None:
+    """Print headline numbers, the signal, a table of blocks and the largest components.
 
     Args:
         records: of one run, in step order.
+        signal: what they say together.
         title: the run's name.
         console: where to print.
 
@@ -41,6 +45,8 @@ def show(records: Sequence[Mapping[str, Any]], title: str, console: Console) -> 
     console.print(Text(title, style="bold"))
     console.print(_summary(records))
     console.print()
+    _signal(signal, console)
+    console.print()
     console.print(_blocks(records, console.width))
     console.print()
     if reference is not None:
@@ -48,8 +54,6 @@ def show(records: Sequence[Mapping[str, Any]], title: str, console: Console) -> 
     for part in last["top_components"][:_TOP]:
         gate = "" if part.get("gate") is None else f", gate {part['gate']:.2f}"
         console.print(Text(f"  {_percent(part['share']):>8}  {_name(part)}{gate}"))
-    console.print()
-    console.print(Text("A candidate signal of convergence, not an established one.", style="dim"))
 
 
 def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -76,6 +80,16 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
     measured("depth", "depth", ".2f")
     measured("first-two gain", "first_two_gain", ".1%")
     return grid
+
+
+def _signal(signal: Analysis, console: Console) -> None:
+    console.print(Text("Signal: a candidate for the state of convergence, not an established one"))
+    for line in signal.lines():
+        console.print(Text(f"  {line}"))
+    if signal.missing:
+        console.print(Text("Not claimed yet", style="dim"))
+        for line in signal.missing:
+            console.print(Text(f"  {line}", style="dim"))
 
 
 def _sink(record: Mapping[str, Any]) -> str:

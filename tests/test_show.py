@@ -8,12 +8,13 @@ from rich.console import Console
 
 from sinktrack.errors import RecordError
 from sinktrack.show import show
+from sinktrack.signal import analyze
 from tests.synthetic import synthetic_records
 
 
 def shown(records: list[dict[str, Any]], title: str = "run", width: int = 80) -> str:
     console = Console(width=width, color_system=None, file=io.StringIO())
-    show(records, title, console)
+    show(records, analyze(records), title, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
 

@@ -28,3 +28,10 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int]) -> None:
     columns, rows = components(record)
     table = wandb.Table(columns=columns, data=rows)
     run.log({**metrics(record), **axes, "sinktrack/top_components": table})
+
+
+def alert(title: str, text: str) -> None:
+    """Raise an alert in the active W&B run; without one, do nothing."""
+    run = getattr(sys.modules.get("wandb"), "run", None)
+    if run is not None:
+        run.alert(title=title, text=text, level="WARN")

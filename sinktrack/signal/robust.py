@@ -1,0 +1,167 @@
+"""The statistics under the rules: noise, trends, levels and breaks, each with its interval."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+Curve = NDArray[np.float64]
+
+SURE = 0.95
+_LAGS = (1, 2, 4)
+_BINS = 24
+_BATCHES = 8
+_POWERS = (0.5, 1.0, 1.5, 2.0, 3.0)
+_PER_GAP = 8
+_NEAR = 64
+
+
+class Interval(NamedTuple):
+    """An estimate with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def shows(self, least: float) -> bool:
+        """Is it surely not 0, and at least ``least`` in size?"""
+        return (self.low > 0 or self.high < 0) and abs(self.value) >= least
+
+    def rules_out(self, most: float) -> bool:
+        """Does it hold 0, and surely nothing larger than ``most``?"""
+        return self.low <= 0 <= self.high and max(-self.low, self.high) <= most
+
+
+def noise(x: Curve, y: Curve) -> float:
+    """Standard deviation of a record about its curve, from the records beside it.
+
+    Each record is compared with the line between those 1, 2 and 4 places before and after it; the
+    largest of the three counts, so that noise which lasts over several records is seen as well.
+    """
+    found = 0.0
+    for lag in _LAGS:
+        if len(y) < (2 * lag + 3 if lag > 1 else 3):
+            break
+        before, here, after = slice(None, -2 * lag), slice(lag, -lag), slice(2 * lag, None)
+        part = (x[here] - x[before]) / (x[after] - x[before])
+        off = y[here] - (1 - part) * y[before] - part * y[after]
+        found = max(found, float(np.sqrt(np.mean(off**2 / (1 + part**2 + (1 - part) ** 2)))))
+    return found
+
+
+def change(x: Curve, y: Curve) -> Interval:
+    """Change of a curve from the first to the last ``x`` by Theil and Sen's slope.
+
+    At most 24 medians of neighbouring records enter; the interval is widened by the
+    autocorrelation that the records have about the line.
+    """
+    x, y = _binned(x), _binned(y)
+    span = x[-1] - x[0]
+    slope, _, low, high = stats.theilslopes(y, x, alpha=SURE)
+    wide = _widening(y - slope * x)
+    return Interval(
+        float(slope * span),
+        float((slope - wide * (slope - low)) * span),
+        float((slope + wide * (high - slope)) * span),
+    )
+
+
+def level(y: Curve, probe: float) -> Interval:
+    """Mean of a flat stretch.
+
+    Args:
+        y: the stretch.
+        probe: half the 95 % interval over the probe's sequences, which all records share.
+
+    The spread over time is that of means of up to 8 batches, which autocorrelation leaves valid.
+    """
+    batches = np.array([part.mean() for part in np.array_split(y, min(_BATCHES, len(y) // 2))])
+    middle = float(y.mean())
+    error = float(batches.std(ddof=1)) / np.sqrt(len(batches))
+    half = float(np.hypot(_t(len(batches) - 1) * error, probe))
+    return Interval(middle, middle - half, middle + half)
+
+
+def leaves_floor(x: Curve, y: Curve) -> Interval:
+    """Where a curve leaves its floor: ``y = c`` up to ``t``, then ``c + a (x - t)^p``.
+
+    All of ``t`` and ``p`` in a grid are tried; the interval holds the ``t`` whose best fit is not
+    worse than the best of all at 95 % by the F distribution. Where a single record shows the rise,
+    nothing tells one ``t`` from another in the gap before it, and the interval is that gap.
+
+    Args:
+        x: steps, the floor first.
+        y: values up to about half of the rise.
+    """
+    x, y = x[-_NEAR:], y[-_NEAR:]
+    gaps = np.diff(x)[:, None] * np.arange(_PER_GAP) / _PER_GAP
+    starts = (x[:-1, None] + gaps).ravel()
+    span = x[-1] - x[0]
+    ahead = np.clip((x - starts[:, None]) / span, 0, None)
+    shape = np.stack([np.where(ahead > 0, ahead**power, 0.0) for power in _POWERS])
+    shape -= shape.mean(-1, keepdims=True)
+    off = y - y.mean()
+    size = np.square(shape).sum(-1)
+    fitted = np.clip(shape @ off, 0, None) ** 2 / np.where(size > 0, size, np.inf)
+    errors = np.clip(np.square(off).sum() - fitted, 0, None).min(0)
+    free = max(1, len(x) - 4)
+    allowed = errors.min() * (1 + stats.f.ppf(SURE, 1, free) / free)
+    allowed += 1e-12 * np.square(off).sum()
+    good = starts[errors <= allowed]
+    best = starts[errors <= errors.min() + 1e-12 * np.square(off).sum()]
+    step = float(gaps[np.searchsorted(x, good[-1], side="right") - 1, 1])
+    return Interval(float(best.mean()), float(good[0]), float(good[-1]) + step)
+
+
+def steps_down(x: Curve, y: Curve) -> tuple[Interval, Interval]:
+    """Where a curve drops, and by how much, if it is flat before and after.
+
+    Returns:
+        the drop's place, from the last record before to the first after it; and its size.
+    """
+    cuts = np.arange(2, len(y) - 1)
+    parts = [(y[:cut], y[cut:]) for cut in cuts]
+    errors = np.array([a.var() * len(a) + b.var() * len(b) for a, b in parts])
+    free = max(1, len(y) - 3)
+    good = cuts[errors <= errors.min() * (1 + stats.f.ppf(SURE, 1, free) / free) + 1e-15]
+    cut = int(cuts[errors.argmin()])
+    before, after = parts[int(errors.argmin())]
+    size = float(before.mean() - after.mean())
+    half = _t(free) * float(np.sqrt(errors.min() / free * (1 / len(before) + 1 / len(after))))
+    place = Interval(float(x[cut]), float(x[good[0] - 1]), float(x[good[-1]]))
+    return place, Interval(size, size - half, size + half)
+
+
+def beyond_noise(looks: int, records: int) -> float:
+    """How many standard deviations noise alone exceeds in one of 20 runs.
+
+    Args:
+        looks: comparisons made over the run.
+        records: from which the noise was estimated.
+    """
+    return float(stats.t.isf((1 - SURE) / (2 * max(1, looks)), max(2, records // 2)))
+
+
+def _t(free: int) -> float:
+    return float(stats.t.isf((1 - SURE) / 2, max(1, free)))
+
+
+def _binned(values: Curve) -> Curve:
+    if len(values) <= _BINS:
+        return values
+    return np.array([np.median(part) for part in np.array_split(values, _BINS)])
+
+
+def _widening(residual: Curve) -> float:
+    """Of an interval that took the residuals for independent; a bias of short series is mended."""
+    off = residual - residual.mean()
+    total = float(off @ off)
+    if total == 0:
+        return 1.0
+    count = len(off)
+    lag_one = float(off[1:] @ off[:-1]) / total
+    mended = min(0.9, max(0.0, lag_one + (1 + 3 * lag_one) / count))
+    return float(np.sqrt((1 + mended) / (1 - mended)))

@@ -1,0 +1,355 @@
+"""The rules: one record after another, each gets a stage from what was known by then.
+
+A stage depends on no later record, so a run that is followed online and one that is read at the
+end get the same. `docs/signal.md` states the rules and why they are so.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sinktrack.signal import robust
+from sinktrack.signal.robust import Curve, Interval
+
+LASTING = 3
+"""Records in a row that a change must last."""
+ENOUGH = 8
+"""Records from which a trend, a plateau or a drop is judged."""
+TRAILING = 3
+"""A trend is that of the last third of the steps since the onset."""
+LEAST_RISE = 0.05
+"""Rise of the sink rate that counts as leaving the floor."""
+MATERIAL = 0.1
+"""Part of the rise that a trend or a drop must make up to count."""
+LEAST_MOVE = {"first_two_share": 0.05, "depth": 0.25}
+"""Change of a share, and of a depth in blocks, that counts as migration."""
+_MEDIAN_OF_THREE = math.sqrt(0.449)  # its standard deviation over that of one value
+
+
+@dataclass(frozen=True)
+class Point:
+    """What the rules read of a record."""
+
+    step: int
+    tokens: int | None
+    source: str
+    rate: float
+    probe: float
+    """Half the 95 % interval of the rate over the probe's sequences."""
+    low: float
+    formed: bool
+    first_two_share: float
+    """nan where no sink formed: the share then speaks of no sink."""
+    depth: float
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Point:
+        """From a record."""
+        low, high = (record.get("intervals") or {}).get("sink_rate") or [record["sink_rate"]] * 2
+        formed = bool(record["formed"])
+
+        def where(name: str) -> float:
+            value = record.get(name)
+            return math.nan if value is None or not formed else float(value)
+
+        return cls(
+            step=record["step"],
+            tokens=record.get("tokens"),
+            source=record.get("source") or "",
+            rate=float(record["sink_rate"]),
+            probe=(high - low) / 2,
+            low=low,
+            formed=formed,
+            first_two_share=where("first_two_share"),
+            depth=where("depth"),
+        )
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A drop of the rate, or a move of the circuit away from where it had settled."""
+
+    quantity: str
+    """``sink_rate``, ``first_two_share`` or ``depth``."""
+    detected: int
+    """The step whose record gave it away."""
+    since: Interval
+    """First step that shows it; the interval begins at the last record before."""
+    size: Interval
+    """Fall of the rate or share, rise of the depth in blocks."""
+    noise: float
+    """Standard deviation of a record about the curve before."""
+    needed: float
+    """The size from which it is told from noise."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A record's stage and the numbers that decided it."""
+
+    step: int
+    stage: str
+    because: dict[str, Any]
+    regression: Regression | None
+    """One that this record gave away."""
+
+
+@dataclass
+class Stages:
+    """The rules' state after some records; `add` takes the next."""
+
+    points: list[Point] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
+    abandoned: set[int] = field(default_factory=set)
+    """Steps whose records come from before a restart at an earlier step."""
+    floor: float | None = None
+    """Level of the rate before the onset; 0 where the sink was there at the first records."""
+    floor_records: int = 0
+    left: int | None = None
+    """Index of the first record of the present sink."""
+    settled: int | None = None
+    """Index of the record at which it settled."""
+    standing: dict[str, Regression] = field(default_factory=dict)
+    """Regressions that were not made good yet, by quantity."""
+    lost: bool = False
+    began: int = 0
+    """Index at which the floor before the present sink begins."""
+
+    @property
+    def stage(self) -> str | None:
+        """The last stage; None before the first record."""
+        return self.found[-1].stage if self.found else None
+
+    @classmethod
+    def of(cls, records: Iterable[Mapping[str, Any]]) -> Stages:
+        """Judge records that are given in the order in which they were written."""
+        points, abandoned = line_of_training(map(Point.of, records))
+        stages = cls(abandoned=abandoned)
+        for point in points:
+            stages._judge(point)
+        return stages
+
+    def add(self, record: Mapping[str, Any]) -> Found:
+        """Judge the next record as `of` all of them would."""
+        point = Point.of(record)
+        if self.points and point.step <= self.points[-1].step:
+            points, gone = line_of_training([*self.points, point])
+            fresh = Stages(abandoned=(self.abandoned | gone) - {point.step})
+            for old in points:
+                fresh._judge(old)
+            self.__dict__.update(fresh.__dict__)
+        else:
+            self._judge(point)
+        return self.found[-1]
+
+    def _judge(self, point: Point) -> None:
+        self.points.append(point)
+        regression = None
+        if self.left is None or self.lost:
+            self._look_for_rise()
+        if self.left is not None and not self.lost:
+            regression = self._look_for_fall() or self._look_for_move()
+        stage, because = self._stage()
+        if stage == "settled" and self.settled is None:
+            self.settled = len(self.points) - 1
+        self.found.append(Found(point.step, stage, because, regression))
+
+    def curve(self, name: str, since: int = 0) -> tuple[Curve, Curve]:
+        """Steps and values from an index on, where there is a value."""
+        x = np.array([point.step for point in self.points[since:]], dtype=np.float64)
+        y = np.array([getattr(point, name) for point in self.points[since:]], dtype=np.float64)
+        return x[~np.isnan(y)], y[~np.isnan(y)]
+
+    def _look_for_rise(self) -> None:
+        if len(self.points) < LASTING:
+            return
+        last = self.points[-LASTING:]
+        x, y = self.curve("rate", self.began)
+        if self.left is None and len(y) == LASTING and all(point.formed for point in last):
+            self.left, self.floor, self.floor_records = 0, 0.0, 0
+            return
+        if len(y) < LASTING + 1:
+            return
+        before = y[:-LASTING]
+        floor = float(np.median(before))
+        needed = max(LEAST_RISE, LASTING * robust.noise(x[:-LASTING], before))
+        if all(point.rate > floor + needed and point.low > floor for point in last):
+            where = robust.leaves_floor(x, y).value if len(y) >= LASTING + 2 else x[-LASTING]
+            still = y[x <= where]
+            self.floor = float(np.median(still)) if len(still) else float(y[0])
+            self.floor_records = len(still)
+            self.left = len(self.points) - LASTING
+            self.settled, self.lost, self.standing = None, False, {}
+
+    def _look_for_fall(self) -> Regression | None:
+        assert self.left is not None and self.floor is not None
+        x, y = self.curve("rate", self.left)
+        recent = self.points[-LASTING:]
+        top = highest(y)
+        needed = max(LEAST_RISE, (top - self.floor) * MATERIAL)
+        back = [point.rate < self.floor + needed for point in recent]
+        if len(y) > LASTING and top - self.floor > 2 * needed and all(back):
+            self.lost, self.began = True, len(self.points) - LASTING
+        standing = self.standing.get("sink_rate")
+        if standing is not None:
+            if y[-LASTING:].min() > top - standing.size.value / 2:
+                del self.standing["sink_rate"]
+            return None
+        probe = math.hypot(recent[-1].probe, self.points[self.left + int(y.argmax())].probe)
+        return self._fall("sink_rate", x, y, max(MATERIAL * (top - self.floor), probe))
+
+    def _look_for_move(self) -> Regression | None:
+        """Only once the sink has settled: before, the circuit is still moving."""
+        if self.settled is None:
+            return None
+        first = max(self.left or 0, self.settled - ENOUGH)
+        for name, sign in (("first_two_share", 1), ("depth", -1)):
+            x, y = self.curve(name, first)
+            y = sign * y
+            if len(y) < LASTING or math.isnan(getattr(self.points[-1], name)):
+                continue
+            standing = self.standing.get(name)
+            if standing is not None:
+                if y[-LASTING:].min() > highest(y) - standing.size.value / 2:
+                    del self.standing[name]
+            elif found := self._fall(name, x, y, LEAST_MOVE[name]):
+                return found
+        return None
+
+    def _fall(self, name: str, x: Curve, y: Curve, least: float) -> Regression | None:
+        """Is the median of the last records below the highest such median before, by enough?"""
+        if len(y) < ENOUGH:
+            return None
+        medians = _medians(y)
+        before = medians[:-LASTING]
+        spread = robust.noise(x[:-LASTING], y[:-LASTING])
+        looks = len(medians) * (len(medians) - 1) // 2
+        single = math.sqrt(2) * _MEDIAN_OF_THREE * spread
+        needed = max(least, single * robust.beyond_noise(looks, len(y) - LASTING))
+        if before.max() - medians[-1] < needed:
+            return None
+        top = int(before.argmax())
+        place, size = robust.steps_down(x[top:], y[top:])
+        found = Regression(name, int(x[-1]), place, size, spread, needed)
+        self.standing[name] = found
+        return found
+
+    def window(self) -> int:
+        """Index at which the trailing window begins: a third of the steps, 8 records at least."""
+        assert self.left is not None
+        steps = [point.step for point in self.points]
+        since = steps[-1] - (steps[-1] - steps[self.left]) / TRAILING
+        return min(bisect_left(steps, since), max(self.left, len(steps) - ENOUGH))
+
+    def trend(self, name: str) -> Interval | None:
+        """Change over the trailing window; None before there are enough records."""
+        x, y = self.curve(name, self.window())
+        return robust.change(x, y) if len(y) >= ENOUGH else None
+
+    def onset(self) -> Interval | None:
+        """Step at which the rate left its floor; None where too little of the floor was seen."""
+        if self.left is None or self.lost or self.floor_records < LASTING:
+            return None
+        x, y, half = self._rise()
+        end = self.left + int(np.argmax(y[self.left - self.began :] >= half)) - self.began
+        return robust.leaves_floor(x[: end + 1], y[: end + 1])
+
+    def top(self) -> Interval:
+        """Step at which the rate reached the level that it holds now."""
+        if self.left == 0:
+            return Interval(*[float(self.points[0].step)] * 3)
+        x, y, half = self._rise()
+        start = int(np.nonzero(y < half)[0][-1])
+        at = robust.leaves_floor(-x[start:][::-1], -y[start:][::-1])
+        return Interval(-at.value, -at.high, -at.low)
+
+    def level(self) -> Interval:
+        """The rate over the trailing window, with the probe's own interval."""
+        points = self.points[self.window() :]
+        probe = float(np.median([point.probe for point in points]))
+        return robust.level(np.array([point.rate for point in points]), probe)
+
+    def _rise(self) -> tuple[Curve, Curve, float]:
+        """Steps and rates from the floor on, and half the height."""
+        assert self.left is not None and self.floor is not None
+        x, y = self.curve("rate", self.began)
+        top = highest(y[self.left - self.began :])
+        return x, y, (self.floor + top) / 2
+
+    def _stage(self) -> tuple[str, dict[str, Any]]:
+        rate = self.points[-1].rate
+        if self.left is None:
+            return "absent", {"sink_rate": rate}
+        assert self.floor is not None
+        _, y = self.curve("rate", self.left)
+        rise = highest(y) - self.floor
+        trends = {name: self.trend(name) for name in ("rate", *LEAST_MOVE)}
+        because: dict[str, Any] = {
+            "sink_rate": rate,
+            "floor": self.floor,
+            "rise": rise,
+            "change": {
+                "sink_rate" if name == "rate" else name: None if trend is None else list(trend)
+                for name, trend in trends.items()
+            },
+            "standing": sorted(self.standing),
+        }
+        moves = [
+            name
+            for name, least in LEAST_MOVE.items()
+            if (trend := trends[name]) is not None and trend.shows(least)
+        ]
+        flat = trends["rate"] is not None and trends["rate"].rules_out(MATERIAL * rise)
+        trending = trends["rate"] is not None and trends["rate"].shows(MATERIAL * rise)
+        if self.lost:
+            return "lost", because
+        if self.standing:
+            return "displaced", because
+        if moves:
+            return "migrating", because
+        held = self.settled is not None and self.found[-1].stage != "emerging" and not trending
+        if flat or held:
+            return "settled", because
+        return "emerging", because
+
+
+def line_of_training(points: Iterable[Point]) -> tuple[list[Point], set[int]]:
+    """The points that led to the weights of today, in step order, and the steps of the others.
+
+    A callback's record at an earlier step than its last means that training went on from an older
+    checkpoint: what it recorded past that step is of weights that were thrown away. Of two records
+    of one step the last counts. A scanner's records come in any order and leave nothing behind.
+
+    Args:
+        points: in the order in which they were written.
+    """
+    kept: dict[int, Point] = {}
+    online: list[int] = []  # steps of the callback's records, ascending
+    abandoned: set[int] = set()
+    for point in points:
+        if point.source == "callback":
+            while online and online[-1] >= point.step:
+                step = online.pop()
+                if kept[step].source == "callback":
+                    abandoned.add(step)
+                    del kept[step]
+            online.append(point.step)
+        kept[point.step] = point
+        abandoned.discard(point.step)
+    return [kept[step] for step in sorted(kept)], abandoned
+
+
+def highest(y: Curve) -> float:
+    """The highest level that lasted: of medians of 3 neighbouring records."""
+    return float(_medians(y).max()) if len(y) >= LASTING else float(y.min())
+
+
+def _medians(y: Curve) -> Curve:
+    windows = np.lib.stride_tricks.sliding_window_view(y, LASTING)
+    return np.asarray(np.median(windows, axis=-1))

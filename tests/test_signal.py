@@ -1,0 +1,195 @@
+"""The signal on curves of known truth, and followed online by real callbacks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import models
+import numpy as np
+import pytest
+import wandb
+from sinktrack.callbacks.loop import SinkTracker
+from test_wandb import finished
+from typer.testing import CliRunner
+
+import sinktrack as st
+from scripts.check_signal import Truth, records
+from sinktrack.cli import app
+from sinktrack.signal import Stages, analyze
+
+PROBE = st.Probe.random(models.VOCABULARY, sequences=4, length=16, seed=5)
+CLEAR = Truth(
+    onset=2000, width=1000, shape="linear", top=0.7, drop=None, dropped=0.3, noise=0.02,
+    lasting=0.0, probe=0.01, spacing="even", restart=False,
+)  # fmt: skip
+
+
+def curve(truth: Truth = CLEAR, seed: int = 0) -> list[dict]:
+    return records(truth, np.random.default_rng(seed))
+
+
+def stages_in_order(signal: st.signal.Analysis) -> list[str]:
+    return list(dict.fromkeys(signal.stages))
+
+
+def recorded(directory: Path, written: list[dict], probe: st.Probe | None = None) -> st.Run:
+    run = st.Run.open(directory, probe)
+    for record in written:
+        run.append(record | {"schema": 1, "probe": probe.digest if probe else "a"})
+    return run
+
+
+def test_a_clear_run() -> None:
+    signal = analyze(curve())
+    assert stages_in_order(signal) == ["absent", "emerging", "settled"]
+    assert signal.onset is not None and signal.onset.low <= 2000 <= signal.onset.high
+    assert signal.onset.high - signal.onset.low < 300
+    assert signal.onset_tokens is not None
+    assert np.allclose(signal.onset_tokens, np.array(signal.onset) * 2048)
+    assert signal.plateau is not None and 0.68 < signal.plateau.level.value < 0.72
+    assert signal.plateau.change.low <= 0 <= signal.plateau.change.high
+    assert not signal.regressions and not signal.missing
+    assert "little about later progress" in " ".join(signal.lines())
+
+
+def test_a_drop_is_a_regression_and_a_return_makes_it_good() -> None:
+    written = curve(replace(CLEAR, drop=7000))
+    signal = analyze(written)
+    (found,) = signal.regressions
+    assert (found.quantity, found.detected) == ("sink_rate", 7100)
+    assert found.since.low < 7000 <= found.since.high
+    assert found.size.low <= 0.4 <= found.size.high
+    assert signal.stage == "displaced" and signal.plateau is None
+    back = [record | {"step": record["step"] + 5000} for record in curve()[40:90]]
+    again = analyze([r for r in written if r["step"] < 9000] + back)
+    assert again.stages[again.steps.index(8900)] == "displaced"
+    assert again.stage == "settled" and len(again.regressions) == 1
+
+
+def test_a_sink_that_goes_is_lost_and_may_emerge_again() -> None:
+    written = curve(replace(CLEAR, drop=6000, dropped=0.02))
+    assert analyze(written).stage == "lost"
+    again = [record | {"step": record["step"] + 10_100} for record in curve(seed=1)]
+    signal = analyze(written + again)
+    assert stages_in_order(signal)[-1] == "lost" and signal.stage == "settled"
+    assert signal.onset is not None and signal.onset.low <= 12_100 <= signal.onset.high
+
+
+@pytest.mark.parametrize(("quantity", "sign"), [("depth", 1), ("first_two_share", -1)])
+def test_a_circuit_that_moves_is_displaced(quantity: str, sign: int) -> None:
+    written = curve()
+    for record in written[70:]:
+        record[quantity] += sign * 0.5
+    signal = analyze(written)
+    assert signal.stage == "displaced"
+    assert signal.regressions[0].quantity == quantity
+    assert signal.regressions[0].since.high == 7000
+
+
+def test_migration() -> None:
+    written = curve()
+    for record in written:
+        record["depth"] += 2 - 2e-4 * record["step"]
+    signal = analyze(written)
+    assert signal.stage == "migrating"
+    depth = next(m for m in signal.migration if m.quantity == "depth")
+    assert depth.per_1000_steps.low <= -0.2 <= depth.per_1000_steps.high
+    assert depth.per_doubling is not None and depth.per_doubling.high < 0
+
+
+def test_nothing_is_claimed_before_there_is_enough() -> None:
+    written = curve()
+    assert analyze([]).stage is None and analyze([]).missing
+    early = analyze(written[:3])
+    assert early.stage == "absent" and early.missing == ("onset: 1 more record (3 of 4)",)
+    young = analyze(written[:26])
+    assert young.stage == "emerging" and young.plateau is None
+    assert "plateau: 3 more records (5 of 8) since the rise" in young.missing
+    late = analyze([record for record in written if record["step"] >= 5000])
+    assert late.onset is None and late.stage == "settled"
+    assert "there at the first records" in late.missing[0]
+
+
+def test_a_single_wild_record_says_nothing() -> None:
+    written = curve()
+    written[10]["sink_rate"], written[70]["sink_rate"] = 0.9, 0.0
+    for record in (written[10], written[70]):
+        record["intervals"] = {"sink_rate": [record["sink_rate"]] * 2}
+    signal = analyze(written)
+    assert stages_in_order(signal) == ["absent", "emerging", "settled"]
+    assert not signal.regressions
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stage_depends_on_no_later_record(seed: int) -> None:
+    written = curve(replace(CLEAR, drop=7000, noise=0.05, lasting=0.5), seed)
+    whole = analyze(written)
+    for count in (1, 5, 25, 31, 60, 74, 90):
+        assert analyze(written[:count]).stages == whole.stages[:count]
+
+
+def test_a_restart_leaves_the_abandoned_records_behind(tmp_path: Path) -> None:
+    first, second = curve(replace(CLEAR, drop=5000, dropped=0.02)), curve(seed=1)
+    abandoned = [record for record in first if record["step"] <= 6000]
+    resumed = [record | {"step": record["step"] + 50} for record in second if record["step"] > 4000]
+    run = recorded(tmp_path / "run", abandoned + resumed)
+    signal = analyze(run)
+    assert signal.abandoned == tuple(range(4200, 6001, 100))
+    assert 4200 in run.steps, "the record file keeps them"
+    assert stages_in_order(signal) == ["absent", "emerging", "settled"]
+    assert not signal.regressions
+    stages = Stages()
+    for record in abandoned + resumed:
+        stages.add(record)
+    assert stages.abandoned == set(signal.abandoned)
+    assert tuple(found.stage for found in stages.found) == signal.stages
+
+
+def test_scanned_checkpoints_may_come_in_any_order() -> None:
+    written = [record | {"source": f"checkpoint-{record['step']}"} for record in curve()]
+    shuffled = [written[i] for i in np.random.default_rng(3).permutation(len(written))]
+    assert analyze(shuffled) == analyze(written)
+
+
+def test_show_says_it_and_json_holds_it(tmp_path: Path, demo) -> None:
+    runner = CliRunner()
+    lines = runner.invoke(app, ["show", str(demo[0] / "run"), "--json"]).stdout.splitlines()
+    signal = json.loads(lines[-1])["signal"]
+    assert signal["stages"] == list(analyze(st.Run.read(demo[0] / "run")).stages)
+    text = " ".join(runner.invoke(app, ["show", str(demo[0] / "run")]).stdout.split())
+    assert "a candidate" in text and signal["missing"][0].split(":")[0] in text
+
+
+def test_a_callback_tells_of_a_fall(tmp_path: Path, monkeypatch, caplog) -> None:
+    """A run with a sink goes on with a model that has none: log and W&B both say so."""
+    monkeypatch.chdir(tmp_path)
+    recorded(tmp_path / "run", curve(), PROBE)
+    active = wandb.init(project="test", mode="offline", dir=tmp_path)
+    tracker = SinkTracker(PROBE, tmp_path / "run", every=100, on_error="raise")
+    model = models.llama()
+    with caplog.at_level(logging.WARNING, "sinktrack"):
+        for step in range(10_100, 10_600, 100):
+            tracker.step(step, model)
+    active.finish()
+    (told,) = [r.getMessage() for r in caplog.records if r.name == "sinktrack"]
+    assert told.startswith("at step 10200 sink rate fell by ")
+    (alert,) = [r.alert for r in finished(tmp_path) if r.WhichOneof("record_type") == "alert"]
+    assert alert.text.endswith(told.removeprefix("at step 10200 "))
+    signal = analyze(st.Run.read(tmp_path / "run"))
+    assert signal.stage == "displaced" and signal.regressions[0].detected == 10_200
+
+
+def test_a_signal_that_fails_does_not_stop_training(tmp_path: Path, caplog) -> None:
+    run = recorded(tmp_path / "run", curve()[:3], PROBE)
+    with (run.directory / "records.jsonl").open("a") as file:
+        file.write('{"schema": 1, "step": 400}\n')
+    tracker = SinkTracker(PROBE, run.directory, every=100)
+    model = models.llama()
+    with caplog.at_level(logging.WARNING, "sinktrack"):
+        assert tracker.step(500, model) is not None and tracker.step(600, model) is not None
+    (told,) = caplog.records
+    assert "the signal at step 500 failed" in told.getMessage()
+    assert run.steps[-2:] == [500, 600]
