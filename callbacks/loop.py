@@ -32,6 +32,8 @@ class SinkTracker:
         early: probe at steps 1, 2, 4, 8, ... below ``every`` too.
         on_error: ``warn`` reports a failing probe once and lets training go on; ``raise`` raises.
         probe_batch_size: sequences per forward pass of the probe; all at once by default.
+        causal_every: also run the causal tests at every so many regular probes; never by default.
+            They cost some tens of probes, see docs/causal.md.
 
     Raises:
         RecordError: the run directory cannot be written, or holds another probe.
@@ -46,11 +48,14 @@ class SinkTracker:
         early: bool = False,
         on_error: Literal["warn", "raise"] = "warn",
         probe_batch_size: int | None = None,
+        causal_every: int | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"every={every}: the interval is at least one step")
         self.probe, self.every, self.early, self.on_error = probe, every, early, on_error
-        self.probe_batch_size = probe_batch_size
+        if causal_every is not None and causal_every < 1:
+            raise ValueError(f"causal_every={causal_every}: the interval is at least one probe")
+        self.probe_batch_size, self.causal_every = probe_batch_size, causal_every
         self.axes: dict[str, int] = {}
         """More axes to log beside ``sinktrack/step``, by W&B key."""
         self.measured: int | None = None

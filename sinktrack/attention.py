@@ -14,6 +14,7 @@ of absolute terms ``scale * sum_d |q_d k_d|``, which bounds what rounding can do
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -37,6 +38,8 @@ class Attended(NamedTuple):
     """``[B or 1, T]`` bool: may query ``i`` see P0?"""
     sink: Tensor | None
     """``[B, H, T]`` float32: probability on a learned sink logit, which has no position."""
+    also: Attended | None = None
+    """The same for another key of each sequence, where one was asked for."""
 
 
 def attend(
@@ -48,6 +51,8 @@ def attend(
     mask: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    also: Tensor | None = None,
+    later: bool = False,
 ) -> tuple[Tensor, Attended]:
     """Attend causally and return the exact probability on P0 beside the output.
 
@@ -60,6 +65,8 @@ def attend(
             key, or a number to add to the scaled score. None is plain causal.
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
         sinks: ``[H]`` learned logits that join the denominator of every query (gpt-oss).
+        also: ``[B]`` int64, a further key of each sequence to tell the attention to.
+        later: may the mask let a query see later keys?
 
     Returns:
         The output ``[B, H, T, Dv]`` in the dtype of the values, and the attention to P0.
@@ -74,64 +81,106 @@ def attend(
             f"{tuple(value.shape)}: the probe needs as many keys as queries (no cache) and a whole "
             "number of query heads per key head"
         )
-    if mask is not None and length > 1 and _sees_later(mask):
+    if mask is not None and length > 1 and not later and _sees_later(mask):
         raise MeasurementError("attention that is not causal has no P0 sink")
-    first = key[:, :, 0].float().repeat_interleave(heads // key.shape[1], dim=1)
-    score = torch.einsum("bhtd,bhd->bht", query.float(), first).mul_(scale)
     if softcap is not None:
-        score = torch.tanh(score / softcap) * softcap
-        output, lse = _chunked(query, key, value, scale, mask, softcap)
+        output, lse = _chunked(query, key, value, scale, mask, softcap, later)
     else:
-        output, lse = _fused(query, key, value, scale, mask)
-    visible = torch.ones(1, length, dtype=torch.bool, device=query.device)
-    if mask is not None:
-        column = mask[..., 0]
-        if column.dtype == torch.bool:
-            seen = column
-        else:
-            seen = column > torch.finfo(column.dtype).min / 2
-            score = score + column.masked_fill(~seen, 0.0)
-        visible = seen[:, 0]
-        score = score.masked_fill(~seen, -torch.inf)
+        output, lse = _fused(query, key, value, scale, mask, later)
     sink = None
     if sinks is not None:  # one more term of the denominator, after the fact
         total = torch.logaddexp(lse, sinks.float()[:, None])
         output = output * (lse - total).exp_().unsqueeze(-1).to(output.dtype)
         sink = (sinks.float()[:, None] - total).exp_()
         lse = total
-    return output, Attended(score.sub_(lse).exp_(), visible, sink)
+
+    def on(keys: Tensor, sink: Tensor | None = None) -> Attended:
+        rows = torch.arange(len(key), device=key.device)
+        chosen = key[rows, :, keys].float().repeat_interleave(heads // key.shape[1], dim=1)
+        score = torch.einsum("bhtd,bhd->bht", query.float(), chosen).mul_(scale)
+        if softcap is not None:
+            score = torch.tanh(score / softcap) * softcap
+        if mask is None:
+            visible = torch.arange(length, device=key.device) >= keys[:, None, None]
+        else:
+            rows = rows[: max(len(mask), len(keys))]
+            column = mask.expand(len(rows), -1, -1, -1)[rows, :, :, keys]
+            visible = column if column.dtype == torch.bool else _is_seen(column)
+            if column.dtype != torch.bool:
+                score = score + column.masked_fill(~visible, 0.0)
+        score = score.masked_fill(~visible, -torch.inf)
+        return Attended(score.sub_(lse).exp_(), visible[:, 0], sink)
+
+    attended = on(torch.zeros(1, dtype=torch.int64, device=key.device), sink)
+    return output, attended if also is None else attended._replace(also=on(also.to(key.device)))
+
+
+def see(
+    mask: Tensor | None, change: Callable[[Tensor], Tensor | None], like: Tensor
+) -> Tensor | None:
+    """Change which keys the queries see.
+
+    Args:
+        mask: as `attend` takes it.
+        change: gets ``[B or 1, H or 1, T, T]`` bool; returns another, or None to leave it.
+        like: ``[B, H, T, D]``, the queries.
+
+    Returns:
+        The mask to attend with; ``mask`` itself where nothing was changed.
+    """
+    if mask is None:
+        length = like.shape[2]
+        seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=like.device).tril()
+    else:
+        seen = mask if mask.dtype == torch.bool else _is_seen(mask)
+    wanted = change(seen)
+    if wanted is None or mask is None or mask.dtype == torch.bool:
+        return mask if wanted is None else wanted
+    return mask.masked_fill(~seen, 0.0).masked_fill(~wanted, torch.finfo(mask.dtype).min)
+
+
+def _is_seen(mask: Tensor) -> Tensor:
+    return mask > torch.finfo(mask.dtype).min / 2
 
 
 def _sees_later(mask: Tensor) -> bool:
     """Does the mask let a query see a later key?"""
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    seen = mask if mask.dtype == torch.bool else _is_seen(mask)
     return bool(seen.triu(1).any())
 
 
-def read_scores(scores: Tensor) -> Attended:
+def read_scores(scores: Tensor, also: Tensor | None = None, later: bool = False) -> Attended:
     """Attention to P0 from the scores ``[B, H, T, T]`` of a model that holds them anyway.
 
     Args:
         scores: scaled, with biases and mask added, as they enter the softmax.
+        also: as in `attend`.
+        later: may a query see later keys?
 
     Raises:
         MeasurementError: not causal, or heads that differ in which queries see P0.
     """
-    column = scores[..., 0]
-    visible = column > torch.finfo(scores.dtype).min / 2
-    if not bool((visible == visible[:, :1]).all()):
-        raise MeasurementError("its heads differ in which queries see P0; not supported")
     wide = scores.float()
     total = wide.logsumexp(-1)
     past = torch.ones(wide.shape[-2:], dtype=torch.bool, device=wide.device).tril()
-    if bool(((wide - total[..., None]).masked_fill_(past, -torch.inf) > _NOTHING).any()):
+    ahead = (wide - total[..., None]).masked_fill_(past, -torch.inf) > _NOTHING
+    if not later and bool(ahead.any()):
         raise MeasurementError("attention that is not causal has no P0 sink")
-    p0 = (column.float() - total).exp_().masked_fill_(~visible, 0.0)
-    return Attended(p0, visible[:, 0], None)
+
+    def on(keys: Tensor) -> Attended:
+        column = scores[torch.arange(len(scores), device=scores.device), :, :, keys]
+        visible = _is_seen(column)
+        if not bool((visible == visible[:, :1]).all()):
+            raise MeasurementError("its heads differ in which queries see P0; not supported")
+        p0 = (column.float() - total).exp_().masked_fill_(~visible, 0.0)
+        return Attended(p0, visible[:, 0], None)
+
+    attended = on(torch.zeros(len(scores), dtype=torch.int64, device=scores.device))
+    return attended if also is None else attended._replace(also=on(also.to(scores.device)))
 
 
 def _fused(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, later: bool
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, H, T, Dv]`` and log-sum-exp ``[B, H, T]`` from the device's fused kernel."""
     device, dtype, width = query.device.type, query.dtype, value.shape[-1]
@@ -140,7 +189,7 @@ def _fused(
     if width < query.shape[-1]:
         wide = pad(value, (0, query.shape[-1] - width))
     if width > query.shape[-1]:
-        return _chunked(query, key, value, scale, mask)
+        return _chunked(query, key, value, scale, mask, None, later)
     if device == "cpu" and (half or dtype == torch.float32):
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, wide, 0.0, mask is None, attn_mask=_additive(mask, dtype), scale=scale
@@ -150,7 +199,7 @@ def _fused(
             query, *_repeat(query, key, wide), 0.0, True, False, scale=scale
         )[:2]
     else:
-        return _chunked(query, key, value, scale, mask)
+        return _chunked(query, key, value, scale, mask, None, later)
     return output[..., :width], lse[..., : query.shape[2]]
 
 
@@ -161,6 +210,7 @@ def _chunked(
     scale: float,
     mask: Tensor | None,
     softcap: float | None = None,
+    later: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same by a few queries at a time, for any device, dtype and soft cap."""
     key, value = _repeat(query, key, value)
@@ -171,20 +221,21 @@ def _chunked(
     wide = torch.promote_types(query.dtype, torch.float32)
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        scores = query[:, :, start:stop].to(wide) @ key[:, :, :stop].to(wide).mT * scale
+        last = length if later else stop
+        scores = query[:, :, start:stop].to(wide) @ key[:, :, :last].to(wide).mT * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         if mask is None:
             seen = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device)
             scores = scores.masked_fill_(~seen.tril(start), -torch.inf)
         elif mask.dtype == torch.bool:
-            scores = scores.masked_fill_(~mask[:, :, start:stop, :stop], -torch.inf)
+            scores = scores.masked_fill_(~mask[:, :, start:stop, :last], -torch.inf)
         else:
-            scores = scores + mask[:, :, start:stop, :stop]
+            scores = scores + mask[:, :, start:stop, :last]
         total = scores.logsumexp(-1, keepdim=True)
         lse[:, :, start:stop] = total[..., 0]
         weights = (scores - total).exp_().to(value.dtype)
-        output[:, :, start:stop] = weights @ value[:, :, :stop]
+        output[:, :, start:stop] = weights @ value[:, :, :last]
     return output, lse
 
 

@@ -69,8 +69,13 @@ class Localization:
     """Centre of mass of the blocks' absolute shares, in blocks."""
     effective_blocks: float | None
     """Exponential of the entropy of the blocks' absolute shares."""
-    top_components: tuple[Component, ...]
-    """The largest by absolute share, heads and experts told apart."""
+    parts: tuple[Component, ...]
+    """The embedding and every head, expert and the like, by absolute share."""
+
+    @property
+    def top_components(self) -> tuple[Component, ...]:
+        """The largest of `parts`."""
+        return self.parts[:_TOP]
 
 
 NOWHERE = Localization(False, None, (), None, None, None, None, ())
@@ -154,7 +159,7 @@ def localize(
         first_two,
         depth,
         effective,
-        tuple(parts[:_TOP]),
+        tuple(parts),
     )
 
 

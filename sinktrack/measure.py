@@ -43,24 +43,22 @@ def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) ->
         MeasurementError: the model cannot be measured exactly, which names the block and the
             reason; or there is not enough memory, which names the number to lower.
     """
-    from sinktrack.taps.huggingface import decoder, watch
+    from sinktrack.taps.huggingface import watch
 
     started = time.perf_counter()
-    found = decoder(model)
-    _refuse_unreadable(found.model)
-    _check(probe, found)
+    found = readable(model, probe)
     device = found.model.get_input_embeddings().weight.device
     collected, singles = Collector(), States()
     first = probe.first_tokens()
     size = batch_size or probe.sequences
     batches = probe.batches(size)
-    with _out_of_memory(size, probe), undisturbed(found.model), _resharded(found.model):
+    with untouched(found.model, size, probe):
         with watch(found, collected):
             for tokens in batches:
-                _forward(found.model, tokens.to(device))
+                forward(found.model, tokens.to(device))
         with watch(found, singles):
             for tokens in first[:, None].split(max(size, 256)):
-                _forward(found.model, tokens.to(device))
+                forward(found.model, tokens.to(device))
     digest = _Digest(found.model, first)
     for block in found.blocks.values():
         digest.add(block)
@@ -139,6 +137,23 @@ def measure_streamed(
     )
 
 
+def readable(model: nn.Module, probe: Probe) -> Decoder:
+    """The decoder in a model, if it can be measured with this probe; errors as of `measure`."""
+    from sinktrack.taps.huggingface import decoder
+
+    found = decoder(model)
+    _refuse_unreadable(found.model)
+    _check(probe, found)
+    return found
+
+
+@contextmanager
+def untouched(model: nn.Module, size: int, probe: Probe) -> Iterator[None]:
+    """Forward passes inside leave no trace; ``size`` sequences of the probe go through at once."""
+    with _out_of_memory(size, probe), undisturbed(model), _resharded(model):
+        yield
+
+
 def _check(probe: Probe, found: Decoder) -> None:
     probe.check(
         found.config.vocab_size,
@@ -168,10 +183,12 @@ def _resharded(model: nn.Module) -> Iterator[None]:
                 module.reshard()
 
 
-def _forward(model: nn.Module, tokens: Tensor) -> None:
+def forward(model: nn.Module, tokens: Tensor, logits: bool = False) -> Any:
+    """One forward pass, with the logits of every position or with as few as can be."""
     accepted = inspect.signature(model.forward).parameters
-    wanted: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
-    model(input_ids=tokens, **{name: value for name, value in wanted.items() if name in accepted})
+    wanted: dict[str, Any] = {"use_cache": False, "logits_to_keep": 0 if logits else 1}
+    given = {name: value for name, value in wanted.items() if name in accepted}
+    return model(input_ids=tokens, **given)
 
 
 def _whole(value: Tensor) -> Tensor:

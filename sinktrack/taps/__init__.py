@@ -39,6 +39,10 @@ class Routed:
     """``[B, T, K]``: their gate weights."""
     outputs: Callable[[int], Tensor]
     """Recomputes the gated outputs ``[B, K, D]`` of the chosen experts at one position."""
+    of: Callable[[int], Tensor]
+    """Recomputes the gated output ``[B, T, D]`` of one expert: zero where it was not chosen."""
+    total: Tensor
+    """``[B, T, D]``: the gated outputs of all experts, added up."""
     factor: float
     """What their sum is multiplied with on its way into the stream."""
 
@@ -58,13 +62,23 @@ class Write:
 
 
 class Observer:
-    """Receives what a forward pass shows. Tensors are live: copy what must outlast the call."""
+    """Receives what a forward pass shows. Tensors are live: copy what must outlast the call.
 
-    def state(self, block: int, stream: Tensor) -> None:
+    What an event returns, if anything, takes the place of what was shown.
+    """
+
+    also: Tensor | None = None
+    """``[B]`` int64: a position in each sequence, attention to which is shown beside P0's."""
+
+    def state(self, block: int, stream: Tensor) -> Tensor | None:
         """Before block ``block`` runs: the residual stream ``[B, T, D]`` at its input.
 
-        After the last block, once more with ``block`` equal to the number of blocks.
+        After the last block, once more with ``block`` equal to the number of blocks; what is
+        returned then has no effect.
         """
+
+    def sight(self, block: int, seen: Tensor) -> Tensor | None:
+        """Before an attention: ``[B or 1, H or 1, T, T]`` bool, which keys each query sees."""
 
     def attention(self, block: int, attended: Attended) -> None:
         """Once for every softmax attention of the block."""
@@ -72,5 +86,5 @@ class Observer:
     def gate(self, block: int, gate: Tensor) -> None:
         """Where heads are gated: ``[B, T, H]`` float32, the mean over a head's channels."""
 
-    def write(self, block: int, write: Write) -> None:
-        """Before a sublayer's output is added to the stream."""
+    def write(self, block: int, write: Write) -> Tensor | None:
+        """Before a sublayer's output ``[B, T, D]`` is added to the stream."""

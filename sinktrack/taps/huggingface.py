@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sinktrack.attention import Attended, attend, read_scores
+from sinktrack.attention import Attended, attend, read_scores, see
 from sinktrack.errors import MeasurementError
 from sinktrack.taps import Observer, Projection, Routed, Write
 from sinktrack.taps.lineage import Lineage, Mark, mark, mark_of
@@ -157,8 +157,13 @@ def _is_recurrent(module: nn.Module) -> bool:
 
 
 @contextmanager
-def watch(found: Decoder, observer: Observer) -> Iterator[None]:
+def watch(found: Decoder, observer: Observer, start: int = 0) -> Iterator[None]:
     """Show the forward passes of ``found`` to ``observer``; undone on leaving, whatever happens.
+
+    Args:
+        found: the decoder.
+        observer: who is told.
+        start: the first block that is shown.
 
     Raises:
         MeasurementError: by the forward pass, where a block cannot be shown exactly.
@@ -168,6 +173,8 @@ def watch(found: Decoder, observer: Observer) -> Iterator[None]:
         stack.enter_context(prepared(found))
         last = max(found.blocks)
         for index, block in found.blocks.items():
+            if index < start:
+                continue
             hook = block.register_forward_pre_hook(tap.enter(index), with_kwargs=True)
             stack.callback(hook.remove)
             stack.callback(block.register_forward_hook(tap.leave(index, index == last)).remove)
@@ -193,6 +200,56 @@ def prepared(found: Decoder) -> Iterator[None]:
     finally:
         for config, implementation in before if found.interface else ():
             config._attn_implementation_internal = implementation
+
+
+@contextmanager
+def resume(found: Decoder, start: int, stream: Tensor, forms: Mapping[int, int]) -> Iterator[None]:
+    """Skip the blocks before ``start``: the forward passes meet ``stream`` at its input.
+
+    Everything else of the model runs as it always does.
+
+    Args:
+        found: the decoder.
+        start: the first block that runs.
+        stream: ``[B, T, D]`` at its input.
+        forms: what the blocks return, see `returned`.
+    """
+    with ExitStack() as stack:
+        for index, block in found.blocks.items():
+            if index < start:
+                own = vars(block).get("forward")
+                undo = (setattr, block, "forward", own) if own else (delattr, block, "forward")
+                stack.callback(*undo)
+                size = forms[index]
+                output = (stream, *[None] * (size - 1)) if size else stream
+                block.forward = _constant(output)
+        yield
+
+
+def _constant(output: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: output
+
+
+@contextmanager
+def returned(found: Decoder, forms: dict[int, int]) -> Iterator[None]:
+    """Note in ``forms`` how each block returns its stream: 0 bare, n in a tuple of n.
+
+    A block that returns more than the stream is left out: blocks after it may depend on that.
+    """
+
+    def note(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not isinstance(output, tuple):
+                forms[index] = 0
+            elif all(value is None for value in output[1:]):
+                forms[index] = len(output)
+
+        return hook
+
+    with ExitStack() as stack:
+        for index, block in found.blocks.items():
+            stack.callback(block.register_forward_hook(note(index)).remove)
+        yield
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -227,19 +284,26 @@ class _Tap:
         return f"block {self.block} ({type(self.found.blocks[self.block]).__name__})"
 
     def enter(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             stream = args[0] if args else kwargs.get("hidden_states")
             self.block = index
             if not isinstance(stream, Tensor) or stream.ndim != 3:
                 raise MeasurementError(f"{self.name()}: no residual stream [B, T, D] at its input")
             self.lineage.following = False
-            self.observer.state(index, stream)
+            changed = self.observer.state(index, stream)
+            if changed is not None:
+                stream = changed
+                if args:
+                    args = (stream, *args[1:])
+                else:
+                    kwargs = kwargs | {"hidden_states": stream}
             self.attended = self.attention_writes = 0
             self.written = False
             self.routed = None
             self.shape = tuple(stream.shape)
             mark(stream, Mark("stream"))
             self.lineage.following = True
+            return None if changed is None else (args, kwargs)
 
         return hook
 
@@ -297,10 +361,12 @@ class _Tap:
                 "meaning is not known here; not supported"
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        mask = see(attention_mask, self._sight, query)
         with self._named():
             output, attended = attend(
-                query, key, value, scale=scale, mask=attention_mask, softcap=softcap, sinks=s_aux
-            )
+                query, key, value, scale=scale, mask=mask, softcap=softcap, sinks=s_aux,
+                also=self.observer.also, later=mask is not attention_mask,
+            )  # fmt: skip
         self._attended(attended)
         output = output.transpose(1, 2).contiguous()
         mark(output, Mark("mixed", heads=query.shape[1]))
@@ -326,17 +392,41 @@ class _Tap:
             result: Tensor = module.forward(rows, *one)
             return result.view(batch, chosen, width)
 
-        self.routed = Routed(index, gate, outputs, 1.0)
+        def of(expert: int) -> Tensor:
+            chosen = index == expert
+            at = chosen.any(-1)
+            weight = (gate * chosen).sum(-1)[at].unsqueeze(-1)
+            result = torch.zeros_like(stream)
+            if len(weight):
+                one = torch.full_like(weight, expert, dtype=index.dtype)
+                result[at] = module.forward(stream[at], one, weight).to(result.dtype)
+            return result
+
+        total = output.detach().view(batch, length, width)
+        self.routed = Routed(index, gate, outputs, of, total, 1.0)
         mark(output, Mark("experts"))
 
-    def softmax(self, scores: Tensor) -> Mark | None:
+    def _sight(self, seen: Tensor) -> Tensor | None:
+        return self.observer.sight(self.block, seen)
+
+    def _only_hidden(self, seen: Tensor) -> Tensor | None:
+        wanted = self._sight(seen)
+        if wanted is not None and bool((wanted & ~seen).any()):
+            raise MeasurementError(
+                f"{self.name()}: it masks its scores itself, so no query can be shown a later key"
+            )
+        return wanted
+
+    def softmax(self, scores: Tensor) -> tuple[Tensor, Mark] | None:
         batch, length, _ = self.shape
         if scores.ndim != 4 or (scores.shape[0], *scores.shape[2:]) != (batch, length, length):
             return None
+        changed = see(scores, self._only_hidden, scores)
+        assert changed is not None
         with self._named():
-            attended = read_scores(scores)
+            attended = read_scores(changed, self.observer.also, changed is not scores)
         self._attended(attended)
-        return Mark("weights", heads=scores.shape[1])
+        return changed, Mark("weights", heads=scores.shape[1])
 
     def scaled_dot_product_attention(
         self,
@@ -376,7 +466,7 @@ class _Tap:
         self.attended += 1
         self.observer.attention(self.block, attended)
 
-    def write(self, found: Mark | None, added: Tensor) -> None:
+    def write(self, found: Mark | None, added: Tensor) -> Tensor | None:
         if added.numel() != math.prod(self.shape):
             raise MeasurementError(
                 f"{self.name()}: a {tuple(added.shape)} is added to its residual stream "
@@ -397,14 +487,15 @@ class _Tap:
                 )
             mixed = mixed.view(*self.shape[:2], -1)
             projection = Projection(mixed, heads, weight, bias, found.factor)
-            self.observer.write(self.block, Write("attention", added, raw, projection))
+            write = Write("attention", added, raw, projection)
         elif found is not None and found.origin == "experts" and self.routed is not None:
-            routed = Routed(self.routed.index, self.routed.gate, self.routed.outputs, found.factor)
-            self.observer.write(self.block, Write("mlp", added, raw, routed=routed))
+            routed = replace(self.routed, factor=found.factor)
+            write = Write("mlp", added, raw, routed=routed)
         else:
             mixer = self.found.kinds[self.block] == "linear" and not self.written
-            self.observer.write(self.block, Write("mixer" if mixer else "mlp", added))
+            write = Write("mixer" if mixer else "mlp", added)
         self.written = True
+        return self.observer.write(self.block, write)
 
 
 _ACTIVE: ContextVar[_Tap | None] = ContextVar("sinktrack_tap", default=None)

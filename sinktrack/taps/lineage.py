@@ -60,8 +60,8 @@ def mark_of(tensor: Any) -> Mark | None:
 class Watcher(Protocol):
     """Who is told what the arithmetic of a block shows."""
 
-    def write(self, found: Mark | None, added: Tensor) -> None:
-        """Before ``added`` enters the stream.
+    def write(self, found: Mark | None, added: Tensor) -> Tensor | None:
+        """Before ``added`` enters the stream; what is returned enters in its stead.
 
         Its mark tells an attention's output and one that routed experts are part of; it is None for
         anything else.
@@ -70,8 +70,8 @@ class Watcher(Protocol):
     def gate(self, mixed: Tensor, gate: Tensor, heads: int) -> None:
         """Before the heads' outputs are multiplied with ``gate``, which does not stem from them."""
 
-    def softmax(self, scores: Tensor) -> Mark | None:
-        """Before a softmax over the last dimension; the mark of its result."""
+    def softmax(self, scores: Tensor) -> tuple[Tensor, Mark] | None:
+        """Before a softmax over the last dimension; what enters it, and the mark of its result."""
 
     def scaled_dot_product_attention(self, *args: Any, **kwargs: Any) -> Tensor:
         """In place of torch's function of that name."""
@@ -98,9 +98,11 @@ class Lineage(TorchFunctionMode):
         if not marks and name != "softmax":
             return func(*args, **kwargs)
         if name in _ADD and len(args) > 1 and isinstance(args[1], Tensor):
-            after = self._added(args[0], args[1], kwargs)
+            after, args, kwargs = self._added(args, kwargs)
         elif name == "softmax":
-            after = self._watcher.softmax(args[0]) if _last(args, kwargs) else None
+            entered = self._watcher.softmax(args[0]) if _last(args, kwargs) else None
+            after = None if entered is None else entered[1]
+            args = args if entered is None else (entered[0], *args[1:])
         else:
             after = self._passed(name, args, kwargs, marks)
         result = func(*args, **kwargs)
@@ -112,18 +114,39 @@ class Lineage(TorchFunctionMode):
             delattr(result, _MARK)
         return result
 
-    def _added(self, left: Any, right: Tensor, kwargs: Any) -> Mark | None:
-        if not isinstance(left, Tensor):
-            return mark_of(right)
+    def _added(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Mark | None, tuple[Any, ...], dict[str, Any]]:
+        """The mark of a sum, and what to add up: the operands, or a write in place of one."""
+        left, right = args[:2]
         a, b = mark_of(left), mark_of(right)
-        for stream, other, value in ((a, b, right), (b, a, left)):
+        if not isinstance(left, Tensor):
+            return b, args, kwargs
+        for stream, other, place in ((a, b, 1), (b, a, 0)):
             if stream and stream.origin == "stream":
                 if other and other.origin == "stream":
-                    return None
-                added = value * kwargs["alpha"] if "alpha" in kwargs else value
-                for part, tensor in (other.parts if other else ()) or ((other, added),):
-                    self._watcher.write(part, tensor)
-                return stream
+                    return None, args, kwargs
+                value = args[place] * kwargs["alpha"] if "alpha" in kwargs else args[place]
+                written = self._written(other, value)
+                if written is None:
+                    return stream, args, kwargs
+                rest = {key: value for key, value in kwargs.items() if key != "alpha"}
+                return stream, (left, written) if place else (written, right), rest
+        return self._sum(left, right, a, b), args, kwargs
+
+    def _written(self, found: Mark | None, added: Tensor) -> Tensor | None:
+        """What to add in place of a write; None where nobody changes it."""
+        terms = (found.parts if found else ()) or ((found, added),)
+        changed = [(self._watcher.write(part, tensor), tensor) for part, tensor in terms]
+        if all(new is None for new, _ in changed):
+            return None
+        total = torch.zeros_like(added)
+        for new, old in changed:
+            total += (old if new is None else new).view(added.shape)
+        return total
+
+    def _sum(self, left: Tensor, right: Tensor, a: Mark | None, b: Mark | None) -> Mark | None:
+        """The mark of a sum that is not the stream's."""
         if left.shape != right.shape:
             return _biased(a, right) if a else b
         if a and b and (joined := _joined(a, b)):

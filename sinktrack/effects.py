@@ -1,0 +1,105 @@
+"""From paired numbers per sequence to effects, intervals and verdicts.
+
+An effect is a sum over sequences of what an intervention changed, over a sum of what was there
+before. Sequences are resampled together with their controls (a paired bootstrap), so what varies
+between sequences but not between an intervention and its control drops out of their difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST_EFFECT = 0.1
+"""Smaller effects get no verdict: a tenth of the attention to P0 that was there."""
+FEWEST_SEQUENCES = 8
+"""With fewer, resampling says nothing about other sequences."""
+_RESAMPLES = 1000
+_QUANTILE = 0.95
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one intervention changed, with its controls. Tensors are float64 ``[B]``."""
+
+    changed: Tensor
+    before: Tensor
+    """What the change is a share of."""
+    controls: Mapping[str, Tensor]
+    """By name, what each control changed instead."""
+
+    @property
+    def value(self) -> float:
+        """Change over what was there before."""
+        return float(self.changed.mean() / self.before.mean())
+
+    @property
+    def interval(self) -> list[float]:
+        """95 % over sequences."""
+        return interval(_resampled(self.changed, self.before))
+
+    @property
+    def large(self) -> bool:
+        """Is all of the interval above `LEAST_EFFECT`? If not, no control can lead to a verdict."""
+        return len(self.changed) >= FEWEST_SEQUENCES and self.interval[0] > LEAST_EFFECT
+
+    @property
+    def holds(self) -> bool:
+        """Is the effect large, and larger than that of every control?
+
+        Its interval lies above `LEAST_EFFECT`; that of its difference to each control lies above
+        zero; and its mean is above 95 % of each control's draws, one per sequence.
+        """
+        if not self.large or not self.controls:
+            return False
+        draws = [
+            torch.quantile(other / self.before.mean(), _QUANTILE)
+            for other in self.controls.values()
+        ]
+        above = all(self._difference(other)[0] > 0 for other in self.controls.values())
+        return above and all(self.value > float(draw) for draw in draws)
+
+    def _difference(self, other: Tensor) -> list[float]:
+        return interval(_resampled(self.changed - other, self.before))
+
+    def to_record(self) -> dict[str, Any]:
+        """As it stands in a record."""
+        controls = {
+            name: {
+                "effect": float(other.mean() / self.before.mean()),
+                "interval": interval(_resampled(other, self.before)),
+                "difference": self._difference(other),
+            }
+            for name, other in self.controls.items()
+        }
+        return {"effect": self.value, "interval": self.interval, "controls": controls}
+
+
+def mean(values: Tensor) -> dict[str, Any]:
+    """Mean and 95 % interval of ``[B]`` numbers; null for what was not measured."""
+    if bool(values.isnan().any()):
+        return {"effect": None, "interval": None}
+    return {"effect": float(values.mean()), "interval": interval(_weights(len(values)) @ values)}
+
+
+def interval(samples: Tensor) -> list[float]:
+    """The middle 95 %."""
+    low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype))
+    return [float(low), float(high)]
+
+
+def _resampled(changed: Tensor, before: Tensor) -> Tensor:
+    weight = _weights(len(changed))
+    return (weight @ changed) / (weight @ before)
+
+
+def _weights(sequences: int) -> Tensor:
+    """``[resamples, B]``, the same for all: intervals of differences need the same draws."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(sequences, (_RESAMPLES, sequences), generator=generator)
+    weight = torch.zeros(_RESAMPLES, sequences, dtype=torch.float64)
+    return weight.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64)) / sequences
