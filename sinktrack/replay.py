@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
 
     p0: Tensor
     """``[B, L]``: attention to P0, mean over heads and the later queries that see it; nan where a
-    block has no softmax attention, or did not run."""
+    block has no softmax attention."""
     also: Tensor
     """``[B, L]``: the same to the sequence's other position."""
     loss: Tensor
@@ -69,13 +69,15 @@ class Replay:
         self.rows = list(count.split([len(batch) for batch in batches]))
         self.lengths = torch.cat([torch.full((len(b),), b.shape[1]) for b in batches])
         self.generator = torch.Generator().manual_seed(0)
-        middle = (self.lengths // 2).clamp(min=1)
-        drawn = torch.rand(probe.sequences, generator=self.generator) * middle
-        self.position = 1 + drawn.long().clamp(max=middle - 1)
-        """``[B]``: one position after P0 in the first half of each sequence."""
+        first, last = self.lengths.sub(2).clamp(1, 3), self.lengths // 2
+        spread = (last - first + 1).clamp(min=1)
+        drawn = torch.rand(probe.sequences, generator=self.generator) * spread
+        self.position = first + drawn.long().clamp(max=spread - 1)
+        """``[B]``: one position in the first half of each sequence, from 3 on if it can be."""
         self.blocks_run = 0
         self._kept: dict[int, list[Tensor]] = {}
         self._forms: dict[int, int] = {}
+        self._before: Outcome | None = None
 
     def plain(self, keep: Collection[int]) -> Outcome:
         """A pass without a change, which keeps the streams at the inputs of some blocks."""
@@ -87,7 +89,7 @@ class Replay:
                     kept[block].append(stream.clone())
 
         with returned(self.found, self._forms):
-            outcome = self.run(Keep())
+            outcome = self._before = self.run(Keep())
         for block in sorted(kept):
             if all(before in self._forms for before in range(block)):
                 self._kept[block] = kept[block]
@@ -124,7 +126,11 @@ class Replay:
             logits = getattr(output, "logits", None)
             shown.append(watched.outcome(len(self.found.blocks), _losses(logits, tokens)))
             self.blocks_run += len(self.found.blocks) - start
-        return Outcome(*(torch.cat(parts) for parts in zip(*shown, strict=True)))
+        p0, also, loss, p0_loss = (torch.cat(parts) for parts in zip(*shown, strict=True))
+        if self._before is not None:
+            p0[:, :start] = self._before.p0[: len(p0), :start]
+            also[:, :start] = self._before.also[: len(p0), :start]
+        return Outcome(p0, also, loss, p0_loss)
 
 
 class _Watched(Observer):
@@ -150,13 +156,13 @@ class _Watched(Observer):
         self._also[block].append(_received(attended.also, self.also))
 
     def outcome(self, blocks: int, losses: tuple[Tensor, Tensor]) -> Outcome:
-        found = []
-        for of in (self._p0, self._also):
-            rows = torch.full((len(self.rows), blocks), torch.nan, dtype=torch.float64)
+        def rows(of: dict[int, list[Tensor]]) -> Tensor:
+            found = torch.full((len(self.rows), blocks), torch.nan, dtype=torch.float64)
             for block, parts in of.items():
-                rows[:, block] = torch.stack(parts).mean(0).cpu()
-            found.append(rows)
-        return Outcome(*found, *losses)
+                found[:, block] = torch.stack(parts).mean(0).cpu()
+            return found
+
+        return Outcome(rows(self._p0), rows(self._also), *losses)
 
 
 def _received(attended: Attended, position: Tensor) -> Tensor:

@@ -1,0 +1,269 @@
+"""Planted circuits: the causal tests name what was planted, and nothing where nothing was."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import models
+import planted
+import pytest
+import torch
+from reference import blocks_of
+from test_measure import fingerprint, same
+
+from sinktrack import Probe, measure
+from sinktrack.effects import Effect
+from sinktrack.interventions import examine, necessity, position, screen, sufficiency, testable
+from sinktrack.record import to_json
+
+PROBE = planted.probe()
+
+
+def verdicts(model: Any, probe: Probe = PROBE) -> dict[str, Any]:
+    """All verdicts, by test, kind, block and index."""
+    found = examine(model, probe, measure(model, probe))
+    json.dumps(to_json(found), allow_nan=False)
+    return {
+        (test, row["kind"], row.get("block"), row.get("index")): row["verdict"]
+        for test in ("necessity", "sufficiency", "position")
+        for row in found[test]
+        if row["verdict"]
+    }
+
+
+def readers(model: Any, start: int) -> Any:
+    for block in range(start, planted.BLOCKS):
+        planted.reader(model, block)
+    return model
+
+
+@pytest.mark.parametrize("block", [0, 1, 3])
+def test_a_neuron(block: int) -> None:
+    model = readers(planted.dense(), block + 1)
+    planted.neuron_writer(model, block)
+    assert verdicts(model) == {
+        ("necessity", "mlp", block, None): "necessary",
+        ("sufficiency", "state", block + 1, None): "sufficient",
+        ("sufficiency", "mlp", block, None): "sufficient",
+    }
+
+
+@pytest.mark.parametrize("block", [0, 1, 3])
+def test_a_head(block: int) -> None:
+    model = readers(planted.dense(), block + 1)
+    planted.head_writer(model, block, head=1)
+    assert verdicts(model) == {
+        ("necessity", "attention", block, None): "necessary",
+        ("necessity", "head", block, 1): "necessary",
+        ("sufficiency", "state", block + 1, None): "sufficient",
+        ("sufficiency", "attention", block, None): "sufficient",
+    }
+
+
+@pytest.mark.parametrize("block", [0, 1, 3])
+def test_an_expert(block: int) -> None:
+    model = readers(planted.mixture(), block + 1)
+    planted.expert_writer(model, block, expert=2)
+    assert verdicts(model) == {
+        ("necessity", "mlp", block, None): "necessary",
+        ("necessity", "expert", block, 2): "necessary",
+        ("sufficiency", "state", block + 1, None): "sufficient",
+        ("sufficiency", "mlp", block, None): "sufficient",
+    }
+
+
+@pytest.mark.parametrize("size", [1.0, 4.0])
+def test_a_decoy_with_a_large_share_is_not_named(size: int) -> None:
+    """The larger one has all but a thousandth of the share, so that the screen alone misses."""
+    model = readers(planted.dense(), 3)
+    planted.neuron_writer(model, 0)
+    planted.neuron_writer(model, 1, size=size, to=planted.DECOY)
+    shares = {(c.kind, c.block): c.share for c in measure(model, PROBE).localization.shares}
+    assert shares["mlp", 1] > 0.15
+    found = verdicts(model)
+    assert found["necessity", "mlp", 0, None] == "necessary"
+    assert ("necessity", "mlp", 1, None) not in found
+    assert ("sufficiency", "mlp", 1, None) not in found
+
+
+@pytest.mark.parametrize("size", [1.0, 12.0], ids=["side by side", "the second steps in"])
+def test_two_redundant_writers(size: float) -> None:
+    model = readers(planted.dense(), 2)
+    planted.neuron_writer(model, 0, size)
+    planted.neuron_writer(model, 1, size)
+    found = verdicts(model)
+    assert {key: value for key, value in found.items() if key[0] == "necessity"} == {
+        ("necessity", "mlp", 0, None): "redundant",
+        ("necessity", "mlp", 1, None): "redundant",
+        ("necessity", "joint", 0, None): "necessary",
+    }
+
+
+def test_two_redundant_heads_of_a_block() -> None:
+    model = readers(planted.dense(), 1)
+    planted.head_writer(model, 0, head=0)
+    planted.head_writer(model, 0, head=1)
+    found = verdicts(model)
+    assert found["necessity", "attention", 0, None] == "necessary"
+    assert found["necessity", "head", 0, 0] == found["necessity", "head", 0, 1] == "redundant"
+
+
+def test_position_decides() -> None:
+    """P0 is told by its unmixed value alone: any position that is unmixed gets a sink."""
+    model = planted.dense()
+    planted.unmixed(model)
+    probe = planted.without_bos()
+    found = verdicts(readers(model, 2), probe)
+    assert found["position", "other_position_alone", None, None] == "follows"
+    assert found["position", "p0_mixed", None, None] == "unmixed"
+    assert found["necessity", "mlp", 1, None] == "necessary"
+    assert found["sufficiency", "state", 2, None] == "sufficient"
+
+
+def test_a_sink_of_the_embedding_has_no_writer() -> None:
+    """[BOS] itself carries the state that later blocks look for."""
+    for seed in range(8):
+        model = readers(planted.dense(seed), 2)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[0, planted.SINK] = 4.0
+        found = verdicts(model)
+        assert set(found) <= {("sufficiency", "state", 2, None)}
+
+
+def test_no_circuit_no_verdict() -> None:
+    """At most 5 % of 200 random models get a verdict, short sequences making many a sink."""
+    tested = wrong = 0
+    for seed in range(200):
+        model, probe = planted.random_model(seed)
+        measured = measure(model, probe)
+        tested += testable(measured)
+        found = examine(model, probe, measured)
+        tests = (*found["necessity"], *found["sufficiency"], *found["position"])
+        wrong += any(row["verdict"] for row in tests)
+    assert tested >= 50
+    assert wrong <= 10
+
+
+@pytest.mark.parametrize("kind", ["neuron", "head"])
+def test_necessity_equals_brute_force(kind: str) -> None:
+    """A plain hook on the sublayer, whole forwards, eager attention matrices."""
+    model = readers(planted.dense(), 2)
+    model.set_attn_implementation("eager")
+    if kind == "neuron":
+        planted.neuron_writer(model, 1)
+        sublayer, module = "mlp", blocks_of(model)[1].mlp
+    else:
+        planted.head_writer(model, 1, head=0)
+        sublayer, module = "attention", blocks_of(model)[1].self_attn
+    (row,) = [
+        row
+        for row in necessity(model, PROBE, measure(model, PROBE))
+        if row["kind"] == sublayer and row["block"] == 1
+    ]
+
+    def attention_and_loss() -> tuple[float, float, float]:
+        with torch.no_grad():
+            found = model(PROBE.tokens, output_attentions=True, use_cache=False)
+        matrices = torch.stack(found.attentions[2:])
+        loss = torch.nn.functional.cross_entropy(
+            found.logits[:, :-1].mT, PROBE.tokens[:, 1:], reduction="none"
+        )
+        return (
+            float(matrices[..., 1:, 0].mean()),
+            float(loss[:, 1:].mean()),
+            float(loss[:, 0].mean()),
+        )
+
+    for mode in ("mean", "zero"):
+        before = attention_and_loss()
+
+        def hook(module: Any, args: Any, output: Any, mode: str = mode) -> Any:
+            written = output[0] if isinstance(output, tuple) else output
+            written = written.clone()
+            written[:, 0] = written[:, 1:].mean(1) if mode == "mean" else 0
+            return (written, *output[1:]) if isinstance(output, tuple) else written
+
+        handle = module.register_forward_hook(hook)
+        after = attention_and_loss()
+        handle.remove()
+        found = row if mode == "mean" else row["zero"]
+        assert found["effect"] == pytest.approx(1 - after[0] / before[0], abs=1e-5)
+        if mode == "mean":
+            assert row["loss"]["effect"] == pytest.approx(after[1] - before[1], abs=1e-5)
+            assert row["p0_loss"]["effect"] == pytest.approx(after[2] - before[2], abs=1e-5)
+
+
+def test_leaves_no_trace() -> None:
+    model = readers(planted.mixture(), 1).train()
+    planted.expert_writer(model, 0, expert=1)
+    measured = measure(model, PROBE)
+    before = fingerprint(model)
+    assert examine(model, PROBE, measured)["necessity"]
+    after = fingerprint(model)
+    assert [name for name in before if not same(before[name], after[name])] == []
+    assert not any("forward" in vars(block) for block in blocks_of(model))
+
+
+def test_a_part_is_cheaper_than_the_whole() -> None:
+    """Passes restart at the changed block: a writer in block 3 of 5 costs 2 blocks a pass."""
+    model = readers(planted.dense(), 4)
+    planted.neuron_writer(model, 3)
+    measured = measure(model, PROBE)
+    found = examine(model, PROBE, measured)
+    early = readers(planted.dense(), 1)
+    planted.neuron_writer(early, 0)
+    assert found["forwards"] < 0.8 * examine(early, PROBE, measure(early, PROBE))["forwards"]
+
+
+def test_batches_do_not_change_effects() -> None:
+    model = readers(planted.dense(), 2)
+    planted.neuron_writer(model, 1)
+    measured = measure(model, PROBE)
+    whole = necessity(model, PROBE, measured)
+    parts = necessity(model, PROBE, measured, batch_size=5)
+    for one, other in zip(whole, parts, strict=True):
+        assert one["effect"] == pytest.approx(other["effect"], abs=1e-5)
+        assert one["zero"]["interval"] == pytest.approx(other["zero"]["interval"], abs=1e-5)
+
+
+def test_without_a_sink_nothing_is_tested() -> None:
+    model = models.llama()
+    measured = measure(model, PROBE_OF_65)
+    found = examine(model, PROBE_OF_65, measured)
+    assert not found["formed"] and found["forwards"] == 0
+    assert found["necessity"] == found["sufficiency"] == found["position"] == []
+    assert necessity(model, PROBE_OF_65, measured) == []
+    assert sufficiency(model, PROBE_OF_65, measured) == []
+    assert position(model, PROBE_OF_65, measured) == []
+
+
+PROBE_OF_65 = Probe.random(65, sequences=8, length=24)
+
+
+def test_few_sequences_give_no_verdict() -> None:
+    model = readers(planted.dense(), 1)
+    planted.neuron_writer(model, 0)
+    assert verdicts(model, planted.probe(sequences=4)) == {}
+
+
+def test_controls_and_intervals() -> None:
+    """Paired: what varies between sequences alike in test and control does not widen it."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.rand(64, generator=generator, dtype=torch.float64)
+    before = torch.ones(64, dtype=torch.float64)
+    effect = Effect(shared + 0.2, before, {"control": shared})
+    row = effect.to_record()
+    assert row["effect"] == pytest.approx(float(shared.mean()) + 0.2)
+    assert row["controls"]["control"]["difference"] == pytest.approx([0.2, 0.2])
+    assert effect.holds
+    assert not Effect(shared + 0.2, before, {"control": shared + 0.15}).holds
+    assert not Effect(shared + 0.2, before, {}).holds
+
+
+def test_the_screen_takes_what_carries_95_percent() -> None:
+    model = planted.dense()
+    planted.neuron_writer(readers(model, 2), 1)
+    where = measure(model, PROBE).localization
+    (chosen,) = screen(where.shares, ("attention", "mlp"))
+    assert (chosen.kind, chosen.block) == ("mlp", 1)
