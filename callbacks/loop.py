@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from sinktrack.errors import MeasurementError
+from sinktrack.interventions import examine
 from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
@@ -91,9 +92,11 @@ class SinkTracker:
             if together:
                 _agree(self.probe)
             measurement = measure(model, self.probe, batch_size=self.probe_batch_size)
+            tested = self._causal(step, model, measurement)
             if self._run is None:
                 return None
-            record = to_json(measurement.to_record(step, "callback", versions(), tokens))
+            record = measurement.to_record(step, "callback", versions(), tokens) | tested
+            record = to_json(record)
             self._run.append(record)
             wandb.log(record, self.axes)
         except Exception as error:
@@ -104,6 +107,17 @@ class SinkTracker:
         except Exception as error:
             self._failed("signal", step, error)
         return measurement
+
+    def _causal(self, step: int, model: nn.Module, measurement: Measurement) -> dict[str, Any]:
+        """The record's causal tests, where they are due."""
+        if self.causal_every is None or step % (self.every * self.causal_every):
+            return {}
+        try:
+            found = examine(model, self.probe, measurement, batch_size=self.probe_batch_size)
+        except Exception as error:
+            self._failed("causal tests", step, error)
+            return {}
+        return {"causal": found}
 
     def _judge(self, record: dict[str, Any]) -> None:
         """Follow the signal; a fall of the sink is told in the log and as a W&B alert."""

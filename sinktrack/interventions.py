@@ -65,7 +65,7 @@ def examine(
         "position": [],
         "forwards": 0.0,
     }
-    if testable(measured):
+    if is_testable(measured):
         with _tests(model, probe, measured, batch_size) as tests:
             found["necessity"] = tests.necessity()
             found["sufficiency"] = tests.sufficiency()
@@ -87,7 +87,7 @@ def necessity(
 
     Arguments and errors are those of `examine`; no test where no sink has formed.
     """
-    if not testable(measured):
+    if not is_testable(measured):
         return []
     with _tests(model, probe, measured, batch_size) as tests:
         return tests.necessity()
@@ -101,7 +101,7 @@ def sufficiency(
     ``effect`` is what that position gains in attention from later queries, over the attention to
     P0 that was there. Verdict: ``sufficient``. Arguments and errors are those of `examine`.
     """
-    if not testable(measured):
+    if not is_testable(measured):
         return []
     with _tests(model, probe, measured, batch_size) as tests:
         return tests.sufficiency()
@@ -117,15 +117,16 @@ def position(
     the sink needs P0's attention to itself alone), over the attention to P0 that was there.
     Arguments and errors are those of `examine`.
     """
-    if not testable(measured):
+    if not is_testable(measured):
         return []
     with _tests(model, probe, measured, batch_size) as tests:
         return tests.position()
 
 
-def testable(measured: Measurement) -> bool:
+def is_testable(measured: Measurement) -> bool:
     """Has a sink formed that something was written for?"""
-    return measured.localization.formed and measured.localization.reference_block > 0
+    where = measured.localization
+    return bool(where.formed and where.reference_block)
 
 
 def screen(components: Sequence[Component], kinds: Sequence[str]) -> list[Component]:
@@ -157,6 +158,7 @@ class _Tests:
     def __init__(self, replay: Replay, measured: Measurement) -> None:
         self.replay, self.measured = replay, measured
         where = measured.localization
+        assert where.reference_block is not None
         self.reference = where.reference_block
         self.random = random.Random(0)
         written = [part for part in (*where.shares, *where.parts) if part.block is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import models
@@ -10,11 +11,19 @@ import planted
 import pytest
 import torch
 from reference import blocks_of
+from sinktrack.callbacks.loop import SinkTracker
 from test_measure import fingerprint, same
 
-from sinktrack import Probe, measure
+from sinktrack import MeasurementError, Probe, Run, measure
 from sinktrack.effects import Effect
-from sinktrack.interventions import examine, necessity, position, screen, sufficiency, testable
+from sinktrack.interventions import (
+    examine,
+    is_testable,
+    necessity,
+    position,
+    screen,
+    sufficiency,
+)
 from sinktrack.record import to_json
 
 PROBE = planted.probe()
@@ -137,7 +146,7 @@ def test_no_circuit_no_verdict() -> None:
     for seed in range(200):
         model, probe = planted.random_model(seed)
         measured = measure(model, probe)
-        tested += testable(measured)
+        tested += is_testable(measured)
         found = examine(model, probe, measured)
         tests = (*found["necessity"], *found["sufficiency"], *found["position"])
         wrong += any(row["verdict"] for row in tests)
@@ -267,3 +276,28 @@ def test_the_screen_takes_what_carries_95_percent() -> None:
     where = measure(model, PROBE).localization
     (chosen,) = screen(where.shares, ("attention", "mlp"))
     assert (chosen.kind, chosen.block) == ("mlp", 1)
+
+
+def test_the_callback_runs_them_every_so_many_probes(tmp_path: Path) -> None:
+    model = readers(planted.dense(), 1)
+    planted.neuron_writer(model, 0)
+    tracker = SinkTracker(PROBE, tmp_path, every=2, causal_every=2, on_error="raise")
+    for step in range(6):
+        tracker.step(step, model)
+    records = Run.read(tmp_path).records
+    assert ["causal" in record for record in records] == [True, False, True]
+    (row,) = records[2]["causal"]["necessity"]
+    assert (row["kind"], row["verdict"]) == ("mlp", "necessary")
+
+
+def test_failing_tests_leave_the_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise MeasurementError("planted")
+
+    monkeypatch.setattr("sinktrack.callbacks.loop.examine", broken)
+    SinkTracker(PROBE, tmp_path, every=1, causal_every=1).step(0, planted.dense())
+    (record,) = Run.read(tmp_path).records
+    assert "causal" not in record
+    assert "the causal tests at step 0 failed, training goes on" in caplog.text
