@@ -98,7 +98,7 @@ class SinkTracker:
             record = measurement.to_record(step, "callback", versions(), tokens) | tested
             record = to_json(record)
             self._run.append(record)
-            wandb.log(record, self.axes)
+            wandb.log(record, self.axes, self._run)
         except Exception as error:
             self._failed("probe", step, error)
             return None
@@ -126,6 +126,7 @@ class SinkTracker:
             self._stages = Stages.of(self._run.written[:-1])
         before = self._stages.stage
         text = alarm(self._stages.add(record), before)
+        wandb.stage(self._stages.stage)
         if text is not None:
             _log.warning("at step %d %s", record["step"], text)
             wandb.alert("sinktrack: the P0 sink fell back", f"{self._run.directory}: {text}")

@@ -182,19 +182,40 @@ def export(
 @app.command()
 def publish(
     run: RunDirectory,
-    to: Annotated[Literal["tensorboard"], typer.Option(help="Which dashboard.")],
+    to: Annotated[Literal["wandb", "tensorboard"], typer.Option(help="Which dashboard.")],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="TensorBoard's directory; by default RUN/tensorboard."),
     ] = None,
+    project: Annotated[str | None, typer.Option(help="W&B's project.")] = None,
+    entity: Annotated[str | None, typer.Option(help="W&B's entity.")] = None,
+    run_id: Annotated[
+        str | None,
+        typer.Option("--id", help="An existing W&B run; its own metrics stay as they are."),
+    ] = None,
+    workspace: Annotated[
+        bool, typer.Option("--workspace", help="Save a W&B workspace view of the curves, too.")
+    ] = False,
 ) -> None:
     """Send a run's records to a dashboard; what is there already is not sent again."""
-    from sinktrack.publish import tensorboard
     from sinktrack.record import Run
 
-    directory = out or run / "tensorboard"
-    count = tensorboard.publish(Run.read(run), directory)
-    _err.print(f"{count} records -> {directory}", markup=False)
+    opened = Run.read(run)
+    if to == "tensorboard":
+        from sinktrack.publish import tensorboard
+
+        directory = out or run / "tensorboard"
+        count = tensorboard.publish(opened, directory)
+        _err.print(f"{count} records -> {directory}", markup=False)
+        return
+    from sinktrack.publish import wandb
+
+    target, count = wandb.publish(opened, project, entity, run_id)
+    _err.print(f"{count} records -> W&B run {target}", markup=False)
+    if workspace:
+        from sinktrack.publish.workspace import save
+
+        _err.print(f"workspace: {save(opened)}", markup=False)
 
 
 @app.command()

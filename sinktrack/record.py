@@ -104,10 +104,9 @@ class Run:
             RecordError: a damaged line, or one of another schema.
         """
         try:
-            status = self._file.stat()
+            seen = _version(self._file.stat())
         except FileNotFoundError:
             return []
-        seen = (status.st_ino, status.st_size, status.st_mtime_ns)
         if seen != self._seen:
             self._written = self._parse(self._file.read_bytes())
             self._seen = seen
@@ -133,6 +132,7 @@ class Run:
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
+                known = _version(os.fstat(descriptor)) == self._seen
                 end = _whole(descriptor)
                 os.ftruncate(descriptor, end)
                 os.lseek(descriptor, end, os.SEEK_SET)
@@ -143,6 +143,9 @@ class Run:
                 except OSError:
                     os.ftruncate(descriptor, end)
                     raise
+                if known:  # spares a long run from being read again after each record
+                    self._written.append(json.loads(line))
+                    self._seen = _version(os.fstat(descriptor))
             finally:
                 os.close(descriptor)
             if new:
@@ -273,6 +276,11 @@ def to_json(value: Any, name: str = "record") -> Any:
 def _probe(directory: Path) -> Probe | None:
     path = directory / "probe.safetensors"
     return Probe.load(path) if path.exists() else None
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    """Differs whenever the file does."""
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _whole(descriptor: int) -> int:

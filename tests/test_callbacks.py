@@ -242,7 +242,7 @@ def test_the_probe_does_not_recompile_a_compiled_model(tmp_path: Path) -> None:
 
 def test_a_resume_from_an_older_checkpoint_logs_the_new_record(tmp_path: Path, monkeypatch) -> None:
     logged = []
-    monkeypatch.setattr("sinktrack.publish.wandb.log", lambda record, axes: logged.append(record))
+    monkeypatch.setattr("sinktrack.publish.wandb.log", lambda record, *_: logged.append(record))
     tracker = SinkTracker(PROBE, tmp_path, every=10, on_error="raise")
     for step in (10, 20, 10):
         tracker.step(step, models.llama())

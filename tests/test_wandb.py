@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 import struct
 import time
 from collections.abc import Iterator
@@ -13,12 +15,20 @@ import models
 import pytest
 import torch
 import wandb
+from PIL import Image
 from sinktrack.callbacks.huggingface import SinkTrackCallback
 from sinktrack.callbacks.loop import SinkTracker
 from test_callbacks import PROBE, run_trainer
+from typer.testing import CliRunner
 from wandb.proto import wandb_internal_pb2
 
-from sinktrack import Run
+from sinktrack import RecordError, Run
+from sinktrack.cli import app
+from sinktrack.publish.curves import metrics
+from sinktrack.publish.wandb import Sent, publish
+from sinktrack.publish.workspace import save, view
+from sinktrack.signal import analyze
+from tests.synthetic import synthetic_records
 
 
 def read_back(directory: Path) -> tuple[list[dict], list]:
@@ -35,6 +45,16 @@ def read_back(directory: Path) -> tuple[list[dict], list]:
         if record.WhichOneof("record_type") == "metric":
             definitions.append(record.metric)
     return rows, definitions
+
+
+def read_summary(directory: Path) -> dict:
+    """What the run's summary comes to."""
+    found = {}
+    for record in finished(directory):
+        if record.WhichOneof("record_type") == "summary":
+            for item in record.summary.update:
+                found[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+    return found
 
 
 def finished(directory: Path) -> list[wandb_internal_pb2.Record]:
@@ -98,6 +118,19 @@ def test_the_trainer_loses_no_row_and_ours_have_their_axis(
             assert row[f"sinktrack/concentration/{key}"] == record["concentration"][block]
             assert row[f"sinktrack/norm_ratio/{key}"] == record["norm_ratio"][block]
         assert row["sinktrack/top_components/_type"] == "table-file"
+        assert row["sinktrack/heads/_type"] == row["sinktrack/blocks/_type"] == "image-file"
+    [directory] = tmp_path.glob("wandb/offline-run-*/files")
+    table = json.loads((directory / ours[-1]["sinktrack/top_components/path"]).read_text())
+    assert table["columns"] == ["step", "kind", "block", "index", "share", "gate"]
+    assert table["data"][0] == [
+        10,
+        *[records[-1]["top_components"][0].get(name) for name in table["columns"][1:]],
+    ]
+    with Image.open(directory / ours[-1]["sinktrack/blocks/path"]) as picture:
+        assert picture.size == (5 * 24, 4 * 24), "a column for each record, a row for each block"
+    summary = read_summary(tmp_path)
+    assert summary["sinktrack/sink_rate"] == pytest.approx(records[-1]["sink_rate"])
+    assert summary["sinktrack/formed"] is records[-1]["formed"]
     steps = {d.name: d.step_metric for d in definitions} | {
         d.glob_name: d.step_metric for d in definitions if d.glob_name
     }
@@ -125,3 +158,137 @@ def test_a_trainers_own_steps_are_kept(tmp_path: Path, monkeypatch) -> None:
     rows, _ = read_back(tmp_path)
     assert sum("loss" in row for row in rows) == 6
     assert sorted(row["sinktrack/step"] for row in rows if "sinktrack/step" in row) == [0, 2, 4]
+
+
+@pytest.fixture
+def past(tmp_path: Path) -> Run:
+    """A run of which W&B has never heard."""
+    run = Run.open(tmp_path / "past")
+    for record in synthetic_records():
+        run.append(record)
+    return run
+
+
+def published(run: Run, *arguments: str) -> str:
+    result = CliRunner().invoke(app, ["publish", str(run.directory), "--to", "wandb", *arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_past_run_is_published_in_step_order(past: Run) -> None:
+    assert "20 records -> W&B run" in published(past, "--project", "sinks")
+    rows, definitions = read_back(past.directory)
+    curves = [row for row in rows if "sinktrack/sink_rate" in row]
+    assert [row["sinktrack/step"] for row in curves] == past.steps
+    for row, record in zip(curves, past.records, strict=True):
+        assert row["sinktrack/concentration/block_03"] == record["concentration"][3]
+        assert row["sinktrack/heads/_type"] == "image-file"
+    assert {d.step_metric for d in definitions if d.step_metric} == {"sinktrack/step"}
+    last = rows[-1]
+    [directory] = past.directory.glob("wandb/offline-run-*/files")
+    table = json.loads((directory / last["sinktrack/top_components/path"]).read_text())
+    assert {line[0] for line in table["data"]} == set(past.steps)
+    [chart] = [path for path in directory.rglob("*.json") if "concentration_by_block" in path.name]
+    lines = json.loads(chart.read_text())
+    assert sorted({line[1] for line in lines["data"]}) == [f"block {b:02d}" for b in range(4)]
+    assert len(lines["data"]) == 4 * 20
+    summary = read_summary(past.directory)
+    assert summary["sinktrack/first_formed_at_step"] == next(
+        record["step"] for record in past.records if record["formed"]
+    )
+    assert summary["sinktrack/stage"] == analyze(past).stage
+    assert summary["sinktrack/largest_component"] == "block 0 expert 5"
+
+
+def test_publishing_goes_on_where_it_ended(past: Run) -> None:
+    published(past)
+    [first] = past.directory.glob("wandb/offline-run-*")
+    shutil.move(first, past.directory / "first")
+    assert "0 records" in published(past)
+    assert not list(past.directory.glob("wandb/offline-run-*"))
+    past.append(synthetic_records(steps=[150])[0])
+    past.append(synthetic_records(steps=[5000])[0])
+    assert "2 records" in published(past)
+    rows, _ = read_back(past.directory)
+    assert [row["sinktrack/step"] for row in rows if "sinktrack/sink_rate" in row] == [150, 5000]
+    [second] = past.directory.glob("wandb/offline-run-*")
+    assert second.name.split("-")[-1] == first.name.split("-")[-1], "the same W&B run"
+    assert read_summary(past.directory)["sinktrack/step"] == 5000
+
+
+def test_an_interrupted_publication_logs_each_record_once(past: Run, monkeypatch) -> None:
+    noted = Sent.add
+
+    def stop(sent: Sent, active: wandb.Run, step: int) -> None:
+        noted(sent, active, step)
+        if step == 800:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sent, "add", stop)
+    with pytest.raises(KeyboardInterrupt):
+        publish(past)
+    monkeypatch.undo()
+    [first] = past.directory.glob("wandb/offline-run-*")
+    wandb.teardown()
+    shutil.move(first, past.directory / "first")
+    _, count = publish(past)
+    assert count == 11
+    rows, _ = read_back(past.directory)
+    steps = [row["sinktrack/step"] for row in rows if "sinktrack/sink_rate" in row]
+    assert steps == list(range(900, 2000, 100))
+
+
+def test_another_runs_own_metrics_are_left_alone(past: Run, tmp_path: Path) -> None:
+    with wandb.init(project="training", mode="offline", dir=tmp_path, config={"lr": 1}) as training:
+        training.log({"loss": 1.0})
+    published(past, "--id", training.id, "--project", "training")
+    [directory] = past.directory.glob("wandb/offline-run-*")
+    assert directory.name.endswith(training.id)
+    rows, _ = read_back(past.directory)
+    own = {key.split("/")[0] for row in rows for key in row}
+    assert {key for key in own if not key.startswith("_")} == {"sinktrack"}
+    assert {key.split("/")[0] for key in read_summary(past.directory)} - {"_wandb"} <= {
+        "sinktrack", "_step", "_runtime", "_timestamp",
+    }  # fmt: skip
+    kinds = {record.WhichOneof("record_type") for record in finished(past.directory)}
+    assert "stats" not in kinds and "output_raw" not in kinds
+    configured = [
+        item.key or item.nested_key[0]
+        for record in finished(past.directory)
+        if record.WhichOneof("record_type") == "config"
+        for item in record.config.update
+    ]
+    assert set(configured) <= {"_wandb"}
+
+
+def test_what_the_callback_logged_is_not_published_again(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with wandb.init(project="training", mode="offline", dir=tmp_path) as training:
+        tracker = SinkTracker(PROBE, tmp_path / "run", every=1, on_error="raise")
+        tracker.step(0, models.llama())
+    assert publish(Run.read(tmp_path / "run")) == (training.id, 0)
+
+
+def test_a_workspace_of_our_curves() -> None:
+    pytest.importorskip("wandb_workspaces")
+    model = json.loads(view("us", "sinks")._to_model().model_dump_json(by_alias=True))
+    sections = model["spec"]["section"]["panelBankConfig"]["sections"]
+    panels = [panel["config"] for section in sections for panel in section["panels"]]
+    keys = set(metrics(synthetic_records()[-1]))
+    plots = [panel for panel in panels if "metrics" in panel]
+    assert {panel["xAxis"] for panel in plots} == {"sinktrack/step"}
+    for panel in plots:
+        if panel["useMetricRegex"]:
+            assert sum(bool(re.fullmatch(panel["metricRegex"], key)) for key in keys) >= 4
+        else:
+            assert set(panel["metrics"]) <= keys
+    media = [key for panel in panels for key in panel.get("mediaKeys", [])]
+    assert media == ["sinktrack/blocks", "sinktrack/heads"]
+
+
+def test_a_workspace_needs_a_connection(past: Run) -> None:
+    with pytest.raises(RecordError, match="not published"):
+        save(past)
+    published(past)
+    with pytest.raises(RecordError, match="without a connection"):
+        save(past)

@@ -1,12 +1,13 @@
-"""What of a record becomes a curve, by the key that every dashboard uses."""
+"""What of a record every dashboard shows, by the same keys."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SCALARS = ("sink_rate", "first_two_share", "first_two_gain", "reference_block", "depth")
 BY_BLOCK = ("concentration", "norm_ratio")
+COMPONENT = ("kind", "block", "index", "share", "gate")
 
 
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
@@ -22,7 +23,21 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def components(record: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """The largest parts of the P0 state: column names, and a row for each part."""
-    columns = ["kind", "block", "index", "share", "gate"]
-    return columns, [[part.get(name) for name in columns] for part in record["top_components"]]
+def components(record: Mapping[str, Any]) -> list[list[Any]]:
+    """The largest parts of the P0 state, a row for each; the columns are `COMPONENT`."""
+    return [[part.get(name) for name in COMPONENT] for part in record["top_components"]]
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a run comes to so far, by key: its last curves, and when its sink formed."""
+    last = records[-1]
+    found: dict[str, Any] = metrics(last)
+    found["sinktrack/formed"] = last["formed"]
+    found["sinktrack/first_formed_at_step"] = next(
+        (record["step"] for record in records if record["formed"]), None
+    )
+    top = last["top_components"][0]
+    where = [f"block {top['block']}"] if top["block"] is not None else []
+    index = [str(top["index"])] if top["index"] is not None else []
+    found["sinktrack/largest_component"] = " ".join([*where, top["kind"], *index])
+    return {key: value for key, value in found.items() if value is not None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,24 +12,37 @@ _STOPS = np.array(
     [[243, 247, 253], [185, 214, 240], [106, 166, 218], [43, 103, 176], [15, 42, 99]], dtype=float
 )
 _GAP = (198, 202, 210)
-_LEAST = 240
-"""Pixels of the shorter side at least, so that a cell can be seen."""
+_CELL, _WIDEST, _HIGHEST = 24, 960, 480
+"""Pixels: the side of a cell where there is room, and of the whole."""
 
 
-def heat(values: Sequence[Sequence[float | None]], top: float = 1.0) -> NDArray[np.uint8]:
-    """Rows from top to bottom as RGB ``[height, width, 3]``, light for 0 and dark for ``top``.
+def heads(record: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """Attention to P0, blocks from top to bottom and heads from left to right."""
+    return heat(record["p0_attention"])
+
+
+def blocks(records: Sequence[Mapping[str, Any]]) -> NDArray[np.uint8]:
+    """Concentration, blocks from top to bottom and records from left to right."""
+    drawn = records[:: -(-len(records) // _WIDEST)]
+    return heat(np.array([record["concentration"] for record in drawn], dtype=float).T)
+
+
+def heat(values: Any) -> NDArray[np.uint8]:
+    """Values from 0 to 1 as RGB ``[height, width, 3]``, light for 0 and dark for 1.
 
     Args:
         values: ``[rows, columns]``; None and nan become grey.
-        top: the value of the darkest colour.
     """
     cells = np.array(values, dtype=float)
     gaps = np.isnan(cells)
-    place = np.clip(np.nan_to_num(cells) / top, 0, 1) * (len(_STOPS) - 1)
+    place = np.clip(np.nan_to_num(cells), 0, 1) * (len(_STOPS) - 1)
     low = np.minimum(place.astype(int), len(_STOPS) - 2)
     part = (place - low)[..., None]
     colours = _STOPS[low] * (1 - part) + _STOPS[low + 1] * part
     colours[gaps] = _GAP
-    size = -(-_LEAST // min(cells.shape))
-    pixels: NDArray[np.uint8] = colours.round().astype(np.uint8).repeat(size, 0).repeat(size, 1)
+    high, wide = (
+        max(1, min(_CELL, room // count))
+        for room, count in zip((_HIGHEST, _WIDEST), cells.shape, strict=True)
+    )
+    pixels: NDArray[np.uint8] = colours.round().astype(np.uint8).repeat(high, 0).repeat(wide, 1)
     return pixels

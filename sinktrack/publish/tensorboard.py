@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sinktrack.errors import RecordError, require
-from sinktrack.publish.curves import components, metrics
-from sinktrack.publish.picture import heat
+from sinktrack.publish import picture
+from sinktrack.publish.curves import COMPONENT, components, metrics
 from sinktrack.record import Run
 
 _ALWAYS = "sinktrack/reference_block"
@@ -29,7 +29,7 @@ def log(record: Mapping[str, Any], writer: Any) -> None:
     for name in _bounded(record):
         for bound, value in zip(("low", "high"), record["intervals"][name], strict=True):
             writer.add_scalar(f"sinktrack/{name}/{bound}", value, step)
-    writer.add_image("sinktrack/heads", heat(record["p0_attention"]), step, dataformats="HWC")
+    writer.add_image("sinktrack/heads", picture.heads(record), step, dataformats="HWC")
     writer.add_text("sinktrack/top_components", _table(record), step)
 
 
@@ -102,13 +102,11 @@ def _steps(directory: Path) -> set[int]:
 
 def _table(record: Mapping[str, Any]) -> str:
     """Markdown."""
-    columns, rows = components(record)
-    lines = [columns, ["---"] * len(columns)]
-    for row in rows:
-        lines.append(
-            [
-                "" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell)
-                for cell in row
-            ]
-        )
+    lines = [list(COMPONENT), ["---"] * len(COMPONENT)]
+    for row in components(record):
+        lines.append([_cell(value) for value in row])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,15 +1,26 @@
-"""Records as W&B curves, on their own step axis."""
+"""Records as W&B curves on their own step axis, during training or afterwards."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from sinktrack.publish.curves import components, metrics
+from sinktrack.errors import RecordError, require
+from sinktrack.publish import picture
+from sinktrack.publish.curves import COMPONENT, components, metrics, summary
+from sinktrack.record import Run
+from sinktrack.signal import analyze
+
+_MOST_POINTS = 10_000
+"""What W&B draws of a table in a chart."""
 
 
-def log(record: Mapping[str, Any], axes: Mapping[str, int]) -> None:
+def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
     """Log a record to the active W&B run; without one, do nothing.
 
     No ``step=`` is passed, so neither this row nor any of the trainer's own is dropped; the axis is
@@ -18,20 +29,195 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int]) -> None:
     Args:
         record: as written to the run directory.
         axes: further axes to put beside, such as ``train/global_step``.
+        run: the run that holds the record.
     """
     wandb = sys.modules.get("wandb")
-    run = getattr(wandb, "run", None)
-    if wandb is None or run is None:
+    active = getattr(wandb, "run", None)
+    if wandb is None or active is None:
         return
-    run.define_metric("sinktrack/step", hidden=True)
-    run.define_metric("sinktrack/*", step_metric="sinktrack/step")
-    columns, rows = components(record)
-    table = wandb.Table(columns=columns, data=rows)
-    run.log({**metrics(record), **axes, "sinktrack/top_components": table})
+    records = run.records
+    _define(active)
+    active.log(
+        {
+            **metrics(record),
+            **axes,
+            **_pictures(wandb, record, records),
+            "sinktrack/top_components": _table(wandb, [record]),
+        }
+    )
+    active.summary.update(summary(records))
+    Sent(run).add(active, record["step"])
 
 
 def alert(title: str, text: str) -> None:
     """Raise an alert in the active W&B run; without one, do nothing."""
-    run = getattr(sys.modules.get("wandb"), "run", None)
-    if run is not None:
-        run.alert(title=title, text=text, level="WARN")
+    active = getattr(sys.modules.get("wandb"), "run", None)
+    if active is not None:
+        active.alert(title=title, text=text, level="WARN")
+
+
+def stage(name: str | None) -> None:
+    """Put the run's stage into the summary of the active W&B run; without one, do nothing."""
+    active = getattr(sys.modules.get("wandb"), "run", None)
+    if active is not None and name is not None:
+        active.summary["sinktrack/stage"] = name
+
+
+def publish(
+    run: Run,
+    project: str | None = None,
+    entity: str | None = None,
+    run_id: str | None = None,
+) -> tuple[str, int]:
+    """Log those of the run's records that W&B has not been given yet, in step order.
+
+    Only keys below ``sinktrack/`` are written: a W&B run of the training itself keeps its own
+    metrics, configuration and system statistics. What was given is noted in ``RUN/wandb.json``, so
+    that a second call goes on where the first ended.
+
+    Args:
+        run: the run.
+        project: W&B's own default, or that of an earlier call.
+        entity: likewise.
+        run_id: an existing W&B run to write to. By default the one written to last, else a new one.
+
+    Returns:
+        The W&B run's id, and the number of records logged.
+
+    Raises:
+        RecordError: the run holds no records, or there is no W&B run of that id.
+        MissingExtra: wandb is not installed.
+    """
+    records = run.records
+    if not records:
+        raise RecordError(f"{run.directory} holds no records yet")
+    wandb = require("wandb", "wandb")
+    sent = Sent(run)
+    target = run_id or sent.last
+    known = sent.of(target)
+    todo = [record for record in records if record["step"] not in known["steps"]]
+    if target is not None and not todo:
+        return target, 0
+    quiet = {
+        name: True
+        for name in ("x_disable_stats", "x_disable_meta", "x_disable_machine_info", "disable_git",
+                     "disable_code")
+    }  # fmt: skip
+    try:
+        active = wandb.init(
+            project=project or known["project"],
+            entity=entity or known["entity"],
+            id=target,
+            name=None if target else run.directory.resolve().name,
+            resume="must" if run_id else "allow",
+            dir=run.directory,
+            settings=wandb.Settings(console="off", **quiet),
+        )
+    except wandb.errors.Error as error:
+        raise RecordError(f"W&B: {error}") from error
+    with active:
+        _define(active)
+        for record in todo:
+            active.log({**metrics(record), **_pictures(wandb, record, None)})
+            sent.add(active, record["step"])
+        active.log(
+            {
+                "sinktrack/step": records[-1]["step"],
+                **_pictures(wandb, None, records),
+                **_charts(wandb, records),
+                "sinktrack/top_components": _table(wandb, todo),
+            }
+        )
+        active.summary.update(summary(records) | _signal(run))
+        return active.id, len(todo)
+
+
+def _signal(run: Run) -> dict[str, Any]:
+    """Stage and onset for the summary, where they can be told."""
+    found = analyze(run)
+    told: dict[str, Any] = {"sinktrack/stage": found.stage}
+    if found.onset is not None:
+        for name in ("value", "low", "high"):
+            told[f"sinktrack/onset_step/{name}"] = getattr(found.onset, name)
+    return told
+
+
+def _define(active: Any) -> None:
+    active.define_metric("sinktrack/step", hidden=True)
+    active.define_metric("sinktrack/*", step_metric="sinktrack/step")
+
+
+def _table(wandb: Any, records: Sequence[Mapping[str, Any]]) -> Any:
+    rows = [[record["step"], *row] for record in records for row in components(record)]
+    return wandb.Table(columns=["step", *COMPONENT], data=rows)
+
+
+def _pictures(
+    wandb: Any, one: Mapping[str, Any] | None, several: Sequence[Mapping[str, Any]] | None
+) -> dict[str, Any]:
+    """Heat maps: block by head of one record, block by step of several."""
+    if importlib.util.find_spec("PIL") is None:  # wandb.Image needs it and does not bring it
+        return {}
+    found = {}
+    if one is not None:
+        found["sinktrack/heads"] = wandb.Image(picture.heads(one), caption="block by head")
+    if several is not None:
+        found["sinktrack/blocks"] = wandb.Image(
+            picture.blocks(several),
+            caption=f"block by record, steps {several[0]['step']} to {several[-1]['step']}",
+        )
+    return found
+
+
+def _charts(wandb: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """All blocks in one chart; names of equal length, so that the legend sorts."""
+    blocks = range(records[-1]["model"]["blocks"])
+    drawn = records[:: -(-len(records) * len(blocks) // _MOST_POINTS)]
+    found = {}
+    for name, title in (("concentration", "Attention to P0"), ("norm_ratio", "Norm of P0")):
+        lines = [
+            [(r["step"], r[name][block]) for r in drawn if r[name][block] is not None]
+            for block in blocks
+        ]
+        found[f"sinktrack/{name}_by_block"] = wandb.plot.line_series(
+            xs=[[step for step, _ in line] for line in lines],
+            ys=[[value for _, value in line] for line in lines],
+            keys=[f"block {block:02d}" for block in blocks],
+            title=f"{title} by block",
+            xname="step",
+        )
+    return found
+
+
+class Sent:
+    """Which steps each W&B run has been given: ``RUN/wandb.json``."""
+
+    def __init__(self, run: Run) -> None:
+        self._file: Path = run.directory / "wandb.json"
+        try:
+            self._runs: dict[str, dict[str, Any]] = json.loads(self._file.read_text())
+        except FileNotFoundError:
+            self._runs = {}
+        except (OSError, ValueError) as error:
+            raise RecordError(
+                f"{self._file} is damaged; remove it to publish anew, or mend it"
+            ) from error
+
+    @property
+    def last(self) -> str | None:
+        """The W&B run that was written to last."""
+        return next(reversed(self._runs), None)
+
+    def of(self, target: str | None) -> dict[str, Any]:
+        """Project, entity and steps of a W&B run."""
+        return self._runs.get(target or "", {"project": None, "entity": None, "steps": []})
+
+    def add(self, active: Any, step: int) -> None:
+        """Note a step, on disk before the next."""
+        known = self._runs.pop(active.id, self.of(None))
+        steps = sorted({*known["steps"], step})
+        here = {"project": active.project, "entity": active.entity or None, "steps": steps}
+        self._runs[active.id] = here
+        written = self._file.with_suffix(".part")
+        written.write_text(json.dumps(self._runs))
+        os.replace(written, self._file)
