@@ -119,7 +119,7 @@ def measure_streamed(
             )
         ]
         for index in range(count):
-            with streamed.block(index) as block:
+            with streamed.block(index, index + 1 if index + 1 < count else None) as block:
                 digest.add(block)
                 for observer, group in walks:
                     with watch(shown, observer):

@@ -154,6 +154,20 @@ def test_one_block_at_a_time(tmp_path: Path) -> None:
     assert held() == []
 
 
+def test_reading_ahead_changes_nothing(tmp_path: Path) -> None:
+    source = saved("qwen3_moe", tmp_path)
+    wanted, read = streamed(source), dict(source.read)
+    source.read.clear()
+    model = Streamed(source)
+    assert not model.read_ahead  # on a CPU
+    model.read_ahead = True
+    assert_close(measure_streamed(model, PROBE), wanted)
+    assert source.read == read
+    source.read.clear()
+    measure_streamed(model, PROBE, blocks=2)
+    assert not any("layers.2" in name for name in source.read)
+
+
 def test_the_first_blocks_alone(tmp_path: Path) -> None:
     source = saved("mixtral", tmp_path)
     whole = to_json(streamed(source).to_record(0, "", {}))

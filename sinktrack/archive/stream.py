@@ -11,6 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,8 +34,8 @@ from sinktrack.archive.source import Slice, Source
 from sinktrack.errors import ArchiveError
 from sinktrack.taps.huggingface import Decoder, decoder, is_experts
 
-_AT_ONCE = 64 * 2**20
-"""Bytes of routed experts that are converted at a time."""
+_AT_ONCE = 32 * 2**20
+"""Bytes of routed experts that are converted at a time: few enough for memory to be reused."""
 
 
 class Streamed:
@@ -52,6 +53,11 @@ class Streamed:
 
     def __init__(self, source: Source, device: str = "cpu") -> None:
         self._source, self._device = source, device
+        self.read_ahead = torch.device(device).type != "cpu"
+        """Read the following block's weights, but for routed experts, while this one computes. On
+        the CPU they would wait in the very memory that is to be saved."""
+        self._ahead: Future[dict[str, Tensor]] | None = None
+        self._reader = ThreadPoolExecutor(1)
         self.model = _empty(source)
         self.decoder: Decoder = decoder(self.model)
         self._targets = dict(self.model.state_dict())
@@ -93,32 +99,51 @@ class Streamed:
         self._load(own - self._load_rows(table, tokens))
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
+    def block(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
         """The block with its weights, which are freed on leaving.
 
         Routed experts are read when tokens come to them.
 
+        Args:
+            index: its number.
+            following: the block that comes next, to read ahead.
+
         Raises:
             ArchiveError: a weight is missing, damaged or of another shape.
         """
-        block, prefix = self.decoder.blocks[index], self._prefixes[index]
-        own = {name for name in self._targets if name.startswith(prefix)}
+        block, own, experts = self.decoder.blocks[index], self._own(index), self._experts(index)
         hooks = []
         try:
-            later: set[str] = set()
-            for path, module in block.named_modules():
-                if is_experts(module):
-                    experts = _Experts(self, module, f"{prefix}{path}.")
-                    later |= experts.targets.keys()
-                    hook = module.register_forward_pre_hook(experts.read, with_kwargs=True)
-                    hooks.append(hook)
-            self._load(own - later)
+            self._load(own - _later(experts))
+            for module, weights in experts.items():
+                hook = module.register_forward_pre_hook(weights.read, with_kwargs=True)
+                hooks.append(hook)
+            if self.read_ahead and following is not None:
+                self._ahead = self._reader.submit(self._read, following)
             yield block
         finally:
             for hook in hooks:
                 hook.remove()
             for name in own:
                 self._put(name, self._targets[name])
+
+    def _own(self, index: int) -> set[str]:
+        prefix = self._prefixes[index]
+        return {name for name in self._targets if name.startswith(prefix)}
+
+    def _experts(self, index: int) -> dict[nn.Module, _Experts]:
+        return {
+            module: _Experts(self, module, f"{self._prefixes[index]}{path}.")
+            for path, module in self.decoder.blocks[index].named_modules()
+            if is_experts(module)
+        }
+
+    def _read(self, index: int) -> dict[str, Tensor]:
+        targets = self._own(index) - _later(self._experts(index))
+        return {name: self._source.slice(name)[...] for name in self._sources(targets)}
+
+    def _sources(self, targets: Collection[str]) -> list[str]:
+        return [name for t in targets for group in self._names.get(t, []) for name in group]
 
     def _by_target(self) -> dict[str, list[list[str]]]:
         """Per weight of the model the checkpoint's tensors that make it, like ones together."""
@@ -151,8 +176,10 @@ class Streamed:
         return {table}
 
     def _load(self, targets: Collection[str]) -> None:
-        names = [name for t in targets for group in self._names.get(t, []) for name in group]
-        self.convert({name: self._source.slice(name) for name in names})
+        names = self._sources(targets)
+        ahead, self._ahead = self._ahead, None
+        read: Mapping[str, Any] = {} if ahead is None else ahead.result()
+        self.convert({name: read.get(name, self._source.slice(name)) for name in names})
         ignored = self.model._keys_to_ignore_on_load_missing
         missing = [
             name for name in targets if self._get(name).is_meta and not _matches(ignored, name)
@@ -268,7 +295,8 @@ class _Experts:
                         tensors[names[expert]] = self._streamed._source.slice(names[expert])
         self._streamed.convert(tensors)
         for target, value in self._values.items():
-            value[experts] = self._streamed._get(target).detach()
+            for expert, part in zip(experts, self._streamed._get(target).detach(), strict=True):
+                value[expert].copy_(part)
 
 
 class _Rows:
@@ -313,6 +341,11 @@ def _untouched(like: Tensor, device: str) -> Tensor:
         return torch.empty_like(like, device=device)
     size = math.prod(like.shape) * like.element_size()
     return torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype).view(like.shape)
+
+
+def _later(experts: Mapping[nn.Module, _Experts]) -> set[str]:
+    """The weights that are read as tokens come to them."""
+    return {name for weights in experts.values() for name in weights.targets}
 
 
 def _prefix(model: nn.Module, module: nn.Module) -> str:
