@@ -59,6 +59,10 @@ def scan(
     blocks: Annotated[
         int | None, typer.Option(min=1, metavar="K", help="Measure the first K blocks only.")
     ] = None,
+    hf_config: Annotated[
+        Path | None,
+        typer.Option(help="A directory with the config.json of the model, for Megatron archives."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure every checkpoint that the run does not hold yet."""
@@ -69,7 +73,9 @@ def scan(
     from sinktrack.scan import scan as scan_archive
 
     _quiet()
-    found = [checkpoint for archive in archives for checkpoint in discover(archive)]
+    found = [
+        checkpoint for archive in archives for checkpoint in discover(archive, None, hf_config)
+    ]
     batch, note = choose_probe(found[0], Run.open(run), probe)
     if note:
         _err.print(note)
@@ -90,7 +96,7 @@ def scan(
         disable=not sys.stderr.isatty(),
     )
     with progress:
-        todo = [len(pending(archive, opened, blocks)) for archive in archives]
+        todo = [len(pending(archive, opened, blocks, hf_config)) for archive in archives]
         task = progress.add_task("scan", total=sum(todo))
         measured = 0
 
@@ -106,7 +112,14 @@ def scan(
             progress.update(task, advance=1, description=checkpoint.name)
 
         for archive in archives:
-            for _ in scan_archive(archive, run=opened, device=device, blocks=blocks, notify=notify):
+            for _ in scan_archive(
+                archive,
+                run=opened,
+                device=device,
+                blocks=blocks,
+                hf_config=hf_config,
+                notify=notify,
+            ):
                 pass
     skipped = len(found) - sum(todo)
     _err.print(

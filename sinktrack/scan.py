@@ -26,6 +26,7 @@ def scan(
     run: str | Path | Run,
     device: str = "cpu",
     blocks: int | None = None,
+    hf_config: str | Path | None = None,
     notify: Notify | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure every checkpoint of an archive that the run does not hold yet, in step order.
@@ -36,6 +37,7 @@ def scan(
         run: the run directory.
         device: where to compute.
         blocks: measure the first blocks only; see `Measurement.measured_blocks`.
+        hf_config: see `discover`.
         notify: called after each checkpoint with its record or its error; without it, failures
             are raised together at the end.
 
@@ -52,7 +54,7 @@ def scan(
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
     failed = []
-    for checkpoint in pending(archive, run, blocks):
+    for checkpoint in pending(archive, run, blocks, hf_config):
         try:
             record = _measure(checkpoint, run.probe, device, blocks)
         except SinktrackError as error:
@@ -69,7 +71,12 @@ def scan(
         raise ArchiveError(f"{len(failed)} checkpoints failed\n" + "\n".join(failed))
 
 
-def pending(archive: str | Path, run: Run, blocks: int | None = None) -> list[Checkpoint]:
+def pending(
+    archive: str | Path,
+    run: Run,
+    blocks: int | None = None,
+    hf_config: str | Path | None = None,
+) -> list[Checkpoint]:
     """The archive's checkpoints of which the run does not hold that many blocks, in step order."""
     done = {
         record["step"]
@@ -77,7 +84,8 @@ def pending(archive: str | Path, run: Run, blocks: int | None = None) -> list[Ch
         if "measured_blocks" not in record
         or (blocks is not None and record["measured_blocks"] >= blocks)
     }
-    return [checkpoint for checkpoint in discover(archive) if checkpoint.step not in done]
+    found = discover(archive, hf_config=hf_config)
+    return [checkpoint for checkpoint in found if checkpoint.step not in done]
 
 
 def _measure(
@@ -122,5 +130,5 @@ def choose_probe(checkpoint: Checkpoint, run: Run, file: Path | None) -> tuple[P
     if found is not None:
         made = Probe.from_texts(found, passages())
         return made, f"no probe given: {made} from built-in prose and the checkpoint's tokenizer"
-    made = Probe.random(vocabulary(checkpoint.files))
+    made = Probe.random(vocabulary(checkpoint))
     return made, f"no probe given and no tokenizer found: {made} of seeded random tokens"

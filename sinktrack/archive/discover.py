@@ -15,7 +15,7 @@ from sinktrack.archive.source import FORMATS, Checkpoint
 from sinktrack.errors import ArchiveError, require
 
 _NAME = re.compile(
-    r"(?P<stage>(?:stage\d+-)?(?:ingredient\d+-)?)(?:checkpoint-|global_step|step[-_]?)"
+    r"(?P<stage>(?:stage\d+-)?(?:ingredient\d+-)?)(?:checkpoint-|global_step|iter_|step[-_]?)"
     r"(?P<step>\d{1,18})(?:-tokens(?P<tokens>\d{1,15}[KMBT]?))?(?:-hf|-unsharded)?"
 )
 _STEP_IN_NAME = re.compile(r"(?:checkpoint|step|iter)[-_]?(\d{1,18})")
@@ -25,7 +25,9 @@ _DEEPEST = 3
 _MOST_CHECKPOINTS = 100_000
 
 
-def discover(archive: str | Path, pattern: str | None = None) -> list[Checkpoint]:
+def discover(
+    archive: str | Path, pattern: str | None = None, hf_config: str | Path | None = None
+) -> list[Checkpoint]:
     """The checkpoints of an archive in step order.
 
     Args:
@@ -35,6 +37,8 @@ def discover(archive: str | Path, pattern: str | None = None) -> list[Checkpoint
         pattern: a regular expression for the path of a checkpoint below the archive, or for the
             name of a revision, with a group ``step`` and, if you like, ``tokens``; in place of the
             names that are known.
+        hf_config: a directory with the ``config.json`` that describes the models, where the
+            checkpoints do not say it.
 
     Raises:
         ArchiveError: there is none, two have the same step, steps begin anew in each of several
@@ -66,6 +70,8 @@ def discover(archive: str | Path, pattern: str | None = None) -> list[Checkpoint
             "with model.safetensors; --pattern finds other names"
         )
         raise ArchiveError(f"no checkpoint in {files.location}: {wanted}")
+    if hf_config is not None:
+        found = [replace(checkpoint, config=Files(hf_config)) for checkpoint in found]
     found.sort(key=lambda checkpoint: checkpoint.step)
     for one, other in pairwise(found):
         if one.step == other.step:

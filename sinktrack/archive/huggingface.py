@@ -71,11 +71,13 @@ def config(files: Files) -> Any:
 
 
 def tokenizer(files: Files) -> Any | None:
-    """The tokenizer beside a checkpoint, or None.
+    """The tokenizer beside a checkpoint or in its ``tokenizer`` directory, or None.
 
     Raises:
         ArchiveError: it cannot be read.
     """
+    if not files.exists("tokenizer.json"):
+        files = files.at("tokenizer")
     if not files.exists("tokenizer.json"):
         return None
     with tempfile.TemporaryDirectory() as directory:
@@ -90,13 +92,13 @@ def tokenizer(files: Files) -> Any | None:
             ) from error
 
 
-def vocabulary(files: Files) -> int:
-    """The size of the vocabulary, from ``config.json``.
+def vocabulary(checkpoint: Checkpoint) -> int:
+    """The size of the vocabulary, from the model's configuration.
 
     Raises:
         ArchiveError: it cannot be read.
     """
-    return int(config(files).get_text_config(decoder=True).vocab_size)
+    return int(open(checkpoint).config.get_text_config(decoder=True).vocab_size)
 
 
 def first_line(error: BaseException) -> str:

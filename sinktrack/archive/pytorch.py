@@ -39,17 +39,17 @@ def open(checkpoint: Checkpoint) -> PytorchSource:
         ArchiveError: ``config.json`` or the weights are missing, damaged or unknown, or hold
             anything but tensors.
     """
-    return PytorchSource(checkpoint.files)
+    return PytorchSource(checkpoint)
 
 
 class PytorchSource:
     """Tensors by name, mapped from their files; a remote file is copied to this machine whole."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         from sinktrack.archive.huggingface import config
 
-        self.files = files
-        self.config = config(files)
+        self.files = files = checkpoint.files
+        self.config = config(checkpoint.config or files)
         self._lock = Lock()
         self._copies = tempfile.TemporaryDirectory() if not files.local else None
         self._loaded: dict[str, dict[str, Tensor]] = {}

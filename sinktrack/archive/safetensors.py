@@ -47,17 +47,17 @@ def open(checkpoint: Checkpoint) -> SafetensorsSource:
     Raises:
         ArchiveError: ``config.json`` or the weights' index is missing, damaged or unknown.
     """
-    return SafetensorsSource(checkpoint.files)
+    return SafetensorsSource(checkpoint)
 
 
 class SafetensorsSource:
     """Tensors by name; each file's header is read when the first of its tensors is asked for."""
 
-    def __init__(self, files: Files) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         from sinktrack.archive.huggingface import config
 
-        self.files = files
-        self.config = config(files)
+        self.files = files = checkpoint.files
+        self.config = config(checkpoint.config or files)
         self._lock = Lock()
         self._headers: dict[str, dict[str, Place]] = {}
         if files.exists(INDEX):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sinktrack.archive.files import Files
 
-FORMATS = ("safetensors", "pytorch")
+FORMATS = ("safetensors", "pytorch", "megatron")
 """Modules of this package; of two that know a directory the first counts."""
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
@@ -67,6 +67,8 @@ class Checkpoint:
     format: str
     """The module of this package that reads it."""
     name: str
+    config: Files | None = None
+    """Where the ``config.json`` is that describes the model, if not in the checkpoint."""
 
 
 def open(checkpoint: Checkpoint) -> Source:

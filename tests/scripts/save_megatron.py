@@ -1,0 +1,234 @@
+"""Build tiny Megatron-Core models on CPU processes, save each as Megatron does, note its logits.
+
+Run by torchrun: ``save_megatron.py OUT STAGES EXPERT_RANKS FAMILY:KEYS...``, where ``KEYS`` is how
+blocks and experts are keyed, "stacked" or "single". Writes ``OUT/FAMILY-KEYS/iter_0000010/`` and,
+where the pipeline has one stage, ``OUT/FAMILY-KEYS/logits.pt``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+VOCABULARY, PADDED, LENGTH, BLOCKS = 65, 80, 16, 4
+TOKENS = torch.arange(3 * LENGTH).reshape(3, LENGTH) * 7 % VOCABULARY
+
+BASE: dict[str, Any] = {
+    "num_layers": BLOCKS, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
+    "num_query_groups": 2, "kv_channels": 16, "layernorm_epsilon": 1e-6,
+}  # fmt: skip
+MOE: dict[str, Any] = {
+    "num_moe_experts": 8, "moe_ffn_hidden_size": 16, "moe_router_topk": 2,
+    "moe_token_dispatcher_type": "allgather", "moe_router_load_balancing_type": "aux_loss",
+    "moe_aux_loss_coeff": 0.01,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": BASE | {"kv_channels": 8},
+    "qwen2": BASE | {"kv_channels": 8, "add_qkv_bias": True},
+    "qwen3": BASE | {"qk_layernorm": True},
+    "qwen3_moe": BASE | MOE | {"qk_layernorm": True},
+    "qwen3_moe_mixed": BASE | MOE | {"qk_layernorm": True, "moe_layer_freq": [0, 1, 1, 0]},
+    "mixtral": BASE | MOE | {"kv_channels": 8, "ffn_hidden_size": 16},
+    "olmoe": BASE | MOE | {"kv_channels": 8, "num_query_groups": 4, "moe_router_pre_softmax": True},
+    "deepseek_v3": BASE | MOE | {
+        "multi_latent_attention": True, "q_lora_rank": 12, "kv_lora_rank": 8, "qk_head_dim": 8,
+        "qk_pos_emb_head_dim": 4, "v_head_dim": 8, "qk_layernorm": True,
+        "moe_layer_freq": [0, 1, 1, 1], "moe_shared_expert_intermediate_size": 32,
+        "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+        "moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_router_pre_softmax": True,
+        "moe_router_topk_scaling_factor": 2.5, "rope_type": "yarn", "rotary_scaling_factor": 4.0,
+        "original_max_position_embeddings": 32, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "moe_router_topk": 4, "rotary_base": 5000,
+    },
+}  # fmt: skip
+for name in ("num_query_groups", "kv_channels"):
+    del FAMILIES["deepseek_v3"][name]
+
+
+def shim() -> None:
+    """Let Megatron-Core run on a machine without CUDA."""
+    import torch.cuda
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    class Tracker:
+        @contextmanager
+        def fork(self, *_: Any):
+            yield
+
+        def is_initialized(self) -> bool:
+            return True
+
+        def get_states(self) -> dict[str, Any]:
+            return {}
+
+    torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.synchronize = lambda *_: None
+    random._CUDA_RNG_STATE_TRACKER = Tracker()
+    random.initialize_rng_tracker = lambda *_, **__: None
+    moe_utils.te_general_gemm = None
+    for name in ("TELinear", "TEColumnParallelLinear"):  # None without Transformer Engine
+        setattr(multi_latent_attention, name, type(name, (), {}))
+
+
+def build(family: str, stages: int, experts: int) -> Any:
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+    chosen = FAMILIES[family]
+    kind = MLATransformerConfig if chosen.get("multi_latent_attention") else TransformerConfig
+    config = kind(
+        **chosen, gated_linear_unit=True, activation_func=F.silu, normalization="RMSNorm",
+        add_bias_linear=False, use_cpu_initialization=True, attention_dropout=0.0,
+        hidden_dropout=0.0, bias_activation_fusion=False, masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False, apply_rope_fusion=False, bias_dropout_fusion=False,
+        pipeline_model_parallel_size=stages, expert_model_parallel_size=experts,
+        pipeline_dtype=torch.float32, init_method_std=0.2,
+    )  # fmt: skip
+    spec = get_gpt_decoder_block_spec(config, False, normalization="RMSNorm")
+    if family == "olmoe":
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.module = whole_norm_attention()
+    if chosen.get("multi_latent_attention"):
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = plain_attention()
+    spec.layer_norm = spec.layer_specs[0].submodules.input_layernorm
+    model = GPTModel(
+        config, spec, PADDED, 64, position_embedding_type="rope", rotary_base=5000,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=family in ("llama", "olmoe"),
+    )  # fmt: skip
+    return model.eval()
+
+
+def whole_norm_attention() -> Any:
+    """OLMoE's norm of all heads at once, which Megatron-Core itself does not have."""
+    from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    class WholeNorm(SelfAttention):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            width = self.query_projection_size
+            self.q_layernorm = WrappedTorchNorm(self.config, width, self.config.layernorm_epsilon)
+            self.k_layernorm = WrappedTorchNorm(self.config, width, self.config.layernorm_epsilon)
+
+        def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
+            norms = self.q_layernorm, self.k_layernorm
+            self.q_layernorm = self.k_layernorm = None
+            q, k, v = super().get_query_key_value_tensors(*args, **kwargs)
+            self.q_layernorm, self.k_layernorm = norms
+            q, k = (norm(x.flatten(2)).view_as(x) for norm, x in zip(norms, (q, k), strict=True))
+            return q, k, v
+
+    return WholeNorm
+
+
+def plain_attention() -> Any:
+    """The local core attention takes no width of its own for keys, so not MLA's."""
+
+    class Plain(torch.nn.Module):
+        def __init__(self, *_: Any, softmax_scale: float, **__: Any) -> None:
+            super().__init__()
+            self.scale = softmax_scale
+
+        def forward(self, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))  # [s, b, h, d] -> [b, h, s, d]
+            scores = q @ k.transpose(2, 3) * self.scale
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+            out = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v
+            return out.permute(2, 0, 1, 3).flatten(2)
+
+    return Plain
+
+
+def fill(model: Any) -> None:
+    """Give every parameter the same random values under every layout, by its global key."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.utils import nested_values
+
+    for shard in nested_values(model.sharded_state_dict()):
+        if isinstance(shard, ShardedTensorFactory):
+            parts = [p for p in nested_values(shard.build())]
+            with torch.no_grad():
+                shard.data.copy_(torch.cat([_values(part) for part in parts]).view_as(shard.data))
+        elif isinstance(shard, ShardedTensor):
+            with torch.no_grad():
+                shard.data.copy_(_values(shard))
+
+
+def _values(shard: Any) -> torch.Tensor:
+    name = f"{shard.key}@{shard.global_offset}"
+    generator = torch.Generator().manual_seed(sum(ord(c) * i for i, c in enumerate(name)))
+    noise = torch.randn(shard.local_shape, generator=generator)
+    if "norm" in shard.key:
+        return 1 + 0.1 * noise
+    return noise * (0.05 if "expert_bias" in shard.key else 0.2)
+
+
+def arguments(model: Any) -> argparse.Namespace:
+    """What Megatron-LM's command line would have parsed for this model."""
+    found = {k: v for k, v in vars(model.config).items() if not callable(v)}
+    found |= {
+        "num_experts": found["num_moe_experts"], "norm_epsilon": found["layernorm_epsilon"],
+        "swiglu": True, "padded_vocab_size": PADDED, "vocab_size": VOCABULARY,
+        "untie_embeddings_and_output_weights": not model.share_embeddings_and_output_weights,
+        "group_query_attention": True, "position_embedding_type": "rope", "rotary_base": 5000,
+        "rotary_percent": 1.0, "max_position_embeddings": 64, "seq_length": 64,
+        "consumed_train_samples": 320, "iteration": 10, "use_rope_scaling": False,
+        "apply_layernorm_1p": False,
+    }  # fmt: skip
+    return argparse.Namespace(**found)
+
+
+def save(model: Any, out: Path, keys: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    directory = out / "iter_0000010"
+    directory.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    state = model.sharded_state_dict(metadata={"singleton_local_shards": keys == "single"})
+    common = {"args": arguments(model), "iteration": 10, "checkpoint_version": 3.0}
+    dist_checkpointing.save(state | common, str(directory))
+    if dist.get_rank() == 0:
+        (out / "latest_checkpointed_iteration.txt").write_text("10")
+
+
+def main() -> None:
+    out, stages, experts = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    shim()
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(1, stages, expert_model_parallel_size=experts)
+    for case in sys.argv[4:]:
+        family, _, keys = case.partition(":")
+        here = out / f"{family}-{keys}"
+        model = build(family, stages, experts)
+        fill(model)
+        save(model, here, keys)
+        if stages == 1:
+            positions = torch.arange(LENGTH).expand(3, LENGTH)
+            mask = torch.ones(LENGTH, LENGTH).triu(1).bool()[None, None]
+            with torch.no_grad():
+                logits = model(TOKENS, positions, mask)
+            if dist.get_rank() == 0:
+                torch.save(logits, here / "logits.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

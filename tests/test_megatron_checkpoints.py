@@ -1,0 +1,484 @@
+"""Megatron's checkpoints, saved by Megatron-Core itself, read without it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from sinktrack import ArchiveError, Probe, measure, scan
+from sinktrack.archive import dcp, pickles
+from sinktrack.archive.discover import discover
+from sinktrack.archive.files import Files
+from sinktrack.archive.huggingface import load
+from sinktrack.archive.source import Checkpoint
+from sinktrack.archive.source import open as open_source
+
+pytest.importorskip("megatron.core")
+
+SCRIPTS = Path(__file__).parent / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+from save_megatron import BLOCKS, FAMILIES, PADDED, TOKENS, VOCABULARY  # noqa: E402
+
+SPLIT = ("qwen3_moe", "deepseek_v3")
+TYPES = {name: name for name in FAMILIES} | {"qwen3_moe_mixed": "qwen3_moe"}
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``one/``: saved by one process; ``experts/`` and ``stages/``: by two, split in two ways."""
+    out = tmp_path_factory.mktemp("megatron")
+    singles = [f"{family}:single" for family in SPLIT]
+    stacked = [f"{family}:stacked" for family in FAMILIES]
+    runs = (
+        ("one", 1, 1, *stacked, *singles),
+        ("experts", 1, 2, *(f"{family}:stacked" for family in SPLIT)),
+        ("stages", 2, 1, *(f"{family}:stacked" for family in SPLIT)),
+    )
+    started = []
+    for name, stages, experts, *cases in runs:
+        command = [
+            sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(stages * experts), str(SCRIPTS / "save_megatron.py"),
+            str(out / name), str(stages), str(experts), *cases,
+        ]  # fmt: skip
+        started.append(
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        )
+    for process in started:
+        text, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, text[-4000:]
+    return out
+
+
+def only(archive: Path, **options: Any) -> Checkpoint:
+    (checkpoint,) = discover(archive, **options)
+    return checkpoint
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_megatron(family: str, saved: Path) -> None:
+    archive = saved / "one" / f"{family}-stacked"
+    checkpoint = only(archive)
+    assert (checkpoint.step, checkpoint.tokens) == (10, 320 * 64)
+    model = load(checkpoint)
+    assert model.config.model_type == TYPES[family]
+    assert model.config.vocab_size == VOCABULARY < PADDED
+    with torch.no_grad():
+        ours = model(TOKENS).logits
+    theirs = torch.load(archive / "logits.pt")[..., :VOCABULARY]
+    assert theirs.std() > 0.5
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", SPLIT)
+@pytest.mark.parametrize("layout", ["one/{}-single", "experts/{}-stacked", "stages/{}-stacked"])
+def test_every_layout_reads_the_same(family: str, layout: str, saved: Path) -> None:
+    ours = open_source(only(saved / layout.format(family)))
+    plain = open_source(only(saved / "one" / f"{family}-stacked"))
+    assert ours.config.to_dict() == plain.config.to_dict()
+    assert ours.names() == plain.names()
+    for name in plain.names():
+        one, other = ours.slice(name), plain.slice(name)
+        assert one.get_shape() == other.get_shape() == list(other[...].shape)
+        assert one.get_dtype() == other.get_dtype() == "F32"
+        assert torch.equal(one[...], other[...]), name
+
+
+@pytest.mark.parametrize("family", SPLIT)
+def test_parts_of_a_tensor(family: str, saved: Path) -> None:
+    source = open_source(only(saved / "one" / f"{family}-stacked"))
+    for name in source.names():
+        tensor, whole = source.slice(name), source.slice(name)[...]
+        rows = whole.shape[0]
+        for index in (slice(None), slice(3, rows - 1), slice(rows, rows), slice(0, rows, 2), 2, -1):
+            assert torch.equal(tensor[index], whole[index]), (name, index)
+        if whole.ndim == 2:
+            assert torch.equal(tensor[1:4, 2:5], whole[1:4, 2:5])
+
+
+def test_a_scan_equals_the_live_model(saved: Path, tmp_path: Path) -> None:
+    probe = Probe.random(VOCABULARY, sequences=4, length=12)
+    for family in SPLIT:
+        archive = saved / "stages" / f"{family}-stacked"
+        (record,) = scan(archive, probe=probe, run=tmp_path / family)
+        live = measure(load(only(archive)), probe)
+        assert record["weights"] == live.weights
+        torch.testing.assert_close(
+            torch.tensor(record["p0_attention"]), live.p0_attention.float(), atol=1e-6, rtol=0
+        )
+
+
+def test_the_command_needs_no_megatron(saved: Path, tmp_path: Path) -> None:
+    archive = saved / "experts" / "qwen3_moe-stacked"
+    code = (
+        "import sys; sys.modules['megatron'] = None\n"
+        "import torch.distributed as dist\n"
+        "from sinktrack.cli import main\n"
+        f"sys.argv = ['sinktrack', 'scan', {str(archive)!r}, '--run', {str(tmp_path / 'run')!r}]\n"
+        "try: main()\n"
+        "finally: assert not dist.is_initialized()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "1 measured" in done.stderr and "seeded random tokens" in done.stderr
+    record = json.loads((tmp_path / "run" / "records.jsonl").read_text())
+    assert (record["step"], record["tokens"], record["source"]) == (10, 20480, "iter_0000010")
+    assert record["model"]["type"] == "qwen3_moe" and record["model"]["blocks"] == BLOCKS
+
+
+# What is in the way
+
+
+@pytest.fixture
+def archive(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved / "one" / "qwen3_moe-stacked", tmp_path / "archive"))
+
+
+def arguments(archive: Path) -> argparse.Namespace:
+    file = archive / "iter_0000010" / "common.pt"
+    return torch.load(file, weights_only=False)["args"]
+
+
+def rewrite(archive: Path, **changes: Any) -> None:
+    file = archive / "iter_0000010" / "common.pt"
+    torch.save({"args": argparse.Namespace(**vars(arguments(archive)) | changes)}, file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"add_bias_linear": True}, "add_bias_linear=True"),
+        ({"normalization": "LayerNorm"}, "normalization='LayerNorm'"),
+        ({"position_embedding_type": "learned_absolute"}, "position_embedding_type="),
+        ({"apply_layernorm_1p": True}, "apply_layernorm_1p=True"),
+        ({"rotary_percent": 0.5}, "rotary_percent=0.5"),
+        ({"window_size": (127, 0)}, "window_size="),
+        ({"softmax_type": "learnable"}, "softmax_type='learnable'"),
+        ({"swiglu": False}, "not SwiGLU"),
+        ({"moe_expert_capacity_factor": 1.5}, "moe_expert_capacity_factor=1.5"),
+        ({"moe_router_score_function": "sigmoid"}, "moe_router_score_function"),
+        ({"moe_shared_expert_intermediate_size": 16}, "moe_shared_expert_intermediate_size"),
+        ({"qk_layernorm": False}, "holds decoder.layers.self_attention.k_layernorm.weight"),
+        ({"num_layers": 5}, "the configuration has 5 blocks"),
+        ({"num_experts": 9, "num_moe_experts": 9}, "the configuration says 9 rows"),
+        ({"num_query_groups": 4}, "the configuration says 192 rows"),
+        ({"moe_ffn_hidden_size": 12}, "the configuration says 24 rows"),
+        ({"moe_layer_freq": [0, 1, 1, 1]}, "block 0 has no mlp.linear_fc1"),
+        ({"hidden_size": None}, "hidden_size=None; give .* --hf-config"),
+    ],
+)
+def test_another_architecture_is_refused(
+    changes: dict[str, Any], message: str, archive: Path
+) -> None:
+    rewrite(archive, **changes)
+    with pytest.raises(ArchiveError, match=message):
+        open_source(only(archive))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"moe_router_pre_softmax": True}, {"norm_topk_prob": False}),
+        ({"rotary_base": 70000}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}),
+        ({"vocab_size": None}, {"vocab_size": PADDED}),
+        ({"norm_epsilon": 1e-5}, {"rms_norm_eps": 1e-5}),
+    ],
+)
+def test_arguments_reach_the_configuration(
+    changes: dict[str, Any], expected: dict[str, Any], archive: Path
+) -> None:
+    rewrite(archive, **changes)
+    config = open_source(only(archive)).config
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_rope_scaling_of_llama_3(saved: Path, tmp_path: Path) -> None:
+    archive = Path(shutil.copytree(saved / "one" / "llama-stacked", tmp_path / "archive"))
+    rewrite(archive, use_rope_scaling=True, rope_scaling_factor=32.0)
+    found = open_source(only(archive)).config.rope_parameters
+    assert found == {
+        "rope_type": "llama3", "rope_theta": 5000.0, "factor": 32.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+
+
+def test_megatron_bridge(archive: Path, saved: Path) -> None:
+    """Its configuration is of other names, and tokens are counted in a file of their own."""
+    here = archive / "iter_0000010"
+    model = {
+        name: value
+        for name, value in vars(arguments(archive)).items()
+        if isinstance(value, int | float | str | list | None)
+        and name not in ("num_experts", "norm_epsilon", "swiglu", "padded_vocab_size")
+        and not name.startswith(("untie", "group_query", "consumed"))
+    }
+    model |= {
+        "_target_": "megatron.bridge.models.qwen.qwen_provider.Qwen3MoEModelProvider",
+        "share_embeddings_and_output_weights": False,
+        "activation_func": {"_call_": False, "_target_": "torch.nn.functional.silu"},
+        "params_dtype": {"_call_": False, "_target_": "torch.bfloat16"},
+    }
+    (here / "run_config.yaml").write_text(yaml.safe_dump({"model": model, "train": {}}))
+    torch.save({"iteration": 10}, here / "common.pt")
+    state = {
+        "step": torch.tensor(10),
+        "consumed_train_samples": torch.tensor(77, dtype=torch.int32),
+    }
+    torch.save(state, here / "train_state.pt")
+    checkpoint = only(archive)
+    assert checkpoint.tokens == 77 * 64
+    ours = open_source(checkpoint)
+    theirs = open_source(only(saved / "one" / "qwen3_moe-stacked"))
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert ours.names() == theirs.names()
+
+
+def test_a_configuration_given_by_hand(archive: Path, tmp_path: Path) -> None:
+    config = open_source(only(archive)).config
+    config.save_pretrained(tmp_path / "hf")
+    assert open_source(only(archive, hf_config=tmp_path / "hf")).config.vocab_size == VOCABULARY
+
+    config.rope_parameters["rope_theta"] = 10000.0
+    config.save_pretrained(tmp_path / "other")
+    with pytest.raises(ArchiveError, match="rope_theta is 10000.0 there, .* say 5000.0"):
+        open_source(only(archive, hf_config=tmp_path / "other"))
+
+    torch.save({"iteration": 10}, archive / "iter_0000010" / "common.pt")
+    with pytest.raises(ArchiveError, match="no arguments; give .* --hf-config"):
+        open_source(only(archive))
+    source = open_source(only(archive, hf_config=tmp_path / "hf"))
+    assert source.slice("model.norm.weight")[...].shape == (32,)
+
+
+def test_other_formats_are_refused(archive: Path) -> None:
+    here = archive / "iter_0000010"
+    (here / "metadata.json").rename(archive / "kept")
+    with pytest.raises(ArchiveError, match="fsdp_dtensor.* --ckpt-format torch_dist"):
+        open_source(only(archive))
+    (here / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    (here / ".metadata").unlink()
+    with pytest.raises(ArchiveError, match="'zarr', .* --ckpt-format torch_dist"):
+        open_source(only(archive))
+    shutil.rmtree(here)
+    (here / "mp_rank_00").mkdir(parents=True)
+    (here / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"")
+    with pytest.raises(ArchiveError, match="legacy.* --ckpt-format torch_dist"):
+        open_source(only(archive))
+
+
+def test_what_is_still_being_written_is_left(archive: Path) -> None:
+    shutil.copytree(archive / "iter_0000010", archive / "iter_0000020")
+    (archive / "iter_0000020" / "metadata.json").unlink()
+    (archive / "iter_0000020" / ".metadata").unlink()
+    assert [checkpoint.step for checkpoint in discover(archive)] == [10]
+
+
+# Untrusted input
+
+
+class Evil:
+    def __init__(self, path: Path, call: Any = os.system) -> None:
+        self.path, self.call = path, call
+
+    def __reduce__(self) -> Any:
+        return self.call, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "train_state.pt", "__0_0.distcp"])
+def test_nothing_is_executed(name: str, archive: Path, tmp_path: Path) -> None:
+    here, trace = archive / "iter_0000010", tmp_path / "trace"
+    evil = Evil(trace)
+    if name == ".metadata":
+        (here / name).write_bytes(pickle.dumps(evil))
+    elif name == "__0_0.distcp":  # every chunk of the file becomes such a pickle
+        stored = dcp.read_metadata((here / ".metadata").read_bytes(), "")
+        torch.save(evil, tmp_path / "evil")
+        bad = (tmp_path / "evil").read_bytes()
+        data = bytearray((here / name).read_bytes())
+        for tensor in stored.values():
+            for chunk in tensor.chunks:
+                if chunk.file == name and chunk.length >= len(bad):
+                    end = chunk.start + chunk.length
+                    data[chunk.start : end] = b"\0" * (chunk.length - len(bad)) + bad
+        (here / name).write_bytes(data)
+    else:
+        torch.save({"args": evil, "consumed_train_samples": evil}, here / name)
+    with pytest.raises(ArchiveError, match="system" if name != "train_state.pt" else None) as error:
+        source = open_source(only(archive))
+        for tensor in source.names():
+            source.slice(tensor)[...]
+        assert only(archive).tokens is None
+        raise ArchiveError("never read")
+    assert not trace.exists()
+    assert name == "train_state.pt" or "was not imported" in str(error.value)
+
+
+def test_pickles_that_exhaust_memory_or_stack() -> None:
+    deep = b"\x80\x04)" + b"\x85" * 300_000 + b"."
+    as_key = b"\x80\x04}" + b")" + b"\x85" * 300_000 + b"K\x01s."
+    for data in (
+        b"\x80\x04Nr\xff\xff\xff\x7f.",  # a memo of 2^31 entries
+        b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\x00\x00.",  # a bytearray of 2^48 bytes
+        b"\x80\x04\x8d\xff\xff\xff\xff\xff\xff\x00\x00.",  # a string of 2^48 bytes
+        as_key,
+    ):
+        try:
+            assert pickles.load(data, {}, "file") is None
+        except ArchiveError as error:
+            assert str(error).startswith("file is damaged")
+    assert pickles.load(deep, {}, "file") is not None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"cbuiltins\neval\n.",
+        b"cbuiltins\ngetattr\n.",
+        b"\x80\x04\x8c\x08torch.hub\x94\x8c\x04load\x94\x93.",
+        b"ctorch\nload\n.",
+        b"(S'ls'\nios\nsystem\n.",
+        b"\x80\x04cnumpy\nload\n.",
+    ],
+)
+def test_names_that_are_not_admitted(data: bytes) -> None:
+    with pytest.raises(ArchiveError, match="imports|damaged"):
+        pickles.load(data, pickles.dtypes(), "file")
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damaged_metadata(saved: Path, data: st.DataObject) -> None:
+    good = (saved / "one" / "mixtral-stacked" / "iter_0000010" / ".metadata").read_bytes()
+    bad = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 6))):
+        bad[data.draw(st.integers(0, len(bad) - 1))] = data.draw(st.integers(0, 255))
+    bad = bad[: data.draw(st.integers(0, len(bad)))] if data.draw(st.booleans()) else bad
+    try:
+        found = dcp.read_metadata(bytes(bad), "file")
+    except ArchiveError:
+        return
+    for tensor in found.values():
+        assert all("/" not in chunk.file for chunk in tensor.chunks)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_damaged_chunks(saved: Path, data: st.DataObject) -> None:
+    """What is read from a damaged file is an error, or a tensor of the right shape."""
+    here = saved / "one" / "mixtral-stacked" / "iter_0000010"
+    stored = dcp.read_metadata((here / ".metadata").read_bytes(), "")
+    tensor = stored[data.draw(st.sampled_from(sorted(stored)))]
+
+    def fetch(file: str, start: int, length: int) -> bytes:
+        with (here / file).open("rb") as opened:
+            opened.seek(start)
+            got = bytearray(opened.read(length))
+        for _ in range(data.draw(st.integers(0, 3))):
+            got[data.draw(st.integers(0, len(got) - 1))] = data.draw(st.integers(0, 255))
+        return bytes(got)
+
+    try:
+        found = dcp.read(tensor, fetch, (0,) if len(tensor.shape) > 2 else ())
+    except ArchiveError:
+        return
+    assert tuple(found.shape) == tensor.shape[1 if len(tensor.shape) > 2 else 0 :]
+
+
+# torch.distributed.checkpoint as torch itself writes it
+
+
+def test_only_the_rows_that_are_asked_for_are_read(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as torch_dcp
+
+    weights = {name: torch.randn(4, 4096, 64).to(kind) for name, kind in
+               (("float", torch.float32), ("bf16", torch.bfloat16))}  # fmt: skip
+    torch_dcp.save(weights, checkpoint_id=tmp_path, no_dist=True)
+    stored = dcp.read_metadata((tmp_path / ".metadata").read_bytes(), ".metadata")
+    files = Files(tmp_path)
+
+    def fetch(file: str, start: int, length: int) -> memoryview:
+        return files.read(file, start, start + length)
+
+    for name, weight in weights.items():
+        before = files.bytes_read
+        rows = dcp.read(stored[name], fetch, (2,), [(100, 200), (4000, 4096)])
+        wanted = torch.cat([weight[2, 100:200], weight[2, 4000:]])
+        assert torch.equal(rows, wanted)
+        assert files.bytes_read - before < wanted.nbytes + 5 * 4096
+        assert torch.equal(dcp.read(stored[name], fetch), weight)
+
+
+def test_a_chunk_that_is_missing_or_lies(archive: Path) -> None:
+    file = archive / "iter_0000010" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    name = "decoder.layers.self_attention.linear_qkv.weight"
+    part = metadata.state_dict_metadata[name]
+
+    def broken(change: Any) -> str:
+        copy = pickle.loads(pickle.dumps(metadata))
+        change(copy)
+        file.write_bytes(pickle.dumps(copy))
+        with pytest.raises(ArchiveError) as error:
+            open_source(only(archive)).slice("model.layers.1.self_attn.q_proj.weight")[...]
+        return str(error.value)
+
+    index = next(i for i in metadata.storage_data if i.fqn == name and i.offset[0] == 1)
+    assert "not whole" in broken(lambda m: m.state_dict_metadata[name].chunks.pop(1))
+    assert "KeyError" in broken(lambda m: m.storage_data.pop(index))
+    for field, value, message in (
+        ("relative_path", "../../secret", "no file of the checkpoint"),
+        ("length", 16, "fewer bytes than its values"),
+        ("length", 2**40, "truncated"),
+        ("offset", 2**40, "truncated"),
+        ("offset", 0, "damaged|holds"),
+        ("transform_descriptors", ["zstd"], "compressed"),
+    ):
+        import re
+
+        said = broken(lambda m, f=field, v=value: setattr(m.storage_data[index], f, v))
+        assert re.search(message, said), said
+    assert part.size[0] == BLOCKS
+
+
+def test_links_out_of_the_archive_are_not_followed(archive: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    file = archive / "iter_0000010" / "__0_0.distcp"
+    file.rename(secret)
+    file.symlink_to(secret)
+    with pytest.raises(ArchiveError, match="leads out of"):
+        load(only(archive))
+
+
+def test_hugging_face_directories_take_a_configuration_too(tmp_path: Path) -> None:
+    import models
+
+    model = models.llama()
+    model.save_pretrained(tmp_path / "hf")
+    (tmp_path / "weights").mkdir()
+    save_file(
+        {k: v.clone() for k, v in model.state_dict().items()},
+        tmp_path / "weights" / "model.safetensors",
+        {"format": "pt"},
+    )
+    source = open_source(only(tmp_path / "weights", hf_config=tmp_path / "hf"))
+    assert source.config.model_type == "llama"
