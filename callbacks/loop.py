@@ -19,8 +19,11 @@ from sinktrack.probe import Probe
 from sinktrack.publish import wandb
 from sinktrack.record import Run, to_json, versions
 from sinktrack.signal import Stages, alarm
+from sinktrack.taps.megatron import is_megatron
 
 _log = logging.getLogger("sinktrack")
+Model = nn.Module | list[nn.Module]
+"""A model, or the chunks of one."""
 
 
 class SinkTracker:
@@ -70,7 +73,7 @@ class SinkTracker:
         power_of_two = step > 0 and step & (step - 1) == 0
         return step % self.every == 0 or (self.early and step < self.every and power_of_two)
 
-    def step(self, step: int, model: nn.Module, tokens: int | None = None) -> Measurement | None:
+    def step(self, step: int, model: Model, tokens: int | None = None) -> Measurement | None:
         """Probe if ``step`` is due. Call it on every process, after the optimizer's step.
 
         Args:
@@ -80,16 +83,14 @@ class SinkTracker:
         """
         return self.probe_now(step, model, tokens) if self.due(step) else None
 
-    def probe_now(
-        self, step: int, model: nn.Module, tokens: int | None = None
-    ) -> Measurement | None:
+    def probe_now(self, step: int, model: Model, tokens: int | None = None) -> Measurement | None:
         """Probe whatever the step; None on a process that does not write, or after a failure."""
         self.measured = step
-        together = _sharded(model)
-        if self._run is None and not together:
+        spread = is_megatron(model)
+        if self._run is None and not spread and not _sharded(model):
             return None
         try:
-            if together:
+            if not spread and _sharded(model):
                 _agree(self.probe)
             measurement = measure(model, self.probe, batch_size=self.probe_batch_size)
             tested = self._causal(step, model, measurement)
@@ -100,7 +101,7 @@ class SinkTracker:
             self._run.append(record)
             wandb.log(record, self.axes, self._run)
         except Exception as error:
-            self._failed("probe", step, error)
+            self._failed("probe", step, error, everywhere=spread)
             return None
         try:
             self._judge(record)
@@ -108,11 +109,15 @@ class SinkTracker:
             self._failed("signal", step, error)
         return measurement
 
-    def _causal(self, step: int, model: nn.Module, measurement: Measurement) -> dict[str, Any]:
+    def _causal(self, step: int, model: Model, measurement: Measurement) -> dict[str, Any]:
         """The record's causal tests, where they are due."""
         if self.causal_every is None or step % (self.every * self.causal_every):
             return {}
         try:
+            if isinstance(model, list) or is_megatron(model):
+                raise MeasurementError(
+                    "causal tests do not run on Megatron-Core models; run them on the checkpoints"
+                )
             found = examine(model, self.probe, measurement, batch_size=self.probe_batch_size)
         except Exception as error:
             self._failed("causal tests", step, error)
@@ -131,10 +136,12 @@ class SinkTracker:
             _log.warning("at step %d %s", record["step"], text)
             wandb.alert("sinktrack: the P0 sink fell back", f"{self._run.directory}: {text}")
 
-    def _failed(self, what: str, step: int, error: Exception) -> None:
+    def _failed(self, what: str, step: int, error: Exception, everywhere: bool = False) -> None:
         if self.on_error == "raise":
             raise error
         reason = f"{type(error).__name__}: {error}"
+        if everywhere and self._run is None:  # process 0 says the same
+            return
         if reason not in self._reported:
             self._reported.add(reason)
             _log.warning("the %s at step %d failed, training goes on: %s", what, step, reason)

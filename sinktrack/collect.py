@@ -117,11 +117,15 @@ class Collector(States):
         self.gates[block].append(gate[:, 1:].mean(1))
 
     def state(self, block: int, stream: Tensor) -> None:
-        """As in `States`; a new batch of sequences begins at block 0."""
+        """As in `States`."""
         super().state(block, stream)
+        self.begin(block, len(stream))
+
+    def begin(self, block: int, sequences: int) -> None:
+        """A batch of sequences enters a block."""
         self._order[block] = 0
         if block == 0:
-            self._sequences += len(stream)
+            self._sequences += sequences
 
     def write(self, block: int, write: Write) -> None:
         """Keep the P0 row of a write, and add up its parts over the sequences."""

@@ -27,14 +27,18 @@ if TYPE_CHECKING:  # transformers is slow to import
 
 
 @torch.no_grad()
-def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) -> Measurement:
+def measure(
+    model: nn.Module | list[nn.Module], probe: Probe, *, batch_size: int | None = None
+) -> Measurement:
     """Measure the P0 sink of a live model with one forward pass of the probe.
 
     The model is evaluated in its own dtype without dropout, autocast or gradients, and left as it
     was found: hooks, attention implementation, modes, gradients, random states, buffers.
 
     Args:
-        model: a transformers decoder, bare or wrapped (DDP, torch.compile, PEFT).
+        model: a transformers decoder, bare or wrapped (DDP, torch.compile, PEFT); or a
+            Megatron-Core model, bare, wrapped or as the list of chunks of ``get_model``: then every
+            process must call, and each gets the measurement.
         probe: the fixed batch.
         batch_size: sequences per forward pass; all at once by default.
 
@@ -43,10 +47,16 @@ def measure(model: nn.Module, probe: Probe, *, batch_size: int | None = None) ->
         MeasurementError: the model cannot be measured exactly, which names the block and the
             reason; or there is not enough memory, which names the number to lower.
     """
+    from sinktrack.taps.megatron import is_megatron
+
+    if is_megatron(model):
+        from sinktrack.parallel import measure_chunks
+
+        return measure_chunks(model, probe, batch_size)
     from sinktrack.taps.huggingface import watch
 
     started = time.perf_counter()
-    found = readable(model, probe)
+    found = readable(model, probe)  # type: ignore[arg-type]  # refuses a list by name
     device = found.model.get_input_embeddings().weight.device
     collected, singles = Collector(), States()
     first = probe.first_tokens()
@@ -110,7 +120,7 @@ def measure_streamed(
     size = batch_size or probe.sequences
     batches = probe.batches(size)
     digest = _Digest(streamed.model, first)
-    with _out_of_memory(size, probe), undisturbed(embedding):
+    with out_of_memory(size, probe), undisturbed(embedding):
         walks = [
             (observer, [Walk(found, streamed.base, tokens.to(device)) for tokens in of])
             for observer, of in (
@@ -150,7 +160,7 @@ def readable(model: nn.Module, probe: Probe) -> Decoder:
 @contextmanager
 def untouched(model: nn.Module, size: int, probe: Probe) -> Iterator[None]:
     """Forward passes inside leave no trace; ``size`` sequences of the probe go through at once."""
-    with _out_of_memory(size, probe), undisturbed(model), _resharded(model):
+    with out_of_memory(size, probe), undisturbed(model), _resharded(model):
         yield
 
 
@@ -197,7 +207,7 @@ def _whole(value: Tensor) -> Tensor:
 
 
 @contextmanager
-def _out_of_memory(size: int, probe: Probe) -> Iterator[None]:
+def out_of_memory(size: int, probe: Probe) -> Iterator[None]:
     """Say which number to lower; everything else is put back by then."""
     try:
         yield

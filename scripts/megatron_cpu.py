@@ -1,0 +1,84 @@
+"""Run Megatron-Core over gloo on a CPU, which it does not foresee: stand-ins for what wants CUDA.
+
+For tests and for `megatron_tiny_moe.py`; nothing of this is needed where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+warnings.filterwarnings("ignore", message=".*Transformer Engine.*")
+warnings.filterwarnings("ignore", message=".*Apex.*")
+
+
+class _OnCpu(TorchFunctionMode):
+    """Sends what is asked for on ``cuda`` to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and str(kwargs["device"]).startswith("cuda"):
+            kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        return func(*args, **kwargs)
+
+
+class _NoTracker:
+    """A tracker of CUDA's random states, of which there are none."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def add(self, name: str, seed: int) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "") -> Iterator[None]:
+        yield
+
+    def get_states(self) -> dict[str, Any]:
+        return {}
+
+    def set_states(self, states: dict[str, Any]) -> None:
+        pass
+
+
+def stand_in() -> None:
+    """Make Megatron-Core run in this process without CUDA. Call it before building a model."""
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    if isinstance(random._CUDA_RNG_STATE_TRACKER, _NoTracker):
+        return
+    _OnCpu().__enter__()
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *args: None
+    random._CUDA_RNG_STATE_TRACKER = _NoTracker()
+    random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    moe_utils.te_general_gemm = None
+    multi_latent_attention.TELinear = _NoTracker  # something that no module is an instance of
+
+
+def start(**sizes: int) -> None:
+    """Join the processes of torchrun, or be the only one, and lay out Megatron's groups.
+
+    Args:
+        sizes: of `parallel_state.initialize_model_parallel`, such as
+            ``tensor_model_parallel_size``.
+    """
+    from megatron.core import parallel_state
+
+    stand_in()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**sizes)

@@ -1,0 +1,279 @@
+"""Measure a Megatron-Core model on all the processes that hold it, which fail together or not."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sinktrack.collect import States
+from sinktrack.errors import MeasurementError, require
+from sinktrack.measure import out_of_memory
+from sinktrack.measurement import Measurement, assemble
+from sinktrack.probe import Probe
+from sinktrack.shards import Shard, merge, merge_states
+from sinktrack.undisturbed import undisturbed
+
+_Result = TypeVar("_Result")
+
+
+class Processes:
+    """The processes of a run, over gloo: what they exchange is small and on the CPU."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.group = dist.new_group(backend="gloo") if self.size > 1 else None
+        self._some: dict[tuple[int, ...], Any] = {}
+
+    def gather(self, value: Any) -> list[Any]:
+        """One value from each, on all."""
+        found: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def together(self, step: Callable[[], _Result]) -> _Result:
+        """Take a step on every process; where one fails, all do.
+
+        Raises:
+            MeasurementError: another process failed, which is named; or this one's own error.
+        """
+        result, failure = None, None
+        try:
+            result = step()
+        except Exception as error:
+            failure = error
+        reasons = self.gather(failure and f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                raise MeasurementError(f"process {rank} failed: {reason}")
+        return result  # type: ignore[return-value]
+
+    def to_first(self, value: Any, some: tuple[int, ...]) -> list[Any]:
+        """The values of some processes, process 0 among them, on process 0; none on others."""
+        if len(some) == 1:
+            return [value] if self.rank in some else []
+        if some not in self._some:
+            self._some[some] = dist.new_group(list(some), backend="gloo")
+        if self.rank not in some:
+            return []
+        found: list[Any] = [None] * len(some)
+        into = found if self.rank == 0 else None
+        dist.gather_object(value, into, dst=0, group=self._some[some])
+        return found if self.rank == 0 else []
+
+    def from_first(self, value: Any) -> Any:
+        """Process 0's value on all."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+
+_processes: tuple[Any, Processes] | None = None
+
+
+def processes() -> Processes:
+    """Those of the default process group; made once, on all at the same time."""
+    global _processes
+    if not dist.is_initialized():
+        raise MeasurementError(
+            "torch.distributed is not initialized; Megatron-Core models need it, and the groups of "
+            "parallel_state.initialize_model_parallel"
+        )
+    if _processes is None or _processes[0] is not dist.group.WORLD:
+        _processes = dist.group.WORLD, Processes()
+    return _processes[1]
+
+
+@torch.no_grad()
+def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurement:
+    """`sinktrack.measure` for a Megatron-Core model; every process must call it.
+
+    Raises:
+        ProbeError, MeasurementError: on every process, whichever found the reason.
+    """
+    require("megatron.core", "megatron")
+    from sinktrack.taps import megatron
+
+    started = time.perf_counter()
+    all_of = processes()
+
+    def prepare() -> megatron.Chunks:
+        found = megatron.chunks(model)
+        probe.check(_vocabulary(found), getattr(found.bare[0], "max_sequence_length", None))
+        return found
+
+    found = all_of.together(prepare)
+    layout = found.layout
+    replies = all_of.gather((probe.digest, layout.dense or layout.experts, dict(found.kinds)))
+    if len({digest for digest, _, _ in replies}) > 1:
+        raise MeasurementError("the processes hold different probes; give each the same one")
+    some = tuple(rank for rank, (_, reports, _) in enumerate(replies) if reports)
+    kinds: dict[int, str] = {}
+    for _, _, held in replies:
+        kinds |= held
+
+    size = batch_size or probe.sequences
+    batches = probe.batches(size)
+    first = list(probe.first_tokens()[:, None].split(max(size, 256)))
+    planned = _schedule(found, batches), _schedule(found, first)
+    collected, singles = (
+        Shard(layout, [length for _, length in plan], found.count) for plan in planned
+    )
+
+    def passes() -> None:
+        with out_of_memory(size, probe), _ready(found):
+            with megatron.watch(found, collected):
+                _forward(found, planned[0])
+            with megatron.watch(found, singles):
+                _forward(found, planned[1])
+
+    def experts() -> None:
+        with undisturbed(nn.ModuleList(found.bare)):
+            for (block, number), routing in collected.routed.items():
+                if layout.experts:
+                    writes = megatron.expert_writes(found.blocks[block].mlp, routing)
+                    collected.add_experts(block, number, writes)
+        collected.routed.clear()
+
+    def whole(shares: list[Any]) -> Measurement | None:
+        if not shares:
+            return None
+        tokens = States()
+        merge_states([single for _, single in shares], tokens)
+        return assemble(
+            merge([share for share, _ in shares]),
+            tokens,
+            torch.cat([batch[:, 0] for batch in batches]),
+            [kinds[block] for block in range(found.count)],
+            model={
+                "type": type(found.bare[0]).__name__,
+                "blocks": found.count,
+                "heads": found.config.num_attention_heads,
+                "experts": found.config.num_moe_experts,
+            },
+            probe=probe.digest,
+            weights=None,
+            seconds=time.perf_counter() - started,
+        )
+
+    all_of.together(passes)
+    _share_inputs(collected)
+    all_of.together(experts)
+    shares = all_of.to_first((collected, singles), some)
+    measured = all_of.together(lambda: whole(shares))
+    result: Measurement = all_of.from_first(measured)
+    return result
+
+
+def _share_inputs(shard: Shard) -> None:
+    """What enters the experts at P0, from the process that holds P0 to those that hold experts."""
+    from megatron.core import parallel_state as state
+
+    layout = shard.layout
+    if not shard.routed:
+        return
+    groups = []
+    if layout.sequence_parallel and layout.tp_size > 1:
+        groups.append(state.get_tensor_model_parallel_group())
+    if layout.cp_size > 1:
+        groups.append(state.get_context_parallel_group())
+    for group in groups:
+        tensors = [value for r in shard.routed.values() for value in (r.inputs, r.gates)]
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.broadcast(flat, group=group, group_src=0)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _scalers() -> list[Any]:
+    """Where a schedule leaves the factor of the auxiliary losses, for the backward pass."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+    return [MoEAuxLossAutoScaler, MTPLossAutoScaler]
+
+
+def _vocabulary(found: Any) -> int | None:
+    return getattr(found.bare[0], "vocab_size", None)
+
+
+@contextmanager
+def _ready(found: Any) -> Iterator[None]:
+    """Evaluation, with parameters gathered and without timers; everything is put back."""
+    gathering = [
+        wrapped
+        for wrapped in found.models
+        if getattr(wrapped, "remove_forward_pre_hook_handles", None)
+    ]
+    scalers = {scaler: scaler.main_loss_backward_scale for scaler in _scalers()}
+    own = {name: getattr(found.config, name) for name in ("timers", "param_sync_func")}
+    for wrapped in gathering:
+        wrapped.disable_forward_pre_hook()
+    try:
+        with undisturbed(nn.ModuleList(found.bare)):
+            for name in own:
+                setattr(found.config, name, None)
+            for chunk in found.bare:
+                chunk.post_process = chunk.mtp_process = False  # no logits, no further tokens
+                for module in chunk.modules():
+                    if hasattr(module, "apply_input_jitter"):
+                        module.apply_input_jitter = lambda input: input
+            yield
+    finally:
+        for name, value in own.items():
+            setattr(found.config, name, value)
+        for scaler, scale in scalers.items():
+            scaler.main_loss_backward_scale = scale
+        for wrapped in gathering:
+            wrapped.enable_forward_pre_hook()
+
+
+def _schedule(found: Any, batches: list[Tensor]) -> list[tuple[Tensor, int]]:
+    """Microbatches and the length that counts of each, 0 for one that only fills a schedule.
+
+    Interleaved pipelines want whole groups of microbatches.
+    """
+    multiple = found.config.microbatch_group_size_per_vp_stage if len(found.bare) > 1 else 1
+    planned = []
+    for _, group in itertools.groupby(batches, lambda tokens: tokens.shape):
+        alike = [(tokens, tokens.shape[1]) for tokens in group]
+        planned += alike + [(alike[0][0], 0)] * (-len(alike) % multiple)
+    return planned
+
+
+def _forward(found: Any, planned: list[tuple[Tensor, int]]) -> None:
+    """Run microbatches through the model's own schedule, those of one shape together."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    device = next(found.bare[0].parameters()).device
+    for shape, group in itertools.groupby((tokens for tokens, _ in planned), lambda x: x.shape):
+        padded = [found.layout.padded(tokens) for tokens in group]
+        length = padded[0].shape[1]
+        positions = found.layout.queries(length)
+        held = [tokens[:, positions].to(device) for tokens in padded]
+        ids = positions.to(device).expand(shape[0], -1)
+
+        def step(iterator: Iterator[Tensor], chunk: nn.Module, ids: Tensor = ids) -> Any:
+            return chunk(next(iterator), ids, None), lambda output, **_: None
+
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(held) for _ in found.bare],
+            model=list(found.bare),
+            num_microbatches=len(held),
+            seq_length=length,
+            micro_batch_size=shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )

@@ -1,0 +1,127 @@
+"""Megatron-Core over real gloo process groups: the same numbers under every layout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("megatron.core")
+
+ALONE = ["gpt", "llama", "qwen", "deepseek", "mla", "windows", "off-by-one", "learnable", "gate",
+         "capacity", "biases", "bf16"]  # fmt: skip
+TWO = ["deepseek:", "deepseek:ep2", "qwen:pp2", "deepseek:pp2 vp2", "llama:tp2", "gpt:tp2 sp",
+       "qwen:tp2 sp etp2", "deepseek:tp2 sp ep2", "deepseek:tp2 ep2", "gate:tp2", "learnable:tp2",
+       "mla:tp2 sp", "gpt:cp2", "deepseek:cp2 ep2", "gate:cp2", "mla:cp2"]  # fmt: skip
+FOUR = ["qwen:tp2 pp2", "qwen:pp2 ep2", "gpt:tp2 sp pp2 vp2", "deepseek:tp2 sp ep4",
+        "qwen:tp2 sp pp2 ep2", "deepseek:cp2 pp2 ep2", "qwen:cp2 tp2 sp etp2 ep2"]  # fmt: skip
+
+
+def launch(processes: int, script: str, *arguments: str) -> None:
+    """Run a script of this directory under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    path = str(Path(__file__).with_name(script))
+    done = subprocess.run(
+        [*command, f"--nproc-per-node={processes}", path, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def cases(tmp: pytest.TempPathFactory, processes: int, wanted: list[str]) -> dict[str, Any]:
+    out = tmp.mktemp("megatron") / "out.pt"
+    launch(processes, "megatron_models.py", str(out), *wanted)
+    found: dict[str, Any] = torch.load(out, weights_only=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return cases(tmp_path_factory, 1, [f"{name}:" for name in ALONE])
+
+
+@pytest.fixture(scope="module")
+def spread(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    two, four = (cases(tmp_path_factory, n, c) for n, c in ((2, TWO), (4, FOUR)))
+    return {f"2 {case}": found for case, found in two.items()} | {
+        f"4 {case}": found for case, found in four.items()
+    }
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_one_process_against_plain_computations(name: str, alone: dict[str, Any]) -> None:
+    assert not isinstance(alone[f"{name}:"], str), alone[f"{name}:"]
+    found, leaves, plain = alone[f"{name}:"]
+    half = name == "bf16"
+    sinks = found.sink_logit_mass
+    for block in range(4):
+        matrix = plain["matrices"][block].float()
+        p0 = matrix[:, :, 1:, 0].sum(-1) / found.visible_queries_by_sequence[:, block, None]
+        got = found.p0_attention_by_sequence[:, block]
+        torch.testing.assert_close(got, p0, atol=4e-3 if half else 1e-6, rtol=0)
+        if sinks is not None:
+            missing = (1 - matrix.sum(-1))[:, :, 1:].mean((0, 2))
+            torch.testing.assert_close(sinks[block], missing, atol=1e-5, rtol=0)
+    if name == "windows":
+        assert found.block_kinds == ("sliding", "full", "sliding", "full")
+        assert found.visible_queries == (5, 14, 5, 14)
+    assert (sinks is not None) == (name in ("off-by-one", "learnable"))
+    assert (found.attention_gate is not None) == (name == "gate")
+    states = plain["states"]
+    norms = np.linalg.norm(states, axis=-1)
+    np.testing.assert_allclose(found.p0_norm, norms[:, :, 0].mean(1), rtol=1e-5)
+    ratio = [row[:, 0].mean() / np.median(row[:, 1:]) for row in norms]
+    np.testing.assert_allclose(found.norm_ratio, ratio, rtol=1e-5)
+    scale = float(norms.max())
+    for kind, wanted in (("head", plain["heads"]), ("expert", plain["experts"])):
+        parts = {(block, index): part for (what, block, index), part in leaves.items()
+                 if what == kind}  # fmt: skip
+        assert parts.keys() == wanted.keys()
+        for key, part in parts.items():
+            tolerance = (1e-2 if half else 1e-6) * scale
+            torch.testing.assert_close(part, wanted[key].float(), atol=tolerance, rtol=0)
+    for block in range(4):
+        total = sum(part for (_, where, _), part in leaves.items() if where == block)
+        wanted = (states[block + 1] - states[block])[:, 0].mean(0).float()
+        torch.testing.assert_close(total, wanted, atol=(1e-2 if half else 1e-6) * scale, rtol=0)
+
+
+@pytest.mark.parametrize("case", [f"2 {c}" for c in TWO] + [f"4 {c}" for c in FOUR])
+def test_the_same_under_every_layout(
+    case: str, alone: dict[str, Any], spread: dict[str, Any]
+) -> None:
+    assert not isinstance(spread[case], str), spread[case]
+    found, leaves = spread[case]
+    whole, wanted, _ = alone[case[2:].split(":")[0] + ":"]
+    for name in (
+        "p0_attention_by_sequence",
+        "own_attention_by_sequence",
+        "visible_queries_by_sequence",
+        "sink_logit_mass",
+        "attention_gate",
+        "p0_norm",
+        "norm_ratio",
+        "direction_consistency",
+    ):
+        one, other = getattr(found, name), getattr(whole, name)
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-6, equal_nan=True)
+    for quantile, ratio in whole.first_token.norm_ratio.items():
+        got = found.first_token.norm_ratio[quantile]
+        torch.testing.assert_close(got, ratio, atol=1e-5, rtol=0)
+    assert leaves.keys() == wanted.keys()
+    for key, part in leaves.items():
+        torch.testing.assert_close(part, wanted[key], atol=1e-5, rtol=1e-5)
+    shares = zip(found.localization.shares, whole.localization.shares, strict=True)
+    for one, other in shares:
+        assert (one.kind, one.block) == (other.kind, other.block)
+        assert abs(one.share - other.share) < 1e-5
+    assert found.block_kinds == whole.block_kinds and found.model == whole.model
