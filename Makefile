@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check docs bench clean
 
 demo: $(VENV)/ready  ## train a tiny MoE, scan its checkpoints, draw demo/report.html
 	$(BIN)/sinktrack demo --out demo
@@ -16,6 +16,9 @@ check: $(VENV)-test/ready  ## what must hold before a change goes in: style, typ
 	$(VENV)-test/bin/mypy
 	$(MAKE) test
 
+docs: $(VENV)-test/ready  ## build docs/_build/html; fails on a broken link between pages
+	$(VENV)-test/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
 bench: $(VENV)-test/ready  ## time and memory of a probe
 	$(VENV)-test/bin/python scripts/bench_probe.py
 
@@ -28,8 +31,8 @@ $(VENV)/ready: pyproject.toml constraints.txt
 $(VENV)-test/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)-test
 	$(VENV)-test/bin/pip install -q -c constraints.txt torch==2.13.0
-	$(VENV)-test/bin/pip install -q -c constraints.txt -e '.[all,dev]'
+	$(VENV)-test/bin/pip install -q -c constraints.txt -e '.[all,docs,dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-test demo build
+	rm -rf $(VENV) $(VENV)-test demo build docs/_build
