@@ -170,7 +170,7 @@ def report(
         with server(opened, port) as serving:
             _err.print(f"http://127.0.0.1:{serving.server_port}/  (Ctrl-C ends it)", markup=False)
             serving.serve_forever()
-    write_report({name: run.records for name, run in opened.items()}, out)
+    write_report({name: run.written for name, run in opened.items()}, out)
     _err.print(f"wrote {out}", markup=False)
 
 

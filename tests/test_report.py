@@ -12,6 +12,7 @@ import pytest
 
 from sinktrack.errors import RecordError
 from sinktrack.report import write_report
+from sinktrack.signal import analyze
 from tests.synthetic import synthetic_records
 
 pytest.importorskip("plotly")
@@ -144,7 +145,7 @@ def test_missing_values_are_gaps(open_report: Open) -> None:
     assert lines.count() == 2, "the curve is broken at the gap"
     [heat] = drawn(page, "blocks")
     assert heat["z"][1] == [None] * len(records)
-    band, _ = drawn(page, "sink_rate")
+    band, *_ = drawn(page, "sink_rate")
     assert records[10]["step"] not in band["x"]
     assert band["x"].count(None) == 2
     page.get_by_label("tokens", exact=True).check()
@@ -243,7 +244,7 @@ def test_data_is_small_and_escaped(tmp_path: Path) -> None:
     data = page.split('type="application/json">')[1].split("</script>")[0]
     assert not set("<>&\u2028\u2029") & set(data)
     assert json.loads(data)["runs"][0]["records"][3]["step"] == 300
-    digits = [match.replace(".", "").lstrip("0") for match in re.findall(r"\d+\.\d+", data)]
+    digits = [match.replace(".", "").strip("0") for match in re.findall(r"\d+\.\d+", data)]
     assert max(map(len, digits)) <= 6
 
 
@@ -311,6 +312,43 @@ def test_the_slider_shows_heads_and_circuit(open_report: Open) -> None:
     )
 
 
+def test_stages_and_onset(open_report: Open) -> None:
+    records = synthetic_records(steps=range(0, 8000, 100))
+    found = analyze(records)
+    assert found.onset is not None and len(set(found.stages)) > 1
+    page = open_report(records)
+    strip = curve(page, "sink_rate", "stages")
+    stages = page.evaluate("STAGES")
+    assert [stages[code] for code in strip["z"][0]] == list(found.stages)
+    assert set(page.inner_text("#stages").split()) == set(found.stages)
+    shade, line = page.evaluate("document.getElementById('sink_rate').layout.shapes")
+    assert [shade["x0"], line["x0"], shade["x1"]] == [
+        found.onset.low, found.onset.value, found.onset.high,
+    ]  # fmt: skip
+    assert page.locator("#signal li").all_inner_texts() == found.lines()
+    page.get_by_label("tokens", exact=True).check()
+    assert found.onset_tokens is not None
+    _, line = page.evaluate("document.getElementById('sink_rate').layout.shapes")
+    assert line["x0"] == found.onset_tokens.value
+
+
+def test_what_is_not_claimed_yet_is_said(open_report: Open) -> None:
+    records = synthetic_records(steps=[0, 100])
+    page = open_report(records)
+    missing = page.inner_text("#missing")
+    assert all(line in missing for line in analyze(records).missing)
+
+
+def test_a_restart_from_an_older_checkpoint(open_report: Open) -> None:
+    """Records in the order of writing; of two of one step the last counts."""
+    records = synthetic_records(steps=range(0, 3000, 100))
+    again = synthetic_records(steps=range(2000, 3500, 100))
+    page = open_report([*records, *again])
+    found = curve(page, "sink_rate")
+    assert found["x"] == list(range(0, 3500, 100))
+    assert found["y"][20:] == pytest.approx([record["sink_rate"] for record in again], rel=1e-5)
+
+
 def test_loss_as_the_axis(open_report: Open) -> None:
     records = synthetic_records()
     page = open_report(records, losses={"run": {100: 4.0, 300: 3.0, 1900: 1.0}})
@@ -360,7 +398,9 @@ def test_figures_and_data_are_saved(open_report: Open, tmp_path: Path) -> None:
             button.press("Enter")
         return Path(download.value.path()).read_bytes()
 
-    assert saved(page.get_by_label("Save Sink rate over training as SVG")).startswith(b"<svg")
+    assert saved(page.get_by_label("Save Sink rate and stage over training as SVG")).startswith(
+        b"<svg"
+    )
     table = list(csv.DictReader(io.StringIO(saved(page.get_by_text("data as CSV")).decode())))
     assert len(table) == 40
     assert table[2]["run"] == 'a, "b"' and table[2]["sink_rate"] == ""

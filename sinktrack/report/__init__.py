@@ -22,7 +22,7 @@ def write_report(
     """Draw runs side by side.
 
     Args:
-        runs: records in step order, by the run's name.
+        runs: records in the order in which they were written, by the run's name.
         path: the file to write.
         losses: by the run's name, the training loss by step.
 
@@ -45,7 +45,7 @@ def page(
     """The page as text.
 
     Args:
-        runs: records in step order, by the run's name.
+        runs: records in the order in which they were written, by the run's name.
         losses: by the run's name, the training loss by step.
         live: ask the server that sent the page for new records.
 

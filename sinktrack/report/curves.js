@@ -14,6 +14,11 @@ const placed = (run) => {
   const records = run.records.filter((record) => record[field] !== null && (choice("scale") === "linear" || record[field] > 0));
   return { records, x: records.map((record) => record[field]), mode: records.length > 60 ? "lines" : "lines+markers" };
 };
+/** Sorted by x, as a heat map wants it. */
+const inOrder = ({ records, x }) => {
+  const order = range(x.length).sort((a, b) => x[a] - x[b]);
+  return { x: order.map((i) => x[i]), records: order.map((i) => records[i]) };
+};
 const xAxis = (extra = {}) => {
   const places = [...new Set(runs.flatMap((run) => placed(run).x))];
   return axis({
@@ -56,15 +61,47 @@ const drawLeftOut = () => {
   ].filter(Boolean).join(", ");
 };
 
+const STAGES = ["absent", "emerging", "migrating", "settled", "displaced", "lost"];
+/** A strip of stages for each run. */
+const stageStrips = () => runs.map((run, i) => {
+  const { x, records } = inOrder(placed(run));
+  return {
+    type: "heatmap", x, y: [i], z: [records.map((record) => STAGES.indexOf(record.stage))], text: [records.map((record) => record.stage)],
+    yaxis: "y2", zmin: -0.5, zmax: STAGES.length - 0.5, showscale: false, name: "stages", meta: i,
+    colorscale: STAGES.flatMap((stage, k) => [[k / STAGES.length, colour(stage)], [(k + 1) / STAGES.length, colour(stage)]]),
+    hovertemplate: `${at()}: %{text}<extra>${escaped(run.name)}</extra>`,
+  };
+});
+/** When the rate left its floor: a line, and a shade for its interval. */
+const onsets = () => runs.flatMap((run, i) => {
+  const onset = run.onset[choice("x")];
+  if (!onset || (choice("scale") === "log" && onset[1] <= 0)) return [];
+  const [value, low, high] = onset;
+  const tone = runColour(i);
+  return [
+    { type: "rect", x0: low, x1: high, y0: 0, y1: 1, yref: "y domain", fillcolor: tone, opacity: 0.13, line: { width: 0 }, layer: "below" },
+    { type: "line", x0: value, x1: value, y0: 0, y1: 1, yref: "y domain", line: { color: tone, width: 1, dash: "dot" }, layer: "below" },
+  ];
+});
+
 const drawSinkRate = () => {
-  const traces = runs.flatMap((run, i) => {
+  const curves = runs.flatMap((run, i) => {
     const on = placed(run);
     const hovertemplate = `${at()}: %{y:.1%}<extra>${escaped(run.name)}</extra>`;
     return [band(on, "sink_rate", runColour(i)), curve(on, escaped(run.name), (record) => record.sink_rate, runColour(i), { hovertemplate })];
   });
-  Plotly.react("sink_rate", traces, layout({
-    showlegend: runs.length > 1, xaxis: xAxis(), yaxis: axis({ range: [-0.02, 1.02], tickformat: ".0%" }),
+  const strip = Math.min(0.4, 0.05 * runs.length);
+  Plotly.react("sink_rate", [...curves, ...stageStrips()], layout({
+    showlegend: runs.length > 1, shapes: onsets(), xaxis: xAxis({ anchor: "y2" }),
+    yaxis: axis({ range: [-0.02, 1.02], tickformat: ".0%", domain: [strip + 0.04, 1] }),
+    yaxis2: axis({ domain: [0, strip], visible: false, range: [runs.length - 0.5, -0.5] }),
   }), config);
+  $("stages").replaceChildren();
+  const seen = new Set(runs.flatMap((run) => run.records.map((record) => record.stage)));
+  for (const stage of STAGES.filter((stage) => seen.has(stage))) {
+    element("i", "", $("stages"), "swatch").style.background = colour(stage);
+    $("stages").append(`${stage} `);
+  }
 };
 
 const drawLocalization = () => {
@@ -105,11 +142,7 @@ const drawBlocks = () => {
   const { title, says, form } = MEASURES[measure];
   const logarithmic = measure === "norm_ratio";
   const scaled = (value) => (logarithmic ? value && Math.log10(value) : value);
-  const ons = runs.map((run) => {
-    const on = placed(run);
-    const order = range(on.x.length).sort((a, b) => on.x[a] - on.x[b]);
-    return { x: order.map((i) => on.x[i]), records: order.map((i) => on.records[i]) };
-  });
+  const ons = runs.map((run) => inOrder(placed(run)));
   const values = ons.flatMap(({ records }) => records.flatMap((record) => record[measure])).filter((value) => value !== null).map(scaled);
   const low = logarithmic ? values.reduce((least, value) => Math.min(least, value), 0) : 0;
   const high = largest(values, logarithmic ? low + 1e-9 : epsilon);

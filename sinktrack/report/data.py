@@ -12,6 +12,7 @@ import numpy as np
 
 from sinktrack.circuit import EPSILON
 from sinktrack.errors import RecordError
+from sinktrack.signal import analyze
 
 BUDGET = 9_000_000
 """Bytes that all records together may take; the page's code takes 5 MB."""
@@ -34,7 +35,7 @@ def embedded(
     kept; the page says so.
 
     Args:
-        runs: records in step order, by the run's name.
+        runs: records in the order in which they were written, by the run's name.
         losses: by the run's name, the training loss by step.
         live: does the page ask its server for more?
 
@@ -56,10 +57,15 @@ def embedded(
     return _escaped({"epsilon": EPSILON, "live": live, "runs": drawn})
 
 
-def _run(name: str, records: Records, losses: Losses | None, stride: int) -> dict[str, Any]:
+def _run(name: str, written: Records, losses: Losses | None, stride: int) -> dict[str, Any]:
+    found = analyze(record for record in written if record["sink_rate"] is not None)
+    stages = dict(zip(found.steps, found.stages, strict=True))
+    by_step = {record["step"]: record for record in written}
+    records = [by_step[step] for step in sorted(by_step)]
     last = records[-1]
     kept = range((len(records) - 1) % stride, len(records), stride)
     loss = _loss_at([record["step"] for record in records], losses)
+    onset = {"step": found.onset, "tokens": found.onset_tokens}
     return {
         "name": name,
         "model": last["model"],
@@ -67,7 +73,14 @@ def _run(name: str, records: Records, losses: Losses | None, stride: int) -> dic
         "probe": last["probe"],
         "versions": last["versions"],
         "total": len(records),
-        "records": [_drawn(records[i]) | {"loss": _rounded(loss[i])} for i in kept],
+        "signal": found.lines(),
+        "missing": found.missing,
+        "onset": {axis: at and _rounded([at.value, at.low, at.high]) for axis, at in onset.items()},
+        "records": [
+            _drawn(records[i])
+            | {"loss": _rounded(loss[i]), "stage": stages.get(records[i]["step"])}
+            for i in kept
+        ],
     }
 
 

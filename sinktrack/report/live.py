@@ -108,7 +108,7 @@ class _Watched:
             return self._version, self._data
 
     def _found(self) -> dict[str, Records]:
-        return {name: run.records for name, run in self.runs.items() if len(run)}
+        return {name: run.written for name, run in self.runs.items() if len(run)}
 
 
 def _changed(run: Run) -> str:

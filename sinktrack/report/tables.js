@@ -48,6 +48,9 @@ const describe = () => {
   $("verdict").replaceChildren();
   element("b", finding, $("verdict"));
   $("verdict").append(" ", note);
+  $("signal").replaceChildren();
+  for (const line of run.signal) element("li", line, $("signal"));
+  $("missing").textContent = run.missing.length ? `Not claimed yet: ${run.missing.join("; ")}.` : "";
   $("verdict").parentElement.classList.toggle("warn", !last.formed);
   $("versions").textContent = Object.entries(run.versions).map((pair) => pair.join(" ")).join(", ") + ".";
   for (const place of document.querySelectorAll(".epsilon")) place.textContent = epsilon;
@@ -58,6 +61,7 @@ const COLUMNS = {
   step: (record) => count(record.step),
   tokens: (record) => count(record.tokens),
   loss: (record) => (record.loss === null ? "–" : record.loss.toPrecision(4)),
+  stage: (record) => record.stage,
   "sink rate": (record) => percent(record.sink_rate),
   "95 %": (record) => (record.intervals.sink_rate ? record.intervals.sink_rate.map(percent).join(" to ") : "–"),
   reference: (record) => (record.formed ? record.reference_block : "no sink"),
@@ -114,7 +118,7 @@ const save = (text, type, name) => {
 const quoted = (value) => (/[",\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : value);
 /** One row a record: headline numbers, their intervals, and a column per block where it applies. */
 const asCsv = () => {
-  const scalars = ["step", "tokens", "loss", "source", "sink_rate", "formed", "reference_block", "first_two_share", "first_two_gain", "depth", "peak_block", "seconds"];
+  const scalars = ["step", "tokens", "loss", "source", "stage", "sink_rate", "formed", "reference_block", "first_two_share", "first_two_gain", "depth", "peak_block", "seconds"];
   const bounds = Object.keys(shown().records[0].intervals);
   const widths = Object.keys(MEASURES).map((name) => [name, Math.max(...runs.map((run) => run.records[0][name].length))]);
   const head = ["run", ...scalars, ...bounds.flatMap((name) => [`${name}_low`, `${name}_high`]),
