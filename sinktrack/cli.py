@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from sinktrack.errors import SinktrackError
+from sinktrack.errors import ArchiveError, SinktrackError
 
 app = typer.Typer(
     add_completion=False,
@@ -49,7 +49,11 @@ def demo(
 @app.command()
 def scan(
     archives: Annotated[
-        list[Path], typer.Argument(metavar="ARCHIVE...", help="Directories of checkpoints.")
+        list[str],
+        typer.Argument(
+            metavar="ARCHIVE...",
+            help="Directories of checkpoints, or URLs of them: s3, gs, hf, https.",
+        ),
     ],
     run: Annotated[Path, typer.Option(help="The run directory that takes the records.")],
     probe: Annotated[
@@ -63,6 +67,25 @@ def scan(
         Path | None,
         typer.Option(help="A directory with the config.json of the model, for Megatron archives."),
     ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="Names of checkpoints below the archive, with a group (?P<step>\\d+) and maybe "
+            "(?P<tokens>\\d+[KMBT]?).",
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"] | None,
+        typer.Option(help="Worker processes here, or tasks of a Ray cluster."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="How many; by default what cores and memory allow.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Wait for new checkpoints until interrupted.")
+    ] = False,
+    poll: Annotated[float, typer.Option(min=0, help="Seconds between looks of --follow.")] = 30,
     as_json: AsJson = False,
 ) -> None:
     """Measure every checkpoint that the run does not hold yet."""
@@ -73,8 +96,10 @@ def scan(
     from sinktrack.scan import scan as scan_archive
 
     _quiet()
+    if follow and len(archives) > 1:
+        raise ArchiveError("--follow takes one archive; start a scan for each")
     found = [
-        checkpoint for archive in archives for checkpoint in discover(archive, None, hf_config)
+        checkpoint for archive in archives for checkpoint in discover(archive, pattern, hf_config)
     ]
     batch, note = choose_probe(found[0], Run.open(run), probe)
     if note:
@@ -96,8 +121,8 @@ def scan(
         disable=not sys.stderr.isatty(),
     )
     with progress:
-        todo = [len(pending(archive, opened, blocks, hf_config)) for archive in archives]
-        task = progress.add_task("scan", total=sum(todo))
+        todo = [len(pending(archive, opened, blocks, pattern, hf_config)) for archive in archives]
+        task = progress.add_task("scan", total=None if follow else sum(todo))
         measured = 0
 
         def notify(checkpoint: Checkpoint, outcome: dict[str, Any] | SinktrackError) -> None:
@@ -118,6 +143,10 @@ def scan(
                 device=device,
                 blocks=blocks,
                 hf_config=hf_config,
+                pattern=pattern,
+                engine=engine,
+                workers=workers,
+                follow=poll if follow else None,
                 notify=notify,
             ):
                 pass

@@ -8,8 +8,8 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -154,6 +154,38 @@ class Run:
             raise RecordError(
                 f"cannot append to {self._file}: {error.strerror}; earlier records are untouched"
             ) from error
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep other scanners off this run; a process that dies lets go.
+
+        Raises:
+            RecordError: another scanner has it, which is named.
+        """
+        path = self.directory / "scan.lock"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RecordError(f"cannot write {path}: {error.strerror}") from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                raise RecordError(
+                    f"{self.directory} is being scanned by {holder or 'another process'}; wait for "
+                    "it, or use another run directory"
+                ) from error
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            os.ftruncate(descriptor, 0)
+            os.pwrite(
+                descriptor,
+                f"process {os.getpid()} on {os.uname().nodename} since {now}\n".encode(),
+                0,
+            )
+            yield
+        finally:
+            os.close(descriptor)
 
     def to_pandas(self) -> Any:
         """A DataFrame, one row per record, indexed by step; a column per block where it applies.

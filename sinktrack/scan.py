@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from sinktrack import cluster, processes
 from sinktrack.archive.discover import discover
+from sinktrack.archive.follow import Watch
 from sinktrack.archive.source import Checkpoint
 from sinktrack.errors import ArchiveError, SinktrackError
 from sinktrack.measure import measure, measure_streamed
 from sinktrack.probe import Probe
+from sinktrack.processes import Outcome, Work, attempt
 from sinktrack.prose import passages
 from sinktrack.record import Run, to_json, versions
 
 _log = logging.getLogger("sinktrack")
+Engine = Literal["local", "ray"]
 Notify = Callable[[Checkpoint, dict[str, Any] | SinktrackError], None]
 
 
@@ -27,17 +33,26 @@ def scan(
     device: str = "cpu",
     blocks: int | None = None,
     hf_config: str | Path | None = None,
+    pattern: str | None = None,
+    engine: Engine | None = None,
+    workers: int | None = None,
+    follow: float | None = None,
     notify: Notify | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure every checkpoint of an archive that the run does not hold yet, in step order.
 
     Args:
-        archive: a directory of checkpoints, or one model directory.
+        archive: a directory of checkpoints or one checkpoint, local or a URL; see `discover`.
         probe: the fixed batch; the run's own by default.
         run: the run directory.
         device: where to compute.
         blocks: measure the first blocks only; see `Measurement.measured_blocks`.
         hf_config: see `discover`.
+        pattern: how checkpoints are named, where `discover` does not know.
+        engine: ``local``, worker processes of this machine; ``ray``, tasks of a Ray cluster; by
+            default this process does all the work, in step order.
+        workers: processes or tasks at a time; by default as many as cores and memory allow.
+        follow: wait for new checkpoints without end, looking every so many seconds.
         notify: called after each checkpoint with its record or its error; without it, failures
             are raised together at the end.
 
@@ -47,26 +62,26 @@ def scan(
     Raises:
         ArchiveError: no checkpoint found; or, after all others were measured, some failed, each
             named with its reason.
-        RecordError: the run directory cannot be written, or holds another probe.
+        RecordError: the run directory cannot be written, holds another probe, or is being scanned.
     """
     if not isinstance(run, Run):
         run = Run.open(run, probe)
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
+    work = partial(_measure, probe=run.probe, device=device, blocks=blocks)
     failed = []
-    for checkpoint in pending(archive, run, blocks, hf_config):
-        try:
-            record = _measure(checkpoint, run.probe, device, blocks)
-        except SinktrackError as error:
-            failed.append(f"{checkpoint.name}: {error}")
-            outcome: dict[str, Any] | SinktrackError = error
-        else:
-            run.append(record)
-            outcome = record
-        if notify is not None:
-            notify(checkpoint, outcome)
-        if isinstance(outcome, dict):
-            yield outcome
+    find = partial(discover, archive, pattern, hf_config)
+    with run.claimed():
+        rounds = _rounds(archive, run, blocks, follow, find)
+        for checkpoint, outcome in _outcomes(rounds, work, engine, workers, device):
+            if isinstance(outcome, dict):
+                run.append(outcome)
+            else:
+                failed.append(f"{checkpoint.name}: {outcome}")
+            if notify is not None:
+                notify(checkpoint, outcome)
+            if isinstance(outcome, dict):
+                yield outcome
     if failed and notify is None:
         raise ArchiveError(f"{len(failed)} checkpoints failed\n" + "\n".join(failed))
 
@@ -75,17 +90,57 @@ def pending(
     archive: str | Path,
     run: Run,
     blocks: int | None = None,
+    pattern: str | None = None,
     hf_config: str | Path | None = None,
 ) -> list[Checkpoint]:
     """The archive's checkpoints of which the run does not hold that many blocks, in step order."""
+    return _lacking(discover(archive, pattern, hf_config), run, blocks)
+
+
+def _lacking(checkpoints: list[Checkpoint], run: Run, blocks: int | None) -> list[Checkpoint]:
     done = {
         record["step"]
         for record in run.records
         if "measured_blocks" not in record
         or (blocks is not None and record["measured_blocks"] >= blocks)
     }
-    found = discover(archive, hf_config=hf_config)
-    return [checkpoint for checkpoint in found if checkpoint.step not in done]
+    return [checkpoint for checkpoint in checkpoints if checkpoint.step not in done]
+
+
+def _rounds(
+    archive: str | Path,
+    run: Run,
+    blocks: int | None,
+    follow: float | None,
+    find: Callable[[], list[Checkpoint]],
+) -> Iterator[list[Checkpoint]]:
+    """What there is to measure now or, if followed, as it comes."""
+    if follow is None:
+        yield _lacking(find(), run, blocks)
+        return
+    watch = Watch(archive, find)
+    while True:
+        if found := _lacking(watch.look(), run, blocks):
+            yield found
+        time.sleep(follow)
+
+
+def _outcomes(
+    rounds: Iterator[list[Checkpoint]],
+    work: Work,
+    engine: Engine | None,
+    workers: int | None,
+    device: str,
+) -> Iterator[tuple[Checkpoint, Outcome]]:
+    for checkpoints in rounds:
+        if engine == "ray":
+            gpus = int(device.startswith("cuda"))
+            yield from cluster.spread(work, checkpoints, workers, gpus)
+        elif engine == "local" or workers is not None:
+            yield from processes.spread(work, checkpoints, workers)
+        else:
+            for checkpoint in checkpoints:
+                yield checkpoint, attempt(work, checkpoint)
 
 
 def _measure(

@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -22,6 +23,7 @@ from sinktrack.errors import ArchiveError, SinktrackError, require
 _LARGEST_JSON = 64 * 2**20
 _MOST_JSON_VALUES = 4_000_000
 _MOST_REMOTE_ENTRIES = 1_000_000
+_MOST_STAMPS = 10_000
 _AHEAD = 64 * 2**10
 """Bytes that a remote read takes at least, so that neighbouring small reads cost one request."""
 _KEPT = 8
@@ -99,7 +101,9 @@ class Files:
             ArchiveError: it is not a directory, or cannot be read.
         """
         if not self.local:
-            yield from self._remote_entries()
+            for info in self._listed():
+                name = str(info["name"]).rstrip("/").rsplit("/", 1)[-1]
+                yield Entry(name, info.get("type") == "directory")
             return
         try:
             with os.scandir(self.location) as found:
@@ -139,18 +143,24 @@ class Files:
             raise ArchiveError(f"{self.path(name)} is not a file of known size")
         return size
 
-    def stamp(self, name: str) -> tuple[Any, ...]:
-        """Changes when the file does: its size, and when or as what it was written.
+    def stamps(self) -> dict[str, tuple[Any, ...]]:
+        """Of each file here, what changes when it does: size, and when or as what it was written.
 
         Raises:
-            ArchiveError: as :meth:`size`.
+            ArchiveError: it is not a directory, cannot be read, or holds too much.
         """
         if self.local:
-            with self._opened(name) as descriptor:
-                status = os.fstat(descriptor.number)
-                return status.st_size, status.st_mtime_ns, status.st_ino
-        info = self._retried(name, lambda: _filesystem(self.location).info(self.path(name)))
-        return tuple(str(info.get(key)) for key in ("size", "e_tag", "ETag", "blob_id", "mtime"))
+            found: dict[str, tuple[Any, ...]] = {}
+            for entry in self.entries():
+                if not entry.directory and len(found) < _MOST_STAMPS:
+                    with suppress(OSError):  # deleted meanwhile
+                        status = os.stat(self.path(entry.name))
+                        found[entry.name] = (status.st_size, status.st_mtime_ns, status.st_ino)
+            return found
+        return {
+            str(info["name"]): tuple(str(info.get(key)) for key in ("size", "e_tag", "blob_id"))
+            for info in self._listed()
+        }
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Exactly the bytes ``start`` to ``stop`` of a file, in memory of their own.
@@ -210,7 +220,7 @@ class Files:
         try:
             number = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise _Missing(path) from error
+            raise _missing(path) from error
         except OSError as error:
             raise ArchiveError(f"cannot read {path}: {error.strerror}") from error
         descriptor = _Descriptor(number)
@@ -274,14 +284,14 @@ class Files:
         self._meter.add(len(data))
         return data
 
-    def _remote_entries(self) -> Iterator[Entry]:
+    def _listed(self) -> list[dict[str, Any]]:
         system = _filesystem(self.location)
-        found = self._retried("", lambda: system.ls(self.location, detail=True))
+        found: list[dict[str, Any]] = self._retried(
+            "", lambda: system.ls(self.location, detail=True)
+        )
         if len(found) > _MOST_REMOTE_ENTRIES:
             raise ArchiveError(f"{self.location} holds {len(found)} entries; name a part of it")
-        for info in found:
-            name = str(info["name"]).rstrip("/").rsplit("/", 1)[-1]
-            yield Entry(name, info.get("type") == "directory")
+        return found
 
     def _retried(self, name: str, call: Callable[[], T]) -> T:
         """What a remote call answers; tried again where the network may be at fault."""
@@ -292,7 +302,7 @@ class Files:
             except SinktrackError:
                 raise
             except (FileNotFoundError, NotADirectoryError) as error:
-                raise _Missing(path) from error
+                raise _missing(path) from error
             except (PermissionError, ValueError, NotImplementedError) as error:
                 raise ArchiveError(f"cannot read {path}: {error}") from error
             except (Exception, asyncio.CancelledError) as error:  # each store has its own
@@ -322,8 +332,9 @@ def parse_json(data: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None
 class _Missing(ArchiveError):
     """There is no such file."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(f"{path} is missing; is the checkpoint still being written?")
+
+def _missing(path: str) -> _Missing:
+    return _Missing(f"{path} is missing; is the checkpoint still being written?")
 
 
 class _Meter:

@@ -1,0 +1,85 @@
+"""Following a run in progress: nothing is taken before it is whole and at rest."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+
+import models
+import pytest
+
+from sinktrack import Probe, Run, scan
+from sinktrack.archive.discover import discover
+from sinktrack.archive.follow import Watch
+
+PROBE = Probe.random(models.VOCABULARY, sequences=4, length=12)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "sharded"
+    models.mixtral().save_pretrained(path, max_shard_size="40KB")
+    return path
+
+
+def watch_over(archive: Path) -> Watch:
+    return Watch(archive, partial(discover, archive))
+
+
+def names(watch: Watch) -> list[str]:
+    return [checkpoint.name for checkpoint in watch.look()]
+
+
+def test_a_checkpoint_being_written_is_left_until_it_is_whole(saved: Path, tmp_path: Path) -> None:
+    watch = watch_over(tmp_path)
+    assert names(watch) == []
+    target = tmp_path / "checkpoint-5"
+    target.mkdir()
+    files = sorted(saved.iterdir(), key=lambda file: (file.name.endswith("index.json"), file.name))
+    assert files[-1].name == "model.safetensors.index.json" and len(files) > 4
+    for file in files:  # index last, as transformers writes it; each file in two halves
+        data = file.read_bytes()
+        for part in (data[: len(data) // 2], data):
+            (target / file.name).write_bytes(part)
+            assert names(watch) == [], (file.name, len(part))
+            if file is not files[-1] or part is not data:
+                assert names(watch) == [], (file.name, len(part))
+    assert names(watch) == ["checkpoint-5"]
+    assert names(watch) == []
+
+
+def test_an_index_that_comes_first_waits_for_its_shards(saved: Path, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(saved, tmp_path / "checkpoint-5"))
+    shard = next(target.glob("*.safetensors"))
+    shard.rename(tmp_path / "later")
+    watch = watch_over(tmp_path)
+    assert [names(watch) for _ in range(3)] == [[], [], []]
+    (tmp_path / "later").rename(shard)
+    assert [names(watch) for _ in range(3)] == [[], ["checkpoint-5"], []]
+
+
+def test_a_checkpoint_that_is_written_anew_is_given_again(saved: Path, tmp_path: Path) -> None:
+    target = Path(shutil.copytree(saved, tmp_path / "checkpoint-5"))
+    watch = watch_over(tmp_path)
+    assert [names(watch) for _ in range(3)] == [[], ["checkpoint-5"], []]
+    shard = next(target.glob("*.safetensors"))
+    data = shard.read_bytes()
+    shard.unlink()
+    assert [names(watch) for _ in range(2)] == [[], []]
+    shard.write_bytes(data)
+    assert [names(watch) for _ in range(2)] == [[], ["checkpoint-5"]]
+    shutil.rmtree(target)
+    assert names(watch) == []
+
+
+def test_a_scan_that_follows_measures_what_comes(saved: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "archive"
+    shutil.copytree(saved, archive / "checkpoint-5")
+    following = scan(archive, probe=PROBE, run=tmp_path / "run", follow=0)
+    assert next(following)["step"] == 5
+    shutil.copytree(saved, archive / "checkpoint-6")
+    shutil.copytree(saved, archive / "checkpoint-7")
+    assert [next(following)["step"] for _ in range(2)] == [6, 7]
+    following.close()
+    assert Run.read(tmp_path / "run").steps == [5, 6, 7]

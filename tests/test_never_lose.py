@@ -1,0 +1,103 @@
+"""A scanner may be killed at any moment, or started twice: each checkpoint is recorded once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from scanner import PROBE, run_scan, scan_and_leave
+
+from sinktrack import RecordError, Run, scan
+
+KILLS = 50
+STEPS = range(1, 9)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("archive")
+    for step in STEPS:
+        torch.manual_seed(step)
+        model = models.mixtral()
+        model.model.embed_tokens.weight.data.normal_()
+        model.save_pretrained(root / f"checkpoint-{step}")
+    return root
+
+
+def results(run: Path) -> list[dict[str, Any]]:
+    return [record | {"seconds": None} for record in Run.read(run).records]
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    """Starts processes: forks of a server that has imported all that a scan needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["scanner"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        context.Process(target=int).start()
+    return context
+
+
+def test_killed_at_random_moments_and_started_again(
+    archive: Path, tmp_path: Path, server: Any
+) -> None:
+    run_scan(archive, tmp_path / "undisturbed")
+    wanted = results(tmp_path / "undisturbed")
+    assert [record["step"] for record in wanted] == list(STEPS)
+
+    def scanner(run: Path) -> Any:
+        process = server.Process(target=scan_and_leave, args=(archive, run))
+        process.start()
+        return process
+
+    began = time.perf_counter()
+    scanner(tmp_path / "timed").join()
+    whole = time.perf_counter() - began
+    rng = random.Random(0)
+    kills, finished, held = 0, 0, set()
+    while kills < KILLS:
+        run = tmp_path / f"run-{finished}"
+        process = scanner(run)
+        process.join(rng.uniform(0, whole / 2))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+            if (run / "run.json").exists():
+                held.add(len(Run.read(run)))
+            continue
+        assert process.exitcode == 0
+        check(run, wanted)
+        finished += 1
+    last = scanner(tmp_path / f"run-{finished}")
+    last.join()
+    check(tmp_path / f"run-{finished}", wanted)
+    assert len(held) > 3  # killed early, midway and late
+
+
+def check(run: Path, wanted: list[dict[str, Any]]) -> None:
+    assert results(run) == wanted
+    assert len((run / "records.jsonl").read_text().splitlines()) == len(wanted)
+
+
+def test_a_second_scanner_is_told_who_is_at_work(
+    archive: Path, tmp_path: Path, server: Any
+) -> None:
+    first = scan(archive, probe=PROBE, run=tmp_path)
+    next(first)
+    with pytest.raises(RecordError, match=f"being scanned by process {os.getpid()} on .* since"):
+        next(scan(archive, run=tmp_path))
+    second = server.Process(target=run_scan, args=(archive, tmp_path))
+    second.start()
+    second.join()
+    assert second.exitcode == 1
+    assert len(list(first)) == len(STEPS) - 1
+    assert list(scan(archive, run=tmp_path)) == []  # let go of, and nothing left to do
