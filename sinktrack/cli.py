@@ -86,6 +86,9 @@ def scan(
         bool, typer.Option("--follow", help="Wait for new checkpoints until interrupted.")
     ] = False,
     poll: Annotated[float, typer.Option(min=0, help="Seconds between looks of --follow.")] = 30,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Run the causal tests too; tens of passes each.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure every checkpoint that the run does not hold yet."""
@@ -95,6 +98,8 @@ def scan(
     from sinktrack.scan import choose_probe, pending
     from sinktrack.scan import scan as scan_archive
 
+    if causal and blocks is not None:
+        raise typer.BadParameter("the causal tests need all blocks: give --causal or --blocks")
     _quiet()
     if follow and len(archives) > 1:
         raise ArchiveError("--follow takes one archive; start a scan for each")
@@ -121,7 +126,10 @@ def scan(
         disable=not sys.stderr.isatty(),
     )
     with progress:
-        todo = [len(pending(archive, opened, blocks, pattern, hf_config)) for archive in archives]
+        todo = [
+            len(pending(archive, opened, blocks, pattern, hf_config, causal))
+            for archive in archives
+        ]
         task = progress.add_task("scan", total=None if follow else sum(todo))
         measured = 0
 
@@ -147,6 +155,7 @@ def scan(
                 engine=engine,
                 workers=workers,
                 follow=poll if follow else None,
+                causal=causal,
                 notify=notify,
             ):
                 pass

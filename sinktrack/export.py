@@ -77,6 +77,12 @@ def _measured(record: Mapping[str, Any]) -> Iterator[Row]:
         for block, value in enumerate(record[name]):
             low, high = (bounds[block] if block < len(bounds) else None) or (None, None)
             yield {"metric": name, "block": block, "value": value, "low": low, "high": high}
+    for test in ("necessity", "sufficiency", "position"):
+        for row in record.get("causal", {}).get(test, ()):
+            low, high = row["interval"]
+            place = {name: row[name] for name in ("kind", "block", "index")}
+            found = {"metric": f"causal_{test}", "value": row["effect"], "low": low, "high": high}
+            yield place | found
     for eps, values in record["sink_rate_by_block"].items():
         yield from _blocks("sink_rate_by_block", values, level=float(eps))
     first = record["first_token"]

@@ -81,9 +81,11 @@ def necessity(
 
     ``effect`` is the share of the attention to P0, in the blocks after the changed one, that is
     gone when the write is its mean over the other positions; ``zero`` the same for no write. Both
-    stand with the change of the next-token loss, P0's own apart. Verdicts: ``necessary``; or
-    ``redundant``, not necessary but one of several that stand in for each other: without all
-    of them the sink goes, with this one alone it stays.
+    stand with the change of the next-token loss, P0's own apart. Verdicts: ``necessary``;
+    ``distinguishing``, where the sink goes with the mean but not with nothing, so that P0 need not
+    have its own write, but must be without that of the others; ``redundant``, neither of these but
+    one of several that stand in for each other: without all of them the sink goes, with this one
+    alone it stays.
 
     Arguments and errors are those of `examine`; no test where no sink has formed.
     """
@@ -229,18 +231,21 @@ class _Tests:
 
     def _necessary(self, kind: str, terms: Sequence[Term]) -> Found:
         effect, after = self._removed(terms)
-        zero = self.replay.run(Change(terms, self.p0, "zero"))
         block = min(term.block for term in terms)
+        zero = self._effect(
+            self._lost(self.replay.run(Change(terms, self.p0, "zero")), block), block
+        )
+        verdict = "necessary" if zero.large else "distinguishing"
         return {
             "kind": kind,
             "block": block,
             "index": terms[0].index,
             "share": sum(self.shares[term] for term in terms),
             **effect.to_record(),
-            "zero": self._effect(self._lost(zero, block), block).to_record(),
+            "zero": zero.to_record(),
             "loss": mean(after.loss - self.before.loss),
             "p0_loss": mean(after.p0_loss - self.before.p0_loss),
-            "verdict": "necessary" if effect.holds else None,
+            "verdict": verdict if effect.holds else None,
         }
 
     def _removed(self, terms: Sequence[Term]) -> tuple[Effect, Outcome]:
@@ -271,7 +276,7 @@ class _Tests:
         if len(terms) < 2:
             return []
         joint = self._necessary("joint", terms) | {"components": [asdict(term) for term in terms]}
-        if joint["verdict"] is None:
+        if joint["verdict"] != "necessary":
             return [joint]
         block = min(term.block for term in terms)
         gone, _ = self._removed(terms)
@@ -379,7 +384,13 @@ def _everything(at: int, length: int) -> Tensor:
 
 
 def _row(kind: str, effect: Effect, verdict: str) -> Found:
-    return {"kind": kind, **effect.to_record(), "verdict": verdict if effect.holds else None}
+    return {
+        "kind": kind,
+        "block": None,
+        "index": None,
+        **effect.to_record(),
+        "verdict": verdict if effect.holds else None,
+    }
 
 
 def _term(component: Component) -> Term:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from sinktrack.archive.follow import Watch
 from sinktrack.archive.source import Checkpoint
 from sinktrack.errors import ArchiveError, SinktrackError
 from sinktrack.measure import measure, measure_streamed
+from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
 from sinktrack.processes import Outcome, Work, attempt
 from sinktrack.prose import passages
@@ -37,6 +38,7 @@ def scan(
     engine: Engine | None = None,
     workers: int | None = None,
     follow: float | None = None,
+    causal: bool = False,
     notify: Notify | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure every checkpoint of an archive that the run does not hold yet, in step order.
@@ -53,6 +55,7 @@ def scan(
             default this process does all the work, in step order.
         workers: processes or tasks at a time; by default as many as cores and memory allow.
         follow: wait for new checkpoints without end, looking every so many seconds.
+        causal: run the causal tests too, with the whole checkpoint in memory.
         notify: called after each checkpoint with its record or its error; without it, failures
             are raised together at the end.
 
@@ -64,15 +67,19 @@ def scan(
             named with its reason.
         RecordError: the run directory cannot be written, holds another probe, or is being scanned.
     """
+    if causal and blocks is not None:
+        raise ValueError("causal tests need all blocks; leave out blocks or causal")
     if not isinstance(run, Run):
         run = Run.open(run, probe)
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
-    work = partial(_measure, probe=run.probe, device=device, blocks=blocks)
+    work: Work = partial(_measure, probe=run.probe, device=device, blocks=blocks)
+    if causal:
+        work = partial(_examine, probe=run.probe, device=device)
     failed = []
     find = partial(discover, archive, pattern, hf_config)
     with run.claimed():
-        rounds = _rounds(archive, run, blocks, follow, find)
+        rounds = _rounds(archive, run, blocks, causal, follow, find)
         for checkpoint, outcome in _outcomes(rounds, work, engine, workers, device):
             if isinstance(outcome, dict):
                 run.append(outcome)
@@ -92,18 +99,26 @@ def pending(
     blocks: int | None = None,
     pattern: str | None = None,
     hf_config: str | Path | None = None,
+    causal: bool = False,
 ) -> list[Checkpoint]:
-    """The archive's checkpoints of which the run does not hold that many blocks, in step order."""
-    return _lacking(discover(archive, pattern, hf_config), run, blocks)
+    """The archive's checkpoints that the run does not hold yet, in step order.
+
+    Nor those of which it holds fewer blocks, or no causal tests where they are wanted.
+    """
+    return _lacking(discover(archive, pattern, hf_config), run, blocks, causal)
 
 
-def _lacking(checkpoints: list[Checkpoint], run: Run, blocks: int | None) -> list[Checkpoint]:
-    done = {
-        record["step"]
-        for record in run.records
-        if "measured_blocks" not in record
-        or (blocks is not None and record["measured_blocks"] >= blocks)
-    }
+def _lacking(
+    checkpoints: list[Checkpoint], run: Run, blocks: int | None, causal: bool
+) -> list[Checkpoint]:
+    def holds(record: Mapping[str, Any]) -> bool:
+        if causal:
+            return "causal" in record
+        if "measured_blocks" not in record:
+            return True
+        return blocks is not None and bool(record["measured_blocks"] >= blocks)
+
+    done = {record["step"] for record in run.records if holds(record)}
     return [checkpoint for checkpoint in checkpoints if checkpoint.step not in done]
 
 
@@ -111,16 +126,17 @@ def _rounds(
     archive: str | Path,
     run: Run,
     blocks: int | None,
+    causal: bool,
     follow: float | None,
     find: Callable[[], list[Checkpoint]],
 ) -> Iterator[list[Checkpoint]]:
     """What there is to measure now or, if followed, as it comes."""
     if follow is None:
-        yield _lacking(find(), run, blocks)
+        yield _lacking(find(), run, blocks, causal)
         return
     watch = Watch(archive, find)
     while True:
-        if found := _lacking(watch.look(), run, blocks):
+        if found := _lacking(watch.look(), run, blocks, causal):
             yield found
         time.sleep(follow)
 
@@ -159,6 +175,20 @@ def _measure(
             raise ArchiveError(f"{error}; scan all of it, without --blocks") from error
         _log.warning("%s: %s; loading it whole", checkpoint.name, error)
         measured = measure(load(checkpoint, device), probe)
+    return _recorded(checkpoint, measured)
+
+
+def _examine(checkpoint: Checkpoint, probe: Probe, device: str) -> dict[str, Any]:
+    from sinktrack.archive.huggingface import load
+    from sinktrack.interventions import examine
+
+    model = load(checkpoint, device)
+    measured = measure(model, probe)
+    tested: dict[str, Any] = to_json({"causal": examine(model, probe, measured)})
+    return _recorded(checkpoint, measured) | tested
+
+
+def _recorded(checkpoint: Checkpoint, measured: Measurement) -> dict[str, Any]:
     record: dict[str, Any] = to_json(
         measured.to_record(checkpoint.step, checkpoint.name, versions(), checkpoint.tokens)
     )

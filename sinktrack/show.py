@@ -54,6 +54,10 @@ def show(
     for part in last["top_components"][:_TOP]:
         gate = "" if part.get("gate") is None else f", gate {part['gate']:.2f}"
         console.print(Text(f"  {_percent(part['share']):>8}  {_name(part)}{gate}"))
+    tested = next((record for record in reversed(records) if record.get("causal")), None)
+    if tested is not None:
+        console.print()
+        _causal(tested, console)
 
 
 def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -90,6 +94,40 @@ def _signal(signal: Analysis, console: Console) -> None:
         console.print(Text("Not claimed yet", style="dim"))
         for line in signal.missing:
             console.print(Text(f"  {line}", style="dim"))
+
+
+_TESTS = {
+    "necessity": "removed at P0",
+    "sufficiency": "of P0, put elsewhere",
+    "other_position_alone": "another position, attending to itself alone",
+    "p0_mixed": "P0, attending to all positions",
+}
+
+
+def _causal(record: Mapping[str, Any], console: Console) -> None:
+    """What became of the sink under each intervention that had an effect, or a verdict."""
+    tests = record["causal"]
+    where = f"step {record['step']:,}, {tests['forwards']:.0f} forward passes"
+    if not tests["position"]:
+        why = "the sink precedes any write" if tests["formed"] else "no sink to test"
+        console.print(Text(f"Causal tests (step {record['step']:,}): {why}"))
+        return
+    console.print(Text(f"Causal tests ({where}): change of the attention to P0, 95 % interval"))
+    for test in ("necessity", "sufficiency", "position"):
+        for row in tests[test]:
+            if row["verdict"] is None and row["interval"][1] < tests["least_effect"]:
+                continue
+            name = "" if test == "position" else f"{_name(row)} "
+            what = name + _TESTS[row["kind"] if test == "position" else test]
+            lost = test == "necessity" or row["kind"] == "p0_mixed"
+            sign = -1 if lost else 1
+            low, high = sorted(sign * value for value in row["interval"])
+            console.print(
+                Text(
+                    f"  {_percent(sign * row['effect']):>8}  ({low:+z.0%} to {high:+z.0%})  {what}"
+                    + (f": {row['verdict']}" if row["verdict"] else "")
+                )
+            )
 
 
 def _sink(record: Mapping[str, Any]) -> str:

@@ -122,6 +122,16 @@ def expert_writer(
 
 
 @torch.no_grad()
+def marker(model: Any, block: int) -> None:
+    """One neuron that fires at all tokens but [BOS] and writes the opposite of `SINK`."""
+    mlp = model.model.layers[block].mlp
+    mlp.gate_proj.weight[5, ONE] = 1.0
+    mlp.gate_proj.weight[5, BOS] = -3.0
+    mlp.up_proj.weight[5, ONE] = 1.0
+    mlp.down_proj.weight[SINK, 5] = -0.3
+
+
+@torch.no_grad()
 def unmixed(model: Any) -> None:
     """No [BOS]: block 0 averages signs and squares the average, block 1 asks for a large square.
 

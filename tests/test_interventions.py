@@ -13,9 +13,11 @@ import torch
 from reference import blocks_of
 from sinktrack.callbacks.loop import SinkTracker
 from test_measure import fingerprint, same
+from test_scan import sinktrack
 
 from sinktrack import MeasurementError, Probe, Run, measure
 from sinktrack.effects import Effect
+from sinktrack.export import rows as export_rows
 from sinktrack.interventions import (
     examine,
     is_testable,
@@ -116,6 +118,13 @@ def test_two_redundant_heads_of_a_block() -> None:
     found = verdicts(model)
     assert found["necessity", "attention", 0, None] == "necessary"
     assert found["necessity", "head", 0, 0] == found["necessity", "head", 0, 1] == "redundant"
+
+
+def test_what_the_others_are_marked_with() -> None:
+    """Every token but [BOS] is marked, and the sink is where no mark is."""
+    model = readers(planted.dense(), 1)
+    planted.marker(model, 0)
+    assert verdicts(model)["necessity", "mlp", 0, None] == "distinguishing"
 
 
 def test_position_decides() -> None:
@@ -288,6 +297,39 @@ def test_the_callback_runs_them_every_so_many_probes(tmp_path: Path) -> None:
     assert ["causal" in record for record in records] == [True, False, True]
     (row,) = records[2]["causal"]["necessity"]
     assert (row["kind"], row["verdict"]) == ("mlp", "necessary")
+
+
+def test_the_scanner_and_the_table(tmp_path: Path) -> None:
+    """``scan --causal`` also fills up what was scanned without; ``show`` tells the verdicts."""
+    model = readers(planted.mixture(), 2)
+    planted.expert_writer(model, 1, expert=3)
+    model.save_pretrained(tmp_path / "archive" / "checkpoint-7")
+    planted.mixture().save_pretrained(tmp_path / "archive" / "checkpoint-2")
+    PROBE.save(tmp_path / "probe")
+    command = (
+        "scan",
+        tmp_path / "archive",
+        "--run",
+        tmp_path / "run",
+        "--probe",
+        tmp_path / "probe",
+    )
+    assert "2 measured" in sinktrack(*command).stderr
+    assert "2 measured" in sinktrack(*command, "--causal").stderr
+    assert "2 already recorded" in sinktrack(*command, "--causal").stderr
+    assert sinktrack(*command, "--causal", "--blocks", "1").returncode == 2
+    first, last = Run.read(tmp_path / "run").records
+    assert not first["causal"]["formed"] and first["causal"]["necessity"] == []
+    live = examine(model, PROBE, measure(model, PROBE))
+    for row, other in zip(last["causal"]["necessity"], live["necessity"], strict=True):
+        assert row["verdict"] == other["verdict"]
+        assert row["effect"] == pytest.approx(other["effect"], abs=1e-6)
+    shown = sinktrack("show", tmp_path / "run").stdout
+    assert "block 1 expert 3 removed at P0: necessary" in shown
+    assert "block 1 mlp of P0, put elsewhere: sufficient" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    metrics = {row["metric"] for row in export_rows(last)}
+    assert {"causal_necessity", "causal_sufficiency", "causal_position"} <= metrics
 
 
 def test_failing_tests_leave_the_record(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import models
+import planted
 import pytest
 import torch
 import wandb
@@ -136,6 +137,33 @@ def test_the_trainer_loses_no_row_and_ours_have_their_axis(
     }
     axes = [axis for name, axis in steps.items() if name.startswith("sinktrack/") and axis]
     assert axes and set(axes) == {"sinktrack/step"}
+
+
+def test_causal_tests_are_curves_and_a_table(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = wandb.init(project="test", mode="offline", dir=tmp_path)
+    model = planted.dense()
+    planted.neuron_writer(model, 1)
+    for block in (2, 3, 4):
+        planted.reader(model, block)
+    tracker = SinkTracker(
+        planted.probe(), tmp_path / "run", every=1, causal_every=2, on_error="raise"
+    )
+    for step in (1, 2):
+        tracker.step(step, model)
+    run.finish()
+    rows, _ = read_back(tmp_path)
+    key = "sinktrack/causal/necessity/mlp_01"
+    without, tested = (row for row in rows if "sinktrack/sink_rate" in row)
+    assert key not in without and "sinktrack/causal_tests/_type" not in without
+    record = Run.read(tmp_path / "run").records[-1]
+    assert tested[key] == record["causal"]["necessity"][0]["effect"] > 0.5
+    assert tested["sinktrack/causal/position/p0_mixed"] < 0.1
+    assert tested["sinktrack/causal_tests/_type"] == "table-file"
+    (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/sinktrack/causal_tests*")
+    table = json.loads(file.read_text())
+    verdicts = {(row[1], row[2], row[3]): row[-1] for row in table["data"]}
+    assert verdicts["necessity", "mlp", 1] == "necessary"
 
 
 def test_without_an_active_run_none_is_opened(tmp_path: Path, monkeypatch) -> None:

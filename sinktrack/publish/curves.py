@@ -8,6 +8,8 @@ from typing import Any
 SCALARS = ("sink_rate", "first_two_share", "first_two_gain", "reference_block", "depth")
 BY_BLOCK = ("concentration", "norm_ratio")
 COMPONENT = ("kind", "block", "index", "share", "gate")
+CAUSAL = ("test", "kind", "block", "index", "share", "effect", "low", "high", "verdict")
+TESTS = ("necessity", "sufficiency", "position")
 
 
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
@@ -20,12 +22,28 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     for name in BY_BLOCK:
         for block, value in enumerate(record[name][: record["model"]["blocks"]]):
             found[f"sinktrack/{name}/block_{block:02d}"] = value
+    for test in TESTS:
+        for row in record.get("causal", {}).get(test, ()):
+            if row["index"] is None:  # heads and experts go into the table
+                where = "" if row["block"] is None else f"_{row['block']:02d}"
+                found[f"sinktrack/causal/{test}/{row['kind']}{where}"] = row["effect"]
     return {key: value for key, value in found.items() if value is not None}
 
 
 def components(record: Mapping[str, Any]) -> list[list[Any]]:
     """The largest parts of the P0 state, a row for each; the columns are `COMPONENT`."""
     return [[part.get(name) for name in COMPONENT] for part in record["top_components"]]
+
+
+def causal(record: Mapping[str, Any]) -> list[list[Any]]:
+    """The causal tests, a row for each; the columns are `CAUSAL`."""
+    rows = []
+    for test in TESTS:
+        for row in record.get("causal", {}).get(test, ()):
+            low, high = row["interval"]
+            shown = {**row, "test": test, "low": low, "high": high}
+            rows.append([shown.get(name) for name in CAUSAL])
+    return rows
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

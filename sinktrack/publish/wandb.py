@@ -12,7 +12,7 @@ from typing import Any
 
 from sinktrack.errors import RecordError, require
 from sinktrack.publish import picture
-from sinktrack.publish.curves import COMPONENT, components, metrics, summary
+from sinktrack.publish.curves import CAUSAL, COMPONENT, causal, components, metrics, summary
 from sinktrack.record import Run
 from sinktrack.signal import analyze
 
@@ -42,7 +42,7 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
             **metrics(record),
             **axes,
             **_pictures(wandb, record, records),
-            "sinktrack/top_components": _table(wandb, [record]),
+            **_tables(wandb, [record]),
         }
     )
     active.summary.update(summary(records))
@@ -125,7 +125,7 @@ def publish(
                 "sinktrack/step": records[-1]["step"],
                 **_pictures(wandb, None, records),
                 **_charts(wandb, records),
-                "sinktrack/top_components": _table(wandb, todo),
+                **_tables(wandb, todo),
             }
         )
         active.summary.update(summary(records) | _signal(run))
@@ -147,9 +147,16 @@ def _define(active: Any) -> None:
     active.define_metric("sinktrack/*", step_metric="sinktrack/step")
 
 
-def _table(wandb: Any, records: Sequence[Mapping[str, Any]]) -> Any:
-    rows = [[record["step"], *row] for record in records for row in components(record)]
-    return wandb.Table(columns=["step", *COMPONENT], data=rows)
+def _tables(wandb: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    found = {}
+    for name, columns, of in (
+        ("top_components", COMPONENT, components),
+        ("causal_tests", CAUSAL, causal),
+    ):
+        rows = [[record["step"], *row] for record in records for row in of(record)]
+        if rows:
+            found[f"sinktrack/{name}"] = wandb.Table(columns=["step", *columns], data=rows)
+    return found
 
 
 def _pictures(
