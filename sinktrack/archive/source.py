@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sinktrack.archive.files import Files
 
-FORMATS = ("safetensors", "pytorch", "megatron")
+FORMATS = ("safetensors", "pytorch", "fsdp", "megatron")
 """Modules of this package; of two that know a directory the first counts."""
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]

@@ -1,0 +1,63 @@
+"""For Lightning: ``Trainer(callbacks=[SinkTrackLightning(probe, run)])``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from sinktrack.callbacks.loop import SinkTracker
+from transformers import PreTrainedModel
+
+from sinktrack.errors import MeasurementError
+from sinktrack.probe import Probe
+
+
+class SinkTrackLightning(Callback):
+    """Probes every ``every`` optimizer steps and at the end of training.
+
+    The model is the one transformers model that the module holds. Arguments and errors are those of
+    `sinktrack.callbacks.loop.SinkTracker`.
+
+    Raises:
+        MeasurementError: at the start of training, the module holds no transformers model, or
+            several.
+    """
+
+    def __init__(self, probe: Probe, run: str | Path, every: int = 100, **options: Any) -> None:
+        self.tracker = SinkTracker(probe, run, every, **options)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the first step, or the first after a resume: probe if the step is due."""
+        self._model = _model(pl_module)
+        self._probe(trainer, self.tracker.due(trainer.global_step))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """After a batch: probe if it made a step that is due; accumulated batches make none."""
+        self._probe(trainer, self.tracker.due(trainer.global_step))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the last step."""
+        self._probe(trainer, True)
+
+    def _probe(self, trainer: Trainer, wanted: bool) -> None:
+        step = trainer.global_step
+        if wanted and self.tracker.measured != step:
+            self.tracker.axes = {"trainer/global_step": step}
+            self.tracker.probe_now(step, self._model)
+
+
+def _model(module: LightningModule) -> PreTrainedModel:
+    found: list[PreTrainedModel] = []
+    for inner in module.modules():
+        within = any(inner in outer.modules() for outer in found)
+        if isinstance(inner, PreTrainedModel) and not within:
+            found.append(inner)
+    if len(found) != 1:
+        raise MeasurementError(
+            f"{type(module).__name__} holds {len(found)} transformers models, wanted one; call "
+            "sinktrack.callbacks.loop.SinkTracker.step from its on_train_batch_end instead"
+        )
+    return found[0]

@@ -1,0 +1,83 @@
+"""Sharded checkpoints of FSDP2, written over two processes by torch itself."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from test_callbacks import PROBE, two_processes
+
+from sinktrack import ArchiveError, Run, measure, scan
+from sinktrack.archive.discover import discover
+from sinktrack.archive.fsdp import FOLDER
+from sinktrack.archive.source import open as open_source
+from sinktrack.record import to_json
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fsdp")
+    two_processes(
+        root,
+        f"""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+        from torch.distributed.fsdp import fully_shard
+        dist.init_process_group("gloo")
+        model = models.mixtral()
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        place = out / "archive" / "checkpoint-7"
+        dcp.save({{"model": get_model_state_dict(model)}}, checkpoint_id=place / {FOLDER!r})
+        if dist.get_rank() == 0:
+            model.config.save_pretrained(place)
+        dist.destroy_process_group()
+        """,
+    )
+    return root / "archive"
+
+
+def test_measured_as_the_model_that_was_saved(archive: Path, tmp_path: Path) -> None:
+    (record,) = scan(archive, probe=PROBE, run=tmp_path)
+    live = to_json(measure(models.mixtral(), PROBE).to_record(7, "checkpoint-7", {}))
+    assert record["step"] == 7 and Run.read(tmp_path).steps == [7]
+    assert record["weights"] == live["weights"]
+    assert record["p0_attention"] == live["p0_attention"]
+    assert record["norm_ratio"] == live["norm_ratio"]
+
+
+def test_slices(archive: Path) -> None:
+    source = open_source(discover(archive)[0])
+    weights = models.mixtral().state_dict()
+    assert set(source.names()) == set(weights)
+    for name, wanted in weights.items():
+        part = source.slice(name)
+        assert part.get_shape() == list(wanted.shape) and part.get_dtype() == "F32"
+        assert torch.equal(part[...], wanted)
+        assert torch.equal(part[1:3], wanted[1:3])
+        assert torch.equal(part[2], wanted[2])
+
+
+def test_without_a_configuration_the_way_out_is_named(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / FOLDER).symlink_to(archive / "checkpoint-7" / FOLDER)
+    with pytest.raises(ArchiveError, match="leads out of|--hf-config"):
+        open_source(discover(tmp_path)[0])
+
+
+def test_a_pickle_that_calls_something_is_refused(tmp_path: Path) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "called",))
+
+    place = tmp_path / "checkpoint-1" / FOLDER
+    place.mkdir(parents=True)
+    models.mixtral().config.save_pretrained(place.parent)
+    (place / ".metadata").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(ArchiveError, match="pathlib"):
+        open_source(discover(tmp_path)[0])
+    assert not (tmp_path / "called").exists()

@@ -1,0 +1,69 @@
+"""A real Lightning training, with and without the callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from sinktrack.callbacks.lightning import SinkTrackLightning
+from test_callbacks import PROBE, assert_identical
+from torch.utils.data import DataLoader
+
+from sinktrack import MeasurementError, Run, measure
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = models.mixtral(attention_dropout=0.1).train()
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        return self.inner(batch, labels=batch).loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def train(directory: Path, callbacks: list[Any]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    module = Module()
+    data = torch.randint(models.VOCABULARY, (24, 4, 16))
+    trainer = Trainer(
+        max_steps=10, accumulate_grad_batches=2, accelerator="cpu", logger=False,
+        callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=directory,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(data, batch_size=None))
+    return {
+        "weights": module.inner.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "random": torch.get_rng_state(),
+        "model": module.inner,
+    }
+
+
+def test_bit_identical_and_recorded(tmp_path: Path) -> None:
+    plain = train(tmp_path, [])
+    callback = SinkTrackLightning(PROBE, tmp_path / "run", every=4, on_error="raise")
+    tracked = train(tmp_path, [callback])
+    model = tracked.pop("model")
+    del plain["model"]
+    assert_identical(plain, tracked)
+    records = Run.read(tmp_path / "run").records
+    assert [record["step"] for record in records] == [0, 4, 8, 10]
+    assert records[-1]["weights"] == measure(model.eval(), PROBE).weights
+
+
+def test_a_module_of_several_models_is_refused(tmp_path: Path) -> None:
+    class Two(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = models.llama()
+
+    callback = SinkTrackLightning(PROBE, tmp_path / "run")
+    with pytest.raises(MeasurementError, match="Two holds 2 transformers models"):
+        callback.on_train_start(None, Two())
