@@ -41,7 +41,7 @@ class FirstToken:
     """``[L + 1]``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measurement:
     """What one probe pass yields. Tensors are on the CPU; L blocks, H heads, B sequences."""
 
@@ -83,6 +83,20 @@ class Measurement:
     """L, or fewer where only the first blocks were measured. Then the others are nan, and what
     depends on all blocks (sink rate, peak, first-two gain, a circuit without a sink) is nan or
     None."""
+
+    def __repr__(self) -> str:
+        where = self.localization
+        sink = f"starts in block {where.reference_block}" if where.formed else "not formed"
+        return (
+            f"Measurement({self.model['type']}, {self.model['blocks']} blocks: "
+            f"sink rate {self.sink_rate():.1%}, sink {sink})"
+        )
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        """In a notebook: the measurement's figure, where plotly is installed."""
+        from sinktrack import figures
+
+        return figures.shown(figures.measured, self)
 
     @property
     def visible_queries(self) -> tuple[int | float | None, ...]:

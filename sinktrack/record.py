@@ -120,6 +120,18 @@ class Run:
     def __len__(self) -> int:
         return len(self.records)
 
+    def __repr__(self) -> str:
+        steps = self.steps
+        span = f", steps {steps[0]:,} to {steps[-1]:,}" if steps else ""
+        return f"Run({str(self.directory)!r}: {len(steps)} records{span})"
+
+    def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
+        """In a notebook: the run's figure, where plotly is installed."""
+        from sinktrack import figures
+
+        records = self.records
+        return figures.shown(figures.training, records) if records else {}
+
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a record and flush it to disk; whole or not at all. nan becomes null.
 
