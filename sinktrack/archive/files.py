@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import stat
 import time
 from collections import OrderedDict
@@ -61,6 +62,7 @@ class Files:
         self.boundary = boundary or (_boundary(self.location) if self.local else self.location)
         self._meter = _Meter()
         self._windows: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._infos: dict[str, dict[str, Any]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Files, (self.location, self.boundary)
@@ -123,7 +125,7 @@ class Files:
         if self.local:
             return os.path.exists(self.path(name))
         try:
-            self._retried(name, lambda: _filesystem(self.location).info(self.path(name)))
+            self._info(name)
         except _Missing:
             return False
         return True
@@ -137,7 +139,7 @@ class Files:
         if self.local:
             with self._opened(name) as descriptor:
                 return os.fstat(descriptor.number).st_size
-        info = self._retried(name, lambda: _filesystem(self.location).info(self.path(name)))
+        info = self._info(name)
         size = info.get("size")
         if info.get("type") != "file" or not isinstance(size, int):
             raise ArchiveError(f"{self.path(name)} is not a file of known size")
@@ -202,6 +204,7 @@ class Files:
         if not self.local:
             _filesystem(self.location).invalidate_cache()
             self._windows.clear()
+            self._infos.clear()
 
     def real_path(self, name: str) -> str:
         """Where a local file is once links are followed.
@@ -263,6 +266,13 @@ class Files:
         with ThreadPoolExecutor(_IN_FLIGHT) as pool:
             list(pool.map(fetch, range(0, length, _PART)))
 
+    def _info(self, name: str) -> dict[str, Any]:
+        """What a remote file system says of a file; asked once."""
+        if name not in self._infos:
+            path = self.path(name)
+            self._infos[name] = self._retried(name, lambda: _filesystem(path).info(path))
+        return self._infos[name]
+
     def _window(self, name: str, start: int) -> bytes:
         """From ``start`` on, from a read that is kept or from a new one."""
         for (kept, begin), data in list(self._windows.items()):
@@ -306,7 +316,7 @@ class Files:
             except (PermissionError, ValueError, NotImplementedError) as error:
                 raise ArchiveError(f"cannot read {path}: {error}") from error
             except (Exception, asyncio.CancelledError) as error:  # each store has its own
-                if attempt == _ATTEMPTS or type(error).__name__.startswith(("Perm", "Unauth")):
+                if attempt == _ATTEMPTS or _refused(error):
                     raise ArchiveError(f"cannot read {path}: {_first_line(error)}") from error
                 time.sleep(0.1 * 4**attempt)
         raise AssertionError
@@ -388,6 +398,13 @@ def _filesystem(url: str) -> Any:
     else:
         raise ArchiveError(f"{url}: wanted a directory, or a URL of s3, gs, az, hf or https")
     return fsspec.filesystem(protocol)
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether a server has decided, so that asking again is no use."""
+    return type(error).__name__.startswith(("Permission", "Unauthenticated")) or bool(
+        re.search(r"status code: 4(?!08|29)", str(error))
+    )
 
 
 def _first_line(error: BaseException) -> str:
