@@ -63,6 +63,9 @@ def scan(
     blocks: Annotated[
         int | None, typer.Option(min=1, metavar="K", help="Measure the first K blocks only.")
     ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences at a time; by default the whole probe.")
+    ] = None,
     hf_config: Annotated[
         Path | None,
         typer.Option(help="A directory with the config.json of the model, for Megatron archives."),
@@ -150,6 +153,7 @@ def scan(
                 run=opened,
                 device=device,
                 blocks=blocks,
+                batch_size=batch_size,
                 hf_config=hf_config,
                 pattern=pattern,
                 engine=engine,

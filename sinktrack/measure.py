@@ -216,7 +216,8 @@ def out_of_memory(size: int, probe: Probe) -> Iterator[None]:
         if not known and "DefaultCPUAllocator" not in str(error):
             raise
         advice = (
-            f"lower the probe's batch size (probe_batch_size of a callback) to {size // 2} or less"
+            "lower the probe's batch size (--batch-size of a scan, probe_batch_size of a callback) "
+            f"to {size // 2} or less"
             if size > 1
             else "give a probe of shorter sequences"
         )

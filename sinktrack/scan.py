@@ -33,6 +33,7 @@ def scan(
     run: str | Path | Run,
     device: str = "cpu",
     blocks: int | None = None,
+    batch_size: int | None = None,
     hf_config: str | Path | None = None,
     pattern: str | None = None,
     engine: Engine | None = None,
@@ -49,6 +50,7 @@ def scan(
         run: the run directory.
         device: where to compute.
         blocks: measure the first blocks only; see `Measurement.measured_blocks`.
+        batch_size: sequences per forward pass of a block; all at once by default.
         hf_config: see `discover`.
         pattern: how checkpoints are named, where `discover` does not know.
         engine: ``local``, worker processes of this machine; ``ray``, tasks of a Ray cluster; by
@@ -73,9 +75,10 @@ def scan(
         run = Run.open(run, probe)
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
-    work: Work = partial(_measure, probe=run.probe, device=device, blocks=blocks)
-    if causal:
-        work = partial(_examine, probe=run.probe, device=device)
+    common: dict[str, Any] = {"probe": run.probe, "device": device, "batch_size": batch_size}
+    work: Work = (
+        partial(_examine, **common) if causal else partial(_measure, **common, blocks=blocks)
+    )
     failed = []
     find = partial(discover, archive, pattern, hf_config)
     with run.claimed():
@@ -160,7 +163,7 @@ def _outcomes(
 
 
 def _measure(
-    checkpoint: Checkpoint, probe: Probe, device: str, blocks: int | None
+    checkpoint: Checkpoint, probe: Probe, device: str, batch_size: int | None, blocks: int | None
 ) -> dict[str, Any]:
     from sinktrack.archive.huggingface import load
     from sinktrack.archive.source import open
@@ -169,22 +172,25 @@ def _measure(
 
     try:
         streamed = Streamed(open(checkpoint), device)
-        measured = measure_streamed(streamed, probe, blocks=blocks)
+        measured = measure_streamed(streamed, probe, blocks=blocks, batch_size=batch_size)
     except CannotWalk as error:
         if blocks is not None:
             raise ArchiveError(f"{error}; scan all of it, without --blocks") from error
         _log.warning("%s: %s; loading it whole", checkpoint.name, error)
-        measured = measure(load(checkpoint, device), probe)
+        measured = measure(load(checkpoint, device), probe, batch_size=batch_size)
     return _recorded(checkpoint, measured)
 
 
-def _examine(checkpoint: Checkpoint, probe: Probe, device: str) -> dict[str, Any]:
+def _examine(
+    checkpoint: Checkpoint, probe: Probe, device: str, batch_size: int | None
+) -> dict[str, Any]:
     from sinktrack.archive.huggingface import load
     from sinktrack.interventions import examine
 
     model = load(checkpoint, device)
-    measured = measure(model, probe)
-    tested: dict[str, Any] = to_json({"causal": examine(model, probe, measured)})
+    measured = measure(model, probe, batch_size=batch_size)
+    found = examine(model, probe, measured, batch_size=batch_size)
+    tested: dict[str, Any] = to_json({"causal": found})
     return _recorded(checkpoint, measured) | tested
 
 

@@ -267,3 +267,11 @@ def test_the_first_blocks_then_all_of_them(archive: Path, tmp_path: Path) -> Non
     assert "3 measured" in sinktrack(*command).stderr
     records = Run.read(tmp_path / "run").records
     assert len(records) == 3 and not any("measured_blocks" in record for record in records)
+
+
+def test_a_probe_in_parts_is_recorded_the_same(archive: Path, tmp_path: Path) -> None:
+    probe = Probe.random(models.VOCABULARY, sequences=5, length=8)
+    whole = list(scan(archive, probe=probe, run=tmp_path / "whole"))
+    parts = list(scan(archive, probe=probe, run=tmp_path / "parts", batch_size=2))
+    for one, other in zip(whole, parts, strict=True):
+        assert largest_difference(one, other) < 1e-6
