@@ -31,6 +31,8 @@ class Global:
 class Record:
     """A pickled object of an admitted class: never an instance of it."""
 
+    __slots__ = ("arguments", "name", "state")
+
     def __init__(self, name: str, *arguments: Any) -> None:
         self.name, self.arguments = name, arguments
         self.state: Any = None
@@ -76,6 +78,16 @@ def load(data: bytes, admitted: Mapping[str, Build | None], what: str) -> Any:
         ) from error
 
 
+class _Memo(list[Any]):
+    """What a pickle refers back to, in the order in which every pickler numbers it."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if index == len(self):
+            self.append(value)
+        else:
+            super().__setitem__(index, value)
+
+
 _Interpreter: Any = vars(pickle)["_Unpickler"]
 
 
@@ -84,6 +96,7 @@ class _Unpickler(_Interpreter):  # type: ignore[misc]
 
     def __init__(self, file: io.BytesIO, admitted: Mapping[str, Build | None], what: str) -> None:
         super().__init__(file)
+        self.memo = _Memo()
         self.admitted, self.what = admitted, what
 
     def find_class(self, module: str, name: str) -> Any:
@@ -113,9 +126,10 @@ class _Unpickler(_Interpreter):  # type: ignore[misc]
 
     def _load_build(self) -> None:
         state = self.stack.pop()
-        if not isinstance(self.stack[-1], Record):
+        if isinstance(self.stack[-1], Record):
+            self.stack[-1].state = state
+        elif self.stack[-1] is not None:  # None is what a builder leaves of what nobody needs
             raise pickle.UnpicklingError("sets the state of something that is not an object")
-        self.stack[-1].state = state
 
     def _load_setitem(self) -> None:
         value, key = self.stack.pop(), self.stack.pop()
