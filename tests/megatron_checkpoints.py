@@ -1,21 +1,28 @@
-"""Build tiny Megatron-Core models on CPU processes, save each as Megatron does, note its logits.
+"""Tiny Megatron-Core models saved as Megatron saves them, with their logits and a measurement.
 
-Run by torchrun: ``save_megatron.py OUT STAGES EXPERT_RANKS FAMILY:KEYS...``, where ``KEYS`` is how
-blocks and experts are keyed, "stacked" or "single". Writes ``OUT/FAMILY-KEYS/iter_0000010/`` and,
-where the pipeline has one stage, ``OUT/FAMILY-KEYS/logits.pt``.
+Run by torchrun: ``megatron_checkpoints.py OUT LAYOUT FAMILY:KEYS...``. ``LAYOUT`` is as in
+`megatron_models`; ``KEYS`` is how blocks and experts are keyed, "stacked" or "single". Writes
+``OUT/FAMILY-KEYS/iter_0000010/``, ``record.pt`` beside it and, from one process, ``logits.pt``.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import contextmanager
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).parent))
+import megatron_cpu
+from megatron_models import Norm, PlainAttention, layout
+
+from sinktrack import Probe, measure
 
 VOCABULARY, PADDED, LENGTH, BLOCKS = 65, 80, 16, 4
 TOKENS = torch.arange(3 * LENGTH).reshape(3, LENGTH) * 7 % VOCABULARY
@@ -50,64 +57,44 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 for name in ("num_query_groups", "kv_channels"):
     del FAMILIES["deepseek_v3"][name]
+TIED = ("llama", "olmoe")
 
 
-def shim() -> None:
-    """Let Megatron-Core run on a machine without CUDA."""
-    import torch.cuda
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils
-
-    class Tracker:
-        @contextmanager
-        def fork(self, *_: Any):
-            yield
-
-        def is_initialized(self) -> bool:
-            return True
-
-        def get_states(self) -> dict[str, Any]:
-            return {}
-
-    torch.cuda.current_device = lambda: "cpu"
-    torch.cuda.synchronize = lambda *_: None
-    random._CUDA_RNG_STATE_TRACKER = Tracker()
-    random.initialize_rng_tracker = lambda *_, **__: None
-    moe_utils.te_general_gemm = None
-    for name in ("TELinear", "TEColumnParallelLinear"):  # None without Transformer Engine
-        setattr(multi_latent_attention, name, type(name, (), {}))
+PROBE = Probe.random(VOCABULARY, sequences=5, length=12)
 
 
-def build(family: str, stages: int, experts: int) -> Any:
+def build(family: str, sizes: dict[str, Any]) -> Any:
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     chosen = FAMILIES[family]
-    kind = MLATransformerConfig if chosen.get("multi_latent_attention") else TransformerConfig
-    config = kind(
+    latent = chosen.get("multi_latent_attention")
+    config = (MLATransformerConfig if latent else TransformerConfig)(
         **chosen, gated_linear_unit=True, activation_func=F.silu, normalization="RMSNorm",
         add_bias_linear=False, use_cpu_initialization=True, attention_dropout=0.0,
         hidden_dropout=0.0, bias_activation_fusion=False, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, apply_rope_fusion=False, bias_dropout_fusion=False,
-        pipeline_model_parallel_size=stages, expert_model_parallel_size=experts,
-        pipeline_dtype=torch.float32, init_method_std=0.2,
+        pipeline_dtype=torch.float32, **sizes,
     )  # fmt: skip
     spec = get_gpt_decoder_block_spec(config, False, normalization="RMSNorm")
-    if family == "olmoe":
-        for layer in spec.layer_specs:
-            layer.submodules.self_attention.module = whole_norm_attention()
-    if chosen.get("multi_latent_attention"):
-        for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = plain_attention()
-    spec.layer_norm = spec.layer_specs[0].submodules.input_layernorm
+    spec.layer_norm = Norm
+    for layer in spec.layer_specs:
+        parts, attention = layer.submodules, layer.submodules.self_attention
+        parts.input_layernorm = parts.pre_mlp_layernorm = Norm
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if config.qk_layernorm and hasattr(attention.submodules, name):
+                setattr(attention.submodules, name, Norm)
+        if latent:
+            attention.submodules.core_attention = PlainAttention
+        if family == "olmoe":
+            attention.module = whole_norm_attention()
     model = GPTModel(
         config, spec, PADDED, 64, position_embedding_type="rope", rotary_base=5000,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=family in ("llama", "olmoe"),
+        share_embeddings_and_output_weights=family in TIED,
     )  # fmt: skip
     return model.eval()
 
@@ -115,14 +102,13 @@ def build(family: str, stages: int, experts: int) -> Any:
 def whole_norm_attention() -> Any:
     """OLMoE's norm of all heads at once, which Megatron-Core itself does not have."""
     from megatron.core.transformer.attention import SelfAttention
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     class WholeNorm(SelfAttention):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             width = self.query_projection_size
-            self.q_layernorm = WrappedTorchNorm(self.config, width, self.config.layernorm_epsilon)
-            self.k_layernorm = WrappedTorchNorm(self.config, width, self.config.layernorm_epsilon)
+            self.q_layernorm = Norm(self.config, width, self.config.layernorm_epsilon)
+            self.k_layernorm = Norm(self.config, width, self.config.layernorm_epsilon)
 
         def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
             norms = self.q_layernorm, self.k_layernorm
@@ -169,9 +155,12 @@ def fill(model: Any) -> None:
 
 
 def _values(shard: Any) -> torch.Tensor:
-    name = f"{shard.key}@{shard.global_offset}"
-    generator = torch.Generator().manual_seed(sum(ord(c) * i for i, c in enumerate(name)))
-    noise = torch.randn(shard.local_shape, generator=generator)
+    """This process's part of a tensor that its key over the whole model determines."""
+    generator = torch.Generator().manual_seed(zlib.crc32(shard.key.encode()))
+    whole = torch.randn(shard.global_shape, generator=generator)
+    sizes = (*[1] * shard.prepend_axis_num, *shard.local_shape)
+    part = whole[tuple(slice(o, o + s) for o, s in zip(shard.global_offset, sizes, strict=True))]
+    noise = part.reshape(shard.local_shape)
     if "norm" in shard.key:
         return 1 + 0.1 * noise
     return noise * (0.05 if "expert_bias" in shard.key else 0.2)
@@ -205,30 +194,27 @@ def save(model: Any, out: Path, keys: str) -> None:
         (out / "latest_checkpointed_iteration.txt").write_text("10")
 
 
-def main() -> None:
-    out, stages, experts = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    shim()
-    from megatron.core import parallel_state
-
-    parallel_state.initialize_model_parallel(1, stages, expert_model_parallel_size=experts)
-    for case in sys.argv[4:]:
+def main(out: str, text: str, *cases: str) -> None:
+    sizes, changes = layout(text)
+    megatron_cpu.start(**sizes)
+    for case in cases:
         family, _, keys = case.partition(":")
-        here = out / f"{family}-{keys}"
-        model = build(family, stages, experts)
+        here = Path(out) / f"{family}-{keys}"
+        model = build(family, changes)
         fill(model)
         save(model, here, keys)
-        if stages == 1:
-            positions = torch.arange(LENGTH).expand(3, LENGTH)
+        measured = measure([model], PROBE)
+        if dist.get_rank() == 0:
+            torch.save(measured.to_record(10, "callback", {}, None), here / "record.pt")
+        if dist.get_world_size() == 1:
+            positions = torch.arange(LENGTH).expand(len(TOKENS), LENGTH)
             mask = torch.ones(LENGTH, LENGTH).triu(1).bool()[None, None]
             with torch.no_grad():
-                logits = model(TOKENS, positions, mask)
-            if dist.get_rank() == 0:
-                torch.save(logits, here / "logits.pt")
+                torch.save(model(TOKENS, positions, mask), here / "logits.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])
