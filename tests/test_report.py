@@ -74,6 +74,34 @@ def bars(page: Any) -> list[float]:
     return list(trace["x"])
 
 
+def test_causal_tests_mark_the_circuit(open_report: Open) -> None:
+    records = synthetic_records()
+
+    def test(kind: str, block: int, effect: float, verdict: str | None) -> dict[str, Any]:
+        interval = [effect - 0.1, effect + 0.1]
+        return {"kind": kind, "block": block, "index": None, "share": 0.5, "effect": effect,
+                "interval": interval, "verdict": verdict}  # fmt: skip
+
+    records[-1]["causal"] = {
+        "necessity": [test("mlp", 0, 0.75, "necessary"), test("mlp", 1, 0.02, None)],
+        "sufficiency": [test("state", 2, 0.5, "sufficient")],
+        "position": [test("p0_mixed", 0, 0.6, "unmixed") | {"block": None}],
+    }
+    page = open_report(records)
+    assert page.locator("#circuit .verdict").all_text_contents() == ["necessary"]
+    assert "block 0 mlp is necessary" in page.locator("#circuit svg").get_attribute("aria-label")
+    rows = [row.split("\t") for row in page.locator("#tests tbody tr").all_inner_texts()]
+    assert rows == [
+        ["block 0 mlp", "removed at P0", "-75.0 %", "-85.0 % to -65.0 %", "necessary"],
+        ["block 1 mlp", "removed at P0", "-2.0 %", "-12.0 % to 8.0 %", ""],
+        ["block 2 state", "put on another position", "50.0 %", "40.0 % to 60.0 %", "sufficient"],
+        ["", "P0 attends to all positions", "-60.0 %", "-70.0 % to -50.0 %", "unmixed"],
+    ]
+    page.fill("#record", "3")
+    page.wait_for_selector("#causal", state="hidden")
+    assert page.locator("#circuit .verdict").count() == 0
+
+
 def test_headline_and_curves(open_report: Open) -> None:
     records = synthetic_records()
     page = open_report(records, "a run")

@@ -12,6 +12,7 @@ import numpy as np
 
 from sinktrack.circuit import EPSILON
 from sinktrack.errors import RecordError
+from sinktrack.publish.curves import causal
 from sinktrack.signal import analyze
 
 BUDGET = 9_000_000
@@ -95,6 +96,8 @@ def _drawn(record: Mapping[str, Any]) -> dict[str, Any]:
             for part in record["top_components"]
         ],
     }
+    if tests := causal(record):
+        drawn["causal"] = tests
     return {name: _rounded(value) for name, value in drawn.items()} | {
         "heads": _packed(record["p0_attention"])
     }

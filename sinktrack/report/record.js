@@ -60,6 +60,28 @@ const drawComponents = () => {
   }
 };
 
+const MEANING = {
+  necessity: "removed at P0", sufficiency: "put on another position",
+  other_position_alone: "another position attends to itself alone", p0_mixed: "P0 attends to all positions",
+};
+/** Of the attention to P0: what goes when a sublayer's write is removed there; null where it was not tested. */
+const necessity = ([kind, block]) => (shownRecord().causal ?? []).find(
+  ([test, ofKind, ofBlock, index]) => test === "necessity" && ofKind === kind && ofBlock === block && index === null,
+) ?? null;
+
+const drawCausal = () => {
+  const tests = shownRecord().causal;
+  $("causal").hidden = !tests;
+  const body = $("tests").tBodies[0];
+  body.replaceChildren();
+  for (const [test, kind, block, index, , effect, low, high, verdict] of tests ?? []) {
+    const lost = test === "necessity" || kind === "p0_mixed";
+    const what = test === "position" ? "" : `${label([kind, block])} ${index ?? ""}`.trim();
+    const change = [effect, low, high].map((value) => percent(lost ? -value : value));
+    row([what, MEANING[test === "position" ? kind : test], change[0], `${change[lost ? 2 : 1]} to ${change[lost ? 1 : 2]}`, verdict ?? ""], body);
+  }
+};
+
 const svg = (tag, attributes, parent, text) => {
   const made = parent.appendChild(document.createElementNS("http://www.w3.org/2000/svg", tag));
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -72,26 +94,35 @@ const drawCircuit = () => {
   const record = shownRecord();
   const { blocks } = shown().model;
   const step = Math.max(22, Math.min(150, 1200 / (blocks + 1)));
-  const [tallest, middle, height] = [70, 108, 232];
+  const [tallest, middle, height] = [70, 122, 260];
   const width = step * (blocks + 1) + 24;
   const scale = tallest / largest(record.shares.map((part) => Math.abs(part[2])), 1e-9);
+  const verdicts = record.shares.map((part) => [part, necessity(part)]).filter(([, test]) => test && test[8]);
+  const found = verdicts.map(([part, test]) => `${label(part)} is ${test[8]}`).join(", ");
   const said = record.shares.filter((part) => Math.abs(part[2]) >= 0.05).map((part) => `${label(part)} ${percent(part[2])}`).join(", ");
   const sinks = range(blocks).filter((block) => record.concentration[block] >= epsilon);
   $("circuit").replaceChildren();
   const picture = svg("svg", {
     viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
-    "aria-label": `Written by: ${said}. ${sinks.length ? `Sinks in blocks ${sinks.join(", ")}.` : "No block has a sink."}`,
+    "aria-label": `Written by: ${said}. ${sinks.length ? `Sinks in blocks ${sinks.join(", ")}.` : "No block has a sink."}${found && ` ${found}.`}`,
   }, $("circuit"));
   const centre = (block) => 12 + step * (block + 1.5);
   svg("line", { x1: 12, x2: width - 12, y1: middle, y2: middle, stroke: colour("line"), "stroke-width": 3 }, picture);
-  const column = (x, share, up, name, tone) => {
+  const column = (x, share, up, name, tone, tested) => {
     const length = Math.abs(share) * scale;
     const negative = share < 0;
     const box = svg("rect", {
       x: x - 0.3 * step, width: 0.6 * step, y: up ? middle - 14 - length : middle + 14, height: Math.max(length, 0.5), rx: 2,
       fill: negative ? "none" : tone, stroke: tone, "stroke-dasharray": negative ? "3 2" : "none",
     }, picture);
-    svg("title", {}, box, `${name}: ${percent(share)}`);
+    const test = tested && necessity(tested);
+    const without = test ? `; without it attention to P0 falls by ${percent(test[5])}${test[8] ? `: ${test[8]}` : ""}` : "";
+    svg("title", {}, box, `${name}: ${percent(share)}${without}`);
+    if (test && test[8]) {
+      box.setAttribute("stroke", colour("mark"));
+      box.setAttribute("stroke-width", 2.5);
+      svg("text", { x, y: up ? middle - 33 - length : middle + 41 + length, "text-anchor": "middle", class: "verdict" }, picture, step >= 90 ? test[8] : test[8][0].toUpperCase());
+    }
     if (step >= 40 && Math.abs(share) >= 0.005) {
       svg("text", { x, y: up ? middle - 19 - length : middle + 27 + length, "text-anchor": "middle", class: "small" }, picture, `${name.split(" ").at(-1)} ${percent(share)}`);
     }
@@ -99,7 +130,7 @@ const drawCircuit = () => {
   for (const part of record.shares) {
     const [kind, block, share] = part;
     if (block === null) column(12 + step / 2, share, false, kind, colour("muted"));
-    else column(centre(block), share, kind !== "mlp", label(part), depthColour(block, blocks));
+    else column(centre(block), share, kind !== "mlp", label(part), depthColour(block, blocks), part);
   }
   for (const block of range(blocks)) {
     const value = record.concentration[block];
@@ -132,4 +163,5 @@ const drawRecord = () => {
   drawHeads();
   drawShares();
   drawComponents();
+  drawCausal();
 };
