@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,16 +21,14 @@ settings.load_profile("sinktrack")
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """A headless Chromium."""
-    playwright = pytest.importorskip("playwright.sync_api")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    installed = next(filter(None, map(shutil.which, names)), None)
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium
-        if installed is None and not Path(chromium.executable_path).exists():
-            pytest.skip("no Chromium here: playwright install chromium")
-        opened = chromium.launch(executable_path=installed, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+    pytest.importorskip("playwright.sync_api")
+    from scripts.chromium import chromium
+
+    try:
+        with chromium() as opened:
+            yield opened
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

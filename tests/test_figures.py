@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import models
 import pytest
@@ -84,3 +87,14 @@ def test_a_measurement_shows_itself(notebook: object) -> None:
     figure = measured(found)
     assert [list(row) for row in figure.data[0].z] == found.p0_attention.tolist()
     assert sum(figure.data[2].x) == pytest.approx(1, abs=1e-3)
+
+
+def test_the_figure_of_the_paper_with_one_command(
+    run: Run, tmp_path: Path, browser: object
+) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "paper_figure.py"
+    out = tmp_path / "figure.svg"
+    subprocess.run([sys.executable, script, run.directory, "-o", out], check=True, timeout=120)
+    root = ElementTree.parse(out).getroot()
+    lines = root.findall(".//{*}path[@class='js-line']")
+    assert len([line for line in lines if re.search("[LHV]", line.get("d", ""))]) == 9
