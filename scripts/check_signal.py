@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from sinktrack.signal import analyze
+from sinktrack.signal import Analysis, analyze
 from sinktrack.signal.robust import change
-from sinktrack.signal.stages import MATERIAL, Stages
+from sinktrack.signal.stages import MATERIAL
 
 END, EVERY = 10_000, 100
 UNIFORM_LEVEL = 0.02
@@ -167,7 +167,7 @@ def judge(seed: int) -> tuple[dict[str, Any], dict[str, bool | None]]:
         "drop's size in its interval": _in(fall.size, true_drop) if fall and true_drop else None,
         "drop's step in its interval": _in(fall.since, truth.drop)
         if fall and truth.drop else None,
-        "false plateau": _false_plateau(truth, written),
+        "false plateau": _false_plateau(truth, signal),
         "false fall": bool(false_falls or lost_early),
     }  # fmt: skip
     return asdict(truth), {name: None if v is None else bool(v) for name, v in seen.items()}
@@ -177,16 +177,16 @@ def _in(interval: Any, value: float) -> bool:
     return interval.low <= value <= interval.high
 
 
-def _false_plateau(truth: Truth, written: list[dict[str, Any]]) -> bool:
+def _false_plateau(truth: Truth, signal: Analysis) -> bool:
     """Was the rate called settled while its true trend over the same window was material?"""
-    stages = Stages()
-    for record in written:
-        found = stages.add(record)
-        if found.stage == "settled":
-            steps = np.array([point.step for point in stages.points], dtype=float)
-            true = truth.rate(steps)
-            trend = abs(change(steps[stages.window() :], true[stages.window() :]).value)
-            if truth.drop is None and trend > MATERIAL * (true.max() - UNIFORM_LEVEL):
+    steps = np.array(signal.steps, dtype=float)
+    rates = truth.rate(steps)
+    for index, (stage, because) in enumerate(zip(signal.stages, signal.because, strict=True)):
+        if stage == "settled" and (truth.drop is None or steps[index] < truth.drop):
+            window = slice(int(np.searchsorted(steps, because["window"])), index + 1)
+            most = MATERIAL * (rates[: index + 1].max() - UNIFORM_LEVEL)
+            true = rates[window]
+            if np.ptp(true) > most and abs(change(steps[window], true).value) > most:
                 return True
     return False
 

@@ -86,7 +86,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
-def tiny_moe(seed: int) -> MixtralForCausalLM:
+def tiny_moe(seed: int, sliding_window: int | None = None) -> MixtralForCausalLM:
     """Four blocks of one head and 8 experts, 2 at work, on a stream of little width."""
     torch.manual_seed(seed)
     return MixtralForCausalLM(
@@ -101,7 +101,7 @@ def tiny_moe(seed: int) -> MixtralForCausalLM:
             num_local_experts=8,
             num_experts_per_tok=2,
             max_position_embeddings=256,
-            sliding_window=None,
+            sliding_window=sliding_window,
             tie_word_embeddings=False,
             use_cache=False,
             experts_implementation="grouped_mm",
@@ -110,36 +110,46 @@ def tiny_moe(seed: int) -> MixtralForCausalLM:
 
 
 def train(
-    out: Path, *, seed: int, steps: int = STEPS, callbacks: list[TrainerCallback] | None = None
-) -> MixtralForCausalLM:
-    """Train on the task with the Hugging Face Trainer; checkpoints go below ``out``."""
+    model: MixtralForCausalLM,
+    out: Path,
+    *,
+    seed: int,
+    steps: int = STEPS,
+    callbacks: list[TrainerCallback] | None = None,
+    **changes: Any,
+) -> None:
+    """Train on the task with the Hugging Face Trainer; checkpoints go below ``out``.
+
+    ``changes`` are training arguments that differ from the demo's.
+    """
     language = PairBackcopy()
     language.sample(64)  # the probe's share of the stream
-    model = tiny_moe(seed)
+    settings: dict[str, Any] = {
+        "learning_rate": 5e-3,
+        "save_steps": SAVE_EVERY,
+        "logging_steps": PROBE_EVERY,
+    }
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
         per_device_train_batch_size=32,
-        learning_rate=5e-3,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=100,
         weight_decay=0.0,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        save_steps=SAVE_EVERY,
-        logging_steps=PROBE_EVERY,
         include_num_input_tokens_seen="all",
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
         seed=seed,
+        **settings | changes,
     )
     trainer = Trainer(
         model, arguments, train_dataset=Sequences(language.sample(4096)), callbacks=callbacks
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    return model
 
 
 def probe() -> Probe:
@@ -163,7 +173,7 @@ def run_demo(out: Path, console: Console, *, seed: int = 1, steps: int = STEPS) 
     console.print(f"Training a tiny MoE for {steps} steps, a probe every {PROBE_EVERY} ...")
     batch = probe()
     callback = SinkTrackCallback(batch, online, every=PROBE_EVERY, early=True, on_error="raise")
-    train(out / "checkpoints", seed=seed, steps=steps, callbacks=[callback])
+    train(tiny_moe(seed), out / "checkpoints", seed=seed, steps=steps, callbacks=[callback])
 
     console.print("Scanning its checkpoints ...")
     scanned = list(scan(out / "checkpoints", probe=batch, run=offline))

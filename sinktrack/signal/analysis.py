@@ -171,7 +171,7 @@ def alarm(found: Found, before: str | None) -> str | None:
 def _plateau(stages: Stages) -> Plateau | None:
     if stages.stage != "settled":
         return None
-    trend = stages.trend("rate")
+    trend = stages.trend("sink_rate")
     assert trend is not None
     return Plateau(stages.top(), stages.level(), trend)
 
@@ -224,7 +224,7 @@ def _missing(stages: Stages) -> list[str]:
         found.append(f"plateau: {_more(since, ENOUGH)} since the rise")
         found.append(f"regression: {_more(since, ENOUGH)} since the rise")
     elif stages.stage in ("emerging", "migrating"):
-        trend = stages.trend("rate")
+        trend = stages.trend("sink_rate")
         assert trend is not None
         most = MATERIAL * stages.found[-1].because["rise"]
         found.append(

@@ -13,8 +13,8 @@ Curve = NDArray[np.float64]
 SURE = 0.95
 _LAGS = (1, 2, 4)
 _BINS = 24
-_BATCHES = 8
-_POWERS = (0.5, 1.0, 1.5, 2.0, 3.0)
+_BATCHES = 4
+_POWERS = (1, 2)
 _PER_GAP = 8
 _NEAR = 64
 
@@ -76,9 +76,9 @@ def level(y: Curve, probe: float) -> Interval:
         y: the stretch.
         probe: half the 95 % interval over the probe's sequences, which all records share.
 
-    The spread over time is that of means of up to 8 batches, which autocorrelation leaves valid.
+    The spread over time is that of the means of 4 batches, which autocorrelation leaves valid.
     """
-    batches = np.array([part.mean() for part in np.array_split(y, min(_BATCHES, len(y) // 2))])
+    batches = np.array([part.mean() for part in np.array_split(y, _BATCHES)])
     middle = float(y.mean())
     error = float(batches.std(ddof=1)) / np.sqrt(len(batches))
     half = float(np.hypot(_t(len(batches) - 1) * error, probe))
@@ -86,51 +86,58 @@ def level(y: Curve, probe: float) -> Interval:
 
 
 def leaves_floor(x: Curve, y: Curve) -> Interval:
-    """Where a curve leaves its floor: ``y = c`` up to ``t``, then ``c + a (x - t)^p``.
+    """Where a curve leaves its floor: ``c`` up to ``t``, then ``c + u^p (a + b u)``, u = x - t.
 
-    All of ``t`` and ``p`` in a grid are tried; the interval holds the ``t`` whose best fit is not
-    worse than the best of all at 95 % by the F distribution. Where a single record shows the rise,
-    nothing tells one ``t`` from another in the gap before it, and the interval is that gap.
+    All ``t`` of a grid are tried, with ``p`` of 1 and 2 and without ``b``. The interval holds the
+    ``t`` whose best fit is at 95 % not worse than the best of all by the F distribution, widened by
+    the autocorrelation about that fit. Where a single record shows the rise, nothing tells one
+    ``t`` from another in the gap before it, and the interval is that gap.
 
     Args:
         x: steps, the floor first.
-        y: values up to about half of the rise.
+        y: values up to about a third of the rise: further on the shape would have to be known.
     """
     x, y = x[-_NEAR:], y[-_NEAR:]
     gaps = np.diff(x)[:, None] * np.arange(_PER_GAP) / _PER_GAP
     starts = (x[:-1, None] + gaps).ravel()
-    span = x[-1] - x[0]
-    ahead = np.clip((x - starts[:, None]) / span, 0, None)
-    shape = np.stack([np.where(ahead > 0, ahead**power, 0.0) for power in _POWERS])
-    shape -= shape.mean(-1, keepdims=True)
+    ahead = np.clip((x - starts[:, None]) / (x[-1] - x[0]), 0, None)
     off = y - y.mean()
-    size = np.square(shape).sum(-1)
-    fitted = np.clip(shape @ off, 0, None) ** 2 / np.where(size > 0, size, np.inf)
-    errors = np.clip(np.square(off).sum() - fitted, 0, None).min(0)
-    free = max(1, len(x) - 4)
-    allowed = errors.min() * (1 + stats.f.ppf(SURE, 1, free) / free)
-    allowed += 1e-12 * np.square(off).sum()
-    good = starts[errors <= allowed]
-    best = starts[errors <= errors.min() + 1e-12 * np.square(off).sum()]
-    step = float(gaps[np.searchsorted(x, good[-1], side="right") - 1, 1])
-    return Interval(float(best.mean()), float(good[0]), float(good[-1]) + step)
+    errors, fits = np.full(len(starts), np.inf), np.zeros_like(ahead)
+    for power in _POWERS:
+        for fitted, rises in _rising_fits(ahead**power, ahead ** (power + 1), off):
+            error = np.where(rises, np.square(off - fitted).sum(-1), np.inf)
+            better = error < errors
+            errors[better], fits[better] = error[better], fitted[better]
+    free = max(1, len(x) - 5)
+    least, exact = errors.min(), 1e-12 * float(off @ off)
+    wide = _widening(off - fits[errors.argmin()]) ** 2 if least > exact else 1.0
+    good = np.nonzero(errors <= least * (1 + wide * stats.f.ppf(SURE, 1, free) / free) + exact)[0]
+    ends = np.append(starts[1:], x[-1])
+    middle = starts[errors <= least + exact]
+    return Interval(float(middle.mean()), float(starts[max(0, good[0] - 1)]), float(ends[good[-1]]))
 
 
-def steps_down(x: Curve, y: Curve) -> tuple[Interval, Interval]:
+def steps_down(x: Curve, y: Curve, probe: float) -> tuple[Interval, Interval]:
     """Where a curve drops, and by how much, if it is flat before and after.
+
+    Args:
+        x: steps.
+        y: values, the drop among them.
+        probe: half the 95 % interval over the probe's sequences.
 
     Returns:
         the drop's place, from the last record before to the first after it; and its size.
     """
     cuts = np.arange(2, len(y) - 1)
-    parts = [(y[:cut], y[cut:]) for cut in cuts]
-    errors = np.array([a.var() * len(a) + b.var() * len(b) for a, b in parts])
+    errors = np.array([y[:cut].var() * cut + y[cut:].var() * (len(y) - cut) for cut in cuts])
     free = max(1, len(y) - 3)
     good = cuts[errors <= errors.min() * (1 + stats.f.ppf(SURE, 1, free) / free) + 1e-15]
     cut = int(cuts[errors.argmin()])
-    before, after = parts[int(errors.argmin())]
+    before, after = y[:cut], y[cut:]
+    residual = np.concatenate([before - before.mean(), after - after.mean()])
+    error = float(np.sqrt(errors.min() / free * (1 / len(before) + 1 / len(after))))
+    half = float(np.hypot(_t(free) * error * _widening(residual), probe))
     size = float(before.mean() - after.mean())
-    half = _t(free) * float(np.sqrt(errors.min() / free * (1 / len(before) + 1 / len(after))))
     place = Interval(float(x[cut]), float(x[good[0] - 1]), float(x[good[-1]]))
     return place, Interval(size, size - half, size + half)
 
@@ -143,6 +150,24 @@ def beyond_noise(looks: int, records: int) -> float:
         records: from which the noise was estimated.
     """
     return float(stats.t.isf((1 - SURE) / (2 * max(1, looks)), max(2, records // 2)))
+
+
+def _rising_fits(first: Curve, second: Curve, off: Curve) -> list[tuple[Curve, NDArray[np.bool]]]:
+    """Least squares on the first regressor and on both, a row each: the fit, and does it rise."""
+    first = first - first.mean(-1, keepdims=True)
+    second = second - second.mean(-1, keepdims=True)
+    one, two, both = (np.square(first).sum(-1), np.square(second).sum(-1), (first * second).sum(-1))
+    with_one, with_two = first @ off, second @ off
+    alone = with_one / np.where(one > 0, one, 1)
+    determinant = one * two - both**2
+    apart = determinant > 1e-9 * one * two
+    determinant = np.where(apart, determinant, 1)
+    a = (two * with_one - both * with_two) / determinant
+    b = (one * with_two - both * with_one) / determinant
+    return [
+        (alone[:, None] * first, alone > 0),
+        (a[:, None] * first + b[:, None] * second, apart & (a > 0)),
+    ]
 
 
 def _t(free: int) -> float:

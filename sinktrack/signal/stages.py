@@ -27,8 +27,11 @@ LEAST_RISE = 0.05
 """Rise of the sink rate that counts as leaving the floor."""
 MATERIAL = 0.1
 """Part of the rise that a trend or a drop must make up to count."""
+QUANTITIES = ("sink_rate", "first_two_share", "depth")
 LEAST_MOVE = {"first_two_share": 0.05, "depth": 0.25}
 """Change of a share, and of a depth in blocks, that counts as migration."""
+_BESIDE_A_DROP = 2 * ENOUGH + LASTING
+"""Records, up to the last, from which a drop is located and sized."""
 _MEDIAN_OF_THREE = math.sqrt(0.449)  # its standard deviation over that of one value
 
 
@@ -39,35 +42,36 @@ class Point:
     step: int
     tokens: int | None
     source: str
-    rate: float
-    probe: float
-    """Half the 95 % interval of the rate over the probe's sequences."""
-    low: float
     formed: bool
+    sink_rate: float
     first_two_share: float
     """nan where no sink formed: the share then speaks of no sink."""
     depth: float
+    probe: dict[str, float]
+    """Half the 95 % interval over the probe's sequences, by quantity."""
+    low: float
+    """Lower end of the rate's."""
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Point:
         """From a record."""
-        low, high = (record.get("intervals") or {}).get("sink_rate") or [record["sink_rate"]] * 2
-        formed = bool(record["formed"])
-
-        def where(name: str) -> float:
-            value = record.get(name)
-            return math.nan if value is None or not formed else float(value)
-
+        intervals = record.get("intervals") or {}
+        probe = {}
+        for name in QUANTITIES:
+            low, high = intervals.get(name) or (0.0, 0.0)
+            probe[name] = (high - low) / 2
+        formed, rate = bool(record["formed"]), float(record["sink_rate"])
+        first_two, depth = record.get("first_two_share"), record.get("depth")
         return cls(
             step=record["step"],
             tokens=record.get("tokens"),
             source=record.get("source") or "",
-            rate=float(record["sink_rate"]),
-            probe=(high - low) / 2,
-            low=low,
             formed=formed,
-            first_two_share=where("first_two_share"),
-            depth=where("depth"),
+            sink_rate=rate,
+            first_two_share=math.nan if first_two is None or not formed else float(first_two),
+            depth=math.nan if depth is None or not formed else float(depth),
+            probe=probe,
+            low=(intervals.get("sink_rate") or (rate,))[0],
         )
 
 
@@ -170,7 +174,7 @@ class Stages:
         if len(self.points) < LASTING:
             return
         last = self.points[-LASTING:]
-        x, y = self.curve("rate", self.began)
+        x, y = self.curve("sink_rate", self.began)
         if self.left is None and len(y) == LASTING and all(point.formed for point in last):
             self.left, self.floor, self.floor_records = 0, 0.0, 0
             return
@@ -179,7 +183,7 @@ class Stages:
         before = y[:-LASTING]
         floor = float(np.median(before))
         needed = max(LEAST_RISE, LASTING * robust.noise(x[:-LASTING], before))
-        if all(point.rate > floor + needed and point.low > floor for point in last):
+        if all(point.sink_rate > floor + needed and point.low > floor for point in last):
             where = robust.leaves_floor(x, y).value if len(y) >= LASTING + 2 else x[-LASTING]
             still = y[x <= where]
             self.floor = float(np.median(still)) if len(still) else float(y[0])
@@ -189,11 +193,11 @@ class Stages:
 
     def _look_for_fall(self) -> Regression | None:
         assert self.left is not None and self.floor is not None
-        x, y = self.curve("rate", self.left)
+        x, y = self.curve("sink_rate", self.left)
         recent = self.points[-LASTING:]
         top = highest(y)
         needed = max(LEAST_RISE, (top - self.floor) * MATERIAL)
-        back = [point.rate < self.floor + needed for point in recent]
+        back = [point.sink_rate < self.floor + needed for point in recent]
         if len(y) > LASTING and top - self.floor > 2 * needed and all(back):
             self.lost, self.began = True, len(self.points) - LASTING
         standing = self.standing.get("sink_rate")
@@ -201,8 +205,7 @@ class Stages:
             if y[-LASTING:].min() > top - standing.size.value / 2:
                 del self.standing["sink_rate"]
             return None
-        probe = math.hypot(recent[-1].probe, self.points[self.left + int(y.argmax())].probe)
-        return self._fall("sink_rate", x, y, max(MATERIAL * (top - self.floor), probe))
+        return self._fall("sink_rate", x, y, MATERIAL * (top - self.floor))
 
     def _look_for_move(self) -> Regression | None:
         """Only once the sink has settled: before, the circuit is still moving."""
@@ -231,11 +234,11 @@ class Stages:
         spread = robust.noise(x[:-LASTING], y[:-LASTING])
         looks = len(medians) * (len(medians) - 1) // 2
         single = math.sqrt(2) * _MEDIAN_OF_THREE * spread
-        needed = max(least, single * robust.beyond_noise(looks, len(y) - LASTING))
+        probe = max(point.probe[name] for point in self.points[-_BESIDE_A_DROP:])
+        needed = max(least, probe, single * robust.beyond_noise(looks, len(y) - LASTING))
         if before.max() - medians[-1] < needed:
             return None
-        top = int(before.argmax())
-        place, size = robust.steps_down(x[top:], y[top:])
+        place, size = robust.steps_down(x[-_BESIDE_A_DROP:], y[-_BESIDE_A_DROP:], probe)
         found = Regression(name, int(x[-1]), place, size, spread, needed)
         self.standing[name] = found
         return found
@@ -256,47 +259,48 @@ class Stages:
         """Step at which the rate left its floor; None where too little of the floor was seen."""
         if self.left is None or self.lost or self.floor_records < LASTING:
             return None
-        x, y, half = self._rise()
-        end = self.left + int(np.argmax(y[self.left - self.began :] >= half)) - self.began
+        x, y, third = self._rise(1 / 3)
+        first = self.left - self.began
+        end = first + max(1, int(np.argmax(y[first:] >= third)))
         return robust.leaves_floor(x[: end + 1], y[: end + 1])
 
     def top(self) -> Interval:
         """Step at which the rate reached the level that it holds now."""
         if self.left == 0:
             return Interval(*[float(self.points[0].step)] * 3)
-        x, y, half = self._rise()
-        start = int(np.nonzero(y < half)[0][-1])
+        x, y, two_thirds = self._rise(2 / 3)
+        start = int(np.nonzero(y < two_thirds)[0][-1])
         at = robust.leaves_floor(-x[start:][::-1], -y[start:][::-1])
         return Interval(-at.value, -at.high, -at.low)
 
     def level(self) -> Interval:
         """The rate over the trailing window, with the probe's own interval."""
         points = self.points[self.window() :]
-        probe = float(np.median([point.probe for point in points]))
-        return robust.level(np.array([point.rate for point in points]), probe)
+        probe = float(np.median([point.probe["sink_rate"] for point in points]))
+        return robust.level(np.array([point.sink_rate for point in points]), probe)
 
-    def _rise(self) -> tuple[Curve, Curve, float]:
-        """Steps and rates from the floor on, and half the height."""
+    def _rise(self, part: float) -> tuple[Curve, Curve, float]:
+        """Steps and rates from the floor on, and the rate at a part of the rise."""
         assert self.left is not None and self.floor is not None
-        x, y = self.curve("rate", self.began)
+        x, y = self.curve("sink_rate", self.began)
         top = highest(y[self.left - self.began :])
-        return x, y, (self.floor + top) / 2
+        return x, y, self.floor + part * (top - self.floor)
 
     def _stage(self) -> tuple[str, dict[str, Any]]:
-        rate = self.points[-1].rate
+        rate = self.points[-1].sink_rate
         if self.left is None:
             return "absent", {"sink_rate": rate}
         assert self.floor is not None
-        _, y = self.curve("rate", self.left)
+        _, y = self.curve("sink_rate", self.left)
         rise = highest(y) - self.floor
-        trends = {name: self.trend(name) for name in ("rate", *LEAST_MOVE)}
+        trends = {name: self.trend(name) for name in QUANTITIES}
         because: dict[str, Any] = {
             "sink_rate": rate,
             "floor": self.floor,
             "rise": rise,
+            "window": self.points[self.window()].step,
             "change": {
-                "sink_rate" if name == "rate" else name: None if trend is None else list(trend)
-                for name, trend in trends.items()
+                name: None if trend is None else list(trend) for name, trend in trends.items()
             },
             "standing": sorted(self.standing),
         }
@@ -305,8 +309,8 @@ class Stages:
             for name, least in LEAST_MOVE.items()
             if (trend := trends[name]) is not None and trend.shows(least)
         ]
-        flat = trends["rate"] is not None and trends["rate"].rules_out(MATERIAL * rise)
-        trending = trends["rate"] is not None and trends["rate"].shows(MATERIAL * rise)
+        flat = trends["sink_rate"] is not None and trends["sink_rate"].rules_out(MATERIAL * rise)
+        trending = trends["sink_rate"] is not None and trends["sink_rate"].shows(MATERIAL * rise)
         if self.lost:
             return "lost", because
         if self.standing:
