@@ -172,7 +172,13 @@ def scan(
 
 
 @app.command()
-def show(run: RunDirectory, as_json: AsJson = False) -> None:
+def show(
+    run: RunDirectory,
+    loss: Annotated[
+        Path | None, typer.Option(help="trainer_state.json, or a CSV of step and loss.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """The run's last record as a table, one row a block, with the curves and the signal so far.
 
     With --json, the last record also holds the signal.
@@ -182,7 +188,7 @@ def show(run: RunDirectory, as_json: AsJson = False) -> None:
     from sinktrack.signal import analyze
 
     opened = Run.read(run)
-    records, signal = opened.records, analyze(opened)
+    records, signal = opened.records, analyze(opened, loss)
     if as_json:
         if records:
             records[-1] |= {"signal": signal.to_json()}

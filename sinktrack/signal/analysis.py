@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sinktrack.record import Run
 from sinktrack.signal import robust
+from sinktrack.signal.loss import Losses, Relation, read_losses, relate
 from sinktrack.signal.robust import Interval
 from sinktrack.signal.stages import (
     ENOUGH,
@@ -72,6 +74,8 @@ class Analysis:
     """What is not claimed yet, and why."""
     abandoned: tuple[int, ...]
     """Steps whose records were left behind by a restart from an older checkpoint."""
+    loss: Relation | None
+    """How the rate stands to the loss; None without one."""
 
     @property
     def stage(self) -> str | None:
@@ -110,21 +114,36 @@ class Analysis:
         found += [described(regression) for regression in self.regressions]
         if self.stage == "settled":
             found.append(SATURATED)
+        if self.loss is not None:
+            found += self.loss.lines()
         return found
 
 
-def analyze(run: Run | Iterable[Mapping[str, Any]]) -> Analysis:
+def analyze(
+    run: Run | Iterable[Mapping[str, Any]], loss: str | Path | Losses | None = None
+) -> Analysis:
     """Read the signal of a run.
 
     Args:
         run: a run, or its records in the order in which they were written.
+        loss: the run's loss to compare with, by step, or a file of it
+            (`sinktrack.signal.loss.read_losses`).
 
     Raises:
-        RecordError: the run's records cannot be read.
+        RecordError: the run's records, or the losses, cannot be read.
     """
+    losses = read_losses(loss) if isinstance(loss, str | Path) else loss
     stages = Stages.of(run.written if isinstance(run, Run) else run)
     found = stages.found
     onset = stages.onset()
+    missing, relation = _missing(stages), None
+    if losses is not None:
+        points = stages.points
+        related = relate([p.step for p in points], [p.sink_rate for p in points], losses)
+        if isinstance(related, str):
+            missing.append(related)
+        else:
+            relation = related
     return Analysis(
         steps=tuple(one.step for one in found),
         stages=tuple(one.stage for one in found),
@@ -134,8 +153,9 @@ def analyze(run: Run | Iterable[Mapping[str, Any]]) -> Analysis:
         plateau=_plateau(stages),
         regressions=tuple(one.regression for one in found if one.regression is not None),
         migration=tuple(_migration(stages)),
-        missing=tuple(_missing(stages)),
+        missing=tuple(missing),
         abandoned=tuple(sorted(stages.abandoned)),
+        loss=relation,
     )
 
 

@@ -1,0 +1,319 @@
+"""How the signal stands to the loss: does it say anything that the step count does not?"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from sinktrack.errors import RecordError
+from sinktrack.signal import robust
+from sinktrack.signal.robust import Curve, Interval
+from sinktrack.signal.stages import MATERIAL
+
+Losses = Mapping[int, float]
+
+ENOUGH = 20
+"""Records with a loss from which anything is said."""
+LEAST_LOSS = 0.02
+"""Part of the loss's range over the run that a change must make up to count."""
+_RESAMPLES = 500
+_RUNS = 5
+"""Runs of neighbouring records that a resample is made of."""
+_TAILS = ((1 - robust.SURE) / 2, (1 + robust.SURE) / 2)
+_STRETCHES = 8
+_SHORTEST = 5
+_LARGEST = 64 * 2**20
+_WORDS: dict[tuple[str | None, str | None], str] = {
+    ("stands", "falls"): "the loss falls on, the sink rate stands",
+    ("falls", "falls"): "the sink weakens while the loss falls",
+    ("rises", "rises"): "the sink grows while the loss rises",
+    ("stands", "rises"): "the loss rises, the sink rate stands",
+    ("rises", "stands"): "the sink grows, the loss stands",
+    ("falls", "stands"): "the sink weakens, the loss stands",
+}
+"""By what sink rate and loss do; what is not here agrees."""
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Shift at which the changes of sink rate and loss go together best."""
+
+    records: Interval
+    """In records; above 0 the sink moves first."""
+    steps: float
+    """The same in steps, by the median distance of the records."""
+    correlation: float
+    """Rank correlation at that shift."""
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """A stretch of the run in which sink rate and loss do not tell the same."""
+
+    first: int
+    last: int
+    """Steps."""
+    sink_rate: Interval
+    loss: Interval
+    """Changes over the stretch."""
+    words: str
+
+
+@dataclass(frozen=True)
+class Relation:
+    """The sink rate beside the loss, over the records that have both."""
+
+    records: int
+    correlation: Interval
+    """Spearman's."""
+    beyond_step: Interval
+    """Spearman's between what a smooth curve over the step leaves of each: what the rate says that
+    the step count does not."""
+    lead: Lead | None
+    """None where no shift goes beyond chance."""
+    adds: bool
+    """Does the rate say anything about the loss that the step count does not? Only if the interval
+    of `beyond_step` leaves 0 out and one curve turned against the other does worse."""
+    disagreements: tuple[Disagreement, ...]
+
+    def lines(self) -> list[str]:
+        """What was found, in words."""
+        rank, beyond = self.correlation, self.beyond_step
+        found = [
+            f"rank correlation of sink rate and loss {rank.value:+.2f} (95 %: {rank.low:+.2f} to "
+            f"{rank.high:+.2f}); two curves that both follow the step correlate by that alone",
+            f"beyond the step count {beyond.value:+.2f} (95 %: {beyond.low:+.2f} to "
+            f"{beyond.high:+.2f}): "
+            + (
+                "the rate moves with the loss where the step does not say so"
+                if self.adds
+                else "nothing that the step count does not say"
+            ),
+        ]
+        if self.lead is None:
+            found.append("no lead or lag beyond chance")
+        else:
+            low, high = self.lead.records.low, self.lead.records.high
+            who = "leads" if low > 0 else "lags" if high < 0 else "neither leads nor lags"
+            found.append(
+                f"the sink {who}: best shift {self.lead.records.value:+.0f} records (95 %: "
+                f"{low:+.0f} to {high:+.0f}; {self.lead.steps:+,.0f} steps), correlation "
+                f"{self.lead.correlation:+.2f}"
+            )
+        found += [f"they disagree: {one.words}" for one in self.disagreements]
+        return found
+
+
+def read_losses(path: str | Path) -> dict[int, float]:
+    """Loss by step from a file.
+
+    Args:
+        path: a ``trainer_state.json``, or a directory that holds one; or a CSV with the columns
+            ``step`` (or ``global_step``, ``train/global_step``, ``_step``) and ``loss`` (or
+            ``train/loss``, ``train_loss``), as W&B exports it.
+
+    Raises:
+        RecordError: no such file, or no loss in it; says what was looked for.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "trainer_state.json"
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise RecordError(f"{path} is larger than {_LARGEST // 2**20} MiB")
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecordError(f"cannot read losses from {path}: {error}") from error
+    rows = _from_json(path, text) if path.suffix == ".json" else csv.DictReader(text.splitlines())
+    found = {}
+    for row in rows:
+        step = _first(row, ("step", "global_step", "train/global_step", "_step"))
+        loss = _first(row, ("loss", "train/loss", "train_loss"))
+        if step is not None and loss is not None:
+            found[int(step)] = loss
+    if not found:
+        raise RecordError(
+            f"no loss in {path}: looked for numbers under step or global_step, and loss or "
+            "train/loss"
+        )
+    return found
+
+
+def relate(steps: Sequence[int], rates: Sequence[float], losses: Losses) -> Relation | str:
+    """Compare sink rate and loss.
+
+    The loss at a record's step is that of the straight line between the logged ones around it;
+    records outside of the logged steps do not count. Intervals come from 500 resamples of blocks of
+    neighbouring records, which keep what neighbours share.
+
+    Args:
+        steps: of the records, ascending.
+        rates: the sink rates.
+        losses: by step.
+
+    Returns:
+        the relation, or why nothing is said.
+    """
+    known = sorted(step for step, loss in losses.items() if math.isfinite(loss))
+    if not known:
+        return "loss: none of the losses is a number"
+    inside = [i for i, step in enumerate(steps) if known[0] <= step <= known[-1]]
+    if len(inside) < ENOUGH:
+        missing = ENOUGH - len(inside)
+        return (
+            f"loss: {missing} more record{'s' if missing > 1 else ''} at steps with a loss "
+            f"({len(inside)} of {ENOUGH})"
+        )
+    x = np.array([steps[i] for i in inside], dtype=np.float64)
+    rate = np.array([rates[i] for i in inside], dtype=np.float64)
+    loss = np.interp(x, known, [losses[step] for step in known])
+    if np.ptp(rate) == 0 or np.ptp(loss) == 0:
+        return "loss: the sink rate or the loss is the same at every record"
+    plain = (stats.rankdata(rate), stats.rankdata(loss))
+    rest = (_beyond_step(x, rate), _beyond_step(x, loss))
+    beyond = _correlation(*rest)
+    return Relation(
+        records=len(x),
+        correlation=_correlation(*plain),
+        beyond_step=beyond,
+        adds=(beyond.low > 0 or beyond.high < 0) and _beyond_chance(*rest),
+        lead=_lead(x, *rest),
+        disagreements=tuple(_disagreements(x, rate, loss)),
+    )
+
+
+def _beyond_step(x: Curve, y: Curve) -> Curve:
+    """Ranks less a cubic of the step's rank and of the logarithm of the step."""
+    place = np.linspace(-1, 1, len(x))
+    logs = np.log1p(x - x[0])
+    logs = 2 * logs / logs[-1] - 1
+    terms = np.stack([place**power for power in range(4)] + [logs**power for power in (1, 2, 3)])
+    ranks = stats.rankdata(y)
+    fitted, *_ = np.linalg.lstsq(terms.T, ranks, rcond=None)
+    return np.asarray(ranks - terms.T @ fitted)
+
+
+def _correlation(one: Curve, other: Curve) -> Interval:
+    value = _rank_correlation(one, other)
+    drawn = [_rank_correlation(one[rows], other[rows]) for rows in _resamples(len(one))]
+    low, high = np.quantile(drawn, _TAILS)
+    return Interval(value, float(min(low, value)), float(max(high, value)))
+
+
+def _resamples(count: int) -> NDArray[np.int64]:
+    """Rows ``[resamples, count]`` made of runs of neighbouring rows."""
+    size = max(2, count // _RUNS)
+    starts = np.random.default_rng(0).integers(
+        0, count - size + 1, (_RESAMPLES, -(-count // size), 1)
+    )
+    return (starts + np.arange(size)).reshape(_RESAMPLES, -1)[:, :count]
+
+
+def _rank_correlation(one: Curve, other: Curve) -> float:
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return 0.0
+    return float(stats.spearmanr(one, other).statistic)
+
+
+def _beyond_chance(one: Curve, other: Curve) -> bool:
+    """Is the correlation larger than with one curve turned against the other?"""
+    turned = [
+        abs(_rank_correlation(np.roll(one, turn), other))
+        for turn in range(len(one) // 8, len(one) - len(one) // 8)
+    ]
+    return bool(abs(_rank_correlation(one, other)) > np.quantile(turned, robust.SURE))
+
+
+def _lead(x: Curve, rate: Curve, loss: Curve) -> Lead | None:
+    """The shift of the largest correlation, if no turn of one curve against the other beats it."""
+    most = len(x) // 5
+    shifts = np.arange(-most, most + 1)
+    inner = np.arange(most, len(x) - most)
+    beside = loss[inner[:, None] + shifts]
+    found = _each_correlation(rate[inner], beside)
+    best = int(np.abs(found).argmax())
+    turned = [
+        np.abs(_each_correlation(np.roll(rate, turn)[inner], beside)).max()
+        for turn in range(most, len(x) - most)
+    ]
+    if abs(found[best]) <= np.quantile(turned, robust.SURE):
+        return None
+    drawn = [
+        shifts[np.abs(_each_correlation(rate[inner][rows], beside[rows])).argmax()]
+        for rows in _resamples(len(inner))
+    ]
+    low, high = np.quantile(drawn, _TAILS)
+    shift = float(shifts[best])
+    return Lead(
+        Interval(shift, min(shift, float(low)), max(shift, float(high))),
+        shift * float(np.median(np.diff(x))),
+        float(found[best]),
+    )
+
+
+def _each_correlation(one: Curve, others: Curve) -> Curve:
+    """Of ``[n]`` with each column of ``[n, shifts]``; 0 where one is constant."""
+    one, others = one - one.mean(), others - others.mean(0)
+    size = np.sqrt(np.square(one).sum() * np.square(others).sum(0))
+    return np.asarray((one @ others) / np.where(size > 0, size, np.inf))
+
+
+def _disagreements(x: Curve, rate: Curve, loss: Curve) -> list[Disagreement]:
+    """Stretches in which one of the two surely moves and the other surely stands or goes along."""
+    found: list[Disagreement] = []
+    count = min(_STRETCHES, len(x) // _SHORTEST)
+    for rows in np.array_split(np.arange(len(x)), count):
+        of_rate, of_loss = robust.change(x[rows], rate[rows]), robust.change(x[rows], loss[rows])
+        kind = (
+            _direction(of_rate, MATERIAL * float(np.ptp(rate))),
+            _direction(of_loss, LEAST_LOSS * float(np.ptp(loss))),
+        )
+        words = _WORDS.get(kind)
+        if words is None:
+            continue
+        first, last = int(x[rows[0]]), int(x[rows[-1]])
+        found.append(
+            Disagreement(
+                first,
+                last,
+                of_rate,
+                of_loss,
+                f"steps {first:,} to {last:,}: {words} (sink rate {of_rate.value:+.1%}, loss "
+                f"{of_loss.value:+.3g})",
+            )
+        )
+    return found
+
+
+def _direction(change: Interval, least: float) -> str | None:
+    if change.shows(least):
+        return "rises" if change.value > 0 else "falls"
+    return "stands" if change.rules_out(least) else None
+
+
+def _first(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
+    for name in names:
+        try:
+            value = float(row[name])
+        except (KeyError, TypeError, ValueError):
+            continue
+        if math.isfinite(value):
+            return value
+    return None
+
+
+def _from_json(path: Path, text: str) -> list[Mapping[str, Any]]:
+    try:
+        found = json.loads(text)["log_history"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RecordError(f"{path} is no trainer_state.json: no log_history in it") from error
+    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
