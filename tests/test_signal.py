@@ -19,6 +19,7 @@ import sinktrack as st
 from scripts.check_signal import Truth, records
 from sinktrack.cli import app
 from sinktrack.signal import Stages, analyze
+from sinktrack.signal.loss import read_losses
 
 PROBE = st.Probe.random(models.VOCABULARY, sequences=4, length=16, seed=5)
 CLEAR = Truth(
@@ -152,6 +153,86 @@ def test_scanned_checkpoints_may_come_in_any_order() -> None:
     written = [record | {"source": f"checkpoint-{record['step']}"} for record in curve()]
     shuffled = [written[i] for i in np.random.default_rng(3).permutation(len(written))]
     assert analyze(shuffled) == analyze(written)
+
+
+def beside(written: list[dict], share: float, shift: int = 0) -> dict[int, float]:
+    """A loss that falls as the root of the step, and takes a share of the rate's wiggles."""
+    rates = np.array([record["sink_rate"] for record in written])
+    wiggles = rates - np.array([CLEAR.rate(np.array(record["step"])) for record in written])
+    rng = np.random.default_rng(9)
+    other = 0.03 * rng.normal(size=len(rates))
+    moves = share * np.roll(wiggles, shift) + (1 - share) * other
+    steps = [record["step"] for record in written]
+    return {
+        step: float(2 + 9 / np.sqrt(step / 100 + 3) - move)
+        for step, move in zip(steps, moves, strict=True)
+    }
+
+
+def test_a_loss_of_its_own_gets_nothing_from_the_rate() -> None:
+    written = curve()
+    relation = analyze(written, loss=beside(written, 0.0)).loss
+    assert relation is not None and relation.records == 101
+    assert relation.correlation.value < -0.5, "both follow the step"
+    assert not relation.adds
+    assert "nothing that the step count does not say" in " ".join(relation.lines())
+
+
+@pytest.mark.parametrize("shift", [0, 4, -4])
+def test_a_loss_that_goes_with_the_rate(shift: int) -> None:
+    written = curve()
+    relation = analyze(written, loss=beside(written, 0.9, shift)).loss
+    assert relation is not None and relation.lead is not None
+    assert relation.lead.records.low <= shift <= relation.lead.records.high
+    assert relation.lead.steps == 100 * shift and relation.lead.correlation < -0.5
+    if shift == 0:
+        assert relation.adds and relation.beyond_step.high < -0.3
+    who = {0: "neither leads nor lags", 4: "the sink leads", -4: "the sink lags"}[shift]
+    assert any(who in line for line in relation.lines())
+
+
+def test_where_sink_and_loss_disagree() -> None:
+    written = curve(replace(CLEAR, noise=0.005))
+    losses = {step: 5 - 4e-4 * step for step in range(0, 10_001, 50)}
+    signal = analyze(written, loss=losses)
+    assert signal.loss is not None
+    spans = [(one.first, one.last) for one in signal.loss.disagreements]
+    assert (0, 1200) in spans and spans[-1][1] == 10_000
+    assert all("the loss falls on, the sink rate stands" in one.words
+               for one in signal.loss.disagreements)  # fmt: skip
+    assert any("they disagree" in line for line in signal.lines())
+
+
+def test_too_few_losses_are_counted() -> None:
+    signal = analyze(curve(), loss={0: 4.0, 500: 3.0, 1000: 2.5})
+    assert signal.loss is None
+    assert signal.missing[-1] == "loss: 9 more records at steps with a loss (11 of 20)"
+
+
+def test_losses_are_read_from_what_trainers_write(tmp_path: Path, demo) -> None:
+    (newest,) = (demo[0] / "checkpoints").glob("checkpoint-400")
+    found = read_losses(newest)
+    assert found == read_losses(newest / "trainer_state.json")
+    assert sorted(found) == list(range(50, 401, 50)) and found[50] > found[400]
+    exported = tmp_path / "wandb.csv"
+    exported.write_text("\ufeffStep,train/global_step,train/loss\n1,50,4.5\n2,,\n3,100,nan\n")
+    assert read_losses(exported) == {50: 4.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("loss.csv", "step,accuracy\n1,2\n", "no loss in"),
+        ("state.json", "[1, 2]", "no log_history in it"),
+        ("state.json", '{"log_history": 3}', "no loss in"),
+        ("missing.csv", None, "cannot read losses"),
+    ],
+)
+def test_what_holds_no_loss_is_named(tmp_path: Path, name, content, says) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(st.RecordError, match=says):
+        read_losses(tmp_path / name)
 
 
 def test_show_says_it_and_json_holds_it(tmp_path: Path, demo) -> None:

@@ -45,7 +45,7 @@ _WORDS: dict[tuple[str | None, str | None], str] = {
 
 @dataclass(frozen=True)
 class Lead:
-    """Shift at which the changes of sink rate and loss go together best."""
+    """Shift at which the changes of sink rate and loss from record to record go together best."""
 
     records: Interval
     """In records; above 0 the sink moves first."""
@@ -76,8 +76,8 @@ class Relation:
     correlation: Interval
     """Spearman's."""
     beyond_step: Interval
-    """Spearman's between what a smooth curve over the step leaves of each: what the rate says that
-    the step count does not."""
+    """Spearman's of their changes from record to record, each less a smooth curve over the step:
+    what the rate says that the step count does not."""
     lead: Lead | None
     """None where no shift goes beyond chance."""
     adds: bool
@@ -179,14 +179,14 @@ def relate(steps: Sequence[int], rates: Sequence[float], losses: Losses) -> Rela
     if np.ptp(rate) == 0 or np.ptp(loss) == 0:
         return "loss: the sink rate or the loss is the same at every record"
     plain = (stats.rankdata(rate), stats.rankdata(loss))
-    rest = (_beyond_step(x, rate), _beyond_step(x, loss))
+    rest = (_beyond_step(x[1:], np.diff(rate)), _beyond_step(x[1:], np.diff(loss)))
     beyond = _correlation(*rest)
     return Relation(
         records=len(x),
         correlation=_correlation(*plain),
         beyond_step=beyond,
         adds=(beyond.low > 0 or beyond.high < 0) and _beyond_chance(*rest),
-        lead=_lead(x, *rest),
+        lead=_lead(x, rate, loss),
         disagreements=tuple(_disagreements(x, rate, loss)),
     )
 
@@ -203,9 +203,9 @@ def _beyond_step(x: Curve, y: Curve) -> Curve:
 
 
 def _correlation(one: Curve, other: Curve) -> Interval:
-    value = _rank_correlation(one, other)
-    drawn = [_rank_correlation(one[rows], other[rows]) for rows in _resamples(len(one))]
-    low, high = np.quantile(drawn, _TAILS)
+    rows = _resamples(len(one))
+    value = float(_each_correlation(one[None], other[None])[0])
+    low, high = np.quantile(_each_correlation(one[rows], other[rows]), _TAILS)
     return Interval(value, float(min(low, value)), float(max(high, value)))
 
 
@@ -218,37 +218,34 @@ def _resamples(count: int) -> NDArray[np.int64]:
     return (starts + np.arange(size)).reshape(_RESAMPLES, -1)[:, :count]
 
 
-def _rank_correlation(one: Curve, other: Curve) -> float:
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
-        return 0.0
-    return float(stats.spearmanr(one, other).statistic)
-
-
 def _beyond_chance(one: Curve, other: Curve) -> bool:
     """Is the correlation larger than with one curve turned against the other?"""
-    turned = [
-        abs(_rank_correlation(np.roll(one, turn), other))
-        for turn in range(len(one) // 8, len(one) - len(one) // 8)
-    ]
-    return bool(abs(_rank_correlation(one, other)) > np.quantile(turned, robust.SURE))
+    least = len(one) // 8
+    turned = np.stack([np.roll(one, turn) for turn in range(least, len(one) - least)])
+    size = np.abs(_each_correlation(np.vstack([one, turned]), other[None]))
+    return bool(size[0] > np.quantile(size[1:], robust.SURE))
 
 
 def _lead(x: Curve, rate: Curve, loss: Curve) -> Lead | None:
-    """The shift of the largest correlation, if no turn of one curve against the other beats it."""
-    most = len(x) // 5
+    """The shift of the largest rank correlation of their changes from record to record.
+
+    Changes, not levels: two smooth curves fit each other at some shift whatever they are.
+    """
+    one, other = stats.rankdata(np.diff(rate)), stats.rankdata(np.diff(loss))
+    most = len(one) // 5
     shifts = np.arange(-most, most + 1)
-    inner = np.arange(most, len(x) - most)
-    beside = loss[inner[:, None] + shifts]
-    found = _each_correlation(rate[inner], beside)
+    inner = np.arange(most, len(one) - most)
+    beside = other[inner + shifts[:, None]]
+    found = _each_correlation(one[inner][None], beside)
     best = int(np.abs(found).argmax())
     turned = [
-        np.abs(_each_correlation(np.roll(rate, turn)[inner], beside)).max()
-        for turn in range(most, len(x) - most)
+        np.abs(_each_correlation(np.roll(one, turn)[inner][None], beside)).max()
+        for turn in range(most, len(one) - most)
     ]
     if abs(found[best]) <= np.quantile(turned, robust.SURE):
         return None
     drawn = [
-        shifts[np.abs(_each_correlation(rate[inner][rows], beside[rows])).argmax()]
+        shifts[np.abs(_each_correlation(one[inner][rows][None], beside[:, rows])).argmax()]
         for rows in _resamples(len(inner))
     ]
     low, high = np.quantile(drawn, _TAILS)
@@ -260,11 +257,12 @@ def _lead(x: Curve, rate: Curve, loss: Curve) -> Lead | None:
     )
 
 
-def _each_correlation(one: Curve, others: Curve) -> Curve:
-    """Of ``[n]`` with each column of ``[n, shifts]``; 0 where one is constant."""
-    one, others = one - one.mean(), others - others.mean(0)
-    size = np.sqrt(np.square(one).sum() * np.square(others).sum(0))
-    return np.asarray((one @ others) / np.where(size > 0, size, np.inf))
+def _each_correlation(ones: Curve, others: Curve) -> Curve:
+    """Pearson's, row by row of ``[rows, n]`` or ``[1, n]``; 0 where one is constant."""
+    ones = ones - ones.mean(-1, keepdims=True)
+    others = others - others.mean(-1, keepdims=True)
+    size = np.sqrt(np.square(ones).sum(-1) * np.square(others).sum(-1))
+    return np.asarray((ones * others).sum(-1) / np.where(size > 0, size, np.inf))
 
 
 def _disagreements(x: Curve, rate: Curve, loss: Curve) -> list[Disagreement]:
