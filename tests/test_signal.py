@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import wandb
 from sinktrack.callbacks.loop import SinkTracker
+from synthetic import synthetic_records
 from test_wandb import finished
 from typer.testing import CliRunner
 
@@ -38,8 +39,9 @@ def stages_in_order(signal: st.signal.Analysis) -> list[str]:
 
 def recorded(directory: Path, written: list[dict], probe: st.Probe | None = None) -> st.Run:
     run = st.Run.open(directory, probe)
+    (whole,) = synthetic_records(steps=[0])
     for record in written:
-        run.append(record | {"schema": 1, "probe": probe.digest if probe else "a"})
+        run.append(whole | record | ({"probe": probe.digest} if probe else {}))
     return run
 
 
