@@ -28,6 +28,8 @@ class _OnCpu(TorchFunctionMode):
         kwargs.pop("pin_memory", None)
         if func is torch.Tensor.cuda:
             return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.")  # optimizers insist on it
         return func(*args, **kwargs)
 
 

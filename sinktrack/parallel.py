@@ -131,11 +131,15 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
     )
 
     def passes() -> None:
+        taps = []
         with out_of_memory(size, probe), _ready(found):
-            with megatron.watch(found, collected):
-                _forward(found, planned[0])
-            with megatron.watch(found, singles):
-                _forward(found, planned[1])
+            for shard, plan in zip((collected, singles), planned, strict=True):
+                with megatron.watch(found, shard) as tap:
+                    _forward(found, plan)
+                taps.append(tap)
+        for tap in taps:  # not before: the others are in all passes
+            if tap.failure is not None:
+                raise tap.failure
 
     def experts() -> None:
         with undisturbed(nn.ModuleList(found.bare)):
