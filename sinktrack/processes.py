@@ -65,7 +65,8 @@ def spread(
                 while waiting or alone or running:
                     queue, room = (alone, 1) if alone else (waiting, size)
                     while queue and len(running) < room:
-                        running[pool.submit(attempt, work, queue[0])] = queue.popleft()
+                        future = pool.submit(attempt, work, queue[0])
+                        running[future] = queue.popleft()
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in done:
                         outcome = future.result()
