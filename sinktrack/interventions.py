@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from sinktrack.circuit import Component
 from sinktrack.edits import Change, Nudge, Sight, Term
 from sinktrack.effects import LEAST_EFFECT, Effect, mean
+from sinktrack.experts import Profile, table
+from sinktrack.meaning import FirstTokens, first_tokens, meaning
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
 from sinktrack.replay import Outcome, Replay, replaying
@@ -63,6 +65,8 @@ def examine(
         "necessity": [],
         "sufficiency": [],
         "position": [],
+        "experts": [],
+        "meaning": None,
         "forwards": 0.0,
     }
     if is_testable(measured):
@@ -70,7 +74,10 @@ def examine(
             found["necessity"] = tests.necessity()
             found["sufficiency"] = tests.sufficiency()
             found["position"] = tests.position()
+            seen = FirstTokens.of(tests.replay.found, first_tokens(probe)[0])
+            found["experts"] = tests.experts(seen, found["necessity"])
             found["forwards"] = tests.forwards
+        found["meaning"] = meaning(model, probe, measured, seen)
     return found | {"seconds": time.perf_counter() - started}
 
 
@@ -165,6 +172,7 @@ class _Tests:
         self.random = random.Random(0)
         written = [part for part in (*where.shares, *where.parts) if part.block is not None]
         self.shares = {_term(part): part.share for part in written}
+        self.shares[Term("state", 0)] = where.shares[0].share
         self.sublayers = [_term(part) for part in screen(where.shares, _SUBLAYERS)]
         leaves = [_term(part) for part in screen(where.parts, _PARTS)]
         self.parts = [term for term in leaves if term.kind not in _SUBLAYERS]
@@ -203,7 +211,7 @@ class _Tests:
     # Necessity
 
     def necessity(self) -> list[Found]:
-        """Sublayers, blocks of which both are candidates, their parts; then all together."""
+        """Sublayers, the embedding, blocks of which both were tested, and parts."""
         found = self._several(self.sublayers)
         if not any(row["verdict"] for row in found):  # the screen missed who writes what is read
             rest = [term for term in self.shares if term.kind in _SUBLAYERS]
@@ -211,6 +219,7 @@ class _Tests:
             self.others |= dict.fromkeys(self.sublayers)
             self.replay.plain({term.block for term in self.sublayers})
             found = self._several(self.sublayers)
+        found.append(self._necessary("embedding", [Term("state", 0)]) | {"block": None})
         for block in sorted({term.block for term in self.sublayers}):
             inside = [term for term in self.sublayers if term.block == block]
             if len(inside) > 1:
@@ -231,14 +240,14 @@ class _Tests:
 
     def _necessary(self, kind: str, terms: Sequence[Term]) -> Found:
         effect, after = self._removed(terms)
-        block = min(term.block for term in terms)
+        block = _before(terms)
         zero = self._effect(
             self._lost(self.replay.run(Change(terms, self.p0, "zero")), block), block
         )
         verdict = "necessary" if zero.large else "distinguishing"
         return {
             "kind": kind,
-            "block": block,
+            "block": min(term.block for term in terms),
             "index": terms[0].index,
             "share": sum(self.shares[term] for term in terms),
             **effect.to_record(),
@@ -250,7 +259,7 @@ class _Tests:
 
     def _removed(self, terms: Sequence[Term]) -> tuple[Effect, Outcome]:
         """Writes at P0 give way to their means; controls only where they could matter."""
-        block = min(term.block for term in terms)
+        block = _before(terms)
         after = self.replay.run(Change(terms, self.p0, "mean"))
         effect = self._effect(self._lost(after, block), block)
         if not effect.large:
@@ -261,7 +270,7 @@ class _Tests:
             "random_direction": self._lost(aside, block),
             "other_position": -self._gained(elsewhere, block),
         }
-        other = self.others[terms[0]] if len(terms) == 1 else None
+        other = self.others.get(terms[0]) if len(terms) == 1 else None
         if other is not None:
             instead = self.replay.run(Change([other], self.p0, "mean"))
             controls["other_component"] = self._lost(instead, block)
@@ -278,7 +287,7 @@ class _Tests:
         joint = self._necessary("joint", terms) | {"components": [asdict(term) for term in terms]}
         if joint["verdict"] != "necessary":
             return [joint]
-        block = min(term.block for term in terms)
+        block = _before(terms)
         gone, _ = self._removed(terms)
         saved = []
         for term, row in zip(terms, rows, strict=True):
@@ -294,6 +303,20 @@ class _Tests:
     def _effect(self, changed: Tensor, block: int) -> Effect:
         return Effect(changed, self._attention(block), {})
 
+    def experts(self, seen: FirstTokens, necessity: list[Found]) -> list[Found]:
+        """The routed experts at P0 and the super experts; see `sinktrack.experts.table`."""
+        profile = Profile()
+        if seen.experts:
+            self.replay.run(profile)
+        shares = {
+            (term.block, term.index): share
+            for term, share in self.shares.items()
+            if term.kind == "expert" and term.index is not None
+        }
+        first = {block: torch.cat(parts) for block, parts in seen.experts.items()}
+        sequences, blocks = len(self.p0), len(self.replay.found.blocks)
+        return table(profile, first, necessity, shares, sequences, blocks)
+
     # Sufficiency
 
     def sufficiency(self) -> list[Found]:
@@ -302,7 +325,7 @@ class _Tests:
         return [self._transferred(term) for term in terms]
 
     def _transferred(self, term: Term) -> Found:
-        block = term.block - 1 if term.kind == "state" else term.block
+        block = _before([term])
         to, replay = self.replay.position, self.replay
         after = replay.run(Change([term], to, self.p0))
         effect = self._effect(self._gained(after, block), block)
@@ -396,6 +419,11 @@ def _row(kind: str, effect: Effect, verdict: str) -> Found:
 def _term(component: Component) -> Term:
     assert component.block is not None
     return Term(component.kind, component.block, component.index)
+
+
+def _before(terms: Sequence[Term]) -> int:
+    """The last block whose attention the terms cannot change; -1 for none."""
+    return min(term.block - (term.kind == "state") for term in terms)
 
 
 def _downstream(attention: Tensor, block: int) -> Tensor:

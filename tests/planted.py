@@ -18,8 +18,6 @@ SIGNS = 8
 WIDTH, HEADS, VOCABULARY, LENGTH, BLOCKS = 40, 2, 257, 24, 5
 HEAD_WIDTH = WIDTH // HEADS
 THRESHOLD = 3.7
-SLOW = HEAD_WIDTH // 2 - 1
-"""The channel that position embeddings turn least."""
 
 
 def probe(sequences: int = 24, seed: int = 0) -> Probe:
@@ -52,7 +50,7 @@ def _empty(model: Any, seed: int) -> Any:
                 parameter.copy_(0.003 * torch.randn(parameter.shape, generator=generator))
         embedding = model.model.embed_tokens.weight
         embedding.zero_()
-        noise = torch.randn(VOCABULARY, WIDTH - NOISE, generator=generator)
+        noise = torch.randn(VOCABULARY, embedding.shape[1] - NOISE, generator=generator)
         embedding[:, NOISE:] = 0.3 * noise
         embedding[:, ONE] = 4.0
         embedding[0, BOS] = 4.0
@@ -63,11 +61,9 @@ def dense(seed: int = 0, **changes: Any) -> Any:
     return _empty(LlamaForCausalLM(LlamaConfig(**_config(**changes))), seed)
 
 
-def mixture(seed: int = 0) -> Any:
-    config = MixtralConfig(
-        **_config(intermediate_size=8), num_local_experts=4, num_experts_per_tok=2,
-        sliding_window=None,
-    )  # fmt: skip
+def mixture(seed: int = 0, **changes: Any) -> Any:
+    shape = {"intermediate_size": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = MixtralConfig(**_config(**shape, sliding_window=None) | changes)
     return _empty(MixtralForCausalLM(config), seed)
 
 
@@ -75,8 +71,9 @@ def mixture(seed: int = 0) -> Any:
 def reader(model: Any, block: int, strength: float = 2.0) -> None:
     """All heads of a block look for `SINK`."""
     attention = model.model.layers[block].self_attn
-    for head in range(HEADS):
-        row = head * HEAD_WIDTH + SLOW
+    width = attention.head_dim
+    for head in range(attention.q_proj.weight.shape[0] // width):
+        row = head * width + width // 2 - 1  # the channel that position embeddings turn least
         attention.q_proj.weight[row, ONE] = strength
         attention.k_proj.weight[row, SINK] = strength
 

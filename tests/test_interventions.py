@@ -17,6 +17,7 @@ from test_scan import sinktrack
 
 from sinktrack import MeasurementError, Probe, Run, measure
 from sinktrack.effects import Effect
+from sinktrack.experts import super_experts
 from sinktrack.export import rows as export_rows
 from sinktrack.interventions import (
     examine,
@@ -39,7 +40,7 @@ def verdicts(model: Any, probe: Probe = PROBE) -> dict[str, Any]:
         (test, row["kind"], row.get("block"), row.get("index")): row["verdict"]
         for test in ("necessity", "sufficiency", "position")
         for row in found[test]
-        if row["verdict"]
+        if row["verdict"] and row["kind"] != "embedding"
     }
 
 
@@ -145,8 +146,10 @@ def test_a_sink_of_the_embedding_has_no_writer() -> None:
         model = readers(planted.dense(seed), 2)
         with torch.no_grad():
             model.model.embed_tokens.weight[0, planted.SINK] = 4.0
-        found = verdicts(model)
-        assert set(found) <= {("sufficiency", "state", 2, None)}
+        found = examine(model, PROBE, measure(model, PROBE))
+        tested = {(row["kind"], row["verdict"]) for row in found["necessity"]}
+        assert ("embedding", "necessary") in tested
+        assert set(verdicts(model)) <= {("sufficiency", "state", 2, None)}
 
 
 def test_no_circuit_no_verdict() -> None:
@@ -210,6 +213,61 @@ def test_necessity_equals_brute_force(kind: str) -> None:
         if mode == "mean":
             assert row["loss"]["effect"] == pytest.approx(after[1] - before[1], abs=1e-5)
             assert row["p0_loss"]["effect"] == pytest.approx(after[2] - before[2], abs=1e-5)
+
+
+def test_experts_at_p0() -> None:
+    """[BOS] alone is routed to the planted expert, whose output is extreme."""
+    model = readers(planted.mixture(), 2)
+    planted.expert_writer(model, 1, expert=2)
+    found = examine(model, PROBE, measure(model, PROBE))["experts"]
+    rows = {(row["block"], row["index"]): row for row in found}
+    (extreme,) = [expert for expert, row in rows.items() if row["super_expert"]]
+    assert extreme == (1, 2)
+    row = rows[1, 2]
+    assert row["p0_rate"] == 1 and row["verdict"] == "necessary"
+    seen: list[torch.Tensor] = []
+    experts = blocks_of(model)[1].mlp.experts
+    handle = experts.register_forward_hook(lambda module, args, output: seen.extend(args))
+    with torch.no_grad():
+        model(PROBE.tokens[:, :1], use_cache=False)
+    handle.remove()
+    x, index, gate = seen
+    chosen = index == 2
+    assert chosen.any(-1).all()
+    assert row["gate"] == pytest.approx(float(gate[chosen].mean()), rel=1e-5)
+    inner = experts.gate_up_proj.shape[1] // 2
+    gated = experts.gate_up_proj[2] @ x[0]
+    plain = experts.down_proj[2] @ (torch.nn.functional.silu(gated[:inner]) * gated[inner:])
+    assert row["output_norm"] == pytest.approx(float(plain.norm()), rel=1e-4)
+    assert row["largest_output"] == pytest.approx(float(plain.abs().max()), rel=1e-4)
+    shares = [other["share"] for other in found if other["share"] is not None]
+    assert row["share"] == max(shares)
+    assert all(other["p0_rate"] > 0 for other in found if not other["super_expert"])
+
+
+def test_the_published_criterion_by_hand() -> None:
+    largest = {(block, index): 1.0 for block in range(8) for index in range(64)}
+    largest |= {(1, 5): 90.0, (2, 7): 8.0, (7, 3): 500.0}
+    assert super_experts(largest, blocks=8) == {(1, 5)}, "(2, 7) is below a tenth, (7, 3) too late"
+    assert super_experts({}, blocks=8) == set()
+
+
+def test_meaning_of_the_first_token() -> None:
+    """With [BOS] the sink needs it; where position decides, any token will do."""
+    model = readers(planted.dense(), 1)
+    planted.neuron_writer(model, 0)
+    found = examine(model, PROBE, measure(model, PROBE))["meaning"]
+    assert found["bos"] == 0
+    assert found["norm_ratio"]["bos"] > 2 > found["norm_ratio"]["quantiles"]["95"]
+    assert found["as_is"]["sink_rate"] == 0.8
+    assert found["random_first"]["sink_rate"] < 0.05
+    model = planted.dense()
+    planted.unmixed(model)
+    probe = planted.without_bos()
+    found = examine(readers(model, 2), probe, measure(model, probe))["meaning"]
+    assert found["bos"] is None and found["norm_ratio"]["bos"] is None
+    assert found["norm_ratio"]["quantiles"]["5"] > 2
+    assert found["random_first"]["sink_rate"] > 0.9 * found["as_is"]["sink_rate"] > 0.4
 
 
 def test_leaves_no_trace() -> None:
@@ -295,7 +353,8 @@ def test_the_callback_runs_them_every_so_many_probes(tmp_path: Path) -> None:
         tracker.step(step, model)
     records = Run.read(tmp_path).records
     assert ["causal" in record for record in records] == [True, False, True]
-    (row,) = records[2]["causal"]["necessity"]
+    row, embedding = records[2]["causal"]["necessity"]
+    assert embedding["kind"] == "embedding"
     assert (row["kind"], row["verdict"]) == ("mlp", "necessary")
 
 

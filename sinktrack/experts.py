@@ -1,0 +1,112 @@
+"""Routed experts: whose outputs are extreme, and who is chosen at position zero."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinktrack.replay import Edit
+from sinktrack.taps import Write
+
+_QUANTILE, _FRACTION, _DEPTH = 0.995, 0.1, 0.75
+
+Expert = tuple[int, int]
+"""Block and index."""
+
+
+class Profile(Edit):
+    """A pass that changes nothing and notes what each routed expert yields, before its gate."""
+
+    def __init__(self) -> None:
+        self.largest: dict[Expert, float] = {}
+        """Largest absolute output over the probe, of the experts that any token came to."""
+        self.gates: defaultdict[Expert, list[float]] = defaultdict(list)
+        """Gate weights at P0, one for each sequence whose P0 is routed there."""
+        self.norms: defaultdict[Expert, list[float]] = defaultdict(list)
+        """Norms of the output there."""
+
+    def write(self, block: int, write: Write, rows: Tensor) -> None:
+        """Note the experts of a block."""
+        routed = write.routed
+        if routed is None:
+            return
+        for index in routed.index.unique().tolist():
+            chosen = routed.index == index
+            gate = (routed.gate * chosen).sum(-1).float()
+            came = chosen.any(-1) & (gate != 0)
+            output = routed.of(index)[came].float() / gate[came][:, None]
+            if not len(output):
+                continue
+            expert = block, index
+            peak = float(output.abs().max())
+            self.largest[expert] = max(peak, self.largest.get(expert, 0.0))
+            first = torch.zeros_like(came)
+            first[:, 0] = True
+            self.gates[expert] += gate[came & first].tolist()
+            self.norms[expert] += output[first[came]].norm(dim=-1).tolist()
+
+
+def super_experts(largest: Mapping[Expert, float], blocks: int) -> set[Expert]:
+    """Experts of extreme output, as Su et al. define them (ICLR 2026, arXiv 2507.23279, eq. 6).
+
+    Among the experts in the first three quarters of the blocks, those whose largest absolute output
+    exceeds both the 99.5 % quantile and a tenth of the maximum. Their code applies the depth; the
+    paper names the blocks where massive activations form instead.
+
+    Args:
+        largest: by expert, the largest absolute output of its down projection over all tokens.
+        blocks: of the model.
+    """
+    early = {expert: peak for expert, peak in largest.items() if expert[0] < round(_DEPTH * blocks)}
+    if not early:
+        return set()
+    peaks = torch.tensor(list(early.values()), dtype=torch.float64)
+    least = max(float(torch.quantile(peaks, _QUANTILE)), _FRACTION * float(peaks.max()))
+    return {expert for expert, peak in early.items() if peak > least}
+
+
+def table(
+    profile: Profile,
+    first: Mapping[int, Tensor],
+    necessity: list[dict[str, Any]],
+    shares: Mapping[Expert, float],
+    sequences: int,
+    blocks: int,
+) -> list[dict[str, Any]]:
+    """The experts that P0 is routed to before the reference block, and all super experts.
+
+    Args:
+        profile: of the probe.
+        first: by block, ``[N, K]`` experts of each distinct first token.
+        necessity: the causal tests, with those of experts.
+        shares: of the experts before the reference block, by block and index.
+        sequences: of the probe.
+        blocks: of the model.
+    """
+    extreme = super_experts(profile.largest, blocks)
+    tests = {(row["block"], row["index"]): row for row in necessity if row["kind"] == "expert"}
+    found = []
+    for expert in sorted(extreme | shares.keys()):
+        block, index = expert
+        gates, norms = profile.gates[expert], profile.norms[expert]
+        test = tests.get(expert)
+        found.append(
+            {
+                "block": block,
+                "index": index,
+                "p0_rate": len(gates) / sequences,
+                "first_token_rate": float((first[block] == index).any(-1).double().mean()),
+                "gate": sum(gates) / len(gates) if gates else None,
+                "output_norm": sum(norms) / len(norms) if norms else None,
+                "largest_output": profile.largest.get(expert),
+                "share": shares.get(expert),
+                "necessity": test and test["effect"],
+                "verdict": test and test["verdict"],
+                "super_expert": expert in extreme,
+            }
+        )
+    return found

@@ -1,0 +1,121 @@
+"""Does the sink depend on what the first token says?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sinktrack.measure import forward, measure
+from sinktrack.measurement import Measurement
+from sinktrack.probe import Probe
+from sinktrack.taps import Observer, Write
+from sinktrack.taps.huggingface import Decoder, watch
+
+_QUANTILES = (5, 25, 50, 75, 95)
+_TOKENS = 256
+
+
+class FirstTokens(Observer):
+    """Single-token sequences: norms of the state, and who each token is routed to."""
+
+    def __init__(self) -> None:
+        self.norms: defaultdict[int, list[Tensor]] = defaultdict(list)
+        """By block, ``[n]`` at its input."""
+        self.experts: defaultdict[int, list[Tensor]] = defaultdict(list)
+        """By block, ``[n, K]``."""
+
+    def state(self, block: int, stream: Tensor) -> None:
+        """Note the norms."""
+        self.norms[block].append(stream[:, 0].float().norm(dim=-1).cpu())
+
+    def write(self, block: int, write: Write) -> None:
+        """Note the routing."""
+        if write.routed is not None:
+            self.experts[block].append(write.routed.index[:, 0].cpu())
+
+    @classmethod
+    def of(cls, found: Decoder, tokens: Tensor) -> FirstTokens:
+        """Of distinct tokens ``[n]``."""
+        device = found.model.get_input_embeddings().weight.device
+        seen = cls()
+        with watch(found, seen):
+            for part in tokens[:, None].split(_TOKENS):
+                forward(found.model, part.to(device))
+        return seen
+
+
+def first_tokens(probe: Probe) -> tuple[Tensor, int | None]:
+    """Distinct tokens ``[n]`` of a probe, and the one that all of its sequences begin with, if any.
+
+    That one, [BOS] as a rule, is always among them.
+    """
+    begin = probe.tokens[_beginnings(probe)].unique()
+    usual = int(begin[0]) if len(begin) == 1 else None
+    return torch.cat([probe.first_tokens(), begin[:1]]).unique(), usual
+
+
+def _beginnings(probe: Probe) -> Tensor:
+    """``[B, T]`` bool: where sequences, or packed documents, begin."""
+    found = torch.zeros_like(probe.tokens, dtype=torch.bool)
+    found[:, 0] = True
+    if probe.documents is not None:
+        found[:, 1:] = probe.documents.diff(dim=1) != 0
+    return found
+
+
+def meaning(
+    model: nn.Module, probe: Probe, measured: Measurement, seen: FirstTokens
+) -> dict[str, Any]:
+    """The P0 state over distinct first tokens, and the sink without the usual one.
+
+    ``norm_ratio`` at the reference block: of [BOS], the token that all sequences of the probe begin
+    with, and over the others its values by token and their quantiles. ``random_first``: sink rate
+    and concentration when each sequence's first token is another random one, beside ``as_is``.
+
+    Args:
+        model: the model that was measured.
+        probe: the probe.
+        measured: the measurement.
+        seen: of the probe's `first_tokens`.
+    """
+    reference = measured.localization.reference_block
+    assert reference is not None
+    unit = float(measured.p0_norm[reference] / measured.norm_ratio[reference])
+    ratios = torch.cat(seen.norms[reference]).double() / unit
+    tokens, usual = first_tokens(probe)
+    other = tokens != usual if usual is not None else torch.ones_like(tokens, dtype=torch.bool)
+    own = ratios[~other]
+    points = torch.tensor(_QUANTILES, dtype=torch.float64) / 100
+    generator = torch.Generator().manual_seed(0)
+    replaced = probe.tokens.clone()
+    begin = _beginnings(probe)
+    drawn = torch.randint(int(other.sum()), (int(begin.sum()),), generator=generator)
+    replaced[begin] = tokens[other][drawn]
+    instead = measure(model, Probe(replaced, probe.documents))
+    return {
+        "bos": usual,
+        "tokens": int(other.sum()),
+        "norm_ratio": {
+            "bos": float(own[0]) if len(own) else None,
+            "quantiles": {
+                str(quantile): float(value)
+                for quantile, value in zip(
+                    _QUANTILES, torch.quantile(ratios[other], points), strict=True
+                )
+            },
+            "values": ratios[other].tolist(),
+        },
+        "as_is": _sinks(measured),
+        "random_first": _sinks(instead),
+    }
+
+
+def _sinks(measured: Measurement) -> dict[str, Any]:
+    return {
+        "sink_rate": measured.sink_rate(),
+        "interval": measured.intervals["sink_rate"],
+        "concentration": measured.concentration,
+    }
