@@ -110,7 +110,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, float32")
     print(
         "| blocks | writer in block | forward | measure | necessity | all tests | naive before | "
-        "naive all | before / necessity | all / necessity |\n|---|---|---|---|---|---|---|---|---|---|"
+        "naive all | before / necessity | all / necessity |\n" + 10 * "|---" + "|"
     )
     for blocks in arguments.blocks:
         for writer in (1, blocks // 2):
