@@ -34,25 +34,33 @@ for (const chart of document.querySelectorAll("figure > .chart, #shares")) {
   button.setAttribute("aria-label", `Save ${chart.getAttribute("aria-label")} as SVG`);
   button.addEventListener("click", () => Plotly.downloadImage(chart.id, { format: "svg", filename: `sinktrack_${chart.id}`, width: 900, height: 500 }));
 }
-$("axis").addEventListener("change", drawCurves);
-$("measure").addEventListener("change", drawBlocks);
-$("compared").addEventListener("change", (event) => showRun(Number(event.target.value)));
-$("record").addEventListener("input", () => showRecord(Number($("record").value)));
-$("records").addEventListener("toggle", listRecords);
-$("records").addEventListener("click", ({ target }) => target.dataset.record && showRecord(Number(target.dataset.record)));
-$("export").addEventListener("click", ({ target }) => target.dataset.form && saveData(target.dataset.form));
-dark.addEventListener("change", drawAll);
-drawAll();
-$("blocks").on("plotly_click", ({ points: [point] }) => {
-  const run = point.data.meta;
-  const index = runs[run].records.findIndex((record) => record[choice("x")] === point.x);
-  state.record[run] = index;
-  if (run === state.run) showRecord(index);
-  else {
-    document.querySelector(`input[name=run][value="${run}"]`).checked = true;
-    showRun(run);
-  }
-});
+/** Once the charts that they change are there. */
+const answer = () => {
+  $("axis").addEventListener("change", drawCurves);
+  $("measure").addEventListener("change", drawBlocks);
+  $("compared").addEventListener("change", (event) => showRun(Number(event.target.value)));
+  $("record").addEventListener("input", () => showRecord(Number($("record").value)));
+  $("records").addEventListener("toggle", listRecords);
+  $("records").addEventListener("click", ({ target }) => target.dataset.record && showRecord(Number(target.dataset.record)));
+  $("export").addEventListener("click", ({ target }) => target.dataset.form && saveData(target.dataset.form));
+  $("blocks").on("plotly_click", ({ points: [point] }) => {
+    const run = point.data.meta;
+    const index = runs[run].records.findIndex((record) => record[choice("x")] === point.x);
+    state.record[run] = index;
+    if (run === state.run) showRecord(index);
+    else {
+      document.querySelector(`input[name=run][value="${run}"]`).checked = true;
+      showRun(run);
+    }
+  });
+  dark.addEventListener("change", drawAll);
+};
+
+// One chart after the other, so that the page answers while the later ones are drawn.
+offer();
+compare();
+describe();
+for (const draw of [drawLeftOut, drawSinkRate, drawLocalization, drawBlocks, drawNorms, answer, drawRecord]) setTimeout(draw);
 
 /** Ask the server for new records; stay with the record that is shown, or follow the newest. */
 const EVERY = 2000;
