@@ -17,6 +17,7 @@ from PIL import Image
 from sinktrack import Run
 from sinktrack.figures import training
 from sinktrack.report import write_report
+from sinktrack.signal.loss import read_losses
 
 MOST_BYTES = 200_000
 
@@ -29,7 +30,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     online, offline = (Run.read(options.demo / name) for name in ("run", "scanned"))
     one, two = options.demo / "one.html", options.demo / "two.html"
-    write_report({"demo": online.written}, one)
+    checkpoints = options.demo / "checkpoints" / offline.records[-1]["source"]
+    write_report({"demo": online.written}, one, {"demo": read_losses(checkpoints)})
     write_report({"callback": online.written, "scanner": offline.written}, two)
     with chromium() as browser:
         page = opened(browser, one, "light")

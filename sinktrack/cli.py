@@ -202,6 +202,10 @@ def show(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
+    loss: Annotated[
+        list[Path] | None,
+        typer.Option(help="trainer_state.json, or a CSV of step and loss; one for each run."),
+    ] = None,
     live: Annotated[
         bool, typer.Option("--live", help="Serve it to this machine while the runs go on.")
     ] = False,
@@ -210,15 +214,19 @@ def report(
     """One HTML file with the curves of one run or several; it opens without a network."""
     from sinktrack.record import Run
     from sinktrack.report import write_report
+    from sinktrack.signal.loss import read_losses
 
     opened = {name: Run.read(path) for name, path in _named(runs).items()}
+    if loss and len(loss) != len(opened):
+        raise typer.BadParameter(f"--loss {len(loss)} times for {len(opened)} runs")
+    losses = dict(zip(opened, map(read_losses, loss or []), strict=False))
     if live:
         from sinktrack.report.live import server
 
-        with server(opened, port) as serving:
+        with server(opened, port, losses) as serving:
             _err.print(f"http://127.0.0.1:{serving.server_port}/  (Ctrl-C ends it)", markup=False)
             serving.serve_forever()
-    write_report({name: run.written for name, run in opened.items()}, out)
+    write_report({name: run.written for name, run in opened.items()}, out, losses)
     _err.print(f"wrote {out}", markup=False)
 
 

@@ -37,6 +37,7 @@ from sinktrack.report import write_report
 from sinktrack.scan import scan
 from sinktrack.show import show
 from sinktrack.signal import analyze
+from sinktrack.signal.loss import read_losses
 
 SYMBOLS, ARMING, LENGTH, BACK = 64, 16, 64, 3
 BOS = SYMBOLS
@@ -183,7 +184,8 @@ def run_demo(out: Path, console: Console, *, seed: int = 1, steps: int = STEPS) 
         raise SinktrackError(f"online and offline records differ by {worst:.2g}")
 
     records = Run.read(online).records
-    write_report({"sinktrack demo": records}, out / "report.html")
+    losses = read_losses(out / "checkpoints" / scanned[-1]["source"])
+    write_report({"demo": records}, out / "report.html", {"demo": losses})
     show(records, analyze(records), "sinktrack demo", console)
     console.print(summary(records))
     console.print(

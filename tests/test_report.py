@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from sinktrack import Run
+from sinktrack.cli import app
 from sinktrack.errors import RecordError
 from sinktrack.report import write_report
 from sinktrack.signal import analyze
@@ -389,6 +392,41 @@ def test_loss_as_the_axis(open_report: Open) -> None:
     assert heat["x"] == sorted(found["x"])
     span = page.evaluate("document.getElementById('sink_rate')._fullLayout.xaxis.range")
     assert span[0] > span[1], "training goes to the right"
+
+
+def test_losses_and_names_from_the_command_line(tmp_path: Path) -> None:
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run"]
+    for directory in runs:
+        run = Run.open(directory)
+        for record in synthetic_records():
+            run.append(record)
+    state = tmp_path / "trainer_state.json"
+    state.write_text(
+        json.dumps({"log_history": [{"step": s, "loss": 9 - s / 1e3} for s in (0, 1900)]})
+    )
+    table = tmp_path / "loss.csv"
+    table.write_text("step,loss\n0,5\n1900,3\n")
+    out = tmp_path / "report.html"
+    command = [
+        "report",
+        *map(str, runs),
+        "-o",
+        str(out),
+        "--loss",
+        str(state),
+        "--loss",
+        str(table),
+    ]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    data = (
+        out.read_text(encoding="utf-8").split('type="application/json">')[1].split("</script>")[0]
+    )
+    first, second = json.loads(data)["runs"]
+    assert [first["name"], second["name"]] == ["a/run", "b/run"]
+    assert [first["records"][-1]["loss"], second["records"][-1]["loss"]] == [7.1, 3]
+    result = CliRunner().invoke(app, command[:-2])
+    assert result.exit_code == 2 and "--loss 1 times for 2 runs" in result.output
 
 
 def test_block_measures(open_report: Open) -> None:

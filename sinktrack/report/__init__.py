@@ -9,7 +9,8 @@ from importlib import resources
 from pathlib import Path
 
 from sinktrack.errors import RecordError, require
-from sinktrack.report.data import Losses, Records, embedded
+from sinktrack.report.data import Records, embedded
+from sinktrack.signal.loss import Losses
 
 _SCRIPTS = ("common.js", "curves.js", "record.js", "tables.js", "report.js")
 

@@ -14,6 +14,7 @@ from sinktrack.circuit import EPSILON
 from sinktrack.errors import RecordError
 from sinktrack.publish.curves import causal
 from sinktrack.signal import analyze
+from sinktrack.signal.loss import Losses
 
 BUDGET = 9_000_000
 """Bytes that all records together may take; the page's code takes 5 MB."""
@@ -24,7 +25,6 @@ _FIELDS = (
 _INTERVALS = ("sink_rate", "first_two_share", "depth", "first_two_gain")
 
 Records = Sequence[Mapping[str, Any]]
-Losses = Mapping[int, float]
 
 
 def embedded(
@@ -59,7 +59,7 @@ def embedded(
 
 
 def _run(name: str, written: Records, losses: Losses | None, stride: int) -> dict[str, Any]:
-    found = analyze(record for record in written if record["sink_rate"] is not None)
+    found = analyze((record for record in written if record["sink_rate"] is not None), losses)
     stages = dict(zip(found.steps, found.stages, strict=True))
     by_step = {record["step"]: record for record in written}
     records = [by_step[step] for step in sorted(by_step)]

@@ -9,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from sinktrack.errors import RecordError, SinktrackError, require
 from sinktrack.record import Run
 from sinktrack.report import page
-from sinktrack.report.data import Losses, Records, embedded
+from sinktrack.report.data import Records, embedded
+from sinktrack.signal.loss import Losses
 
 _WAITING = """<!doctype html>
 <html lang="en">
