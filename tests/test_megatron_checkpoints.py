@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -23,6 +24,7 @@ from sinktrack import ArchiveError, scan
 from sinktrack.archive import dcp, pickles
 from sinktrack.archive.discover import discover
 from sinktrack.archive.files import Files
+from sinktrack.archive.follow import is_complete
 from sinktrack.archive.huggingface import load
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.source import open as open_source
@@ -291,6 +293,66 @@ def test_what_is_still_being_written_is_left(archive: Path) -> None:
     (archive / "iter_0000020" / "metadata.json").unlink()
     (archive / "iter_0000020" / ".metadata").unlink()
     assert [checkpoint.step for checkpoint in discover(archive)] == [10]
+
+
+def test_what_is_still_being_copied_is_left(archive: Path) -> None:
+    file = archive / "iter_0000010" / "__0_1.distcp"
+    assert is_complete(only(archive))
+    data = file.read_bytes()
+    file.write_bytes(data[:-10])
+    assert not is_complete(only(archive))
+    with pytest.raises(ArchiveError, match="__0_1.distcp is truncated"):
+        load(only(archive))
+    file.unlink()
+    assert not is_complete(only(archive))
+
+
+def test_names_of_transformer_engine(saved: Path, tmp_path: Path) -> None:
+    """It keeps other norms with the linear layer behind them than Megatron's own layers do."""
+    renamed = {
+        "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+        "self_attention.q_layernorm": "self_attention.linear_q_up_proj.layer_norm",
+        "self_attention.kv_layernorm": "self_attention.linear_kv_up_proj.layer_norm",
+    }
+    for family, names in (
+        ("qwen3_moe", list(renamed)[:1]),
+        ("deepseek_v3", list(renamed)[1:]),
+    ):
+        archive = Path(shutil.copytree(saved / "one" / f"{family}-stacked", tmp_path / family))
+        file = archive / "iter_0000010" / ".metadata"
+        metadata = pickle.loads(file.read_bytes())
+
+        def rename(name: str, names: list[str] = names) -> str:
+            for old in names:
+                new = renamed[old]
+                name = name.replace(f"{old}.weight", f"{new}_weight").replace(old, new)
+            return name
+
+        metadata.state_dict_metadata = {
+            rename(name): value for name, value in metadata.state_dict_metadata.items()
+        }
+        metadata.storage_data = {
+            dataclasses.replace(index, fqn=rename(index.fqn)): value
+            for index, value in metadata.storage_data.items()
+        }
+        file.write_bytes(pickle.dumps(metadata))
+        ours = open_source(only(archive))
+        theirs = open_source(only(saved / "one" / f"{family}-stacked"))
+        assert ours.names() == theirs.names()
+        stored = dcp.read_metadata(file.read_bytes(), "")
+        assert any(renamed[name] in key for name in names for key in stored)
+        for name in theirs.names():
+            assert torch.equal(ours.slice(name)[...], theirs.slice(name)[...])
+
+
+def test_trained_saved_and_scanned(tmp_path: Path) -> None:
+    """The script of the documentation, cut short."""
+    script = Path(__file__).parents[1] / "scripts" / "megatron_tiny_moe.py"
+    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path / "out"), "8"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 checkpoints scanned; online and offline agree to" in done.stdout
+    assert (tmp_path / "out" / "report.html").exists()
 
 
 # Untrusted input

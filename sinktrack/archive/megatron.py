@@ -90,6 +90,7 @@ class MegatronSource:
         from sinktrack.archive import huggingface, megatron_config
 
         self.files = files = checkpoint.files
+        self._sizes: dict[str, int] = {}
         if other := _other_format({entry.name for entry in files.entries()}):
             raise ArchiveError(f"{files.location} is {other}, which is not read; {_ADVICE}")
         backend = files.read_json("metadata.json").get("sharded_backend")
@@ -125,11 +126,16 @@ class MegatronSource:
         """One tensor; nothing of its data is read yet.
 
         Raises:
-            ArchiveError: there is no such tensor.
+            ArchiveError: there is no such tensor, or a file with a part of it is missing or short.
         """
         piece = self._pieces.get(name)
         if piece is None:
             raise ArchiveError(f"{self.files.location} holds nothing for {name!r}")
+        for chunk in piece.stored.near(piece.lead):
+            if chunk.file not in self._sizes:
+                self._sizes[chunk.file] = self.files.size(chunk.file)
+            if chunk.start + chunk.length > self._sizes[chunk.file]:
+                raise ArchiveError(f"{self.files.path(chunk.file)} is truncated; copy it again")
         return MegatronSlice(self.files, piece)
 
 
