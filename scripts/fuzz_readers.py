@@ -22,8 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sinktrack.archive.discover import discover
 from sinktrack.archive.files import Files, parse_json
+from sinktrack.archive.pytorch import load_tensors
 from sinktrack.archive.safetensors import (
     DTYPES,
     INDEX,
@@ -192,9 +195,30 @@ def json_case(rng: random.Random, _: Path) -> bool:
     return True
 
 
+def pickle_case(rng: random.Random, directory: Path) -> bool:
+    """An old file of weights; opened, not computed with."""
+    tensors = {f"t{i}": torch.rand(rng.randrange(4), 3) for i in range(rng.randrange(1, 3))}
+    path = directory / "pytorch_model.bin"
+    torch.save(tensors, path, _use_new_zipfile_serialization=rng.random() < 0.7)
+    data = path.read_bytes()
+    if rng.random() < 0.5:
+        head = rng.choice((200, 600, len(data)))
+        data = scramble(rng, data[:head]) + data[head:]
+    else:
+        data = scramble(rng, data)
+    path.write_bytes(data)
+    try:
+        found = load_tensors(Files(directory), path.name, str(path))
+    except ArchiveError:
+        return False
+    for tensor in found.values():
+        tensor.sum()
+    return True
+
+
 CASES: dict[str, tuple[Callable[[random.Random, Path], bool], int]] = {
-    "header": (header_case, 80), "file": (file_case, 6), "index": (index_case, 5),
-    "state": (state_case, 3), "json": (json_case, 6),
+    "header": (header_case, 76), "file": (file_case, 6), "index": (index_case, 5),
+    "state": (state_case, 3), "json": (json_case, 6), "pickle": (pickle_case, 4),
 }  # fmt: skip
 """How each input is made and judged, and its share."""
 

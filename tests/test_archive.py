@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import struct
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from sinktrack import ArchiveError
 from sinktrack.archive.discover import discover
 from sinktrack.archive.files import Files
 from sinktrack.archive.huggingface import load
-from sinktrack.archive.safetensors import DTYPES, SafetensorsSlice, read_header
+from sinktrack.archive.safetensors import DTYPES, SafetensorsSlice, parse_header, read_header
 from sinktrack.archive.source import open as open_checkpoint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -404,6 +406,11 @@ PICKLES = {
     "a model": (lambda p: torch.save(torch.nn.Linear(2, 2), p), "more than tensors"),
     "a number": (lambda p: torch.save({"a": 1}, p), "does not hold tensors by name"),
     "a list": (lambda p: torch.save([torch.zeros(1)], p), "does not hold tensors by name"),
+    "a bloated view": (
+        lambda p: torch.save({"a": torch.zeros(1).expand(2**40)}, p),
+        "does not hold tensors by",
+    ),
+    "a sparse one": (lambda p: torch.save({"a": torch.eye(2).to_sparse()}, p), "does not hold ten"),
     "nothing": (lambda p: p.write_bytes(b""), "truncated or damaged"),
     "noise": (lambda p: p.write_bytes(b"PK\3\4" + bytes(range(256))), "damaged"),
     "a bomb": (compressed, "damaged"),
@@ -420,3 +427,44 @@ def test_a_pickle_that_is_more_than_tensors_is_refused(
     with pytest.raises(ArchiveError, match=f"pytorch_model.bin .*{reason}"):
         load(discover(tmp_path)[0])
     assert not (tmp_path / "ran").exists()
+
+
+NUMBER = st.sampled_from([0, 1, 2, 8, 2**31, 2**63 - 1, 2**63, 2**64, -1, 0.5, True, None, "8"])
+HEADER = st.dictionaries(
+    st.sampled_from(["a", "b", "__metadata__"]),
+    st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from([*DTYPES, "F4", "", 1]),
+            "shape": st.lists(NUMBER, max_size=3),
+            "data_offsets": st.lists(NUMBER, min_size=1, max_size=3),
+        }
+    )
+    | NUMBER,
+    max_size=3,
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    text=st.one_of(HEADER.map(lambda header: json.dumps(header).encode()), st.binary(max_size=60)),
+    room=st.sampled_from([0, 1, 2, 8, 16]),
+)
+def test_whatever_a_header_says_it_is_refused_or_lies_in_the_file(text: bytes, room: int) -> None:
+    try:
+        places = parse_header(text, room)
+    except ValueError:
+        return
+    sizes = [math.prod(p.shape) * DTYPES[p.dtype].itemsize for p in places.values()]
+    assert sum(sizes) == room
+    for place, size in zip(places.values(), sizes, strict=True):
+        assert 8 + len(text) <= place.start <= place.start + size <= 8 + len(text) + room
+
+
+def test_a_directory_of_many_files_is_read_one_entry_at_a_time(tmp_path: Path) -> None:
+    place(tmp_path, "checkpoint-1")
+    for number in range(5000):
+        (tmp_path / f"shard-{number}").touch()
+    tracemalloc.start()
+    assert steps(tmp_path) == [("checkpoint-1", 1, None)]
+    assert tracemalloc.get_traced_memory()[1] < 2**18
+    tracemalloc.stop()

@@ -77,7 +77,7 @@ class PytorchSource:
     def _tensors(self, file: str) -> dict[str, Tensor]:
         with self._lock:
             if file not in self._loaded:
-                self._loaded[file] = _load(self.files, file, self._local(file))
+                self._loaded[file] = load_tensors(self.files, file, self._local(file))
             return self._loaded[file]
 
     def _local(self, file: str) -> str:
@@ -110,8 +110,12 @@ class TensorSlice:
         return self.tensor[index]
 
 
-def _load(files: Files, name: str, path: str) -> dict[str, Tensor]:
-    """The tensors of a file."""
+def load_tensors(files: Files, name: str, path: str) -> dict[str, Tensor]:
+    """The tensors of the file ``name``, of which ``path`` is a local copy.
+
+    Raises:
+        ArchiveError: it is damaged, or holds anything but tensors.
+    """
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped:
@@ -128,11 +132,20 @@ def _load(files: Files, name: str, path: str) -> dict[str, Tensor]:
             "checkpoint again"
         ) from error
     if not isinstance(found, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) and value.dtype in _NAMES
-        for key, value in found.items()
+        isinstance(key, str) and _is_plain(value) for key, value in found.items()
     ):
         raise ArchiveError(f"{files.path(name)} does not hold tensors by name, and nothing else")
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor that holds all its elements, not few of them many times over."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.dtype in _NAMES
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
 
 
 def _check_zip(path: str) -> None:
