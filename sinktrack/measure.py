@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -55,33 +55,18 @@ def measure(
         return measure_chunks(model, probe, batch_size)
     from sinktrack.taps.huggingface import watch
 
-    started = time.perf_counter()
+    passes = _Passes(probe, batch_size)
     found = readable(model, probe)  # type: ignore[arg-type]  # refuses a list by name
     device = found.model.get_input_embeddings().weight.device
-    collected, singles = Collector(), States()
-    first = probe.first_tokens()
-    size = batch_size or probe.sequences
-    batches = probe.batches(size)
-    with untouched(found.model, size, probe):
-        with watch(found, collected):
-            for tokens in batches:
-                forward(found.model, tokens.to(device))
-        with watch(found, singles):
-            for tokens in first[:, None].split(max(size, 256)):
-                forward(found.model, tokens.to(device))
-    digest = _Digest(found.model, first)
+    with untouched(found.model, passes.size, probe):
+        for observer, batches in passes.both:
+            with watch(found, observer):
+                for tokens in batches:
+                    forward(found.model, tokens.to(device))
+    digest = _Digest(found.model, passes.first)
     for block in found.blocks.values():
         digest.add(block)
-    return assemble(
-        collected,
-        singles,
-        torch.cat([tokens[:, 0] for tokens in batches]),
-        found.kinds,
-        model=_describe(found),
-        probe=probe.digest,
-        weights=digest.hex(),
-        seconds=time.perf_counter() - started,
-    )
+    return passes.measurement(found, digest.hex())
 
 
 @torch.no_grad()
@@ -104,7 +89,7 @@ def measure_streamed(
     from sinktrack.taps.huggingface import watch
     from sinktrack.taps.walk import Walk
 
-    started = time.perf_counter()
+    passes = _Passes(probe, batch_size)
     found = streamed.decoder
     _check(probe, found)
     streamed.load_surroundings(probe.tokens)
@@ -115,18 +100,11 @@ def measure_streamed(
     )
     embedding = streamed.base.get_input_embeddings()
     device = embedding.weight.device
-    collected, singles = Collector(), States()
-    first = probe.first_tokens()
-    size = batch_size or probe.sequences
-    batches = probe.batches(size)
-    digest = _Digest(streamed.model, first)
-    with out_of_memory(size, probe), undisturbed(embedding):
+    digest = _Digest(streamed.model, passes.first)
+    with out_of_memory(passes.size, probe), undisturbed(embedding):
         walks = [
-            (observer, [Walk(found, streamed.base, tokens.to(device)) for tokens in of])
-            for observer, of in (
-                (collected, batches),
-                (singles, first[:, None].split(max(size, 256))),
-            )
+            (observer, [Walk(found, streamed.base, tokens.to(device)) for tokens in batches])
+            for observer, batches in passes.both
         ]
         for index in range(count):
             with streamed.block(index, index + 1 if index + 1 < count else None) as block:
@@ -135,16 +113,43 @@ def measure_streamed(
                     with watch(shown, observer):
                         for walk in group:
                             walk.step(index)
-    return assemble(
-        collected,
-        singles,
-        torch.cat([tokens[:, 0] for tokens in batches]),
-        found.kinds,
-        model=_describe(found),
-        probe=probe.digest,
-        weights=digest.hex() if count == total else None,
-        seconds=time.perf_counter() - started,
-    )
+    return passes.measurement(found, digest.hex() if count == total else None)
+
+
+class _Passes:
+    """A probe on its way through a model: its sequences, and its first tokens one by one."""
+
+    def __init__(self, probe: Probe, batch_size: int | None) -> None:
+        self._started = time.perf_counter()
+        self._probe = probe
+        self.size = batch_size or probe.sequences
+        self.first = probe.first_tokens()
+        self._collected, self._singles = Collector(), States()
+        self._batches = probe.batches(self.size)
+
+    @property
+    def both(self) -> list[tuple[States, Sequence[Tensor]]]:
+        """Who observes a pass, and its batches ``[b, T]``."""
+        singles = self.first[:, None].split(max(self.size, 256))
+        return [(self._collected, self._batches), (self._singles, singles)]
+
+    def measurement(self, found: Decoder, weights: str | None) -> Measurement:
+        """What the passes showed; errors as of `assemble`."""
+        return assemble(
+            self._collected,
+            self._singles,
+            torch.cat([tokens[:, 0] for tokens in self._batches]),
+            found.kinds,
+            model={
+                "type": found.type,
+                "blocks": len(found.blocks),
+                "heads": getattr(found.config, "num_attention_heads", None),
+                "experts": found.experts,
+            },
+            probe=self._probe.digest,
+            weights=weights,
+            seconds=time.perf_counter() - self._started,
+        )
 
 
 def readable(model: nn.Module, probe: Probe) -> Decoder:
@@ -170,16 +175,6 @@ def _check(probe: Probe, found: Decoder) -> None:
         getattr(found.config, "max_position_embeddings", None),
         getattr(found.config, "pad_token_id", None),
     )
-
-
-def _describe(found: Decoder) -> dict[str, Any]:
-    """The ``model`` of a record."""
-    return {
-        "type": found.type,
-        "blocks": len(found.blocks),
-        "heads": getattr(found.config, "num_attention_heads", None),
-        "experts": found.experts,
-    }
 
 
 @contextmanager
