@@ -128,6 +128,18 @@ def _causal(record: Mapping[str, Any], console: Console) -> None:
                     + (f": {row['verdict']}" if row["verdict"] else "")
                 )
             )
+    _meaning(tests, console)
+
+
+def _meaning(tests: Mapping[str, Any], console: Console) -> None:
+    """The sink without its usual first tokens, and the experts of extreme output."""
+    meaning = tests["meaning"]
+    rates = [f"{meaning[name]['sink_rate']:.1%}" for name in ("random_first", "as_is")]
+    console.print(Text(f"  sink rate with random first tokens: {rates[0]} (as it is: {rates[1]})"))
+    extreme = [f"block {row['block']} expert {row['index']}{', at P0' if row['p0_rate'] else ''}"
+               for row in tests["experts"] if row["super_expert"]]  # fmt: skip
+    if extreme:
+        console.print(Text(f"  super experts by their largest output: {'; '.join(extreme)}"))
 
 
 def _sink(record: Mapping[str, Any]) -> str:

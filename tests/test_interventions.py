@@ -237,7 +237,8 @@ def test_experts_at_p0() -> None:
     assert row["gate"] == pytest.approx(float(gate[chosen].mean()), rel=1e-5)
     inner = experts.gate_up_proj.shape[1] // 2
     gated = experts.gate_up_proj[2] @ x[0]
-    plain = experts.down_proj[2] @ (torch.nn.functional.silu(gated[:inner]) * gated[inner:])
+    active = torch.nn.functional.silu(gated[:inner]) * gated[inner:]
+    plain = (experts.down_proj[2] @ active).detach()
     assert row["output_norm"] == pytest.approx(float(plain.norm()), rel=1e-4)
     assert row["largest_output"] == pytest.approx(float(plain.abs().max()), rel=1e-4)
     shares = [other["share"] for other in found if other["share"] is not None]
@@ -386,6 +387,8 @@ def test_the_scanner_and_the_table(tmp_path: Path) -> None:
     shown = sinktrack("show", tmp_path / "run").stdout
     assert "block 1 expert 3 removed at P0: necessary" in shown
     assert "block 1 mlp of P0, put elsewhere: sufficient" in shown
+    assert "sink rate with random first tokens: 0.0% (as it is: 60.0%)" in shown
+    assert "super experts by their largest output: block 1 expert 3, at P0" in shown
     assert max(map(len, shown.splitlines())) <= 80
     metrics = {row["metric"] for row in export_rows(last)}
     assert {"causal_necessity", "causal_sufficiency", "causal_position"} <= metrics
