@@ -71,6 +71,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "capacity": GATED | MOE | {"moe_expert_capacity_factor": 0.5},
     "biases": {"add_qkv_bias": True, "apply_query_key_layer_scaling": True,
                "attention_softmax_in_fp32": True},
+    "mtp": GATED | MOE | {"mtp_num_layers": 1},
     "jitter": GATED | MOE | {"moe_input_jitter_eps": 0.1},
     "bf16": DEEPSEEK | {"bf16": True, "params_dtype": torch.bfloat16},
 }  # fmt: skip
@@ -152,7 +153,10 @@ def build(settings: Any) -> list[Any]:
     """The chunks that this process holds, with weights that do not depend on the layout."""
     from megatron.core import parallel_state as state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_mtp_block_spec,
+    )
 
     stages = settings.virtual_pipeline_model_parallel_size or 1
     chunks = []
@@ -169,6 +173,10 @@ def build(settings: Any) -> list[Any]:
                     setattr(attention, name, Norm)
             if settings.multi_latent_attention or settings.context_parallel_size > 1:
                 attention.core_attention = PlainAttention
+        last = state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual)
+        ahead = None
+        if settings.mtp_num_layers and last:
+            ahead = get_gpt_mtp_block_spec(settings, spec, use_transformer_engine=False)
         ends = {"ignore_virtual": False, "vp_stage": virtual}
         chunks.append(
             GPTModel(
@@ -180,6 +188,7 @@ def build(settings: Any) -> list[Any]:
                 post_process=state.is_pipeline_last_stage(**ends),
                 position_embedding_type="learned_absolute" if settings.add_bias_linear else "rope",
                 share_embeddings_and_output_weights=False,
+                mtp_block_spec=ahead,
                 vp_stage=virtual,
             )
         )
@@ -317,7 +326,8 @@ def plain(chunk: Any, tokens: torch.Tensor) -> dict[str, Any]:
             hook(layer.mlp.router, route)
     chunk.eval()
     with torch.no_grad():
-        chunk(tokens, torch.arange(tokens.shape[1]).expand(sequences, -1), None)
+        positions = torch.arange(tokens.shape[1]).expand(sequences, -1)
+        chunk(tokens, positions, None, labels=tokens)
     for handle in handles:
         handle.remove()
     states = torch.stack([*inputs[::2], inputs[-1]]).double()

@@ -14,10 +14,10 @@ import torch
 pytest.importorskip("megatron.core")
 
 ALONE = ["gpt", "llama", "qwen", "deepseek", "mla", "windows", "off-by-one", "learnable", "gate",
-         "capacity", "biases", "bf16"]  # fmt: skip
+         "capacity", "biases", "mtp", "bf16"]  # fmt: skip
 TWO = ["deepseek:", "deepseek:ep2", "qwen:pp2", "deepseek:pp2 vp2", "llama:tp2", "gpt:tp2 sp",
        "qwen:tp2 sp etp2", "deepseek:tp2 sp ep2", "deepseek:tp2 ep2", "gate:tp2", "learnable:tp2",
-       "mla:tp2 sp", "gpt:cp2", "deepseek:cp2 ep2", "gate:cp2", "mla:cp2"]  # fmt: skip
+       "mla:tp2 sp", "gpt:cp2", "deepseek:cp2 ep2", "gate:cp2", "mla:cp2", "mtp:pp2"]  # fmt: skip
 FOUR = ["qwen:tp2 pp2", "qwen:pp2 ep2", "gpt:tp2 sp pp2 vp2", "deepseek:tp2 sp ep4",
         "qwen:tp2 sp pp2 ep2", "deepseek:cp2 pp2 ep2", "qwen:cp2 tp2 sp etp2 ep2"]  # fmt: skip
 
@@ -44,7 +44,7 @@ def cases(tmp: pytest.TempPathFactory, processes: int, wanted: list[str]) -> dic
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return cases(tmp_path_factory, 1, [f"{name}:" for name in ALONE])
+    return cases(tmp_path_factory, 1, [f"{name}:" for name in [*ALONE, "jitter"]])
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +91,13 @@ def test_one_process_against_plain_computations(name: str, alone: dict[str, Any]
         total = sum(part for (_, where, _), part in leaves.items() if where == block)
         wanted = (states[block + 1] - states[block])[:, 0].mean(0).float()
         torch.testing.assert_close(total, wanted, atol=(1e-2 if half else 1e-6) * scale, rtol=0)
+
+
+def test_the_routers_jitter_is_off(alone: dict[str, Any]) -> None:
+    """Else these two models, which have the same weights, would differ."""
+    jittered, steady = alone["jitter:"][0], alone["mtp:"][0]
+    assert torch.equal(jittered.p0_attention, steady.p0_attention)
+    assert torch.equal(jittered.p0_norm, steady.p0_norm)
 
 
 @pytest.mark.parametrize("case", [f"2 {c}" for c in TWO] + [f"4 {c}" for c in FOUR])

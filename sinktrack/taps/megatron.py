@@ -69,7 +69,13 @@ def chunks(model: Any) -> Chunks:
     layers: list[Any] = [layer for chunk in bare for layer in chunk.decoder.layers]
     blocks = {layer.layer_number - 1: layer for layer in layers}
     kinds = {number: _kind(number, layer, config) for number, layer in blocks.items()}
-    return Chunks(models, bare, config, blocks, kinds, _layout(config))
+    layout = _layout(config)
+    if layout.multiple > 1 and getattr(config, "moe_expert_capacity_factor", None) is not None:
+        raise MeasurementError(
+            "moe_expert_capacity_factor where sequences are spread: what is dropped depends on "
+            "what each process holds; not supported"
+        )
+    return Chunks(models, bare, config, blocks, kinds, layout)
 
 
 def _unwrap(model: Any) -> Any:
