@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import unquote
 
 import boto3
 import models
@@ -17,7 +24,7 @@ import torch
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
-from sinktrack import ArchiveError, Probe, scan
+from sinktrack import ArchiveError, Probe, Run, scan
 from sinktrack.archive.discover import discover
 from sinktrack.archive.files import Files
 from sinktrack.archive.follow import Watch
@@ -183,15 +190,15 @@ class Ranges(SimpleHTTPRequestHandler):
 
 
 @contextmanager
-def served(directory: Path) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(directory)))
+def serving(handler: Any) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
 
 
 def test_a_directory_on_the_web(local: Path, tmp_path: Path) -> None:
-    with served(local) as url:
+    with serving(partial(Ranges, directory=str(local))) as url:
         records = list(scan(url, probe=PROBE, run=tmp_path / "run"))
         assert [record["step"] for record in records] == [3, 12]
         Ranges.refusals = 1
@@ -199,3 +206,78 @@ def test_a_directory_on_the_web(local: Path, tmp_path: Path) -> None:
         assert Ranges.refusals == 0
         with pytest.raises(ArchiveError, match=r"no.json is missing"):
             Files(f"{url}/checkpoint-3").read_json("no.json")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few answers of the Hugging Face Hub that reading a repository takes.
+
+    Serves `directory`, whose subdirectories are the revisions of the repository a/b, and notes
+    every range that is asked of a file.
+    """
+
+    directory: Path
+    ranges: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = unquote(self.path).partition("?")[0]
+        if path == "/api/models/a/b/refs":
+            names = sorted(revision.name for revision in self.directory.iterdir())
+            branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": n} for n in names]
+            self.answer({"branches": branches, "tags": [], "converts": []})
+        elif found := re.fullmatch(r"/api/models/a/b/revision/([^/]+)", path):
+            self.answer({"id": "a/b", "sha": found[1], "siblings": []})
+        elif path == "/api/models/a/b":
+            self.answer({"id": "a/b", "sha": "main", "siblings": []})
+        elif found := re.fullmatch(r"/api/models/a/b/tree/([^/]+)", path):
+            files = [self.entry(file) for file in (self.directory / found[1]).iterdir()]
+            self.answer(files)
+        elif found := re.fullmatch(r"/a/b/resolve/([^/]+)/([^/]+)", path):
+            wanted = self.headers["Range"]
+            self.ranges.append(f"{found[2]} {wanted}")
+            first, last = wanted.removeprefix("bytes=").split("-")
+            data = (self.directory / found[1] / found[2]).read_bytes()
+            self.answer(data[int(first) : int(last) + 1], 206)
+        else:
+            self.send_error(404)
+
+    def do_POST(self) -> None:
+        found = re.fullmatch(r"/api/models/a/b/paths-info/([^/]+)", self.path)
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer([]) if found else self.send_error(404)
+
+    def entry(self, file: Path) -> dict[str, Any]:
+        return {"type": "file", "oid": "0", "size": file.stat().st_size, "path": file.name}
+
+    def answer(self, value: Any, status: int = 200) -> None:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_the_revisions_of_a_repository(local: Path, tmp_path: Path) -> None:
+    revisions = tmp_path / "revisions"
+    for source, name in (("3", "step3-tokens1B"), ("12", "step12-tokens4B"), ("12", "main")):
+        shutil.copytree(local / f"checkpoint-{source}", revisions / name)
+    Hub.directory = revisions
+    PROBE.save(tmp_path / "probe")
+    with serving(Hub) as url:
+        done = subprocess.run(
+            [sys.executable, "-c", "from sinktrack.cli import main; main()", "scan", "hf://a/b",
+             "--run", tmp_path / "run", "--probe", tmp_path / "probe", "--blocks", "1"],
+            capture_output=True, text=True, timeout=200,
+            env=os.environ | {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = Run.read(tmp_path / "run").records
+    assert [(r["source"], r["step"], r["tokens"]) for r in records] == [
+        ("step3-tokens1B", 3, 10**9), ("step12-tokens4B", 12, 4 * 10**9),
+    ]  # fmt: skip
+    size = (local / "checkpoint-12/model.safetensors").stat().st_size
+    asked = [line.split("=")[1].split("-") for line in Hub.ranges if line.startswith("model.")]
+    assert 0 < sum(int(last) + 1 - int(first) for first, last in asked) < size

@@ -63,6 +63,7 @@ class Files:
         self._meter = _Meter()
         self._windows: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._infos: dict[str, dict[str, Any]] = {}
+        self._lock = Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Files, (self.location, self.boundary)
@@ -250,7 +251,7 @@ class Files:
     def _read_remote(self, name: str, start: int, buffer: memoryview) -> None:
         length = len(buffer)
         if length < _AHEAD:
-            data = self._window(name, start)
+            data = self._window(name, start, length)
             if len(data) < length:
                 raise self._truncated(name)
             buffer[:] = data[:length]
@@ -273,23 +274,26 @@ class Files:
             self._infos[name] = self._retried(name, lambda: _filesystem(path).info(path))
         return self._infos[name]
 
-    def _window(self, name: str, start: int) -> bytes:
+    def _window(self, name: str, start: int, length: int) -> bytes:
         """From ``start`` on, from a read that is kept or from a new one."""
-        for (kept, begin), data in list(self._windows.items()):
-            if kept == name and begin <= start and start + _AHEAD // 4 <= begin + len(data):
-                return data[start - begin :]
-        data = self._fetch(name, start, min(start + _AHEAD, self.size(name)))
-        self._windows[name, start] = data
-        while len(self._windows) > _KEPT:
-            self._windows.popitem(last=False)
-        return data
+        with self._lock:
+            for (kept, begin), data in self._windows.items():
+                if kept == name and begin <= start and start + length <= begin + len(data):
+                    return data[start - begin :]
+            data = self._fetch(name, start, min(start + _AHEAD, self.size(name)))
+            self._windows[name, start] = data
+            while len(self._windows) > _KEPT:
+                self._windows.popitem(last=False)
+            return data
 
     def _fetch(self, name: str, start: int, stop: int) -> bytes:
         if stop <= start:
             return b""
         path = self.path(name)
+        # the hub's files read ahead by megabytes unless told not to
+        options = {"cache_type": "none"} if path.startswith("hf://") else {}
         data: bytes = self._retried(
-            name, lambda: _filesystem(path).cat_file(path, start=start, end=stop)
+            name, lambda: _filesystem(path).cat_file(path, start=start, end=stop, **options)
         )
         self._meter.add(len(data))
         return data
