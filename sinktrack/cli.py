@@ -67,8 +67,10 @@ def scan(
         int | None, typer.Option(min=1, help="Sequences at a time; by default the whole probe.")
     ] = None,
     hf_config: Annotated[
-        Path | None,
-        typer.Option(help="A directory with the config.json of the model, for Megatron archives."),
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Where the model's config.json is, if not in the checkpoints."
+        ),
     ] = None,
     pattern: Annotated[
         str | None,

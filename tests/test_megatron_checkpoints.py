@@ -166,6 +166,11 @@ def rewrite(archive: Path, **changes: Any) -> None:
     torch.save({"args": argparse.Namespace(**vars(arguments(archive)) | changes)}, file)
 
 
+BOMB: list[Any] = []
+for _ in range(60):  # of 2^60 elements, if anyone counts them
+    BOMB = [BOMB, BOMB]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -187,6 +192,10 @@ def rewrite(archive: Path, **changes: Any) -> None:
         ({"moe_ffn_hidden_size": 12}, "the configuration says 24 rows"),
         ({"moe_layer_freq": [0, 1, 1, 1]}, "block 0 has no mlp.linear_fc1"),
         ({"hidden_size": None}, "hidden_size=None; give .* --hf-config"),
+        ({"num_layers": 2**40}, "num_layers="),
+        ({"num_query_groups": "2"}, "num_query_groups='2'"),
+        ({"rotary_base": [1]}, "rotary_base="),
+        ({"window_size": BOMB}, "window_size="),
     ],
 )
 def test_another_architecture_is_refused(
@@ -203,6 +212,7 @@ def test_another_architecture_is_refused(
         ({"moe_router_pre_softmax": True}, {"norm_topk_prob": False}),
         ({"rotary_base": 70000}, {"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}),
         ({"vocab_size": None}, {"vocab_size": PADDED}),
+        ({"tokenizer_type": "NullTokenizer"}, {"vocab_size": VOCABULARY + 1}),
         ({"norm_epsilon": 1e-5}, {"rms_norm_eps": 1e-5}),
     ],
 )
@@ -520,6 +530,18 @@ def test_a_chunk_that_is_missing_or_lies(archive: Path) -> None:
         said = broken(lambda m, f=field, v=value: setattr(m.storage_data[index], f, v))
         assert re.search(message, said), said
     assert part.size[0] == BLOCKS
+
+
+def test_an_offset_that_would_take_forever_to_hash(archive: Path) -> None:
+    file = archive / "iter_0000010" / ".metadata"
+    metadata = pickle.loads(file.read_bytes())
+    nested: Any = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    object.__setattr__(next(iter(metadata.storage_data)), "offset", nested)
+    file.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ArchiveError, match="where sizes were expected"):
+        open_source(only(archive))
 
 
 def test_links_out_of_the_archive_are_not_followed(archive: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import math
+import reprlib
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -127,8 +128,9 @@ def read_metadata(data: bytes, what: str) -> dict[str, Stored]:
     root = pickles.load(data, _ADMITTED, what)
     try:
         places = {
-            (index.get("fqn"), index.get("offset")): info
+            (str(index.get("fqn")), _sizes(index.get("offset"))): info
             for index, info in root.get("storage_data").items()
+            if index.get("offset") is not None  # else it is no tensor
         }
         return {
             name: _stored(name, entry, places)
@@ -156,7 +158,9 @@ def _stored(name: str, entry: Any, places: dict[Any, Any]) -> Stored:
         if info.get("transform_descriptors"):
             raise ArchiveError(f"{name} is stored compressed; save without transforms")
         if type(file) is not str or "/" in file or "\\" in file or file in ("", ".", ".."):
-            raise ArchiveError(f"{name} lies in {file!r}, which is no file of the checkpoint")
+            raise ArchiveError(
+                f"{name} lies in {reprlib.repr(file)}, which is no file of the checkpoint"
+            )
         _sizes((start, length))
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             raise ArchiveError(f"{name} has chunks of another rank than its own")
@@ -170,7 +174,7 @@ def _stored(name: str, entry: Any, places: dict[Any, Any]) -> Stored:
 
 def _sizes(value: Any) -> tuple[int, ...]:
     if type(value) is not tuple or not all(type(v) is int and 0 <= v < 2**63 for v in value):
-        raise ArchiveError(f"{value!r} where sizes were expected")
+        raise ArchiveError(f"{reprlib.repr(value)} where sizes were expected")
     return value
 
 
@@ -241,17 +245,19 @@ def _part(stored: Stored, chunk: Chunk, fetch: Fetch, inner: tuple[int, ...], ro
     if count * size * 2 > chunk.length or chunk.length <= 2 * _EDGE:
         whole = _fetched(fetch, chunk, 0, chunk.length, what)
         start = _values(stored, chunk, whole, 0, whole, what)
-        data = whole[start + first * size : start + (first + count) * size]
+        data = whole[start + first * size :][: count * size]
     else:
         head = _fetched(fetch, chunk, 0, _EDGE, what)
         at = chunk.length - _EDGE
         start = _values(stored, chunk, head, at, _fetched(fetch, chunk, at, _EDGE, what), what)
         data = _fetched(fetch, chunk, start + first * size, count * size, what)
-    return torch.frombuffer(bytearray(data), dtype=stored.dtype).view(rows[1] - rows[0], *left[1:])
+    if data.readonly or (start + first * size) % size:
+        data = memoryview(bytearray(data))
+    return torch.frombuffer(data, dtype=stored.dtype).view(rows[1] - rows[0], *left[1:])
 
 
-def _fetched(fetch: Fetch, chunk: Chunk, start: int, length: int, what: str) -> bytes:
-    data = bytes(fetch(chunk.file, chunk.start + start, length))
+def _fetched(fetch: Fetch, chunk: Chunk, start: int, length: int, what: str) -> memoryview:
+    data = memoryview(fetch(chunk.file, chunk.start + start, length))
     if len(data) != length:
         raise ArchiveError(f"{what} is cut short; copy the checkpoint again")
     return data
@@ -260,7 +266,7 @@ def _fetched(fetch: Fetch, chunk: Chunk, start: int, length: int, what: str) -> 
 class _Ends(io.RawIOBase):
     """A file of which only the first and the last bytes are at hand."""
 
-    def __init__(self, head: bytes, at: int, tail: bytes) -> None:
+    def __init__(self, head: memoryview, at: int, tail: memoryview) -> None:
         self.head, self.at, self.tail, self.place = head, at, tail, 0
 
     def seekable(self) -> bool:
@@ -284,10 +290,12 @@ class _Ends(io.RawIOBase):
         else:
             raise zipfile.BadZipFile("its pickle is not among its first bytes")
         self.place += len(data)
-        return data
+        return bytes(data)
 
 
-def _values(stored: Stored, chunk: Chunk, head: bytes, at: int, tail: bytes, what: str) -> int:
+def _values(
+    stored: Stored, chunk: Chunk, head: memoryview, at: int, tail: memoryview, what: str
+) -> int:
     """Where in a chunk its values begin, once its own description fits the metadata's."""
     try:
         with zipfile.ZipFile(_Ends(head, at, tail)) as archive:
@@ -300,7 +308,9 @@ def _values(stored: Stored, chunk: Chunk, head: bytes, at: int, tail: bytes, wha
             order = archive.read(files["byteorder"]) if "byteorder" in files else b"little"
             tensor = pickles.load(pickled, _CHUNK_ADMITTED, what)
             storage, offset, sizes, strides = tensor.arguments[:4]
+            sizes, strides = _sizes(sizes), _sizes(strides)
             _, kind, key, _, _ = storage.arguments[0]
+            holds = _STORAGES.get(kind.name)
             values = files[f"data/{key}"]
         name, extra = struct.unpack("<HH", head[values.header_offset + 26 :][:4])
     except ArchiveError:
@@ -312,8 +322,8 @@ def _values(stored: Stored, chunk: Chunk, head: bytes, at: int, tail: bytes, wha
     contiguous = tuple(math.prod(chunk.sizes[i + 1 :]) for i in range(len(chunk.sizes)))
     begin = values.header_offset + 30 + name + extra
     size = stored.dtype.itemsize
-    if _STORAGES.get(kind.name) != stored.dtype or order != b"little":
-        raise ArchiveError(f"{what} holds {kind.name}, its metadata say {stored.dtype}")
+    if holds != stored.dtype or order != b"little":
+        raise ArchiveError(f"{what} holds {holds}, its metadata say {stored.dtype}")
     if sizes != chunk.sizes or not _same(strides, contiguous, sizes) or type(offset) is not int:
         raise ArchiveError(f"{what} holds a tensor of shape {sizes}, wanted {chunk.sizes}")
     needed = (offset + math.prod(sizes)) * size

@@ -114,7 +114,7 @@ class MegatronSource:
                 megatron_config.compare(given, arguments, seen)
             self.config = given if given is not None else megatron_config.make(arguments, seen)
             self._pieces = pieces(stored, self.config)
-        except ArchiveError as error:
+        except (ArchiveError, TypeError, ValueError, KeyError) as error:
             raise ArchiveError(f"{files.location}: {error}") from error
         self.config.dtype = stored["embedding.word_embeddings.weight"].dtype
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any
 
 from transformers import AutoConfig
@@ -50,6 +51,8 @@ _UNUSED: dict[str, tuple[Any, ...]] = {
 }
 """The values, beside None, under which a feature that these architectures lack is off."""
 
+_MANY = 2**14
+"""More blocks or heads than any model has: arguments come from strangers."""
 _FREE = {
     "vocab_size", "max_position_embeddings", "mlp_only_layers", "decoder_sparse_step",
     "pad_token_id", "bos_token_id", "eos_token_id", "rope_parameters",
@@ -112,8 +115,8 @@ def compare(given: Any, arguments: Arguments, seen: Seen) -> None:
     for name, ours, saved in pairs:
         if name not in _FREE and ours != saved:
             raise ArchiveError(
-                f"the configuration given and the checkpoint disagree: {name} is {ours!r} there, "
-                f"the saved arguments say {saved!r}; which is right is for you to say"
+                f"the configuration given and the checkpoint disagree: {name} is {short(ours)} "
+                f"there, the saved arguments say {short(saved)}; which is right is for you to say"
             )
 
 
@@ -122,8 +125,8 @@ def _refuse(arguments: Arguments) -> None:
         value = arguments.get(name)
         if value is not None and value not in off:
             raise ArchiveError(
-                f"the model was trained with {name}={value!r}, which none of the architectures "
-                f"that Megatron checkpoints are read as has ({', '.join(DENSE + MOE)})"
+                f"the model was trained with {name}={short(value)}, which no architecture has "
+                f"that Megatron checkpoints are read as ({', '.join(DENSE + MOE)})"
             )
     activation = arguments.get("activation_func")
     if isinstance(activation, Mapping):
@@ -131,7 +134,8 @@ def _refuse(arguments: Arguments) -> None:
     gated = _first(arguments, "swiglu", "gated_linear_unit")
     if gated is not True or (isinstance(activation, str) and activation != "silu"):
         raise ArchiveError(
-            f"the model's MLP is not SwiGLU (gated {gated!r}, activation {activation or 'silu'})"
+            f"the model's MLP is not SwiGLU (gated {short(gated)}, "
+            f"activation {short(activation or 'silu')})"
         )
     if _first(arguments, "moe_router_load_balancing_type") == "sinkhorn":
         raise ArchiveError(
@@ -140,9 +144,11 @@ def _refuse(arguments: Arguments) -> None:
 
 
 def _fields(arguments: Arguments, seen: Seen) -> dict[str, Any]:
-    heads = _number(arguments, "num_attention_heads")
+    heads = _number(arguments, "num_attention_heads", most=_MANY)
     hidden = _number(arguments, "hidden_size")
-    width = _first(arguments, "kv_channels") or hidden // heads
+    width = hidden // heads
+    if arguments.get("kv_channels") is not None:
+        width = _number(arguments, "kv_channels")
     kind = _model_type(arguments, seen.norm is not None and seen.norm > width)
     fields: dict[str, Any] = {
         "model_type": kind,
@@ -150,7 +156,7 @@ def _fields(arguments: Arguments, seen: Seen) -> dict[str, Any]:
         "vocab_size": _vocabulary(arguments, seen.rows),
         "hidden_size": hidden,
         "intermediate_size": _number(arguments, "ffn_hidden_size"),
-        "num_hidden_layers": _number(arguments, "num_layers"),
+        "num_hidden_layers": _number(arguments, "num_layers", most=_MANY),
         "num_attention_heads": heads,
         "rms_norm_eps": _first(arguments, "norm_epsilon", "layernorm_epsilon"),
         "max_position_embeddings": _number(arguments, "max_position_embeddings", "seq_length"),
@@ -167,9 +173,10 @@ def _fields(arguments: Arguments, seen: Seen) -> dict[str, Any]:
         fields["num_key_value_heads"] = heads
         fields |= _latent_attention(arguments)
     else:
+        fields["num_key_value_heads"] = heads
         grouped = arguments.get("group_query_attention") is not False
-        groups = arguments.get("num_query_groups") if grouped else None
-        fields["num_key_value_heads"] = heads if groups is None else groups
+        if grouped and arguments.get("num_query_groups") is not None:
+            fields["num_key_value_heads"] = _number(arguments, "num_query_groups", most=heads)
         if kind == "olmoe" and width * heads != hidden:
             raise ArchiveError(f"heads of width {width}; OLMoE has {hidden // heads}")
         if kind != "olmoe":
@@ -214,7 +221,7 @@ def _experts(arguments: Arguments, kind: str) -> dict[str, Any]:
         ("moe_shared_expert_intermediate_size", None),
     ):  # fmt: skip
         if arguments.get(name, off) not in (off, None):
-            raise ArchiveError(f"{kind} has no {name}={arguments[name]!r}")
+            raise ArchiveError(f"{kind} has no {name}={short(arguments[name])}")
     if kind == "mixtral" and before:
         raise ArchiveError("mixtral's router takes its softmax over the chosen experts alone")
     if kind != "mixtral":
@@ -234,8 +241,8 @@ def _sigmoid_router(arguments: Arguments, width: int) -> dict[str, Any]:
     ):  # fmt: skip
         if arguments.get(name) != wanted:
             raise ArchiveError(
-                f"latent attention with {name}={arguments.get(name)!r}: only DeepSeek-V3, which "
-                f"has {wanted!r}, is known here"
+                f"latent attention with {name}={short(arguments.get(name))}: only "
+                f"DeepSeek-V3, which has {wanted!r}, is known here"
             )
     dense = _dense(arguments)
     if dense != list(range(len(dense))):
@@ -276,7 +283,7 @@ def _latent_attention(arguments: Arguments) -> dict[str, Any]:
 def _rope(arguments: Arguments) -> dict[str, Any]:
     base = _first(arguments, "rotary_base")
     if not isinstance(base, int | float):
-        raise ArchiveError(f"the saved arguments say rotary_base={base!r}")
+        raise ArchiveError(f"the saved arguments say rotary_base={short(base)}")
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": float(base)}
     if arguments.get("multi_latent_attention") is True:
         return found | _yarn(arguments)
@@ -296,11 +303,11 @@ def _rope(arguments: Arguments) -> dict[str, Any]:
 
 def _yarn(arguments: Arguments) -> dict[str, Any]:
     kind = arguments.get("rope_type", "yarn")
-    whole = float(arguments.get("mscale_all_dim", 0.0))
+    whole = float(_first(arguments, "mscale_all_dim") or 0)
     if kind == "rope" and whole == 0:
         return {}
     if kind != "yarn":
-        raise ArchiveError(f"latent attention with rope_type={kind!r}, mscale_all_dim={whole}")
+        raise ArchiveError(f"latent attention with rope_type={short(kind)}, mscale_all_dim={whole}")
     mscale = float(arguments.get("mscale", 1.0))
     if not whole and mscale != 1:
         raise ArchiveError(f"YaRN with mscale={mscale} and no mscale_all_dim")
@@ -317,17 +324,19 @@ def _yarn(arguments: Arguments) -> dict[str, Any]:
 
 def _dense(arguments: Arguments) -> list[int]:
     """The blocks without experts, by ``moe_layer_freq``: every N-th, or one flag a block."""
-    blocks, every = _number(arguments, "num_layers"), arguments.get("moe_layer_freq", 1)
+    blocks, every = _number(arguments, "num_layers", most=_MANY), arguments.get("moe_layer_freq", 1)
     if type(every) is int and every > 0:
         return [block for block in range(blocks) if block % every]
     if isinstance(every, list) and len(every) == blocks:
         return [block for block in range(blocks) if not every[block]]
-    raise ArchiveError(f"the saved arguments say moe_layer_freq={every!r}")
+    raise ArchiveError(f"the saved arguments say moe_layer_freq={short(every)}")
 
 
 def _vocabulary(arguments: Arguments, rows: int) -> int:
     """Without padding, where that was saved."""
     saved = arguments.get("vocab_size")
+    if type(saved) is int and arguments.get("tokenizer_type") == "NullTokenizer":
+        saved += 1  # its end of a document
     return saved if type(saved) is int and 0 < saved <= rows else rows
 
 
@@ -343,11 +352,11 @@ def _first(arguments: Arguments, *names: str) -> Any:
     return next((arguments[name] for name in names if arguments.get(name) is not None), None)
 
 
-def _number(arguments: Arguments, *names: str) -> int:
+def _number(arguments: Arguments, *names: str, most: int = 2**31) -> int:
     found = _first(arguments, *names)
-    if type(found) is not int or not 0 < found < 2**31:
+    if type(found) is not int or not 0 < found <= most:
         raise ArchiveError(
-            f"the saved arguments say {names[0]}={found!r}; give the configuration of the Hugging "
-            "Face model with --hf-config"
+            f"the saved arguments say {names[0]}={short(found)}; give the configuration of the "
+            "Hugging Face model with --hf-config"
         )
     return found
