@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import wandb
 from sinktrack.callbacks.loop import SinkTracker
-from synthetic import synthetic_records
 from test_wandb import finished
 from typer.testing import CliRunner
 
 import sinktrack as st
-from scripts.check_signal import Truth, records
+from scripts.check_signal import Truth, judge, records, table
 from sinktrack.cli import app
 from sinktrack.signal import Stages, analyze
 from sinktrack.signal.loss import read_losses
+from tests.synthetic import synthetic_records
 
 PROBE = st.Probe.random(models.VOCABULARY, sequences=4, length=16, seed=5)
 CLEAR = Truth(
@@ -276,3 +276,46 @@ def test_a_signal_that_fails_does_not_stop_training(tmp_path: Path, caplog) -> N
     (told,) = caplog.records
     assert "the signal at step 500 failed" in told.getMessage()
     assert run.steps[-2:] == [500, 600]
+
+
+def test_curves_of_known_truth() -> None:
+    """A small share of what `scripts/check_signal.py` does; the docs hold its own numbers."""
+    shares = {name: share for name, (share, _) in table([judge(s) for s in range(24)]).items()}
+    assert shares["onset claimed"] > 0.8 and shares["onset in its interval"] > 0.85
+    assert shares["drop found"] > 0.9 and shares["drop's size in its interval"] > 0.8
+    assert shares["false plateau"] <= 0.05 and shares["false fall"] <= 0.05
+
+
+RUNS = Path(__file__).parent / "data" / "runs"
+SEEDS = [f"seed{seed}-lr{rate}" for seed in (1, 2, 3) for rate in ("0.005", "0.01")]
+
+
+def kept(name: str) -> list[dict]:
+    return [json.loads(line) for line in (RUNS / name / "records.jsonl").open()]
+
+
+@pytest.mark.parametrize("name", [*SEEDS, "spike", "sliding-window"])
+def test_real_runs_leave_their_floor(name: str) -> None:
+    """The onset lies between the last record that shows nothing and the first formed ones."""
+    written = kept(name)
+    signal = analyze(written, loss=RUNS / name / "loss.csv")
+    formed = [record["step"] for record in written if record["formed"]]
+    assert signal.onset is not None and signal.loss is not None
+    assert 100 < signal.onset.low <= signal.onset.value <= signal.onset.high <= formed[2]
+    assert signal.onset.high - signal.onset.low <= 120
+    assert not signal.regressions
+    assert not signal.loss.adds
+
+
+def test_a_real_run_that_diverges() -> None:
+    written = kept("diverges")
+    signal = analyze(written, loss=RUNS / "diverges" / "loss.csv")
+    assert set(signal.stages) == {"absent"} and signal.onset is None
+    assert written[-1]["step"] < 800, "no record is written of weights that are not numbers"
+
+
+def test_a_real_collapse_is_seen_by_its_level() -> None:
+    """The rate fell from about 0.42 to 0.21, which its own noise before could have done."""
+    signal = analyze(kept("spike"))
+    assert signal.plateau is not None and signal.plateau.level.high < 0.25
+    assert 580 <= signal.plateau.since.low <= signal.plateau.since.high <= 680

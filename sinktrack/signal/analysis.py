@@ -193,6 +193,8 @@ def _plateau(stages: Stages) -> Plateau | None:
         return None
     trend = stages.trend("sink_rate")
     assert trend is not None
+    if max(-trend.low, trend.high) > 2 * MATERIAL * stages.found[-1].because["rise"]:
+        return None  # it may have moved since it was found flat
     return Plateau(stages.top(), stages.level(), trend)
 
 
@@ -243,7 +245,7 @@ def _missing(stages: Stages) -> list[str]:
     elif since < ENOUGH:
         found.append(f"plateau: {_more(since, ENOUGH)} since the rise")
         found.append(f"regression: {_more(since, ENOUGH)} since the rise")
-    elif stages.stage in ("emerging", "migrating"):
+    elif stages.stage in ("emerging", "migrating", "settled") and _plateau(stages) is None:
         trend = stages.trend("sink_rate")
         assert trend is not None
         most = MATERIAL * stages.found[-1].because["rise"]

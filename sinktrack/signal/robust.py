@@ -17,6 +17,7 @@ _BATCHES = 4
 _POWERS = (1, 2)
 _PER_GAP = 8
 _NEAR = 64
+_LEAST_SCALE = 0.25  # deviations may be told up to twice too large
 
 
 class Interval(NamedTuple):
@@ -85,7 +86,23 @@ def level(y: Curve, probe: float) -> Interval:
     return Interval(middle, middle - half, middle + half)
 
 
-def leaves_floor(x: Curve, y: Curve) -> Interval:
+def spread(y: Curve, floor: float, top: float, quiet: float, lively: float) -> Curve:
+    """Standard deviation of each record of a rise, which is seldom the same below and above.
+
+    Args:
+        y: values, the floor first.
+        floor: level of the floor.
+        top: level after the rise.
+        quiet: standard deviation on the floor; at least a hundredth of the rise is taken.
+        lively: standard deviation after the rise.
+    """
+    quiet = max(quiet, (top - floor) / 100)
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(y, 1, mode="edge"), 3).max(-1)
+    part = np.clip((around - floor) / (top - floor), 0, 1)
+    return np.asarray(np.sqrt(quiet**2 + part * max(0.0, lively**2 - quiet**2)))
+
+
+def leaves_floor(x: Curve, y: Curve, deviation: Curve) -> Interval:
     """Where a curve leaves its floor: ``c`` up to ``t``, then ``c + u^p (a + b u)``, u = x - t.
 
     All ``t`` of a grid are tried, with ``p`` of 1 and 2 and without ``b``. The interval holds the
@@ -96,22 +113,24 @@ def leaves_floor(x: Curve, y: Curve) -> Interval:
     Args:
         x: steps, the floor first.
         y: values up to about a third of the rise: further on the shape would have to be known.
+        deviation: of each value, as `spread` tells it.
     """
-    x, y = x[-_NEAR:], y[-_NEAR:]
+    x, y, weight = x[-_NEAR:], y[-_NEAR:], 1 / deviation[-_NEAR:]
     gaps = np.diff(x)[:, None] * np.arange(_PER_GAP) / _PER_GAP
     starts = (x[:-1, None] + gaps).ravel()
     ahead = np.clip((x - starts[:, None]) / (x[-1] - x[0]), 0, None)
-    off = y - y.mean()
+    off = _less_floor(y, weight)
     errors, fits = np.full(len(starts), np.inf), np.zeros_like(ahead)
     for power in _POWERS:
-        for fitted, rises in _rising_fits(ahead**power, ahead ** (power + 1), off):
+        for fitted, rises in _rising_fits(ahead**power, ahead ** (power + 1), off, weight):
             error = np.where(rises, np.square(off - fitted).sum(-1), np.inf)
             better = error < errors
             errors[better], fits[better] = error[better], fitted[better]
     free = max(1, len(x) - 5)
     least, exact = errors.min(), 1e-12 * float(off @ off)
     wide = _widening(off - fits[errors.argmin()]) ** 2 if least > exact else 1.0
-    good = np.nonzero(errors <= least * (1 + wide * stats.f.ppf(SURE, 1, free) / free) + exact)[0]
+    scale = max(_LEAST_SCALE, least / free)
+    good = np.nonzero(errors <= least + scale * wide * stats.f.ppf(SURE, 1, free) + exact)[0]
     ends = np.append(starts[1:], x[-1])
     middle = starts[errors <= least + exact]
     return Interval(float(middle.mean()), float(starts[max(0, good[0] - 1)]), float(ends[good[-1]]))
@@ -152,10 +171,17 @@ def beyond_noise(looks: int, records: int) -> float:
     return float(stats.t.isf((1 - SURE) / (2 * max(1, looks)), max(2, records // 2)))
 
 
-def _rising_fits(first: Curve, second: Curve, off: Curve) -> list[tuple[Curve, NDArray[np.bool]]]:
+def _less_floor(values: Curve, weight: Curve) -> Curve:
+    """Weighted values less their projection on a weighted constant, the floor."""
+    mean = (values * weight**2).sum(-1, keepdims=True) / np.square(weight).sum()
+    return np.asarray((values - mean) * weight)
+
+
+def _rising_fits(
+    first: Curve, second: Curve, off: Curve, weight: Curve
+) -> list[tuple[Curve, NDArray[np.bool]]]:
     """Least squares on the first regressor and on both, a row each: the fit, and does it rise."""
-    first = first - first.mean(-1, keepdims=True)
-    second = second - second.mean(-1, keepdims=True)
+    first, second = _less_floor(first, weight), _less_floor(second, weight)
     one, two, both = (np.square(first).sum(-1), np.square(second).sum(-1), (first * second).sum(-1))
     with_one, with_two = first @ off, second @ off
     alone = with_one / np.where(one > 0, one, 1)

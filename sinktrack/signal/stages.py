@@ -32,6 +32,7 @@ LEAST_MOVE = {"first_two_share": 0.05, "depth": 0.25}
 """Change of a share, and of a depth in blocks, that counts as migration."""
 _BESIDE_A_DROP = 2 * ENOUGH + LASTING
 """Records, up to the last, from which a drop is located and sized."""
+_SPREAD_OF_MEDIAN = 1.4826  # standard deviation over the median distance from the median
 _MEDIAN_OF_THREE = math.sqrt(0.449)  # its standard deviation over that of one value
 
 
@@ -184,10 +185,8 @@ class Stages:
         floor = float(np.median(before))
         needed = max(LEAST_RISE, LASTING * robust.noise(x[:-LASTING], before))
         if all(point.sink_rate > floor + needed and point.low > floor for point in last):
-            where = robust.leaves_floor(x, y).value if len(y) >= LASTING + 2 else x[-LASTING]
-            still = y[x <= where]
-            self.floor = float(np.median(still)) if len(still) else float(y[0])
-            self.floor_records = len(still)
+            still = before[before <= floor + needed]
+            self.floor, self.floor_records = float(np.median(still)), len(still)
             self.left = len(self.points) - LASTING
             self.settled, self.lost, self.standing = None, False, {}
 
@@ -257,20 +256,38 @@ class Stages:
 
     def onset(self) -> Interval | None:
         """Step at which the rate left its floor; None where too little of the floor was seen."""
-        if self.left is None or self.lost or self.floor_records < LASTING:
+        if self.left is None or self.floor is None or self.lost:
             return None
-        x, y, third = self._rise(1 / 3)
+        if self.floor_records < LASTING:
+            return None
+        x, y = self.curve("sink_rate", self.began)
         first = self.left - self.began
-        end = first + max(1, int(np.argmax(y[first:] >= third)))
-        return robust.leaves_floor(x[: end + 1], y[: end + 1])
+        top = highest(y[first:])
+        end = first + max(1, int(np.argmax(y[first:] >= self.floor + (top - self.floor) / 3)))
+        quiet = _SPREAD_OF_MEDIAN * float(np.median(np.abs(y[:first] - self.floor)))
+        lively = robust.noise(x[first:], y[first:])
+        deviation = robust.spread(y, self.floor, top, quiet, lively)
+        return robust.leaves_floor(x[: end + 1], y[: end + 1], deviation[: end + 1])
 
     def top(self) -> Interval:
-        """Step at which the rate reached the level that it holds now."""
-        if self.left == 0:
-            return Interval(*[float(self.points[0].step)] * 3)
-        x, y, two_thirds = self._rise(2 / 3)
-        start = int(np.nonzero(y < two_thirds)[0][-1])
-        at = robust.leaves_floor(-x[start:][::-1], -y[start:][::-1])
+        """Step at which the rate reached the level that it holds now, from below or from above.
+
+        The same fit as that of the onset, backwards: the level is the floor that is left.
+        """
+        x, y = self.curve("sink_rate", self.began)
+        window = max(0, self.window() - self.began)
+        quiet = robust.noise(x[window:], y[window:])
+        away = y - float(y[window:].mean())
+        lasting = _medians(away)[: window + 1]
+        far = np.nonzero(np.abs(lasting) > max(LASTING * quiet, MATERIAL * np.ptp(y)))[0]
+        if not len(far):
+            return Interval(*[float(x[0])] * 3)
+        away = away * np.sign(lasting[far[-1]])
+        side = np.nonzero(lasting[: far[-1] + 1] * np.sign(lasting[far[-1]]) <= 0)[0]
+        top = highest(away[side[-1] if len(side) else 0 : far[-1] + LASTING])
+        start = int(np.nonzero(away[: far[-1] + LASTING] >= top / 3)[0][-1])
+        deviation = np.full(len(y) - start, max(quiet, top / 100))
+        at = robust.leaves_floor(-x[start:][::-1], away[start:][::-1], deviation)
         return Interval(-at.value, -at.high, -at.low)
 
     def level(self) -> Interval:
@@ -278,13 +295,6 @@ class Stages:
         points = self.points[self.window() :]
         probe = float(np.median([point.probe["sink_rate"] for point in points]))
         return robust.level(np.array([point.sink_rate for point in points]), probe)
-
-    def _rise(self, part: float) -> tuple[Curve, Curve, float]:
-        """Steps and rates from the floor on, and the rate at a part of the rise."""
-        assert self.left is not None and self.floor is not None
-        x, y = self.curve("sink_rate", self.began)
-        top = highest(y[self.left - self.began :])
-        return x, y, self.floor + part * (top - self.floor)
 
     def _stage(self) -> tuple[str, dict[str, Any]]:
         rate = self.points[-1].sink_rate
