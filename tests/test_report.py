@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from sinktrack import Run
 from sinktrack.cli import app
 from sinktrack.errors import RecordError
+from sinktrack.publish.curves import summary
 from sinktrack.report import write_report
 from sinktrack.signal import analyze
 from tests.synthetic import synthetic_records
@@ -203,6 +204,39 @@ def test_a_sink_before_any_write_is_said(open_report: Open) -> None:
     page = open_report([record])
     assert "precedes any write" in page.inner_text("#verdict")
     assert bars(page) == [1.0]
+
+
+def test_first_blocks_only(open_report: Open, tmp_path: Path) -> None:
+    """Records of a scan that read the first blocks alone."""
+    records = synthetic_records(formed=False)
+    for record in records:
+        for name in ("concentration", "p0_attention"):
+            record[name][2:] = [None] * 2 if name == "concentration" else [[None] * 4] * 2
+        for name in ("norm_ratio", "p0_norm"):
+            record[name][3:] = [None, None]
+        for name in (
+            "sink_rate",
+            "reference_block",
+            "first_two_share",
+            "depth",
+            "first_two_gain",
+            "share_sum",
+            "peak_block",
+        ):
+            record[name] = None
+        record |= {"shares": [], "top_components": [], "measured_blocks": 2}
+        record["intervals"] |= dict.fromkeys(("sink_rate", "first_two_share", "depth"))
+    page = open_report({"part": records, "whole": synthetic_records()})
+    assert "null" not in page.inner_text("body")
+    assert "measured in 2 blocks of 4 only" in page.inner_text("#cards")
+    assert "Only the first 2 blocks were measured" in page.inner_text("#verdict")
+    assert curve(page, "sink_rate", "stages")["z"] == [[None] * 20]
+    assert page.locator("#circuit line").count() == 1, "no block is marked"
+    run = Run.open(tmp_path / "run")
+    for record in records:
+        run.append(record)
+    assert analyze(run).stage is None
+    assert "sinktrack/largest_component" not in summary(run.records)
 
 
 def test_large_run(open_report: Open, tmp_path: Path) -> None:

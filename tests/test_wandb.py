@@ -244,12 +244,15 @@ def test_publishing_goes_on_where_it_ended(past: Run) -> None:
     assert read_summary(past.directory)["sinktrack/step"] == 5000
 
 
-def test_an_interrupted_publication_logs_each_record_once(past: Run, monkeypatch) -> None:
+@pytest.mark.parametrize("last", [800, 1900])
+def test_an_interrupted_publication_logs_each_record_once(
+    past: Run, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
     noted = Sent.add
 
-    def stop(sent: Sent, active: wandb.Run, step: int) -> None:
-        noted(sent, active, step)
-        if step == 800:
+    def stop(sent: Sent, active: wandb.Run, step: int, whole: bool = False) -> None:
+        noted(sent, active, step, whole)
+        if step == last:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Sent, "add", stop)
@@ -260,10 +263,13 @@ def test_an_interrupted_publication_logs_each_record_once(past: Run, monkeypatch
     wandb.teardown()
     shutil.move(first, past.directory / "first")
     _, count = publish(past)
-    assert count == 11
+    later = [step for step in past.steps if step > last]
+    assert count == len(later)
     rows, _ = read_back(past.directory)
-    steps = [row["sinktrack/step"] for row in rows if "sinktrack/sink_rate" in row]
-    assert steps == list(range(900, 2000, 100))
+    assert [row["sinktrack/step"] for row in rows if "sinktrack/sink_rate" in row] == later
+    assert "sinktrack/blocks/path" in rows[-1], "the charts over all records follow"
+    assert publish(past)[1] == 0
+    assert len(list(past.directory.glob("wandb/offline-run-*"))) == 1
 
 
 def test_another_runs_own_metrics_are_left_alone(past: Run, tmp_path: Path) -> None:

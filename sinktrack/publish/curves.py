@@ -54,8 +54,8 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found["sinktrack/first_formed_at_step"] = next(
         (record["step"] for record in records if record["formed"]), None
     )
-    top = last["top_components"][0]
-    where = [f"block {top['block']}"] if top["block"] is not None else []
-    index = [str(top["index"])] if top["index"] is not None else []
-    found["sinktrack/largest_component"] = " ".join([*where, top["kind"], *index])
+    for top in last["top_components"][:1]:
+        where = [f"block {top['block']}"] if top["block"] is not None else []
+        index = [str(top["index"])] if top["index"] is not None else []
+        found["sinktrack/largest_component"] = " ".join([*where, top["kind"], *index])
     return {key: value for key, value in found.items() if value is not None}

@@ -46,7 +46,7 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
         }
     )
     active.summary.update(summary(records))
-    Sent(run).add(active, record["step"])
+    Sent(run).add(active, record["step"], whole=True)
 
 
 def alert(title: str, text: str) -> None:
@@ -96,7 +96,7 @@ def publish(
     target = run_id or sent.last
     known = sent.of(target)
     todo = [record for record in records if record["step"] not in known["steps"]]
-    if target is not None and not todo:
+    if target is not None and not todo and known["whole"] == records[-1]["step"]:
         return target, 0
     quiet = {
         name: True
@@ -125,17 +125,18 @@ def publish(
                 "sinktrack/step": records[-1]["step"],
                 **_pictures(wandb, None, records),
                 **_charts(wandb, records),
-                **_tables(wandb, todo),
+                **_tables(wandb, records),
             }
         )
         active.summary.update(summary(records) | _signal(run))
+        sent.add(active, records[-1]["step"], whole=True)
         return active.id, len(todo)
 
 
 def _signal(run: Run) -> dict[str, Any]:
     """Stage and onset for the summary, where they can be told."""
     found = analyze(run)
-    told: dict[str, Any] = {"sinktrack/stage": found.stage}
+    told: dict[str, Any] = {} if found.stage is None else {"sinktrack/stage": found.stage}
     if found.onset is not None:
         for name in ("value", "low", "high"):
             told[f"sinktrack/onset_step/{name}"] = getattr(found.onset, name)
@@ -216,15 +217,25 @@ class Sent:
         return next(reversed(self._runs), None)
 
     def of(self, target: str | None) -> dict[str, Any]:
-        """Project, entity and steps of a W&B run."""
-        return self._runs.get(target or "", {"project": None, "entity": None, "steps": []})
+        """Project, entity and steps of a W&B run, and the step up to which its charts go."""
+        nothing: dict[str, Any] = {"project": None, "entity": None, "steps": [], "whole": None}
+        return self._runs.get(target or "", nothing)
 
-    def add(self, active: Any, step: int) -> None:
-        """Note a step, on disk before the next."""
+    def add(self, active: Any, step: int, whole: bool = False) -> None:
+        """Note a step, on disk before the next.
+
+        Args:
+            active: the W&B run.
+            step: the record's.
+            whole: were the charts over all records given, too?
+        """
         known = self._runs.pop(active.id, self.of(None))
-        steps = sorted({*known["steps"], step})
-        here = {"project": active.project, "entity": active.entity or None, "steps": steps}
-        self._runs[active.id] = here
+        self._runs[active.id] = {
+            "project": active.project,
+            "entity": active.entity or None,
+            "steps": sorted({*known["steps"], step}),
+            "whole": step if whole else known["whole"],
+        }
         written = self._file.with_suffix(".part")
         written.write_text(json.dumps(self._runs))
         os.replace(written, self._file)

@@ -66,7 +66,7 @@ const STAGES = ["absent", "emerging", "migrating", "settled", "displaced", "lost
 const stageStrips = () => runs.map((run, i) => {
   const { x, records } = inOrder(placed(run));
   return {
-    type: "heatmap", x, y: [i], z: [records.map((record) => STAGES.indexOf(record.stage))], text: [records.map((record) => record.stage)],
+    type: "heatmap", x, y: [i], z: [records.map((record) => (record.stage === null ? null : STAGES.indexOf(record.stage)))], text: [records.map((record) => record.stage)],
     yaxis: "y2", zmin: -0.5, zmax: STAGES.length - 0.5, showscale: false, name: "stages", meta: i,
     colorscale: STAGES.flatMap((stage, k) => [[k / STAGES.length, colour(stage)], [(k + 1) / STAGES.length, colour(stage)]]),
     hovertemplate: `${at()}: %{text}<extra>${escaped(run.name)}</extra>`,

@@ -59,7 +59,7 @@ def embedded(
 
 
 def _run(name: str, written: Records, losses: Losses | None, stride: int) -> dict[str, Any]:
-    found = analyze((record for record in written if record["sink_rate"] is not None), losses)
+    found = analyze(written, losses)
     stages = dict(zip(found.steps, found.stages, strict=True))
     by_step = {record["step"]: record for record in written}
     records = [by_step[step] for step in sorted(by_step)]
@@ -71,6 +71,7 @@ def _run(name: str, written: Records, losses: Losses | None, stride: int) -> dic
         "name": name,
         "model": last["model"],
         "block_kinds": last["block_kinds"],
+        "measured_blocks": last.get("measured_blocks"),
         "probe": last["probe"],
         "versions": last["versions"],
         "total": len(records),

@@ -138,9 +138,10 @@ const drawCircuit = () => {
       x: centre(block) - 9, y: middle - 9, width: 18, height: 18, rx: 3, "stroke-width": value >= epsilon ? 2.5 : 1,
       fill: value === null ? colour("gap") : mixed(heats(), value), stroke: value >= epsilon ? colour("accent") : colour("muted"),
     }, picture);
-    svg("title", {}, square, `block ${block}: ${value === null ? "no softmax attention" : `attention to P0 ${fixed(value)}`}`);
+    svg("title", {}, square, `block ${block}: ${value === null ? "not measured, or no softmax attention" : `attention to P0 ${fixed(value)}`}`);
     if (blocks <= 24 || block % 4 === 0) svg("text", { x: centre(block), y: height - 6, "text-anchor": "middle", class: "small" }, picture, block);
   }
+  if (record.reference_block === null) return;
   const edge = centre(record.reference_block) - step / 2;
   svg("line", { x1: edge, x2: edge, y1: 18, y2: height - 22, stroke: colour("mark"), "stroke-dasharray": "2 3" }, picture);
   svg("text", { x: Math.min(edge + 5, width - 170), y: 16, class: "small" }, picture, record.formed ? "the sink starts here" : "judged here; no sink has formed");
@@ -154,7 +155,9 @@ const drawRecord = () => {
   slider.value = state.record[state.run];
   $("chosen").textContent = `step ${count(record.step)}`;
   slider.setAttribute("aria-valuetext", $("chosen").textContent);
-  $("reference").textContent = !record.formed
+  $("reference").textContent = block === null
+    ? `No sink in the first ${plural(shown().measured_blocks, "block")}; the others were not measured, so nothing is said of who writes the P0 state.`
+    : !record.formed
     ? `No block's concentration reaches ${epsilon} here; judged at block ${block}, where the norm of P0 stands out most.`
     : block === 0
       ? "The sink stands in block 0: it precedes any write, so the embedding is all there is."

@@ -28,15 +28,17 @@ const describe = () => {
   const measured = (name, field, none) =>
     card(name, percent(last[field]), last[field] === null ? none : between(last.intervals[field], percent));
   const reference = last.reference_block;
-  measured("Sink rate", "sink_rate", "no block has softmax attention");
+  const partly = run.measured_blocks && `measured in ${plural(run.measured_blocks, "block")} of ${model.blocks} only`;
+  measured("Sink rate", "sink_rate", partly || "no block has softmax attention");
   card("Reference block", last.formed ? `block ${reference}` : "none",
-    last.formed ? "the first with a sink" : "no block has formed a sink");
-  measured("First-two share", "first_two_share", "the sink precedes any write");
-  measured("First-two gain", "first_two_gain", "P0's norm has not doubled");
+    last.formed ? "the first with a sink" : reference === null ? partly : "no block has formed a sink");
+  measured("First-two share", "first_two_share", reference === null ? partly : "the sink precedes any write");
+  measured("First-two gain", "first_two_gain", partly || "P0's norm has not doubled");
 
   const ever = records.some((record) => record.formed);
   const most = largest(last.concentration, 0);
-  const judged = `Shares are taken at block ${reference}, where the norm of P0 stands out most.`;
+  const judged = reference === null ? `Only the first ${plural(run.measured_blocks, "block")} were measured.`
+    : `Shares are taken at block ${reference}, where the norm of P0 stands out most.`;
   const [finding, note] = !ever
     ? [`No sink has formed in this run: no block's concentration reaches ${epsilon} (largest now: ${fixed(most)}).`, judged]
     : !last.formed
@@ -61,10 +63,10 @@ const COLUMNS = {
   step: (record) => count(record.step),
   tokens: (record) => count(record.tokens),
   loss: (record) => (record.loss === null ? "–" : record.loss.toPrecision(4)),
-  stage: (record) => record.stage,
+  stage: (record) => record.stage ?? "–",
   "sink rate": (record) => percent(record.sink_rate),
   "95 %": (record) => (record.intervals.sink_rate ? record.intervals.sink_rate.map(percent).join(" to ") : "–"),
-  reference: (record) => (record.formed ? record.reference_block : "no sink"),
+  "reference block": (record) => (record.formed ? record.reference_block : "no sink"),
   "first-two share": (record) => percent(record.first_two_share),
   "first-two gain": (record) => percent(record.first_two_gain),
   depth: (record) => fixed(record.depth),

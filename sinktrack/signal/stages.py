@@ -133,8 +133,12 @@ class Stages:
 
     @classmethod
     def of(cls, records: Iterable[Mapping[str, Any]]) -> Stages:
-        """Judge records that are given in the order in which they were written."""
-        points, abandoned = line_of_training(map(Point.of, records))
+        """Judge records that are given in the order in which they were written.
+
+        Those without a sink rate, measured in their first blocks only, do not count.
+        """
+        whole = (record for record in records if record["sink_rate"] is not None)
+        points, abandoned = line_of_training(map(Point.of, whole))
         stages = cls(abandoned=abandoned)
         for point in points:
             stages._judge(point)
