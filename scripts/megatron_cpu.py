@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
 
 warnings.filterwarnings("ignore", message=".*Transformer Engine.*")
@@ -53,8 +54,17 @@ class _NoTracker:
         pass
 
 
+class _Mesh(DeviceMesh):
+    """A mesh of CPUs where one of GPUs is asked for."""
+
+    @staticmethod
+    def from_group(group: Any, device_type: str) -> DeviceMesh:
+        return DeviceMesh.from_group(group, "cpu")
+
+
 def stand_in() -> None:
     """Make Megatron-Core run in this process without CUDA. Call it before building a model."""
+    from megatron.core.distributed import torch_fully_sharded_data_parallel
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
@@ -67,6 +77,7 @@ def stand_in() -> None:
     random._CUDA_RNG_STATE_TRACKER = _NoTracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     moe_utils.te_general_gemm = None
+    torch_fully_sharded_data_parallel.DeviceMesh = _Mesh
     multi_latent_attention.TELinear = _NoTracker  # something that no module is an instance of
 
 

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from sinktrack.collect import States
 from sinktrack.errors import MeasurementError, require
-from sinktrack.measure import out_of_memory
+from sinktrack.measure import untouched
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.probe import Probe
 from sinktrack.shards import Shard, merge, merge_states
-from sinktrack.undisturbed import undisturbed
 
 _Result = TypeVar("_Result")
 
@@ -113,7 +113,7 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
         return found
 
     found = all_of.together(prepare)
-    layout = found.layout
+    layout, bare = found.layout, nn.ModuleList(found.bare)
     replies = all_of.gather((probe.digest, layout.dense or layout.experts, dict(found.kinds)))
     if len({digest for digest, _, _ in replies}) > 1:
         raise MeasurementError("the processes hold different probes; give each the same one")
@@ -132,7 +132,7 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
 
     def passes() -> None:
         taps = []
-        with out_of_memory(size, probe), _ready(found):
+        with untouched(bare, size, probe), _ready(found):
             for shard, plan in zip((collected, singles), planned, strict=True):
                 with megatron.watch(found, shard) as tap:
                     _forward(found, plan)
@@ -142,10 +142,13 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
                 raise tap.failure
 
     def experts() -> None:
-        with undisturbed(nn.ModuleList(found.bare)):
+        with untouched(bare, size, probe):
             for (block, number), routing in collected.routed.items():
+                layer = found.blocks[block]
+                if isinstance(layer, FSDPModule):
+                    layer.unshard()
                 if layout.experts:
-                    writes = megatron.expert_writes(found.blocks[block].mlp, routing)
+                    writes = megatron.expert_writes(layer.mlp, routing)
                     collected.add_experts(block, number, writes)
         collected.routed.clear()
 
@@ -160,7 +163,7 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
             torch.cat([batch[:, 0] for batch in batches]),
             [kinds[block] for block in range(found.count)],
             model={
-                "type": type(found.bare[0]).__name__,
+                "type": type(found.bare[0]).__name__.removeprefix("FSDP"),
                 "blocks": found.count,
                 "heads": found.config.num_attention_heads,
                 "experts": found.config.num_moe_experts,
@@ -214,7 +217,7 @@ def _vocabulary(found: Any) -> int | None:
 
 @contextmanager
 def _ready(found: Any) -> Iterator[None]:
-    """Evaluation, with parameters gathered and without timers; everything is put back."""
+    """Parameters gathered, no timers, no logits, no jitter; inside `untouched`, which ends it."""
     gathering = [
         wrapped
         for wrapped in found.models
@@ -225,15 +228,14 @@ def _ready(found: Any) -> Iterator[None]:
     for wrapped in gathering:
         wrapped.disable_forward_pre_hook()
     try:
-        with undisturbed(nn.ModuleList(found.bare)):
-            for name in own:
-                setattr(found.config, name, None)
-            for chunk in found.bare:
-                chunk.post_process = chunk.mtp_process = False  # no logits, no further tokens
-                for module in chunk.modules():
-                    if hasattr(module, "apply_input_jitter"):
-                        module.apply_input_jitter = lambda input: input
-            yield
+        for name in own:
+            setattr(found.config, name, None)
+        for chunk in found.bare:
+            chunk.post_process = chunk.mtp_process = False  # no logits, no further tokens
+            for module in chunk.modules():
+                if hasattr(module, "apply_input_jitter"):
+                    module.apply_input_jitter = lambda input: input
+        yield
     finally:
         for name, value in own.items():
             setattr(found.config, name, value)

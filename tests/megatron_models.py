@@ -354,15 +354,31 @@ def measured(chunks: list[Any], **options: Any) -> tuple[Any, dict[Any, torch.Te
 
 def main(out: str, *cases: str) -> None:
     """Each case is a model's name, a colon and a layout."""
+    from megatron.core.distributed import (
+        DistributedDataParallelConfig,
+        TorchFullyShardedDataParallel,
+    )
+    from megatron.core.transformer.module import Float16Module
+
     results: dict[str, Any] = {}
     for case in cases:
         name, text = case.split(":")
         sizes, changes = layout(text)
         megatron_cpu.start(**sizes)
-        chunks = build(config(name, **changes))
+        settings = config(name, **changes)
+        chunks = build(settings)
+        if settings.bf16:
+            chunks = [Float16Module(settings, chunk) for chunk in chunks]
+        if "fsdp" in text:
+            settings.transformer_impl = "local"
+            how = DistributedDataParallelConfig()
+            chunks = [TorchFullyShardedDataParallel(settings, how, chunk) for chunk in chunks]
         try:
             if dist.get_world_size() == 1:
-                results[case] = (*measured(chunks), plain(chunks[0], PROBE.tokens))
+                results[case] = (
+                    *measured(chunks),
+                    plain(getattr(chunks[0], "module", chunks[0]), PROBE.tokens),
+                )
             else:
                 results[case] = measured(chunks, batch_size=2)
         except Exception:

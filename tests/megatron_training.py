@@ -216,7 +216,8 @@ def refusals(out: Path) -> None:
             self.module = module
 
     refused(
-        "FullyShardedDataParallel shards the parameters", [FullyShardedDataParallel(small()[0])]
+        "FullyShardedDataParallel: Megatron's own FSDP is not supported",
+        [FullyShardedDataParallel(small()[0])],
     )
 
     chunks = small()

@@ -17,7 +17,8 @@ ALONE = ["gpt", "llama", "qwen", "deepseek", "mla", "windows", "off-by-one", "le
          "capacity", "biases", "mtp", "bf16"]  # fmt: skip
 TWO = ["deepseek:", "deepseek:ep2", "qwen:pp2", "deepseek:pp2 vp2", "llama:tp2", "gpt:tp2 sp",
        "qwen:tp2 sp etp2", "deepseek:tp2 sp ep2", "deepseek:tp2 ep2", "gate:tp2", "learnable:tp2",
-       "mla:tp2 sp", "gpt:cp2", "deepseek:cp2 ep2", "gate:cp2", "mla:cp2", "mtp:pp2"]  # fmt: skip
+       "mla:tp2 sp", "gpt:cp2", "deepseek:cp2 ep2", "gate:cp2", "mla:cp2", "mtp:pp2",
+       "llama:fsdp", "deepseek:fsdp"]  # fmt: skip
 FOUR = ["qwen:tp2 pp2", "qwen:pp2 ep2", "gpt:tp2 sp pp2 vp2", "deepseek:tp2 sp ep4",
         "qwen:tp2 sp pp2 ep2", "deepseek:cp2 pp2 ep2", "qwen:cp2 tp2 sp etp2 ep2"]  # fmt: skip
 

@@ -80,10 +80,11 @@ def chunks(model: Any) -> Chunks:
 
 def _unwrap(model: Any) -> Any:
     while not hasattr(model, "decoder"):
-        if "FullyShardedDataParallel" in type(model).__name__:
+        name = type(model).__name__
+        if "FullyShardedDataParallel" in name and not name.startswith("Torch"):
             raise MeasurementError(
-                f"{type(model).__name__} shards the parameters, which is not supported; measure "
-                "the saved checkpoints with `sinktrack scan`"
+                f"{name}: Megatron's own FSDP is not supported; train with PyTorch's FSDP2 or with "
+                "the distributed optimizer"
             )
         inner = getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
