@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import random
 import re
 import struct
@@ -19,11 +20,14 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint
 
+from sinktrack.archive import dcp, pickles
 from sinktrack.archive.discover import discover
 from sinktrack.archive.files import Files, parse_json
 from sinktrack.archive.pytorch import load_tensors
@@ -216,9 +220,41 @@ def pickle_case(rng: random.Random, directory: Path) -> bool:
     return True
 
 
+@cache
+def sound_dcp() -> dict[str, bytes]:
+    """The files of a small distributed checkpoint, and arguments as Megatron saves them."""
+    with tempfile.TemporaryDirectory() as directory:
+        tensors = {"a": torch.rand(3, 4), "b": torch.rand(2, 3, 5).bfloat16()}
+        torch.distributed.checkpoint.save(tensors, checkpoint_id=directory, no_dist=True)
+        files = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
+    arguments = argparse.Namespace(hidden_size=32, params_dtype=torch.bfloat16, moe=[0, 1])
+    return files | {"args": pickle.dumps({"args": arguments, "iteration": 5}, 2)}
+
+
+def dcp_case(rng: random.Random, _: Path) -> bool:
+    """A distributed checkpoint: what is where, its chunks, the arguments beside it."""
+    files = dict(sound_dcp())
+    name = rng.choice(tuple(files))
+    files[name] = scramble(rng, files[name])
+    try:
+        arguments = pickles.load(files["args"], {"argparse.Namespace": None} | pickles.dtypes(), "")
+        assert name != "args" or not isinstance(arguments, argparse.Namespace)
+        found = dcp.read_metadata(files[".metadata"], "")
+        for stored in found.values():
+            lead = (0,) if len(stored.shape) > 2 else ()
+            tensor = dcp.read(
+                stored, lambda file, start, size: files.get(file, b"")[start:][:size], lead
+            )
+            assert tuple(tensor.shape) == stored.shape[len(lead) :]
+    except ArchiveError:
+        return False
+    return True
+
+
 CASES: dict[str, tuple[Callable[[random.Random, Path], bool], int]] = {
-    "header": (header_case, 76), "file": (file_case, 6), "index": (index_case, 5),
+    "header": (header_case, 70), "file": (file_case, 6), "index": (index_case, 5),
     "state": (state_case, 3), "json": (json_case, 6), "pickle": (pickle_case, 4),
+    "dcp": (dcp_case, 6),
 }  # fmt: skip
 """How each input is made and judged, and its share."""
 
