@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -89,11 +90,11 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
 def _signal(signal: Analysis, console: Console) -> None:
     console.print(Text("Signal: a candidate for the state of convergence, not an established one"))
     for line in signal.lines():
-        console.print(Text(f"  {line}"))
+        console.print(Padding(Text(line), (0, 0, 0, 2)))
     if signal.missing:
         console.print(Text("Not claimed yet", style="dim"))
         for line in signal.missing:
-            console.print(Text(f"  {line}", style="dim"))
+            console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2)))
 
 
 _TESTS = {

@@ -101,6 +101,7 @@ def test_migration() -> None:
     depth = next(m for m in signal.migration if m.quantity == "depth")
     assert depth.per_1000_steps.low <= -0.2 <= depth.per_1000_steps.high
     assert depth.per_doubling is not None and depth.per_doubling.high < 0
+    assert any(line.startswith("depth -0.2") for line in signal.lines())
 
 
 def test_nothing_is_claimed_before_there_is_enough() -> None:
@@ -114,6 +115,15 @@ def test_nothing_is_claimed_before_there_is_enough() -> None:
     late = analyze([record for record in written if record["step"] >= 5000])
     assert late.onset is None and late.stage == "settled"
     assert "there at the first records" in late.missing[0]
+
+
+def test_records_of_the_first_blocks_alone_do_not_count() -> None:
+    written = curve()
+    some = [record | {"step": record["step"] + 7, "sink_rate": None} for record in written[::10]]
+    mixed = analyze(sorted(written + some, key=lambda record: record["step"]))
+    assert mixed.stages == analyze(written).stages
+    assert mixed.missing[0] == "11 records of the first blocks alone have no sink rate"
+    assert analyze(some).stage is None and "4 more records (0 of 4)" in analyze(some).missing[1]
 
 
 def test_a_single_wild_record_says_nothing() -> None:

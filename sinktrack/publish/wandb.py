@@ -53,7 +53,7 @@ def alert(title: str, text: str) -> None:
     """Raise an alert in the active W&B run; without one, do nothing."""
     active = getattr(sys.modules.get("wandb"), "run", None)
     if active is not None:
-        active.alert(title=title, text=text, level="WARN")
+        active.alert(title=title, text=text, level="WARN", wait_duration=0)
 
 
 def stage(name: str | None) -> None:

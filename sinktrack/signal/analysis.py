@@ -111,6 +111,7 @@ class Analysis:
                 f"step {self.plateau.since.value:,.0f}; change over the last window "
                 f"{change.low:+.1%} to {change.high:+.1%}"
             )
+        found += [_moved(migration) for migration in self.migration]
         found += [described(regression) for regression in self.regressions]
         if self.stage == "settled":
             found.append(SATURATED)
@@ -171,6 +172,21 @@ def described(regression: Regression) -> str:
     )
 
 
+def _moved(migration: Migration) -> str:
+    name, steps = migration.quantity.replace("_", " "), migration.per_1000_steps
+    words = (
+        f"{name} {steps.value:+.2g} per 1,000 steps since the onset "
+        f"(95 %: {steps.low:+.2g} to {steps.high:+.2g})"
+    )
+    tokens = migration.per_doubling
+    if tokens is not None:
+        words += (
+            f", {tokens.value:+.2g} per doubling of the tokens "
+            f"({tokens.low:+.2g} to {tokens.high:+.2g})"
+        )
+    return words
+
+
 def alarm(found: Found, before: str | None) -> str | None:
     """What a record gave away that calls for attention, in words.
 
@@ -227,14 +243,17 @@ def _slope(x: robust.Curve, y: robust.Curve) -> Interval:
 
 def _missing(stages: Stages) -> list[str]:
     count = len(stages.points)
+    found = []
+    if stages.partial:
+        found.append(f"{stages.partial} records of the first blocks alone have no sink rate")
     if stages.left is None:
         if count <= LASTING:
-            return [f"onset: {_more(count, LASTING + 1)}"]
+            return [*found, f"onset: {_more(count, LASTING + 1)}"]
         return [
+            *found,
             f"onset: the rate has not left its floor by {LEAST_RISE:.0%} for {LASTING} records in "
-            f"a row ({count} records so far)"
+            f"a row ({count} records so far)",
         ]
-    found = []
     since = count - stages.left
     if stages.left == 0:
         found.append("onset: the sink was there at the first records; measure earlier checkpoints")

@@ -113,6 +113,8 @@ class Stages:
     found: list[Found] = field(default_factory=list)
     abandoned: set[int] = field(default_factory=set)
     """Steps whose records come from before a restart at an earlier step."""
+    partial: int = 0
+    """Records without a sink rate, of the first blocks alone."""
     floor: float | None = None
     """Level of the rate before the onset; 0 where the sink was there at the first records."""
     floor_records: int = 0
@@ -135,11 +137,12 @@ class Stages:
     def of(cls, records: Iterable[Mapping[str, Any]]) -> Stages:
         """Judge records that are given in the order in which they were written.
 
-        Those without a sink rate, measured in their first blocks only, do not count.
+        Those of the first blocks alone, which have no sink rate, do not count.
         """
-        whole = (record for record in records if record["sink_rate"] is not None)
+        records = list(records)
+        whole = [record for record in records if record["sink_rate"] is not None]
         points, abandoned = line_of_training(map(Point.of, whole))
-        stages = cls(abandoned=abandoned)
+        stages = cls(abandoned=abandoned, partial=len(records) - len(whole))
         for point in points:
             stages._judge(point)
         return stages
@@ -149,7 +152,8 @@ class Stages:
         point = Point.of(record)
         if self.points and point.step <= self.points[-1].step:
             points, gone = line_of_training([*self.points, point])
-            fresh = Stages(abandoned=(self.abandoned | gone) - {point.step})
+            left_behind = (self.abandoned | gone) - {point.step}
+            fresh = Stages(abandoned=left_behind, partial=self.partial)
             for old in points:
                 fresh._judge(old)
             self.__dict__.update(fresh.__dict__)
