@@ -30,6 +30,10 @@ class Term:
         """Whose write it is a part of."""
         return _SUBLAYER.get(self.kind, self.kind)
 
+    def within(self, sublayer: Term) -> bool:
+        """Is it a part of this sublayer's write?"""
+        return (self.block, self.sublayer) == (sublayer.block, sublayer.kind)
+
 
 def part(write: Write, term: Term) -> Tensor | None:
     """``[b, T, D]``: what a term writes at every position; None where it cannot be told exactly.

@@ -224,13 +224,25 @@ class _Tests:
             inside = [term for term in self.sublayers if term.block == block]
             if len(inside) > 1:
                 found.append(self._necessary("block", inside))
+        named = {(row["kind"], row["block"]) for row in found if row["verdict"]}
         for sublayer in self.sublayers:
             norm = Term(f"{sublayer.kind}_norm", sublayer.block)
             if norm not in self.shares:  # behind an output norm the parts are no terms of a sum
-                within = (sublayer.block, sublayer.kind)
-                parts = [term for term in self.parts if (term.block, term.sublayer) == within]
+                parts = [term for term in self.parts if term.within(sublayer)]
+                if not parts and (sublayer.kind, sublayer.block) in named:
+                    parts = self._largest(sublayer)
                 found += self._several(parts)
         return found
+
+    def _largest(self, sublayer: Term) -> list[Term]:
+        """The parts that carry most of one sublayer's share."""
+        own = [
+            part
+            for part in self.measured.localization.parts
+            if part.kind not in _SUBLAYERS and part.block is not None
+            if _term(part).within(sublayer)
+        ]
+        return [_term(part) for part in screen(own, _PARTS)]
 
     def _several(self, terms: Sequence[Term]) -> list[Found]:
         """Terms one by one; those that are not necessary together as well."""

@@ -99,6 +99,20 @@ def test_a_decoy_with_a_large_share_is_not_named(size: int) -> None:
     assert ("sufficiency", "mlp", 1, None) not in found
 
 
+def test_an_expert_behind_a_decoy() -> None:
+    """The screen sees the decoy alone; the expert that matters is found all the same."""
+    model = readers(planted.mixture(), 3)
+    planted.expert_writer(model, 0, expert=2)
+    planted.expert_writer(model, 1, expert=3, size=20.0, to=planted.DECOY)
+    measured = measure(model, PROBE)
+    (screened,) = screen(measured.localization.shares, ("attention", "mlp"))
+    assert (screened.kind, screened.block) == ("mlp", 1)
+    found = verdicts(model)
+    named = {key: value for key, value in found.items() if key[1] in ("mlp", "expert")}
+    assert named["necessity", "mlp", 0, None] == named["necessity", "expert", 0, 2] == "necessary"
+    assert not any(block == 1 for _, _, block, _ in named)
+
+
 @pytest.mark.parametrize("size", [1.0, 12.0], ids=["side by side", "the second steps in"])
 def test_two_redundant_writers(size: float) -> None:
     model = readers(planted.dense(), 2)
