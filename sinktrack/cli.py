@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -98,6 +99,7 @@ def scan(
 ) -> None:
     """Measure every checkpoint that the run does not hold yet."""
     from sinktrack.archive.discover import discover
+    from sinktrack.archive.follow import looks
     from sinktrack.archive.source import Checkpoint
     from sinktrack.record import Run
     from sinktrack.scan import choose_probe, pending
@@ -108,10 +110,15 @@ def scan(
     _quiet()
     if follow and len(archives) > 1:
         raise ArchiveError("--follow takes one archive; start a scan for each")
-    found = [
-        checkpoint for archive in archives for checkpoint in discover(archive, pattern, hf_config)
-    ]
-    batch, note = choose_probe(found[0], Run.open(run), probe)
+    find = [partial(discover, archive, pattern, hf_config) for archive in archives]
+    found = [] if follow else [checkpoint for one in find for checkpoint in one()]
+
+    def example() -> Checkpoint:
+        if not follow:
+            return found[0]
+        return next(ready for ready in looks(archives[0], find[0], poll) if ready)[0]
+
+    batch, note = choose_probe(example, Run.open(run), probe)
     if note:
         _err.print(note)
     if blocks is not None:
@@ -134,6 +141,7 @@ def scan(
         todo = [
             len(pending(archive, opened, blocks, pattern, hf_config, causal))
             for archive in archives
+            if not follow
         ]
         task = progress.add_task("scan", total=None if follow else sum(todo))
         measured = 0

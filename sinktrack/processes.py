@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import re
@@ -26,6 +27,7 @@ from sinktrack.errors import ArchiveError, SinktrackError
 Outcome = dict[str, Any] | SinktrackError
 Work = Callable[[Checkpoint], dict[str, Any]]
 
+_log = logging.getLogger("sinktrack")
 ATTEMPTS = 3
 """How often a checkpoint is tried whose process dies."""
 _PROCESS = 2**30
@@ -40,6 +42,10 @@ def attempt(work: Work, checkpoint: Checkpoint) -> Outcome:
         return work(checkpoint)
     except SinktrackError as error:
         return error
+    except Exception as error:  # a stranger's config can break transformers anywhere
+        _log.debug("%s", checkpoint.name, exc_info=True)
+        said = (str(error).strip().splitlines() or [""])[0]
+        return ArchiveError(f"it cannot be measured: {type(error).__name__}: {said}")
 
 
 def spread(

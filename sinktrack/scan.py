@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal
 
 from sinktrack import cluster, processes
 from sinktrack.archive.discover import discover
-from sinktrack.archive.follow import Watch
+from sinktrack.archive.follow import looks
 from sinktrack.archive.source import Checkpoint
 from sinktrack.errors import ArchiveError, SinktrackError
 from sinktrack.measure import measure, measure_streamed
@@ -137,11 +136,8 @@ def _rounds(
     if follow is None:
         yield _lacking(find(), run, blocks, causal)
         return
-    watch = Watch(archive, find)
-    while True:
-        if found := _lacking(watch.look(), run, blocks, causal):
-            yield found
-        time.sleep(follow)
+    for found in looks(archive, find, follow):
+        yield _lacking(found, run, blocks, causal)
 
 
 def _outcomes(
@@ -201,11 +197,13 @@ def _recorded(checkpoint: Checkpoint, measured: Measurement) -> dict[str, Any]:
     return record
 
 
-def choose_probe(checkpoint: Checkpoint, run: Run, file: Path | None) -> tuple[Probe, str | None]:
+def choose_probe(
+    example: Callable[[], Checkpoint], run: Run, file: Path | None
+) -> tuple[Probe, str | None]:
     """The probe to scan with, and a line that says so where it had to be made.
 
-    From ``file``; else the run's own; else a little prose through the tokenizer beside the
-    checkpoint; else seeded random tokens of the model's vocabulary.
+    From ``file``; else the run's own; else, from the checkpoint that ``example`` gives, a little
+    prose through the tokenizer beside it, or seeded random tokens of its vocabulary.
 
     Raises:
         ProbeError: the file holds no probe.
@@ -217,6 +215,7 @@ def choose_probe(checkpoint: Checkpoint, run: Run, file: Path | None) -> tuple[P
         return Probe.load(file), None
     if run.probe is not None:
         return run.probe, None
+    checkpoint = example()
     found = tokenizer(checkpoint.files)
     if found is not None:
         made = Probe.from_texts(found, passages())

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import struct
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sinktrack import ArchiveError
+from sinktrack import ArchiveError, Probe, Run, scan
 from sinktrack.archive.discover import discover
 from sinktrack.archive.files import Files
 from sinktrack.archive.huggingface import load
@@ -217,7 +218,8 @@ def test_an_index_that_points_elsewhere_is_refused(saved: Path, shard: str, tmp_
 
 
 def test_an_index_that_names_a_tensor_its_file_lacks(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    config = json.loads((saved / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     save_file({"a": torch.zeros(3)}, tmp_path / "one.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"b": "one.safetensors"}}))
     (checkpoint,) = discover(tmp_path)
@@ -468,3 +470,26 @@ def test_a_directory_of_many_files_is_read_one_entry_at_a_time(tmp_path: Path) -
     assert steps(tmp_path) == [("checkpoint-1", 1, None)]
     assert tracemalloc.get_traced_memory()[1] < 2**18
     tracemalloc.stop()
+
+
+CONFIGS = {
+    "num_hidden_layers": (10**9, "config.json has 1000000000 blocks, of which"),
+    "hidden_size": (2**40, "config.json has hidden_size 1099511627776"),
+    "num_attention_heads": (-1, "num_attention_heads -1|cannot be|does not know"),
+    "num_experts_per_tok": (255, "cannot be measured: RuntimeError"),
+    "rope_parameters": ({"rope_type": "default", "rope_theta": {}}, "cannot be measured: TypeErr"),
+    "vocab_size": ("many", "model_type 'qwen3_moe'"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_that_lies_fails_one_checkpoint(name: str, saved: Path, tmp_path: Path) -> None:
+    value, reason = CONFIGS[name]
+    for step in (1, 2):
+        shutil.copytree(saved, tmp_path / "archive" / f"checkpoint-{step}")
+    path = tmp_path / "archive/checkpoint-1/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    probe = Probe.random(models.VOCABULARY, sequences=2, length=6)
+    with pytest.raises(ArchiveError, match=f"1 checkpoints failed\ncheckpoint-1: .*({reason})"):
+        list(scan(tmp_path / "archive", probe=probe, run=tmp_path / "run"))
+    assert Run.read(tmp_path / "run").steps == [2]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -83,3 +87,19 @@ def test_a_scan_that_follows_measures_what_comes(saved: Path, tmp_path: Path) ->
     assert [next(following)["step"] for _ in range(2)] == [6, 7]
     following.close()
     assert Run.read(tmp_path / "run").steps == [5, 6, 7]
+
+
+def test_the_command_waits_for_the_first_checkpoint(saved: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "archive"
+    archive.mkdir()
+    command = "from sinktrack.cli import main; main()"
+    with subprocess.Popen(
+        [sys.executable, "-c", command, "scan", archive, "--run", tmp_path / "run", "--json",
+         "--follow", "--poll", "0.1"],
+        stdout=subprocess.PIPE, text=True,
+    ) as scanner:  # fmt: skip
+        shutil.copytree(saved, archive / "checkpoint-5")
+        assert scanner.stdout is not None
+        assert json.loads(scanner.stdout.readline())["step"] == 5
+        scanner.send_signal(signal.SIGINT)
+        assert scanner.wait(60) == 130

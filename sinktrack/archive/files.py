@@ -171,7 +171,12 @@ class Files:
         Raises:
             ArchiveError: the file is missing, shorter, or not to be read.
         """
-        buffer: memoryview = torch.empty(stop - start, dtype=torch.uint8).numpy().data
+        try:
+            buffer: memoryview = torch.empty(stop - start, dtype=torch.uint8).numpy().data
+        except RuntimeError as error:
+            raise ArchiveError(
+                f"no memory for {stop - start} bytes of {self.path(name)}"
+            ) from error
         if stop > start:
             if self.local:
                 self._read_local(name, start, buffer)

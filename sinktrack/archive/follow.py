@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,13 @@ def is_complete(checkpoint: Checkpoint) -> bool:
     except ArchiveError:
         return False
     return True
+
+
+def looks(
+    archive: str | Path, find: Callable[[], list[Checkpoint]], seconds: float
+) -> Iterator[list[Checkpoint]]:
+    """What each look gives, without end, every so many seconds."""
+    watch = Watch(archive, find)
+    while True:
+        yield watch.look()
+        time.sleep(seconds)

@@ -15,9 +15,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from sinktrack.archive.files import Files
+from sinktrack.errors import ArchiveError
 
 FORMATS = ("safetensors", "pytorch", "fsdp", "megatron")
 """Modules of this package; of two that know a directory the first counts."""
+
+_SIZES = ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "vocab_size")
+_LARGEST_SIZE = 2**26
+"""Larger than any model's; what is built from these takes memory before a weight is read."""
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
@@ -79,4 +84,15 @@ def open(checkpoint: Checkpoint) -> Source:
     """
     module = importlib.import_module(f"sinktrack.archive.{checkpoint.format}")
     source: Source = module.open(checkpoint)
+    sizes = source.config.get_text_config(decoder=True).to_dict()
+    for name in _SIZES:
+        size = sizes.get(name)
+        if isinstance(size, int) and not 0 <= size <= _LARGEST_SIZE:
+            raise ArchiveError(f"{checkpoint.files.location}: config.json has {name} {size}")
+    blocks, tensors = sizes.get("num_hidden_layers"), len(source.names())
+    if isinstance(blocks, int) and blocks > tensors:
+        raise ArchiveError(
+            f"{checkpoint.files.location}: config.json has {blocks} blocks, of which {tensors} "
+            "tensors cannot be the weights"
+        )
     return source

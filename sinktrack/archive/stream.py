@@ -329,7 +329,7 @@ def _empty(source: Source) -> Any:
         dtype = next((dtype for dtype in found if dtype and dtype.is_floating_point), torch.float32)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, AttributeError, RuntimeError) as error:
         raise ArchiveError(f"a {config.model_type} cannot be built: {error}") from error
     return model.eval()
