@@ -293,6 +293,22 @@ def test_narrow_screens_and_colour_schemes(open_report: Open) -> None:
     assert contrast() > 300
 
 
+def test_printed_pages_hold_whole_charts(open_report: Open) -> None:
+    runs = {"one": synthetic_records(), "two": synthetic_records()}
+    page = open_report(runs, viewport={"width": 1600, "height": 900}, color_scheme="dark")
+    printed = page.pdf(prefer_css_page_size=True, print_background=True)
+    assert re.findall(rb"/MediaBox \[0 0 (\d+)", printed) == [b"1080"] * 2, "two pages, 1440 px"
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 1360, "height": 900})
+    beyond = page.evaluate(
+        """() => [...document.querySelectorAll("figure svg")].filter((svg) =>
+            svg.getBoundingClientRect().right > svg.closest("figure").getBoundingClientRect().right)
+            .length"""
+    )
+    assert beyond == 0
+    assert not page.locator("#axis").is_visible()
+
+
 def test_titles_cannot_break_out(open_report: Open) -> None:
     title = "</script><script>document.title = 'broken'</script>{{style}}\u2028&amp;"
     page = open_report(synthetic_records(), title)
