@@ -76,6 +76,8 @@ def stand_in() -> None:
     torch.cuda.synchronize = lambda *args: None
     random._CUDA_RNG_STATE_TRACKER = _NoTracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)
+    random._set_cuda_rng_state = lambda *args, **kwargs: None
     moe_utils.te_general_gemm = None
     torch_fully_sharded_data_parallel.DeviceMesh = _Mesh
     multi_latent_attention.TELinear = _NoTracker  # something that no module is an instance of

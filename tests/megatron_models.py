@@ -72,6 +72,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     "biases": {"add_qkv_bias": True, "apply_query_key_layer_scaling": True,
                "attention_softmax_in_fp32": True},
     "mtp": GATED | MOE | {"mtp_num_layers": 1},
+    "recomputed": DEEPSEEK | {"recompute_granularity": "selective",
+                              "recompute_modules": ["core_attn", "mlp", "moe"]},
+    "fully recomputed": DEEPSEEK | {"recompute_granularity": "full", "recompute_num_layers": 1,
+                                    "recompute_method": "uniform"},
     "jitter": GATED | MOE | {"moe_input_jitter_eps": 0.1},
     "bf16": DEEPSEEK | {"bf16": True, "params_dtype": torch.bfloat16},
 }  # fmt: skip

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("megatron.core")
 
 ALONE = ["gpt", "llama", "qwen", "deepseek", "mla", "windows", "off-by-one", "learnable", "gate",
-         "capacity", "biases", "mtp", "bf16"]  # fmt: skip
+         "capacity", "biases", "mtp", "bf16", "recomputed", "fully recomputed"]  # fmt: skip
 TWO = ["deepseek:", "deepseek:ep2", "qwen:pp2", "deepseek:pp2 vp2", "llama:tp2", "gpt:tp2 sp",
        "qwen:tp2 sp etp2", "deepseek:tp2 sp ep2", "deepseek:tp2 ep2", "gate:tp2", "learnable:tp2",
        "mla:tp2 sp", "gpt:cp2", "deepseek:cp2 ep2", "gate:cp2", "mla:cp2", "mtp:pp2",

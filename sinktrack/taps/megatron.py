@@ -279,7 +279,7 @@ class _Tap:
             value,
             scale=self._scale(number, core),
             mask=self._mask(number, length, query.device),
-            sinks=self._sinks(core),
+            sinks=self._sinks(core, query.device),
         )
         self._same(number, ours, output)
         self.shard.attention(number, attended)
@@ -331,14 +331,14 @@ class _Tap:
         seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
         return seen.tril().triu(-window[0])
 
-    def _sinks(self, core: Any) -> Tensor | None:
+    def _sinks(self, core: Any, device: torch.device) -> Tensor | None:
         kind = getattr(self.found.config, "softmax_type", "vanilla")
         if kind == "vanilla":
             return None
         offset = getattr(core, "softmax_offset", None)
         if kind == "learnable" and offset is None:
             raise MeasurementError(f"{type(core).__name__} has no softmax_offset; not supported")
-        return torch.zeros(self.heads) if offset is None else offset.reshape(-1)
+        return torch.zeros(self.heads, device=device) if offset is None else offset.reshape(-1)
 
     @contextmanager
     def gated(self, number: int, attention: Any) -> Iterator[None]:
