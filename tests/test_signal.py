@@ -11,6 +11,8 @@ import models
 import numpy as np
 import pytest
 import wandb
+from hypothesis import given, settings
+from hypothesis import strategies as st_
 from sinktrack.callbacks.loop import SinkTracker
 from test_wandb import finished
 from typer.testing import CliRunner
@@ -329,3 +331,36 @@ def test_a_real_collapse_is_seen_by_its_level() -> None:
     signal = analyze(kept("spike"))
     assert signal.plateau is not None and signal.plateau.level.high < 0.25
     assert 580 <= signal.plateau.since.low <= signal.plateau.since.high <= 680
+
+
+RATES = st_.one_of(st_.sampled_from([0.0, 0.25, 0.5, 1.0]), st_.floats(0, 1))
+ANY_RECORD = st_.fixed_dictionaries(
+    {
+        "step": st_.integers(0, 60),
+        "tokens": st_.one_of(st_.none(), st_.integers(0, 10**12)),
+        "source": st_.sampled_from(["callback", "checkpoint-1"]),
+        "sink_rate": RATES,
+        "formed": st_.booleans(),
+        "first_two_share": st_.one_of(st_.none(), st_.floats(-2, 2)),
+        "depth": st_.one_of(st_.none(), st_.floats(0, 40)),
+        "intervals": st_.one_of(st_.none(), st_.fixed_dictionaries({"sink_rate": st_.none()})),
+    }
+)
+
+
+@settings(max_examples=40)
+@given(st_.lists(ANY_RECORD, max_size=60), st_.booleans())
+def test_any_records_are_judged_and_online_as_offline(written: list[dict], ordered: bool) -> None:
+    if ordered:
+        written = [record | {"step": index} for index, record in enumerate(written)]
+    losses = {step: 1 / (step + 1) for step in range(0, 60, 3)}
+    signal = analyze(written, loss=losses)
+    text = json.dumps(signal.to_json(), allow_nan=False)
+    assert json.loads(text)["stages"] == list(signal.stages)
+    assert signal.lines() or not written
+    online = Stages()
+    for record in written:
+        online.add(record)
+    assert [found.stage for found in online.found] == list(signal.stages)
+    assert tuple(sorted(online.abandoned)) == signal.abandoned
+    assert online.onset() == signal.onset

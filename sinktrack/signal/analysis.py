@@ -51,7 +51,7 @@ class Migration:
     """With a formed sink; the others do not count."""
     per_1000_steps: Interval
     per_doubling: Interval | None
-    """Per doubling of the tokens; None where the records hold no token counts."""
+    """Per doubling of the tokens; None where the records hold no counts that grow."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,8 @@ def _migration(stages: Stages) -> list[Migration]:
             continue
         tokens = {point.step: point.tokens for point in stages.points}
         counts = np.array([tokens[int(step)] or np.nan for step in x], dtype=np.float64)
-        per_doubling = None if np.isnan(counts).any() else _slope(np.log2(counts), y)
+        growing = bool((np.diff(counts) > 0).all())  # false for nan as well
+        per_doubling = _slope(np.log2(counts), y) if growing else None
         found.append(
             Migration(name, len(y), _slope(x / 1000, y), per_doubling),
         )

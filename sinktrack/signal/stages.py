@@ -158,6 +158,7 @@ class Stages:
                 fresh._judge(old)
             self.__dict__.update(fresh.__dict__)
         else:
+            self.abandoned.discard(point.step)
             self._judge(point)
         return self.found[-1]
 
