@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sinktrack import ArchiveError, Probe, Run, scan
@@ -493,3 +493,22 @@ def test_a_config_that_lies_fails_one_checkpoint(name: str, saved: Path, tmp_pat
     with pytest.raises(ArchiveError, match=f"1 checkpoints failed\ncheckpoint-1: .*({reason})"):
         list(scan(tmp_path / "archive", probe=probe, run=tmp_path / "run"))
     assert Run.read(tmp_path / "run").steps == [2]
+
+
+@pytest.mark.parametrize("read", ["a block at a time", "whole"])
+def test_a_weight_that_claims_gigabytes_is_refused_unread(read: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint-1"
+    models.llama().save_pretrained(path)
+    tensors = load_file(path / WEIGHTS)
+    name, many = "model.layers.0.self_attn.q_proj.weight", 2**40
+    del tensors[name]
+    save_file(tensors, path / "rest.safetensors")
+    with (path / "one.safetensors").open("wb") as file:
+        file.write(file_of({name: entry(0, 4 * many, [many])}, b""))
+        file.truncate(file.tell() + 4 * many)
+    weight_map = dict.fromkeys(tensors, "rest.safetensors") | {name: "one.safetensors"}
+    (path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (checkpoint,) = discover(tmp_path)
+    probe = Probe.random(models.VOCABULARY, sequences=2, length=6)
+    with pytest.raises(ArchiveError, match=r"q_proj.weight has shape \[1099511627776\]"):
+        load(checkpoint) if read == "whole" else list(scan(path, probe=probe, run=tmp_path / "run"))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sinktrack.archive.files import Files
-from sinktrack.archive.source import Checkpoint, Slice, open
+from sinktrack.archive.source import Checkpoint, Slice, fitting, open
 from sinktrack.errors import ArchiveError
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -25,10 +25,11 @@ def load(checkpoint: Checkpoint, device: str = "cpu") -> Any:
     """
     source = open(checkpoint)
     where = checkpoint.files.location
-    weights = {name: source.slice(name) for name in source.names()}
     try:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
+        largest = max(weight.numel() for weight in empty.state_dict().values())
+        weights = {name: fitting(source, name, largest) for name in source.names()}
         model, found = type(empty).from_pretrained(
             None,
             config=empty.config,

@@ -8,6 +8,7 @@ whether a directory is a checkpoint, or holds several in a way of its own (then 
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, Protocol
@@ -96,3 +97,19 @@ def open(checkpoint: Checkpoint) -> Source:
             "tensors cannot be the weights"
         )
     return source
+
+
+def fitting(source: Source, name: str, largest: int) -> Slice:
+    """A tensor for a model whose largest weight has so many elements.
+
+    Raises:
+        ArchiveError: it is far larger, which is not worth the memory to find out by reading.
+    """
+    found = source.slice(name)
+    shape = found.get_shape()
+    if math.prod(shape) > 8 * largest:  # several weights of the model may be one on disk
+        raise ArchiveError(
+            f"{source.files.location}: {name} has shape {shape}, the model's largest weight "
+            f"{largest} elements; the checkpoint does not fit its config.json"
+        )
+    return found

@@ -30,7 +30,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging
 
-from sinktrack.archive.source import Slice, Source
+from sinktrack.archive.source import Slice, Source, fitting
 from sinktrack.errors import ArchiveError
 from sinktrack.taps.huggingface import Decoder, decoder, is_experts
 
@@ -61,6 +61,7 @@ class Streamed:
         self.model = _empty(source)
         self.decoder: Decoder = decoder(self.model)
         self._targets = dict(self.model.state_dict())
+        self._largest = max(weight.numel() for weight in self._targets.values())
         self._load_config = LoadStateDictConfig(
             dtype=self.model.dtype,
             dtype_plan=self.model._get_dtype_plan(self.model.dtype),
@@ -140,7 +141,10 @@ class Streamed:
 
     def _read(self, index: int) -> dict[str, Tensor]:
         targets = self._own(index) - _later(self._experts(index))
-        return {name: self._source.slice(name)[...] for name in self._sources(targets)}
+        return {name: self._slice(name)[...] for name in self._sources(targets)}
+
+    def _slice(self, name: str) -> Slice:
+        return fitting(self._source, name, self._largest)
 
     def _sources(self, targets: Collection[str]) -> list[str]:
         return [name for t in targets for group in self._names.get(t, []) for name in group]
@@ -179,7 +183,7 @@ class Streamed:
         names = self._sources(targets)
         ahead, self._ahead = self._ahead, None
         read: Mapping[str, Any] = {} if ahead is None else ahead.result()
-        self.convert({name: read.get(name, self._source.slice(name)) for name in names})
+        self.convert({name: read.get(name, self._slice(name)) for name in names})
         ignored = self.model._keys_to_ignore_on_load_missing
         missing = [
             name for name in targets if self._get(name).is_meta and not _matches(ignored, name)
