@@ -498,6 +498,9 @@ def test_only_the_rows_that_are_asked_for_are_read(tmp_path: Path) -> None:
         assert torch.equal(rows, wanted)
         assert files.bytes_read - before < wanted.nbytes + 5 * 4096
         assert torch.equal(dcp.read(stored[name], fetch), weight)
+        before = files.bytes_read  # one row, as of one expert where a chunk holds several
+        assert torch.equal(dcp.read(stored[name], fetch, (2, 100)), weight[2, 100])
+        assert files.bytes_read - before < 3 * 4096
 
 
 def test_a_chunk_that_is_missing_or_lies(archive: Path) -> None:
