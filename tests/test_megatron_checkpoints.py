@@ -234,6 +234,20 @@ def test_rope_scaling_of_llama_3(saved: Path, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_what_megatron_lm_leaves_to_defaults(saved: Path, tmp_path: Path) -> None:
+    """YaRN is what latent attention takes by default; part of it is not among the arguments."""
+    archive = Path(shutil.copytree(saved / "one" / "deepseek_v3-stacked", tmp_path / "archive"))
+    original = open_source(only(archive)).config
+    original.save_pretrained(tmp_path / "hf")
+    rewrite(archive, rope_type=None)
+    assert open_source(only(archive)).config.rope_parameters == original.rope_parameters
+    rewrite(archive, rope_type=None, original_max_position_embeddings=None)
+    with pytest.raises(ArchiveError, match="original_max_position_embeddings was not saved; give"):
+        open_source(only(archive))
+    source = open_source(only(archive, hf_config=tmp_path / "hf"))
+    assert source.config.rope_parameters == original.rope_parameters
+
+
 def test_megatron_bridge(archive: Path, saved: Path) -> None:
     """Its configuration is of other names, and tokens are counted in a file of their own."""
     here = archive / "iter_0000010"

@@ -105,6 +105,9 @@ def compare(given: Any, arguments: Arguments, seen: Seen) -> None:
     if not arguments:
         return
     _refuse(arguments)
+    original = "original_max_position_embeddings"
+    if arguments.get(original) is None:  # see _yarn
+        arguments = {**arguments, original: (given.rope_parameters or {}).get(original)}
     wanted = _fields(arguments, seen)
     pairs = [(name, getattr(given, name, None), value) for name, value in wanted.items()]
     pairs += [
@@ -289,34 +292,43 @@ def _rope(arguments: Arguments) -> dict[str, Any]:
         return found | _yarn(arguments)
     factor = arguments.get("scale_factor")  # Megatron Bridge's Llama 3.1
     if _first(arguments, "use_rope_scaling", "rope_scaling") is True:
-        factor = arguments.get("rope_scaling_factor", 8.0)
+        factor = _given(arguments, "rope_scaling_factor", 8.0)
     if factor is not None:
         found |= {
             "rope_type": "llama3",
             "factor": float(factor),
-            "low_freq_factor": arguments.get("low_freq_factor", 1.0),
-            "high_freq_factor": arguments.get("high_freq_factor", 4.0),
-            "original_max_position_embeddings": arguments.get("old_context_len", 8192),
+            "low_freq_factor": _given(arguments, "low_freq_factor", 1.0),
+            "high_freq_factor": _given(arguments, "high_freq_factor", 4.0),
+            "original_max_position_embeddings": _given(arguments, "old_context_len", 8192),
         }
     return found
 
 
 def _yarn(arguments: Arguments) -> dict[str, Any]:
-    kind = arguments.get("rope_type", "yarn")
+    kind = _given(arguments, "rope_type", "yarn")
     whole = float(_first(arguments, "mscale_all_dim") or 0)
     if kind == "rope" and whole == 0:
         return {}
     if kind != "yarn":
         raise ArchiveError(f"latent attention with rope_type={short(kind)}, mscale_all_dim={whole}")
-    mscale = float(arguments.get("mscale", 1.0))
+    mscale = float(_given(arguments, "mscale", 1.0))
     if not whole and mscale != 1:
         raise ArchiveError(f"YaRN with mscale={mscale} and no mscale_all_dim")
+    factor = float(_given(arguments, "rotary_scaling_factor", 40))
+    original = arguments.get("original_max_position_embeddings")
+    if original is None:  # a default of Megatron-Core's, which in old versions was another number
+        original = 4096
+        if factor != 1 and arguments.get("max_position_embeddings") != original:
+            raise ArchiveError(
+                "YaRN's original_max_position_embeddings was not saved; give the configuration of "
+                "the Hugging Face model with --hf-config"
+            )
     return {
         "rope_type": "yarn",
-        "factor": float(arguments.get("rotary_scaling_factor", 40)),
-        "original_max_position_embeddings": arguments.get("original_max_position_embeddings", 4096),
-        "beta_fast": float(arguments.get("beta_fast", 32)),
-        "beta_slow": float(arguments.get("beta_slow", 1)),
+        "factor": factor,
+        "original_max_position_embeddings": original,
+        "beta_fast": float(_given(arguments, "beta_fast", 32)),
+        "beta_slow": float(_given(arguments, "beta_slow", 1)),
         "mscale": mscale,
         "mscale_all_dim": whole,
     }
@@ -324,7 +336,10 @@ def _yarn(arguments: Arguments) -> dict[str, Any]:
 
 def _dense(arguments: Arguments) -> list[int]:
     """The blocks without experts, by ``moe_layer_freq``: every N-th, or one flag a block."""
-    blocks, every = _number(arguments, "num_layers", most=_MANY), arguments.get("moe_layer_freq", 1)
+    blocks, every = (
+        _number(arguments, "num_layers", most=_MANY),
+        _given(arguments, "moe_layer_freq", 1),
+    )
     if type(every) is int and every > 0:
         return [block for block in range(blocks) if block % every]
     if isinstance(every, list) and len(every) == blocks:
@@ -344,12 +359,17 @@ def _tied(arguments: Arguments) -> bool:
     untied = arguments.get("untie_embeddings_and_output_weights")
     if untied is not None:
         return not untied
-    return bool(arguments.get("share_embeddings_and_output_weights", True))
+    return bool(_given(arguments, "share_embeddings_and_output_weights", True))
 
 
 def _first(arguments: Arguments, *names: str) -> Any:
     """The first of these arguments that was given."""
     return next((arguments[name] for name in names if arguments.get(name) is not None), None)
+
+
+def _given(arguments: Arguments, name: str, default: Any) -> Any:
+    value = arguments.get(name)
+    return default if value is None else value
 
 
 def _number(arguments: Arguments, *names: str, most: int = 2**31) -> int:
