@@ -303,6 +303,14 @@ def test_what_the_callback_logged_is_not_published_again(tmp_path: Path, monkeyp
     assert publish(Run.read(tmp_path / "run")) == (training.id, 0)
 
 
+def test_a_disabled_run_counts_as_none(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with wandb.init(project="training", mode="disabled"):
+        tracker = SinkTracker(PROBE, tmp_path / "run", every=1, on_error="raise")
+        tracker.step(0, models.llama())
+    assert publish(Run.read(tmp_path / "run"))[1] == 1
+
+
 def test_a_workspace_of_our_curves() -> None:
     pytest.importorskip("wandb_workspaces")
     model = json.loads(view("us", "sinks")._to_model().model_dump_json(by_alias=True))

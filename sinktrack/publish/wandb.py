@@ -21,7 +21,7 @@ _MOST_POINTS = 10_000
 
 
 def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
-    """Log a record to the active W&B run; without one, do nothing.
+    """Log a record to the active W&B run; without one, or with a disabled one, do nothing.
 
     No ``step=`` is passed, so neither this row nor any of the trainer's own is dropped; the axis is
     the key ``sinktrack/step``. Values that were not measured are left out.
@@ -33,7 +33,7 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
     """
     wandb = sys.modules.get("wandb")
     active = getattr(wandb, "run", None)
-    if wandb is None or active is None:
+    if wandb is None or active is None or active.disabled:
         return
     records = run.records
     _define(active)
