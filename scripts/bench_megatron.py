@@ -1,0 +1,74 @@
+"""What a probe of a Megatron-Core model costs beside a plain forward pass of the same tokens.
+
+    python scripts/bench_megatron.py [LENGTH...]
+
+One process on the CPU, a MoE of 4 blocks of width 256 with the local core attention, a probe of
+4,096 tokens; medians of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from typing import Any
+
+import megatron_cpu
+import torch
+import torch.nn.functional as F
+
+from sinktrack import Probe, measure
+
+VOCABULARY, TOKENS, ROUNDS = 1024, 4096, 5
+
+
+def build(length: int) -> Any:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=4, hidden_size=256, num_attention_heads=8, num_query_groups=4,
+        num_moe_experts=8, moe_router_topk=2, moe_ffn_hidden_size=256,
+        moe_token_dispatcher_type="allgather", gated_linear_unit=True, activation_func=F.silu,
+        normalization="RMSNorm", add_bias_linear=False, use_cpu_initialization=True,
+        bias_dropout_fusion=False, bias_activation_fusion=False, masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False, apply_rope_fusion=False,
+    )  # fmt: skip
+    spec = get_gpt_layer_local_spec(num_experts=8, moe_grouped_gemm=False, normalization="RMSNorm")
+    return GPTModel(config, spec, VOCABULARY, length, position_embedding_type="rope").eval()
+
+
+def seconds(function: Any) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def main(lengths: list[int]) -> None:
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"),
+                        ("MASTER_PORT", "29500")):  # fmt: skip
+        os.environ.setdefault(name, value)
+    megatron_cpu.start()
+    print("| T | plain forward | measure / plain |\n|---|---|---|")
+    for length in lengths:
+        torch.manual_seed(0)
+        model = build(length)
+        probe = Probe.random(VOCABULARY, sequences=TOKENS // length, length=length)
+        positions = torch.arange(length).expand(TOKENS // length, -1)
+
+        def plain(model: Any = model, probe: Any = probe, positions: Any = positions) -> None:
+            with torch.no_grad():
+                model(probe.tokens, positions, None)
+
+        rounds = []
+        for _ in range(ROUNDS + 1):  # the first is for warming up
+            rounds.append((seconds(plain), seconds(lambda m=model, p=probe: measure(m, p))))
+        forward = statistics.median(one for one, _ in rounds[1:])
+        ratio = statistics.median(other / one for one, other in rounds[1:])
+        print(f"| {length} | {forward:.2f} s | {ratio:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main([int(word) for word in sys.argv[1:]] or [64, 512, 2048])
