@@ -318,6 +318,12 @@ def test_batches_do_not_change_effects() -> None:
         assert one["zero"]["interval"] == pytest.approx(other["zero"]["interval"], abs=1e-5)
 
 
+def test_half_precision_names_the_same() -> None:
+    model = readers(planted.mixture(), 2).to(torch.bfloat16)
+    planted.expert_writer(model, 1, expert=2)
+    assert verdicts(model)["necessity", "expert", 1, 2] == "necessary"
+
+
 def test_without_a_sink_nothing_is_tested() -> None:
     model = models.llama()
     measured = measure(model, PROBE_OF_65)
