@@ -102,7 +102,10 @@ def test_what_is_there_is_not_written_again(run: Run, tmp_path: Path) -> None:
     run.append(synthetic_records(steps=[5000])[0])
     assert publish(run, directory) == 1
     assert publish(run, directory) == 0
-    assert list(curve(read(directory), "sinktrack/depth"))[-2:] == [1900, 5000]
+    partial = synthetic_records(steps=[6000])[0] | {"sink_rate": None, "reference_block": None}
+    run.append(partial)
+    assert [publish(run, directory), publish(run, directory)] == [1, 0]
+    assert list(curve(read(directory), "sinktrack/depth"))[-3:] == [1900, 5000, 6000]
 
 
 def test_gaps_have_no_event(run: Run, tmp_path: Path) -> None:

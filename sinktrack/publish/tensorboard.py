@@ -11,7 +11,7 @@ from sinktrack.publish import picture
 from sinktrack.publish.curves import COMPONENT, components, metrics
 from sinktrack.record import Run
 
-_ALWAYS = "sinktrack/reference_block"
+_ALWAYS = "sinktrack/norm_ratio/block_00"
 """A curve that every record has."""
 
 
