@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sinktrack.callbacks.loop import SinkTracker
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.probe import Probe
 
 

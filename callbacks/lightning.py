@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from sinktrack.callbacks.loop import SinkTracker
 from transformers import PreTrainedModel
 
+from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.errors import MeasurementError
 from sinktrack.probe import Probe
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from sinktrack.callbacks.loop import SinkTracker
-
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
 

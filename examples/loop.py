@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
-from sinktrack.callbacks.loop import SinkTracker
 
 import sinktrack as st
+from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.demo import PairBackcopy, tiny_moe
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-loop")

@@ -6,10 +6,10 @@ python examples/trainer.py [DIRECTORY]
 import sys
 from pathlib import Path
 
-from sinktrack.callbacks.huggingface import SinkTrackCallback
 from transformers import Trainer, TrainingArguments
 
 import sinktrack as st
+from sinktrack.callbacks.huggingface import SinkTrackCallback
 from sinktrack.demo import PairBackcopy, Sequences, tiny_moe
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-trainer")

@@ -18,11 +18,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from sinktrack.callbacks.huggingface import SinkTrackCallback
 from torch.utils.data import Dataset
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
 
 import sinktrack as st
+from sinktrack.callbacks.huggingface import SinkTrackCallback
 
 VOCABULARY, LENGTH, STEPS = 512, 64, 100
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sinktrack.callbacks.megatron import SinkTrackMegatron
 
 from sinktrack import Run, demo, scan
+from sinktrack.callbacks.megatron import SinkTrackMegatron
 
 PROCESSES, SEQUENCES, STEPS, SAVES = 2, 32, 600, 4
 VOCABULARY = demo.SYMBOLS + 1

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sinktrack.callbacks.huggingface import SinkTrackCallback
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from sinktrack.callbacks.huggingface import SinkTrackCallback
 from sinktrack.demo import probe, tiny_moe, train
 from sinktrack.record import Run
 

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -31,7 +32,8 @@ _BY_BLOCK = ("concentration", "norm_ratio", "gain")
 
 def versions() -> dict[str, str]:
     """Of the packages that the numbers depend on."""
-    names = ("sinktrack", "torch", "transformers")
+    names = ["sinktrack", "torch", "transformers"]
+    names += ["megatron-core"] if "megatron.core" in sys.modules else []
     found = {}
     for name in names:
         with suppress(importlib.metadata.PackageNotFoundError):

@@ -19,10 +19,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron_models import PROBE, VOCABULARY, megatron_cpu
-from sinktrack.callbacks.megatron import SinkTrackMegatron
 from test_callbacks import assert_identical
 
 from sinktrack import MeasurementError, Probe, ProbeError, Run, measure
+from sinktrack.callbacks.megatron import SinkTrackMegatron
 
 
 def train(case: str, tracker: SinkTrackMegatron | None) -> dict[str, Any]:

@@ -15,11 +15,11 @@ import models
 import numpy as np
 import pytest
 import torch
-from sinktrack.callbacks.huggingface import SinkTrackCallback
-from sinktrack.callbacks.loop import SinkTracker
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sinktrack import MeasurementError, Probe, Run
+from sinktrack.callbacks.huggingface import SinkTrackCallback
+from sinktrack.callbacks.loop import SinkTracker
 
 PROBE = Probe.random(models.VOCABULARY, sequences=4, length=16, seed=5)
 

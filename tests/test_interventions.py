@@ -11,11 +11,11 @@ import planted
 import pytest
 import torch
 from reference import blocks_of
-from sinktrack.callbacks.loop import SinkTracker
 from test_measure import fingerprint, same
 from test_scan import sinktrack
 
 from sinktrack import MeasurementError, Probe, Run, measure
+from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.effects import Effect
 from sinktrack.experts import super_experts
 from sinktrack.export import rows as export_rows

@@ -9,11 +9,11 @@ import models
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from sinktrack.callbacks.lightning import SinkTrackLightning
 from test_callbacks import PROBE, assert_identical
 from torch.utils.data import DataLoader
 
 from sinktrack import MeasurementError, Run, measure
+from sinktrack.callbacks.lightning import SinkTrackLightning
 
 
 class Module(LightningModule):

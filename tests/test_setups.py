@@ -17,10 +17,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sinktrack.callbacks.loop import SinkTracker
 from test_callbacks import PROBE, assert_identical, two_processes
 
 from sinktrack import MeasurementError, Probe, Run, measure
+from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.collect import Collector
 from sinktrack.taps.huggingface import decoder, watch
 

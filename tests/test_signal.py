@@ -13,12 +13,12 @@ import pytest
 import wandb
 from hypothesis import given, settings
 from hypothesis import strategies as st_
-from sinktrack.callbacks.loop import SinkTracker
 from test_wandb import finished
 from typer.testing import CliRunner
 
 import sinktrack as st
 from scripts.check_signal import Truth, judge, records, table
+from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.cli import app
 from sinktrack.signal import Stages, analyze
 from sinktrack.signal.loss import read_losses

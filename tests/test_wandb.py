@@ -17,13 +17,13 @@ import pytest
 import torch
 import wandb
 from PIL import Image
-from sinktrack.callbacks.huggingface import SinkTrackCallback
-from sinktrack.callbacks.loop import SinkTracker
 from test_callbacks import PROBE, run_trainer
 from typer.testing import CliRunner
 from wandb.proto import wandb_internal_pb2
 
 from sinktrack import RecordError, Run
+from sinktrack.callbacks.huggingface import SinkTrackCallback
+from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.cli import app
 from sinktrack.publish.curves import metrics
 from sinktrack.publish.wandb import Sent, publish
