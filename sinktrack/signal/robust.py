@@ -203,7 +203,10 @@ def _t(free: int) -> float:
 def _binned(values: Curve) -> Curve:
     if len(values) <= _BINS:
         return values
-    return np.array([np.median(part) for part in np.array_split(values, _BINS)])
+    size, longer = divmod(len(values), _BINS)  # as numpy's array_split does: the first are longer
+    cut = longer * (size + 1)
+    parts = values[:cut].reshape(longer, size + 1), values[cut:].reshape(-1, size)
+    return np.concatenate([np.median(part, axis=-1) for part in parts])
 
 
 def _widening(residual: Curve) -> float:

@@ -127,6 +127,10 @@ class Stages:
     lost: bool = False
     began: int = 0
     """Index at which the floor before the present sink begins."""
+    columns: dict[str, list[float]] = field(
+        default_factory=lambda: {name: [] for name in ("step", *QUANTITIES)}
+    )
+    """The points' steps and quantities, which every judgement reads anew."""
 
     @property
     def stage(self) -> str | None:
@@ -164,6 +168,8 @@ class Stages:
 
     def _judge(self, point: Point) -> None:
         self.points.append(point)
+        for name, column in self.columns.items():
+            column.append(getattr(point, name))
         regression = None
         if self.left is None or self.lost:
             self._look_for_rise()
@@ -176,8 +182,8 @@ class Stages:
 
     def curve(self, name: str, since: int = 0) -> tuple[Curve, Curve]:
         """Steps and values from an index on, where there is a value."""
-        x = np.array([point.step for point in self.points[since:]], dtype=np.float64)
-        y = np.array([getattr(point, name) for point in self.points[since:]], dtype=np.float64)
+        x = np.array(self.columns["step"][since:], dtype=np.float64)
+        y = np.array(self.columns[name][since:], dtype=np.float64)
         return x[~np.isnan(y)], y[~np.isnan(y)]
 
     def _look_for_rise(self) -> None:
@@ -254,7 +260,7 @@ class Stages:
     def window(self) -> int:
         """Index at which the trailing window begins: a third of the steps, 8 records at least."""
         assert self.left is not None
-        steps = [point.step for point in self.points]
+        steps = self.columns["step"]
         since = steps[-1] - (steps[-1] - steps[self.left]) / TRAILING
         return min(bisect_left(steps, since), max(self.left, len(steps) - ENOUGH))
 
@@ -374,5 +380,6 @@ def highest(y: Curve) -> float:
 
 
 def _medians(y: Curve) -> Curve:
-    windows = np.lib.stride_tricks.sliding_window_view(y, LASTING)
-    return np.asarray(np.median(windows, axis=-1))
+    """Of 3 neighbours each."""
+    a, b, c = y[:-2], y[1:-1], y[2:]
+    return np.maximum(np.minimum(a, b), np.minimum(np.maximum(a, b), c))
