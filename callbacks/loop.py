@@ -96,7 +96,8 @@ class SinkTracker:
             tested = self._causal(step, model, measurement)
             if self._run is None:
                 return None
-            record = measurement.to_record(step, "callback", versions(), tokens) | tested
+            packages = versions("megatron-core") if spread else versions()
+            record = measurement.to_record(step, "callback", packages, tokens) | tested
             record = to_json(record)
             self._run.append(record)
             wandb.log(record, self.axes, self._run)

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import math
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -30,12 +29,10 @@ _INTERVALS = ("sink_rate", "first_two_share", "depth", "first_two_gain")
 _BY_BLOCK = ("concentration", "norm_ratio", "gain")
 
 
-def versions() -> dict[str, str]:
-    """Of the packages that the numbers depend on."""
-    names = ["sinktrack", "torch", "transformers"]
-    names += ["megatron-core"] if "megatron.core" in sys.modules else []
+def versions(*more: str) -> dict[str, str]:
+    """Of the packages that the numbers depend on, and of some more."""
     found = {}
-    for name in names:
+    for name in ("sinktrack", "torch", "transformers", *more):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
