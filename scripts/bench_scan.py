@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the probe")
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences at a time, of ours")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time, of ours")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm", action="store_true", help="leave the page cache as it is")
     arguments = parser.parse_args()

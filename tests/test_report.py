@@ -206,14 +206,29 @@ def test_a_sink_before_any_write_is_said(open_report: Open) -> None:
     assert bars(page) == [1.0]
 
 
+def test_first_tokens_beside_the_probe(open_report: Open) -> None:
+    record = synthetic_records()[-1]
+    page = open_report([record])
+    band, distinct, probe = drawn(page, "first_tokens")
+    quantiles = record["first_token"]["norm_ratio"]
+    assert distinct["x"] == probe["x"] == list(range(5))
+    assert distinct["y"] == pytest.approx(quantiles["50"], rel=1e-3)
+    assert probe["y"] == pytest.approx(record["norm_ratio"], rel=1e-5)
+    assert band["y"] == pytest.approx([*quantiles["95"], *quantiles["5"][::-1]], rel=1e-3)
+
+
 def test_first_blocks_only(open_report: Open, tmp_path: Path) -> None:
     """Records of a scan that read the first blocks alone."""
     records = synthetic_records(formed=False)
     for record in records:
         for name in ("concentration", "p0_attention"):
             record[name][2:] = [None] * 2 if name == "concentration" else [[None] * 4] * 2
-        for name in ("norm_ratio", "p0_norm"):
-            record[name][3:] = [None, None]
+        for values in (
+            record["norm_ratio"],
+            record["p0_norm"],
+            *record["first_token"]["norm_ratio"].values(),
+        ):
+            values[3:] = [None, None]
         for name in (
             "sink_rate",
             "reference_block",
@@ -297,7 +312,7 @@ def test_printed_pages_hold_whole_charts(open_report: Open) -> None:
     runs = {"one": synthetic_records(), "two": synthetic_records()}
     page = open_report(runs, viewport={"width": 1600, "height": 900}, color_scheme="dark")
     printed = page.pdf(prefer_css_page_size=True, print_background=True)
-    assert re.findall(rb"/MediaBox \[0 0 (\d+)", printed) == [b"1080"] * 2, "two pages, 1440 px"
+    assert re.findall(rb"/MediaBox \[0 0 (\d+)", printed) == [b"1080"] * 3, "three pages, 1440 px"
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 1360, "height": 900})
     beyond = page.evaluate(

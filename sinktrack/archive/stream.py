@@ -8,14 +8,14 @@ token is routed to, of the embedding only the rows of the probe's tokens.
 from __future__ import annotations
 
 import math
+import mmap
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -173,7 +173,7 @@ class Streamed:
         rows = self._source.slice(names[0][0])
         if list(rows.get_shape()) != list(target.shape):
             return set()
-        value = _untouched(target, self._device)
+        value = _untouched(target, self._device, scattered=True)
         for token in tokens.unique().tolist():
             value[token] = rows[token : token + 1][0].to(value)
         self._put(table, value)
@@ -339,12 +339,23 @@ def _empty(source: Source) -> Any:
     return model.eval()
 
 
-def _untouched(like: Tensor, device: str) -> Tensor:
-    """A tensor that takes memory only where it is written to, on the CPU at least."""
+def _untouched(like: Tensor, device: str, *, scattered: bool = False) -> Tensor:
+    """A tensor that, on the CPU, takes memory only where it is written to.
+
+    Args:
+        like: of the same shape and dtype.
+        device: where.
+        scattered: small parts will be written here and there, each of which must not take a huge
+            page.
+    """
     if device != "cpu":
         return torch.empty_like(like, device=device)
-    size = math.prod(like.shape) * like.element_size()
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype).view(like.shape)
+    pages = mmap.mmap(-1, math.prod(like.shape) * like.element_size())
+    advice = "MADV_NOHUGEPAGE" if scattered else "MADV_HUGEPAGE"
+    if hasattr(mmap, advice):  # Linux
+        with suppress(OSError):
+            pages.madvise(getattr(mmap, advice))
+    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
 
 
 def _later(experts: Mapping[nn.Module, _Experts]) -> set[str]:

@@ -16,7 +16,7 @@ from sinktrack.publish.curves import causal
 from sinktrack.signal import analyze
 from sinktrack.signal.loss import Losses
 
-BUDGET = 9_000_000
+BUDGET = 9_700_000
 """Bytes that all records together may take; the page's code takes 5 MB."""
 _FIELDS = (
     "step", "tokens", "source", "seconds", "concentration", "sink_rate", "norm_ratio", "formed",
@@ -97,6 +97,8 @@ def _drawn(record: Mapping[str, Any]) -> dict[str, Any]:
             for part in record["top_components"]
         ],
     }
+    quantiles = record["first_token"]["norm_ratio"]
+    drawn["first_tokens"] = [_rounded(quantiles[name], 4) for name in ("5", "50", "95")]
     if tests := causal(record):
         drawn["causal"] = tests
     return {name: _rounded(value) for name, value in drawn.items()} | {
@@ -128,14 +130,14 @@ def _size(record: Mapping[str, Any]) -> int:
     return len(_compact(_drawn(record)))
 
 
-def _rounded(value: Any) -> Any:
-    """Six significant digits; null for what is no number."""
+def _rounded(value: Any, digits: int = 6) -> Any:
+    """To some significant digits; null for what is no number."""
     if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: _rounded(item, digits) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(item) for item in value]
+        return [_rounded(item, digits) for item in value]
     return value
 
 

@@ -52,6 +52,28 @@ const drawShares = () => {
   }), config);
 };
 
+const drawFirstTokens = () => {
+  const record = shownRecord();
+  const [low, middle, high] = record.first_tokens;
+  const blocks = range(middle.length).filter((block) => middle[block] !== null);
+  const at = (values) => blocks.map((block) => values[block]);
+  const tone = colour("accent");
+  const line = (name, values, colour_) => ({
+    name, x: blocks, y: at(values), mode: "lines+markers", line: { color: colour_, width: 2 }, marker: { color: colour_, size: 5 },
+    hovertemplate: `block %{x}: %{y:.3g}<extra>${name}</extra>`,
+  });
+  Plotly.react("first_tokens", [
+    {
+      x: [...blocks, ...blocks.toReversed()], y: [...at(high), ...at(low).toReversed()], fill: "toself", fillcolor: tone,
+      mode: "lines", line: { color: tone, width: 1 }, opacity: 0.2, hoverinfo: "skip", showlegend: false,
+    },
+    line("distinct first tokens", middle, tone), line("the probe", record.norm_ratio, colour("muted")),
+  ], layout({
+    xaxis: axis({ title: "block", ...(blocks.length > 16 ? {} : { dtick: 1 }) }),
+    yaxis: axis({ title: "norm ratio", type: "log" }),
+  }), config);
+};
+
 const drawComponents = () => {
   const body = $("components").tBodies[0];
   body.replaceChildren();
@@ -165,6 +187,7 @@ const drawRecord = () => {
   drawCircuit();
   drawHeads();
   drawShares();
+  drawFirstTokens();
   drawComponents();
   drawCausal();
 };
