@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from sinktrack import Run, demo, scan
 from sinktrack.callbacks.megatron import SinkTrackMegatron
 
-PROCESSES, SEQUENCES, STEPS, SAVES = 2, 32, 600, 4
+PROCESSES, SEQUENCES, STEPS, SAVES = 2, 32, 1000, 4
 VOCABULARY = demo.SYMBOLS + 1
 SETTINGS: dict[str, Any] = {
-    "num_layers": 2, "hidden_size": 32, "num_attention_heads": 1, "kv_channels": 32,
+    "num_layers": 4, "hidden_size": 24, "num_attention_heads": 1, "kv_channels": 24,
     "ffn_hidden_size": 16, "num_moe_experts": 8, "moe_router_topk": 2, "moe_ffn_hidden_size": 16,
     "moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "allgather",
     "gated_linear_unit": True, "activation_func": F.silu, "normalization": "RMSNorm",
@@ -105,8 +105,11 @@ def train(out: Path, steps: int) -> None:
             forward_only=False,
         )  # fmt: skip
         optimizer.step()
-        tracker.step(step, model, tokens=step * SEQUENCES * demo.LENGTH)
+        tokens = step * SEQUENCES * demo.LENGTH
+        tracker.step(step, model, tokens)
         if step % (steps // SAVES) == 0:
+            if tracker.tracker.measured != step:  # each checkpoint has its match
+                tracker.tracker.probe_now(step, model, tokens)
             save(model[0].module, out / "checkpoints", step)
             if dist.get_rank() == 0:
                 print(f"step {step}: loss {float(found['loss']):.2f}", flush=True)
