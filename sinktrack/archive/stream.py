@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ class Streamed:
         """Read the following block's weights, but for routed experts, while this one computes. On
         the CPU they would wait in the very memory that is to be saved."""
         self._ahead: Future[dict[str, Tensor]] | None = None
-        self._reader = ThreadPoolExecutor(1)
+        self.reader = ThreadPoolExecutor(1)
+        """Reads while others convert or compute."""
         self.model = _empty(source)
         self.decoder: Decoder = decoder(self.model)
         self._targets = dict(self.model.state_dict())
@@ -120,7 +122,7 @@ class Streamed:
                 hook = module.register_forward_pre_hook(weights.read, with_kwargs=True)
                 hooks.append(hook)
             if self.read_ahead and following is not None:
-                self._ahead = self._reader.submit(self._read, following)
+                self._ahead = self.reader.submit(self._read, following)
             yield block
         finally:
             for hook in hooks:
@@ -194,7 +196,7 @@ class Streamed:
                 "its config.json"
             )
 
-    def convert(self, tensors: Mapping[str, Slice]) -> None:
+    def convert(self, tensors: Mapping[str, Slice | Tensor]) -> None:
         """Put these tensors of the checkpoint where they belong, by transformers' conversion.
 
         Raises:
@@ -279,45 +281,40 @@ class _Experts:
             target[0].numel() * target.element_size() for target in self.targets.values()
         )
         size = max(1, _AT_ONCE // bytes_each)
-        for start in range(0, len(new), size):
-            self._convert(new[start : start + size])
+        parts = [new[start : start + size] for start in range(0, len(new), size)]
+        reader = self._streamed.reader
+        coming = [reader.submit(self._fetch, part) for part in parts[:1]]
+        for part, next_part in zip_longest(parts, parts[1:]):  # one is read, one converted
+            tensors = coming.pop().result()
+            if next_part is not None:
+                coming.append(reader.submit(self._fetch, next_part))
+            self._convert(part, tensors)
         self._read |= set(new)
         for name, value in self._values.items():
             self._streamed._put(name, value)
 
-    def _convert(self, experts: list[int]) -> None:
+    def _fetch(self, experts: list[int]) -> dict[str, Tensor]:
+        """From the checkpoint, what makes these experts."""
+        found: dict[str, Tensor] = {}
+        for target in self.targets:
+            for names in self._streamed._names[target]:
+                if self._fused(names):
+                    whole = self._streamed._source.slice(names[0])
+                    found[names[0]] = torch.cat([whole[row : row + 1] for row in experts])
+                else:
+                    for expert in experts:
+                        found[names[expert]] = self._streamed._slice(names[expert])[...]
+        return found
+
+    def _convert(self, experts: list[int], tensors: Mapping[str, Tensor]) -> None:
         """Through transformers' conversion, as if the block had these experts alone."""
-        tensors: dict[str, Slice] = {}
         for target, like in self.targets.items():
             shape = (len(experts), *like.shape[1:])
             self._streamed._put(target, torch.empty(shape, dtype=like.dtype, device="meta"))
-            for names in self._streamed._names[target]:
-                if self._fused(names):
-                    tensors[names[0]] = _Rows(self._streamed._source.slice(names[0]), experts)
-                else:
-                    for expert in experts:
-                        tensors[names[expert]] = self._streamed._source.slice(names[expert])
         self._streamed.convert(tensors)
         for target, value in self._values.items():
             for expert, part in zip(experts, self._streamed._get(target).detach(), strict=True):
                 value[expert].copy_(part)
-
-
-class _Rows:
-    """Some rows of a tensor on disk."""
-
-    def __init__(self, whole: Slice, rows: list[int]) -> None:
-        self._whole, self._rows = whole, rows
-
-    def get_shape(self) -> list[int]:
-        return [len(self._rows), *self._whole.get_shape()[1:]]
-
-    def get_dtype(self) -> str:
-        return self._whole.get_dtype()
-
-    def __getitem__(self, index: Any) -> Tensor:
-        rows = torch.cat([self._whole[row : row + 1] for row in self._rows])
-        return rows[index]
 
 
 def _empty(source: Source) -> Any:
