@@ -83,6 +83,8 @@ def leveldb_records(data: bytes) -> Iterator[bytes]:
             position += left
             continue
         size, kind = struct.unpack("<HB", data[position + 4 : position + 7])
+        if position + 7 + size > len(data):  # still being written
+            return
         parts += data[position + 7 : position + 7 + size]
         position += 7 + size
         if kind in (1, 4):  # whole, or the last part
