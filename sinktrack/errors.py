@@ -30,6 +30,11 @@ class MissingExtra(SinktrackError, ImportError):
     """An optional dependency is not installed."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in short; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional module.
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from sinktrack import Run
+from tests.synthetic import synthetic_records
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
@@ -16,6 +20,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 settings.register_profile("sinktrack", deadline=None)  # no test is timed
 settings.load_profile("sinktrack")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """A run of synthetic records."""
+    run = Run.open(tmp_path / "run")
+    for record in synthetic_records():
+        run.append(record)
+    return run
 
 
 @pytest.fixture(scope="session")

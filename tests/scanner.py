@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import models
@@ -15,6 +16,16 @@ import torch
 from sinktrack import Probe, scan
 
 PROBE = Probe.random(models.VOCABULARY, sequences=4, length=12)
+
+
+def save_archive(root: Path, steps: Iterable[int]) -> Path:
+    """Checkpoints that differ in the embedding."""
+    for step in steps:
+        torch.manual_seed(step)
+        model = models.mixtral()
+        model.model.embed_tokens.weight.data.normal_()
+        model.save_pretrained(root / f"checkpoint-{step}")
+    return root
 
 
 def run_scan(archive: Path, run: Path) -> None:

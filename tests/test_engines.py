@@ -12,10 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
-import torch
-from scanner import PROBE
+from scanner import PROBE, save_archive
 
 from sinktrack import ArchiveError, Run, processes, scan
 from sinktrack.archive.discover import discover
@@ -26,13 +24,7 @@ STEPS = range(1, 7)
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("archive")
-    for step in STEPS:
-        torch.manual_seed(step)
-        model = models.mixtral()
-        model.model.embed_tokens.weight.data.normal_()
-        model.save_pretrained(root / f"checkpoint-{step}")
-    return root
+    return save_archive(tmp_path_factory.mktemp("archive"), STEPS)
 
 
 @pytest.fixture(scope="module")

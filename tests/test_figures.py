@@ -34,14 +34,6 @@ def notebook() -> Iterator[object]:
     pio.renderers.default = before
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    run = Run.open(tmp_path / "run")
-    for record in synthetic_records():
-        run.append(record)
-    return run
-
-
 def test_training_holds_every_block(run: Run) -> None:
     figure = training(run.records)
     norms, attention = figure.data[:5], figure.data[5:]

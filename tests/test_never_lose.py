@@ -9,10 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
-import torch
-from scanner import PROBE, run_scan, scan_and_leave
+from scanner import PROBE, run_scan, save_archive, scan_and_leave
 
 from sinktrack import RecordError, Run, scan
 
@@ -22,13 +20,7 @@ STEPS = range(1, 9)
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("archive")
-    for step in STEPS:
-        torch.manual_seed(step)
-        model = models.mixtral()
-        model.model.embed_tokens.weight.data.normal_()
-        model.save_pretrained(root / f"checkpoint-{step}")
-    return root
+    return save_archive(tmp_path_factory.mktemp("archive"), STEPS)
 
 
 def results(run: Path) -> list[dict[str, Any]]:

@@ -19,14 +19,6 @@ from tests.synthetic import synthetic_records
 pytest.importorskip("tensorboard")
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    run = Run.open(tmp_path / "run")
-    for record in synthetic_records():
-        run.append(record)
-    return run
-
-
 def read(directory: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sinktrack.errors import ArchiveError, SinktrackError, require
+from sinktrack.errors import ArchiveError, SinktrackError, first_line, require
 
 _LARGEST_JSON = 64 * 2**20
 _MOST_JSON_VALUES = 4_000_000
@@ -326,7 +326,7 @@ class Files:
                 raise ArchiveError(f"cannot read {path}: {error}") from error
             except (Exception, asyncio.CancelledError) as error:  # each store has its own
                 if attempt == _ATTEMPTS or _refused(error):
-                    raise ArchiveError(f"cannot read {path}: {_first_line(error)}") from error
+                    raise ArchiveError(f"cannot read {path}: {first_line(error)}") from error
                 time.sleep(0.1 * 4**attempt)
         raise AssertionError
 
@@ -414,7 +414,3 @@ def _refused(error: BaseException) -> bool:
     return type(error).__name__.startswith(("Permission", "Unauthenticated")) or bool(
         re.search(r"status code: 4(?!08|29)", str(error))
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

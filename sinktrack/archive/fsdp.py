@@ -13,7 +13,7 @@ from torch import Tensor
 from sinktrack.archive import dcp
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.files import Files
-from sinktrack.archive.safetensors import DTYPES
+from sinktrack.archive.safetensors import NAMES
 from sinktrack.archive.source import Checkpoint, Index
 from sinktrack.errors import ArchiveError
 
@@ -21,7 +21,6 @@ FOLDER = "pytorch_model_fsdp_0"
 _MODEL = "model."
 """The model's part of what is saved."""
 _LARGEST_METADATA = 2**30
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def find(files: Files) -> list[Checkpoint]:
@@ -59,7 +58,7 @@ class FsdpSource:
         self._stored = {
             name.removeprefix(_MODEL): stored
             for name, stored in dcp.read_metadata(metadata, self._weights.path(".metadata")).items()
-            if name.startswith(_MODEL) and stored.dtype in _NAMES
+            if name.startswith(_MODEL) and stored.dtype in NAMES
         }
 
     def names(self) -> list[str]:
@@ -90,7 +89,7 @@ class FsdpSlice:
 
     def get_dtype(self) -> str:
         """As safetensors names it."""
-        return _NAMES[self.stored.dtype]
+        return NAMES[self.stored.dtype]
 
     def __getitem__(self, index: Index) -> Tensor:
         """A part of the tensor, or with ``...`` all; of a leading slice those rows are read."""

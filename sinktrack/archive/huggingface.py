@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sinktrack.archive.files import Files
 from sinktrack.archive.source import Checkpoint, Slice, fitting, open
-from sinktrack.errors import ArchiveError
+from sinktrack.errors import ArchiveError, first_line
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -100,11 +100,6 @@ def vocabulary(checkpoint: Checkpoint) -> int:
         ArchiveError: it cannot be read.
     """
     return int(open(checkpoint).config.get_text_config(decoder=True).vocab_size)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in short."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _dtype(weights: dict[str, Slice]) -> Any:

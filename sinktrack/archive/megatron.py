@@ -20,14 +20,13 @@ from sinktrack.archive import dcp, pickles
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.files import Files
 from sinktrack.archive.megatron_names import Piece, pieces
-from sinktrack.archive.safetensors import DTYPES
+from sinktrack.archive.safetensors import NAMES
 from sinktrack.archive.source import Checkpoint, Index
 from sinktrack.errors import ArchiveError
 
 _LARGEST_METADATA = 2**30
 _LARGEST_COMMON = 64 * 2**20
 _LARGEST_YAML = 2**20
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ADVICE = "load it in Megatron and save it again with --ckpt-format torch_dist"
 
 
@@ -152,7 +151,7 @@ class MegatronSlice:
 
     def get_dtype(self) -> str:
         """As safetensors names it."""
-        return _NAMES[self.piece.stored.dtype]
+        return NAMES[self.piece.stored.dtype]
 
     def __getitem__(self, index: Index) -> Tensor:
         """A part of the tensor, or with ``...`` all of it.

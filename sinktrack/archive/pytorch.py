@@ -15,12 +15,11 @@ from torch import Tensor
 
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.files import Files
-from sinktrack.archive.safetensors import DTYPES, weight_map
+from sinktrack.archive.safetensors import NAMES, weight_map
 from sinktrack.archive.source import Checkpoint, Index
 from sinktrack.errors import ArchiveError
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_PICKLE = 64 * 2**20
 _PART = 64 * 2**20
 
@@ -103,7 +102,7 @@ class TensorSlice:
 
     def get_dtype(self) -> str:
         """As safetensors names it."""
-        return _NAMES[self.tensor.dtype]
+        return NAMES[self.tensor.dtype]
 
     def __getitem__(self, index: Index) -> Tensor:
         """A part of it, or with ``...`` all."""
@@ -143,7 +142,7 @@ def _is_plain(value: Any) -> bool:
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided
-        and value.dtype in _NAMES
+        and value.dtype in NAMES
         and value.nbytes <= value.untyped_storage().nbytes()
     )
 

@@ -30,6 +30,8 @@ DTYPES = {
     "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
 """What safetensors calls a dtype, and torch."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""The other way round."""
 _LARGEST_HEADER = 100 * 10**6
 _MOST_DIMENSIONS = 32
 
