@@ -28,8 +28,8 @@ import torch
 import sinktrack
 from sinktrack.interventions import examine, necessity
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests import planted
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import planted
 
 HEADS, EXPERTS = 8, 8
 

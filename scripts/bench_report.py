@@ -17,9 +17,10 @@ from typing import Any
 
 from chromium import chromium
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from synthetic import synthetic_records
+
 from sinktrack.report import write_report
-from tests.synthetic import synthetic_records
 
 BLOCKS, HEADS, RECORDS, ROUNDS = 48, 32, 1000, 5
 SLIDE = """async () => {

@@ -102,7 +102,7 @@ def scan(
     from sinktrack.archive.follow import looks
     from sinktrack.archive.source import Checkpoint
     from sinktrack.record import Run
-    from sinktrack.scan import choose_probe, pending
+    from sinktrack.scan import Job, choose_probe
     from sinktrack.scan import scan as scan_archive
 
     if causal and blocks is not None:
@@ -138,12 +138,9 @@ def scan(
         disable=not sys.stderr.isatty(),
     )
     with progress:
-        todo = [
-            len(pending(archive, opened, blocks, pattern, hf_config, causal))
-            for archive in archives
-            if not follow
-        ]
-        task = progress.add_task("scan", total=None if follow else sum(todo))
+        job = Job(batch, blocks=blocks, causal=causal)
+        todo = len(job.lacking(found, opened))
+        task = progress.add_task("scan", total=None if follow else todo)
         measured = 0
 
         def notify(checkpoint: Checkpoint, outcome: dict[str, Any] | SinktrackError) -> None:
@@ -173,7 +170,7 @@ def scan(
                 notify=notify,
             ):
                 pass
-    skipped = len(found) - sum(todo)
+    skipped = len(found) - todo
     _err.print(
         f"{measured} measured, {skipped} already recorded, {len(failures)} failed -> {run}",
         markup=False,

@@ -6,20 +6,18 @@ import dataclasses
 import hashlib
 import inspect
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from sinktrack.collect import Collector, States
 from sinktrack.errors import MeasurementError
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.probe import Probe
-from sinktrack.undisturbed import undisturbed
+from sinktrack.undisturbed import out_of_memory, undisturbed, untouched
 
 if TYPE_CHECKING:  # transformers is slow to import
     from sinktrack.archive.stream import Streamed
@@ -50,7 +48,7 @@ def measure(
     from sinktrack.taps.megatron import is_megatron
 
     if is_megatron(model):
-        from sinktrack.parallel import measure_chunks
+        from sinktrack.megatron.measure import measure_chunks
 
         return measure_chunks(model, probe, batch_size)
     from sinktrack.taps.huggingface import watch
@@ -162,30 +160,12 @@ def readable(model: nn.Module, probe: Probe) -> Decoder:
     return found
 
 
-@contextmanager
-def untouched(model: nn.Module, size: int, probe: Probe) -> Iterator[None]:
-    """Forward passes inside leave no trace; ``size`` sequences of the probe go through at once."""
-    with out_of_memory(size, probe), undisturbed(model), _resharded(model):
-        yield
-
-
 def _check(probe: Probe, found: Decoder) -> None:
     probe.check(
         found.config.vocab_size,
         getattr(found.config, "max_position_embeddings", None),
         getattr(found.config, "pad_token_id", None),
     )
-
-
-@contextmanager
-def _resharded(model: nn.Module) -> Iterator[None]:
-    """FSDP keeps what a forward gathered until a backward, which a probe does not have."""
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
 
 
 def forward(model: nn.Module, tokens: Tensor, logits: bool = False) -> Any:
@@ -199,26 +179,6 @@ def forward(model: nn.Module, tokens: Tensor, logits: bool = False) -> Any:
 def _whole(value: Tensor) -> Tensor:
     """A parameter, gathered where FSDP shards it; then every process must be here."""
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-@contextmanager
-def out_of_memory(size: int, probe: Probe) -> Iterator[None]:
-    """Say which number to lower; everything else is put back by then."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no error of its own
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "DefaultCPUAllocator" not in str(error):
-            raise
-        advice = (
-            "lower the probe's batch size (--batch-size of a scan, probe_batch_size of a callback) "
-            f"to {size // 2} or less"
-            if size > 1
-            else "give a probe of shorter sequences"
-        )
-        raise MeasurementError(
-            f"out of memory with {size} sequences of {probe.length} tokens at once; {advice}"
-        ) from error
 
 
 def _refuse_unreadable(model: nn.Module) -> None:

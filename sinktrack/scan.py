@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from sinktrack import cluster, processes
 from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import looks
-from sinktrack.archive.source import Checkpoint
+from sinktrack.archive.source import Checkpoint, open
+from sinktrack.engines import Outcome, attempt, local, ray
 from sinktrack.errors import ArchiveError, SinktrackError
 from sinktrack.measure import measure, measure_streamed
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
-from sinktrack.processes import Outcome, Work, attempt
 from sinktrack.prose import passages
 from sinktrack.record import Run, to_json, versions
 
@@ -74,15 +74,13 @@ def scan(
         run = Run.open(run, probe)
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
-    common: dict[str, Any] = {"probe": run.probe, "device": device, "batch_size": batch_size}
-    work: Work = (
-        partial(_examine, **common) if causal else partial(_measure, **common, blocks=blocks)
-    )
-    failed = []
+    job = Job(run.probe, device, batch_size, blocks, causal)
     find = partial(discover, archive, pattern, hf_config)
+    looked = looks(archive, find, follow) if follow is not None else iter([find()])
+    failed = []
     with run.claimed():
-        rounds = _rounds(archive, run, blocks, causal, follow, find)
-        for checkpoint, outcome in _outcomes(rounds, work, engine, workers, device):
+        rounds = (job.lacking(found, run) for found in looked)
+        for checkpoint, outcome in _outcomes(rounds, job, engine, workers):
             if isinstance(outcome, dict):
                 run.append(outcome)
             else:
@@ -95,106 +93,81 @@ def scan(
         raise ArchiveError(f"{len(failed)} checkpoints failed\n" + "\n".join(failed))
 
 
-def pending(
-    archive: str | Path,
-    run: Run,
-    blocks: int | None = None,
-    pattern: str | None = None,
-    hf_config: str | Path | None = None,
-    causal: bool = False,
-) -> list[Checkpoint]:
-    """The archive's checkpoints that the run does not hold yet, in step order.
+@dataclass(frozen=True)
+class Job:
+    """What to measure of each checkpoint; calling it with one gives its record."""
 
-    Nor those of which it holds fewer blocks, or no causal tests where they are wanted.
-    """
-    return _lacking(discover(archive, pattern, hf_config), run, blocks, causal)
+    probe: Probe
+    device: str = "cpu"
+    batch_size: int | None = None
+    blocks: int | None = None
+    causal: bool = False
 
+    def lacking(self, checkpoints: Sequence[Checkpoint], run: Run) -> list[Checkpoint]:
+        """Those that the run does not hold, or not with as many blocks or the causal tests."""
+        done = {record["step"] for record in run.records if self._is_in(record)}
+        return [checkpoint for checkpoint in checkpoints if checkpoint.step not in done]
 
-def _lacking(
-    checkpoints: list[Checkpoint], run: Run, blocks: int | None, causal: bool
-) -> list[Checkpoint]:
-    def holds(record: Mapping[str, Any]) -> bool:
-        if causal:
+    def _is_in(self, record: Mapping[str, Any]) -> bool:
+        if self.causal:
             return "causal" in record
         if "measured_blocks" not in record:
             return True
-        return blocks is not None and bool(record["measured_blocks"] >= blocks)
+        return self.blocks is not None and bool(record["measured_blocks"] >= self.blocks)
 
-    done = {record["step"] for record in run.records if holds(record)}
-    return [checkpoint for checkpoint in checkpoints if checkpoint.step not in done]
+    def __call__(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Measure one checkpoint.
 
+        Raises:
+            ArchiveError, ProbeError, MeasurementError: it cannot be measured.
+        """
+        measured, tests = self._with_tests(checkpoint) if self.causal else self._alone(checkpoint)
+        record: dict[str, Any] = to_json(
+            measured.to_record(checkpoint.step, checkpoint.name, versions(), checkpoint.tokens)
+            | tests
+        )
+        return record
 
-def _rounds(
-    archive: str | Path,
-    run: Run,
-    blocks: int | None,
-    causal: bool,
-    follow: float | None,
-    find: Callable[[], list[Checkpoint]],
-) -> Iterator[list[Checkpoint]]:
-    """What there is to measure now or, if followed, as it comes."""
-    if follow is None:
-        yield _lacking(find(), run, blocks, causal)
-        return
-    for found in looks(archive, find, follow):
-        yield _lacking(found, run, blocks, causal)
+    def _alone(self, checkpoint: Checkpoint) -> tuple[Measurement, dict[str, Any]]:
+        from sinktrack.archive.huggingface import load
+        from sinktrack.archive.stream import Streamed
+        from sinktrack.taps.walk import CannotWalk
+
+        try:
+            streamed = Streamed(open(checkpoint), self.device)
+            measured = measure_streamed(
+                streamed, self.probe, blocks=self.blocks, batch_size=self.batch_size
+            )
+        except CannotWalk as error:
+            if self.blocks is not None:
+                raise ArchiveError(f"{error}; scan all of it, without --blocks") from error
+            _log.warning("%s: %s; loading it whole", checkpoint.name, error)
+            model = load(checkpoint, self.device)
+            measured = measure(model, self.probe, batch_size=self.batch_size)
+        return measured, {}
+
+    def _with_tests(self, checkpoint: Checkpoint) -> tuple[Measurement, dict[str, Any]]:
+        from sinktrack.archive.huggingface import load
+        from sinktrack.interventions import examine
+
+        model = load(checkpoint, self.device)
+        measured = measure(model, self.probe, batch_size=self.batch_size)
+        found = examine(model, self.probe, measured, batch_size=self.batch_size)
+        return measured, {"causal": found}
 
 
 def _outcomes(
-    rounds: Iterator[list[Checkpoint]],
-    work: Work,
-    engine: Engine | None,
-    workers: int | None,
-    device: str,
+    rounds: Iterable[list[Checkpoint]], job: Job, engine: Engine | None, workers: int | None
 ) -> Iterator[tuple[Checkpoint, Outcome]]:
     for checkpoints in rounds:
         if engine == "ray":
-            gpus = int(device.startswith("cuda"))
-            yield from cluster.spread(work, checkpoints, workers, gpus)
+            gpus = int(job.device.startswith("cuda"))
+            yield from ray.spread(job, checkpoints, workers, gpus)
         elif engine == "local" or workers is not None:
-            yield from processes.spread(work, checkpoints, workers)
+            yield from local.spread(job, checkpoints, workers)
         else:
             for checkpoint in checkpoints:
-                yield checkpoint, attempt(work, checkpoint)
-
-
-def _measure(
-    checkpoint: Checkpoint, probe: Probe, device: str, batch_size: int | None, blocks: int | None
-) -> dict[str, Any]:
-    from sinktrack.archive.huggingface import load
-    from sinktrack.archive.source import open
-    from sinktrack.archive.stream import Streamed
-    from sinktrack.taps.walk import CannotWalk
-
-    try:
-        streamed = Streamed(open(checkpoint), device)
-        measured = measure_streamed(streamed, probe, blocks=blocks, batch_size=batch_size)
-    except CannotWalk as error:
-        if blocks is not None:
-            raise ArchiveError(f"{error}; scan all of it, without --blocks") from error
-        _log.warning("%s: %s; loading it whole", checkpoint.name, error)
-        measured = measure(load(checkpoint, device), probe, batch_size=batch_size)
-    return _recorded(checkpoint, measured)
-
-
-def _examine(
-    checkpoint: Checkpoint, probe: Probe, device: str, batch_size: int | None
-) -> dict[str, Any]:
-    from sinktrack.archive.huggingface import load
-    from sinktrack.interventions import examine
-
-    model = load(checkpoint, device)
-    measured = measure(model, probe, batch_size=batch_size)
-    found = examine(model, probe, measured, batch_size=batch_size)
-    tested: dict[str, Any] = to_json({"causal": found})
-    return _recorded(checkpoint, measured) | tested
-
-
-def _recorded(checkpoint: Checkpoint, measured: Measurement) -> dict[str, Any]:
-    record: dict[str, Any] = to_json(
-        measured.to_record(checkpoint.step, checkpoint.name, versions(), checkpoint.tokens)
-    )
-    return record
+                yield checkpoint, attempt(job, checkpoint)
 
 
 def choose_probe(

@@ -9,8 +9,19 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from sinktrack.errors import MeasurementError
+from sinktrack.probe import Probe
 
 _INTERNAL = {"_parameters", "_buffers", "_modules", "training"}
+
+
+@contextmanager
+def untouched(model: nn.Module, size: int, probe: Probe) -> Iterator[None]:
+    """Forward passes inside leave no trace; ``size`` sequences of the probe go through at once."""
+    with out_of_memory(size, probe), undisturbed(model), _resharded(model):
+        yield
 
 
 @contextmanager
@@ -59,6 +70,37 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(gpus)
+
+
+@contextmanager
+def _resharded(model: nn.Module) -> Iterator[None]:
+    """FSDP keeps what a forward gathered until a backward, which a probe does not have."""
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+@contextmanager
+def out_of_memory(size: int, probe: Probe) -> Iterator[None]:
+    """Say which number to lower; everything else is put back by then."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no error of its own
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "DefaultCPUAllocator" not in str(error):
+            raise
+        advice = (
+            "lower the probe's batch size (--batch-size of a scan, probe_batch_size of a callback) "
+            f"to {size // 2} or less"
+            if size > 1
+            else "give a probe of shorter sequences"
+        )
+        raise MeasurementError(
+            f"out of memory with {size} sequences of {probe.length} tokens at once; {advice}"
+        ) from error
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+from synthetic import synthetic_records
 
 from sinktrack import Run
-from tests.synthetic import synthetic_records
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
@@ -35,7 +35,7 @@ def run(tmp_path: Path) -> Run:
 def browser() -> Iterator[Any]:
     """A headless Chromium."""
     pytest.importorskip("playwright.sync_api")
-    from scripts.chromium import chromium
+    from chromium import chromium
 
     try:
         with chromium() as opened:

@@ -26,7 +26,8 @@ from sinktrack import ArchiveError, Probe, Run, scan
 from sinktrack.archive.discover import discover
 from sinktrack.archive.files import Files
 from sinktrack.archive.huggingface import load
-from sinktrack.archive.safetensors import DTYPES, SafetensorsSlice, parse_header, read_header
+from sinktrack.archive.safetensors import SafetensorsSlice, parse_header, read_header
+from sinktrack.archive.source import DTYPES
 from sinktrack.archive.source import open as open_checkpoint
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -176,13 +176,14 @@ def two_processes(tmp_path: Path, code: str) -> None:
     """Run ``code`` under torchrun with everything of this module and ``out`` at hand."""
     script = tmp_path / "script.py"
     start = f"""
-        import sys, torch, torch.distributed as dist
+        import os, sys, torch, torch.distributed as dist
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_callbacks import *
         torch.set_num_threads(1)
         out = Path({str(tmp_path)!r})
     """
-    script.write_text(textwrap.dedent(start) + textwrap.dedent(code))
+    end = "os._exit(0)  # gloo's threads may outlive the interpreter, which then aborts\n"
+    script.write_text(textwrap.dedent(start) + textwrap.dedent(code) + end)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

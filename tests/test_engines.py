@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from scanner import PROBE, save_archive
 
-from sinktrack import ArchiveError, Run, processes, scan
+from sinktrack import ArchiveError, Run, scan
 from sinktrack.archive.discover import discover
 from sinktrack.archive.source import Checkpoint
+from sinktrack.engines import local, memory
 
 STEPS = range(1, 7)
 
@@ -60,7 +61,7 @@ def test_a_worker_that_dies_is_replaced_and_one_checkpoint_fails(
     archive: Path, tmp_path: Path
 ) -> None:
     work = partial(dies_once, mark=tmp_path / "mark")
-    found = {c.step: outcome for c, outcome in processes.spread(work, discover(archive), 2)}
+    found = {c.step: outcome for c, outcome in local.spread(work, discover(archive), 2)}
     assert sorted(found) == list(STEPS)
     assert isinstance(found.pop(5), ArchiveError)
     assert all(outcome == {"step": step} for step, outcome in found.items())
@@ -68,13 +69,13 @@ def test_a_worker_that_dies_is_replaced_and_one_checkpoint_fails(
 
 def test_workers_fit_into_memory(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = discover(archive)
-    need = processes.footprint(checkpoints[0])
+    need = memory.footprint(checkpoints[0])
     weights = (archive / "checkpoint-1/model.safetensors").stat().st_size
     assert 0 < need - 2**30 < weights
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     for free, count in ((10 * need, 6), (3 * need, 3), (need // 2, 1), (0, 1)):
-        monkeypatch.setattr(processes, "available", lambda free=free: free)
-        assert processes.sensible(checkpoints) == count
+        monkeypatch.setattr(local, "available", lambda free=free: free)
+        assert local.sensible(checkpoints) == count
 
 
 @pytest.fixture

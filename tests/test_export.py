@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic import synthetic_records
 from typer.testing import CliRunner
 
 from sinktrack import Run
 from sinktrack.cli import app
 from sinktrack.errors import RecordError
 from sinktrack.export import COLUMNS, export
-from tests.synthetic import synthetic_records
 
 pandas = pytest.importorskip("pandas")
 polars = pytest.importorskip("polars")

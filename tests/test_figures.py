@@ -11,11 +11,11 @@ from xml.etree import ElementTree
 
 import models
 import pytest
+from synthetic import synthetic_records
 
 from sinktrack import Probe, Run, measure
 from sinktrack.errors import RecordError
 from sinktrack.figures import measured, training
-from tests.synthetic import synthetic_records
 
 pytest.importorskip("plotly")
 PLOTLY = "application/vnd.plotly.v1+json"

@@ -16,17 +16,11 @@ from test_scan import sinktrack
 
 from sinktrack import MeasurementError, Probe, Run, measure
 from sinktrack.callbacks.loop import SinkTracker
-from sinktrack.effects import Effect
-from sinktrack.experts import super_experts
 from sinktrack.export import rows as export_rows
-from sinktrack.interventions import (
-    examine,
-    is_testable,
-    necessity,
-    position,
-    screen,
-    sufficiency,
-)
+from sinktrack.interventions import examine, necessity, position, sufficiency
+from sinktrack.interventions.effects import Effect
+from sinktrack.interventions.experts import super_experts
+from sinktrack.interventions.trials import is_testable, screen
 from sinktrack.record import to_json
 
 PROBE = planted.probe()

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic import synthetic_records
 from test_report import curve
 
 from sinktrack import Run
-from tests.synthetic import synthetic_records
 
 pytest.importorskip("plotly")
 

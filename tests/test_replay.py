@@ -10,8 +10,8 @@ import torch
 from reference import blocks_of, eager_attention
 
 from sinktrack import Probe
-from sinktrack.edits import Change, Sight, Term
-from sinktrack.replay import replaying
+from sinktrack.interventions.edits import Change, Sight, Term
+from sinktrack.interventions.replay import replaying
 
 PROBE = Probe.random(models.VOCABULARY, sequences=6, length=12)
 FAMILIES = {

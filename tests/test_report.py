@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from synthetic import synthetic_records
 from typer.testing import CliRunner
 
 from sinktrack import Run
@@ -17,7 +18,6 @@ from sinktrack.errors import RecordError
 from sinktrack.publish.curves import summary
 from sinktrack.report import write_report
 from sinktrack.signal import analyze
-from tests.synthetic import synthetic_records
 
 pytest.importorskip("plotly")
 

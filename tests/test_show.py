@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from synthetic import synthetic_records
 
 from sinktrack.errors import RecordError
 from sinktrack.show import show
 from sinktrack.signal import analyze
-from tests.synthetic import synthetic_records
 
 
 def shown(records: list[dict[str, Any]], title: str = "run", width: int = 80) -> str:

@@ -11,18 +11,18 @@ import models
 import numpy as np
 import pytest
 import wandb
+from check_signal import Truth, judge, records, table
 from hypothesis import given, settings
 from hypothesis import strategies as st_
+from synthetic import synthetic_records
 from test_wandb import finished
 from typer.testing import CliRunner
 
 import sinktrack as st
-from scripts.check_signal import Truth, judge, records, table
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.cli import app
 from sinktrack.signal import Stages, analyze
 from sinktrack.signal.loss import read_losses
-from tests.synthetic import synthetic_records
 
 PROBE = st.Probe.random(models.VOCABULARY, sequences=4, length=16, seed=5)
 CLEAR = Truth(

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from synthetic import synthetic_records
 from typer.testing import CliRunner
 
 from sinktrack import Run
 from sinktrack.cli import app
 from sinktrack.errors import RecordError
 from sinktrack.publish.tensorboard import publish
-from tests.synthetic import synthetic_records
 
 pytest.importorskip("tensorboard")
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import wandb
 from PIL import Image
+from synthetic import synthetic_records
 from test_callbacks import PROBE, run_trainer
 from typer.testing import CliRunner
 from wandb.proto import wandb_internal_pb2
@@ -29,7 +30,6 @@ from sinktrack.publish.curves import metrics
 from sinktrack.publish.wandb import Sent, publish
 from sinktrack.publish.workspace import save, view
 from sinktrack.signal import analyze
-from tests.synthetic import synthetic_records
 
 
 def read_back(directory: Path) -> tuple[list[dict], list]:

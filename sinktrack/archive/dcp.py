@@ -31,6 +31,8 @@ Span = tuple[int, int]
 
 _EDGE = 4096  # a chunk's pickle lies within its first bytes, its zip directory in its last
 _LARGEST_PICKLE = 2**20
+LARGEST_METADATA = 2**30
+"""Bytes of ``.metadata`` that are worth reading."""
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"

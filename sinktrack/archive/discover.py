@@ -141,7 +141,7 @@ def _references(files: Files, path: str = "refs", depth: int = 3) -> Iterator[tu
         if entry.directory and depth > 1:
             yield from _references(files, below, depth - 1)
         elif not entry.directory and files.size(below) <= 64:
-            commit = bytes(files.read(below, 0, files.size(below))).decode("ascii", "replace")
+            commit = files.whole(below, 64).decode("ascii", "replace")
             if _COMMIT.fullmatch(commit.strip()):
                 yield below.removeprefix("refs/"), commit.strip()
 

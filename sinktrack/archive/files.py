@@ -184,17 +184,26 @@ class Files:
                 self._read_remote(name, start, buffer)
         return buffer
 
+    def whole(self, name: str, largest: int) -> bytes:
+        """All of a small file.
+
+        Raises:
+            ArchiveError: it is missing, larger than ``largest`` bytes, or not to be read.
+        """
+        size = self.size(name)
+        if size > largest:
+            raise ArchiveError(f"{self.path(name)} has {size} bytes, more than {largest}")
+        return bytes(self.read(name, 0, size))
+
     def read_json(self, name: str) -> dict[str, Any]:
         """A JSON object from a file of bounded size.
 
         Raises:
             ArchiveError: missing, too large, or not a JSON object.
         """
-        size = self.size(name)
-        if size > _LARGEST_JSON:
-            raise ArchiveError(f"{self.path(name)} is larger than {_LARGEST_JSON // 2**20} MiB")
+        data = self.whole(name, _LARGEST_JSON)
         try:
-            found = parse_json(bytes(self.read(name, 0, size)))
+            found = parse_json(data)
         except ValueError as error:
             raise ArchiveError(
                 f"{self.path(name)} is not valid JSON ({error}); the checkpoint is damaged"

@@ -13,14 +13,13 @@ from torch import Tensor
 from sinktrack.archive import dcp
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.files import Files
-from sinktrack.archive.safetensors import NAMES
-from sinktrack.archive.source import Checkpoint, Index
+from sinktrack.archive.huggingface import config
+from sinktrack.archive.source import NAMES, Checkpoint, Index
 from sinktrack.errors import ArchiveError
 
 FOLDER = "pytorch_model_fsdp_0"
 _MODEL = "model."
 """The model's part of what is saved."""
-_LARGEST_METADATA = 2**30
 
 
 def find(files: Files) -> list[Checkpoint]:
@@ -41,8 +40,6 @@ class FsdpSource:
     """Tensors by name."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from sinktrack.archive.huggingface import config
-
         self.files = checkpoint.files
         if checkpoint.config is None and not self.files.exists("config.json"):
             raise ArchiveError(
@@ -51,10 +48,7 @@ class FsdpSource:
             )
         self.config = config(checkpoint.config or self.files)
         self._weights = self.files.at(FOLDER)
-        size = self._weights.size(".metadata")
-        if size > _LARGEST_METADATA:
-            raise ArchiveError(f"{self._weights.path('.metadata')} is larger than 1 GiB")
-        metadata = bytes(self._weights.read(".metadata", 0, size))
+        metadata = self._weights.whole(".metadata", dcp.LARGEST_METADATA)
         self._stored = {
             name.removeprefix(_MODEL): stored
             for name, stored in dcp.read_metadata(metadata, self._weights.path(".metadata")).items()

@@ -10,9 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sinktrack.archive.files import Files
-from sinktrack.archive.source import Checkpoint, Slice, fitting, open
+from sinktrack.archive.source import DTYPES, Checkpoint, Source, fitting, open
 from sinktrack.errors import ArchiveError, first_line
 
+_LARGEST = 64 * 2**20
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -26,15 +27,14 @@ def load(checkpoint: Checkpoint, device: str = "cpu") -> Any:
     source = open(checkpoint)
     where = checkpoint.files.location
     try:
-        with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(source.config, trust_remote_code=False)
-        largest = max(weight.numel() for weight in empty.state_dict().values())
+        model = empty(source)
+        largest = max(weight.numel() for weight in model.state_dict().values())
         weights = {name: fitting(source, name, largest) for name in source.names()}
-        model, found = type(empty).from_pretrained(
+        model, found = type(model).from_pretrained(
             None,
-            config=empty.config,
+            config=model.config,
             state_dict=weights,
-            dtype=empty.config.dtype or _dtype(weights),
+            dtype=model.dtype,
             output_loading_info=True,
         )
     except ArchiveError:
@@ -51,6 +51,29 @@ def load(checkpoint: Checkpoint, device: str = "cpu") -> Any:
     return model.to(device).eval()
 
 
+def empty(source: Source) -> Any:
+    """The model on the meta device, in the dtype it was saved in and in evaluation mode.
+
+    Raises:
+        ArchiveError: quantized, or transformers cannot build it.
+    """
+    config = source.config
+    if getattr(config, "quantization_config", None):
+        raise ArchiveError(
+            "quantized weights are not supported; scan the model before quantization"
+        )
+    dtype = getattr(config, "dtype", None)
+    if dtype is None:
+        stored = (DTYPES[source.slice(name).get_dtype()] for name in source.names())
+        dtype = next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ArchiveError(f"a {config.model_type} cannot be built: {error}") from error
+    return model.eval()
+
+
 def config(files: Files) -> Any:
     """The configuration that ``config.json`` describes.
 
@@ -58,17 +81,9 @@ def config(files: Files) -> Any:
         ArchiveError: it is missing, damaged, or not known to transformers.
     """
     kind = files.read_json("config.json").get("model_type")
-    with tempfile.TemporaryDirectory() as directory:
-        _copy(files, ("config.json",), directory)
-        try:
-            return AutoConfig.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:
-            raise ArchiveError(
-                f"{files.path('config.json')}: transformers does not know how to build model_type "
-                f"{kind!r}: {first_line(error)}"
-            ) from error
+    where = files.path("config.json")
+    failure = f"{where}: transformers does not know how to build model_type {kind!r}"
+    return _made(AutoConfig, files, ["config.json"], failure)
 
 
 def tokenizer(files: Files) -> Any | None:
@@ -81,16 +96,8 @@ def tokenizer(files: Files) -> Any | None:
         files = files.at("tokenizer")
     if not files.exists("tokenizer.json"):
         return None
-    with tempfile.TemporaryDirectory() as directory:
-        _copy(files, [name for name in _TOKENIZER if files.exists(name)], directory)
-        try:
-            return AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:
-            raise ArchiveError(
-                f"{files.location} has a tokenizer that cannot be read: {first_line(error)}"
-            ) from error
+    names = [name for name in _TOKENIZER if files.exists(name)]
+    return _made(AutoTokenizer, files, names, f"the tokenizer of {files.location} cannot be read")
 
 
 def vocabulary(checkpoint: Checkpoint) -> int:
@@ -102,17 +109,12 @@ def vocabulary(checkpoint: Checkpoint) -> int:
     return int(open(checkpoint).config.get_text_config(decoder=True).vocab_size)
 
 
-def _dtype(weights: dict[str, Slice]) -> Any:
-    from sinktrack.archive.safetensors import DTYPES
-
-    dtypes = (DTYPES[weight.get_dtype()] for weight in weights.values())
-    return next((dtype for dtype in dtypes if dtype.is_floating_point), None)
-
-
-def _copy(files: Files, names: tuple[str, ...] | list[str], directory: str) -> None:
-    """Small files to a place of ours: remote ones, and none that a link could swap meanwhile."""
-    for name in names:
-        size = files.size(name)
-        if size > 64 * 2**20:
-            raise ArchiveError(f"{files.path(name)} is larger than 64 MiB")
-        (Path(directory) / name).write_bytes(files.read(name, 0, size))
+def _made(auto: Any, files: Files, names: list[str], failure: str) -> Any:
+    """From small files, copied to a place of ours: remote ones, and none that a link could swap."""
+    with tempfile.TemporaryDirectory() as directory:
+        for name in names:
+            (Path(directory) / name).write_bytes(files.whole(name, _LARGEST))
+        try:
+            return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise ArchiveError(f"{failure}: {first_line(error)}") from error

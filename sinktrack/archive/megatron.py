@@ -16,15 +16,13 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import Tensor
 
-from sinktrack.archive import dcp, pickles
+from sinktrack.archive import dcp, huggingface, megatron_config, pickles
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.files import Files
 from sinktrack.archive.megatron_names import Piece, pieces
-from sinktrack.archive.safetensors import NAMES
-from sinktrack.archive.source import Checkpoint, Index
+from sinktrack.archive.source import NAMES, Checkpoint, Index
 from sinktrack.errors import ArchiveError
 
-_LARGEST_METADATA = 2**30
 _LARGEST_COMMON = 64 * 2**20
 _LARGEST_YAML = 2**20
 _ADVICE = "load it in Megatron and save it again with --ckpt-format torch_dist"
@@ -86,8 +84,6 @@ class MegatronSource:
     """Tensors by the names that Hugging Face gives them on disk."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from sinktrack.archive import huggingface, megatron_config
-
         self.files = files = checkpoint.files
         self._sizes: dict[str, int] = {}
         if other := _other_format({entry.name for entry in files.entries()}):
@@ -98,7 +94,7 @@ class MegatronSource:
                 f"{files.location} is of format {backend!r}, which is not read; {_ADVICE}"
             )
         stored = dcp.read_metadata(
-            _small(files, ".metadata", _LARGEST_METADATA), files.path(".metadata")
+            files.whole(".metadata", dcp.LARGEST_METADATA), files.path(".metadata")
         )
         given = huggingface.config(checkpoint.config) if checkpoint.config is not None else None
         arguments = _arguments(files)
@@ -208,7 +204,7 @@ def _tokens(files: Files) -> int | None:
 
 def _train_state(files: Files) -> dict[str, Any]:
     """Megatron Bridge's counters."""
-    path, data = files.path("train_state.pt"), _small(files, "train_state.pt", 2**20)
+    path, data = files.path("train_state.pt"), files.whole("train_state.pt", 2**20)
     _plain_zip(data, path)
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -226,7 +222,7 @@ def _arguments(files: Files) -> dict[str, Any]:
     if files.exists("run_config.yaml"):
         path = files.path("run_config.yaml")
         try:
-            found = yaml.safe_load(_small(files, "run_config.yaml", _LARGEST_YAML))
+            found = yaml.safe_load(files.whole("run_config.yaml", _LARGEST_YAML))
             return dict(found["model"])
         except ArchiveError:
             raise
@@ -234,7 +230,7 @@ def _arguments(files: Files) -> dict[str, Any]:
             raise ArchiveError(f"{path} holds no model: {type(error).__name__}: {error}") from error
     if not files.exists("common.pt"):
         return {}
-    path, data = files.path("common.pt"), _small(files, "common.pt", _LARGEST_COMMON)
+    path, data = files.path("common.pt"), files.whole("common.pt", _LARGEST_COMMON)
     pickled = _plain_zip(data, path)
     common = pickles.load(pickled, _ADMITTED, path)
     saved = common.get("args") if isinstance(common, dict) else None
@@ -257,16 +253,7 @@ def _plain_zip(data: bytes, path: str) -> bytes:
         raise ArchiveError(f"{path} is damaged ({type(error).__name__}: {error})") from error
 
 
-def _small(files: Files, name: str, largest: int) -> bytes:
-    size = files.size(name)
-    if size > largest:
-        raise ArchiveError(f"{files.path(name)} has {size} bytes, more than {largest}")
-    return bytes(files.read(name, 0, size))
-
-
-def _seen(stored: dict[str, dcp.Stored]) -> Any:
-    from sinktrack.archive.megatron_config import Seen
-
+def _seen(stored: dict[str, dcp.Stored]) -> megatron_config.Seen:
     embedding = stored.get("embedding.word_embeddings.weight")
     if embedding is None or not embedding.shape:
         raise ArchiveError("there is no embedding.word_embeddings.weight; is this a GPT model?")
@@ -275,4 +262,4 @@ def _seen(stored: dict[str, dcp.Stored]) -> Any:
         for name, value in stored.items()
         if name.endswith("self_attention.q_layernorm.weight") and value.shape
     ]
-    return Seen(embedding.shape[0], norms[0] if norms else None)
+    return megatron_config.Seen(embedding.shape[0], norms[0] if norms else None)

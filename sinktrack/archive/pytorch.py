@@ -7,7 +7,6 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.files import Files
-from sinktrack.archive.safetensors import NAMES, weight_map
-from sinktrack.archive.source import Checkpoint, Index
+from sinktrack.archive.indexed import Indexed
+from sinktrack.archive.source import NAMES, Checkpoint, Index
 from sinktrack.errors import ArchiveError
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -41,43 +40,21 @@ def open(checkpoint: Checkpoint) -> PytorchSource:
     return PytorchSource(checkpoint)
 
 
-class PytorchSource:
+class PytorchSource(Indexed[Tensor]):
     """Tensors by name, mapped from their files; a remote file is copied to this machine whole."""
 
+    WEIGHTS, INDEX, SUFFIX = WEIGHTS, INDEX, ".bin"
+
     def __init__(self, checkpoint: Checkpoint) -> None:
-        from sinktrack.archive.huggingface import config
+        local = checkpoint.files.local
+        self._copies = None if local else tempfile.TemporaryDirectory()
+        super().__init__(checkpoint)
 
-        self.files = files = checkpoint.files
-        self.config = config(checkpoint.config or files)
-        self._lock = Lock()
-        self._copies = tempfile.TemporaryDirectory() if not files.local else None
-        self._loaded: dict[str, dict[str, Tensor]] = {}
-        if files.exists(INDEX):
-            self._files = weight_map(files, INDEX, ".bin")
-        else:
-            self._files = dict.fromkeys(self._tensors(WEIGHTS), WEIGHTS)
+    def _look(self, file: str) -> dict[str, Tensor]:
+        return load_tensors(self.files, file, self._local(file))
 
-    def names(self) -> list[str]:
-        """Of all tensors."""
-        return list(self._files)
-
-    def slice(self, name: str) -> TensorSlice:
-        """One tensor; its data are read when it is indexed.
-
-        Raises:
-            ArchiveError: there is no such tensor, or its file is missing or damaged.
-        """
-        file = self._files.get(name)
-        tensor = self._tensors(file).get(name) if file is not None else None
-        if tensor is None:
-            raise ArchiveError(f"{self.files.path(file or INDEX)} holds no tensor {name!r}")
-        return TensorSlice(tensor)
-
-    def _tensors(self, file: str) -> dict[str, Tensor]:
-        with self._lock:
-            if file not in self._loaded:
-                self._loaded[file] = load_tensors(self.files, file, self._local(file))
-            return self._loaded[file]
+    def _slice(self, file: str, found: Tensor) -> TensorSlice:
+        return TensorSlice(found)
 
     def _local(self, file: str) -> str:
         if self._copies is None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from threading import Lock
 from typing import Any
 
 import torch
@@ -18,20 +16,11 @@ from torch import Tensor
 
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.files import Files, parse_json
-from sinktrack.archive.source import Checkpoint, Index
+from sinktrack.archive.indexed import Indexed
+from sinktrack.archive.source import DTYPES, Checkpoint, Index
 from sinktrack.errors import ArchiveError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-    "BOOL": torch.bool, "C64": torch.complex64,
-}  # fmt: skip
-"""What safetensors calls a dtype, and torch."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-"""The other way round."""
 _LARGEST_HEADER = 100 * 10**6
 _MOST_DIMENSIONS = 32
 
@@ -52,44 +41,6 @@ def open(checkpoint: Checkpoint) -> SafetensorsSource:
     return SafetensorsSource(checkpoint)
 
 
-class SafetensorsSource:
-    """Tensors by name; each file's header is read when the first of its tensors is asked for."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        from sinktrack.archive.huggingface import config
-
-        self.files = files = checkpoint.files
-        self.config = config(checkpoint.config or files)
-        self._lock = Lock()
-        self._headers: dict[str, dict[str, Place]] = {}
-        if files.exists(INDEX):
-            self._files = weight_map(files, INDEX, ".safetensors")
-        else:
-            self._files = dict.fromkeys(self._header(WEIGHTS), WEIGHTS)
-
-    def names(self) -> list[str]:
-        """Of all tensors."""
-        return list(self._files)
-
-    def slice(self, name: str) -> SafetensorsSlice:
-        """One tensor; nothing of its data is read yet.
-
-        Raises:
-            ArchiveError: there is no such tensor, or its file is missing or damaged.
-        """
-        file = self._files.get(name)
-        place = self._header(file).get(name) if file is not None else None
-        if file is None or place is None:
-            raise ArchiveError(f"{self.files.path(file or INDEX)} holds no tensor {name!r}")
-        return SafetensorsSlice(self.files, file, place)
-
-    def _header(self, file: str) -> dict[str, Place]:
-        with self._lock:
-            if file not in self._headers:
-                self._headers[file] = read_header(self.files, file)
-            return self._headers[file]
-
-
 @dataclass(frozen=True)
 class Place:
     """What a header says of one tensor."""
@@ -98,6 +49,18 @@ class Place:
     shape: tuple[int, ...]
     start: int
     """Its first byte, from the start of the file."""
+
+
+class SafetensorsSource(Indexed[Place]):
+    """Tensors by name, by the headers of their files."""
+
+    WEIGHTS, INDEX, SUFFIX = WEIGHTS, INDEX, ".safetensors"
+
+    def _look(self, file: str) -> dict[str, Place]:
+        return read_header(self.files, file)
+
+    def _slice(self, file: str, found: Place) -> SafetensorsSlice:
+        return SafetensorsSlice(self.files, file, found)
 
 
 @dataclass(frozen=True)
@@ -239,20 +202,3 @@ def _counts(values: Any) -> bool:
     return isinstance(values, list) and all(
         type(value) is int and 0 <= value < 2**63 for value in values
     )
-
-
-def weight_map(files: Files, index: str, suffix: str) -> dict[str, str]:
-    """The file of each tensor, by a sharded checkpoint's index.
-
-    Raises:
-        ArchiveError: the index is damaged, or names what is not a file of its directory.
-    """
-    found = files.read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
-        raise ArchiveError(f"{files.path(index)} has no weight_map; the checkpoint is damaged")
-    for shard in set(map(str, found.values())):
-        if PurePosixPath(shard).name != shard or "\0" in shard or not shard.endswith(suffix):
-            raise ArchiveError(
-                f"{files.path(index)} names {shard[:200]!r}, which is not a file of its directory"
-            )
-    return {str(name): str(shard) for name, shard in found.items()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from sinktrack.archive.files import Files
@@ -21,6 +22,16 @@ from sinktrack.errors import ArchiveError
 FORMATS = ("safetensors", "pytorch", "fsdp", "megatron")
 """Modules of this package; of two that know a directory the first counts."""
 
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+"""What safetensors calls a dtype, and torch."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""The other way round."""
 _SIZES = ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "vocab_size")
 _LARGEST_SIZE = 2**26
 """Larger than any model's; what is built from these takes memory before a weight is read."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -28,9 +28,10 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
+from sinktrack.archive.huggingface import empty
 from sinktrack.archive.source import Slice, Source, fitting
 from sinktrack.errors import ArchiveError
 from sinktrack.taps.huggingface import Decoder, decoder, is_experts
@@ -60,7 +61,7 @@ class Streamed:
         self._ahead: Future[dict[str, Tensor]] | None = None
         self.reader = ThreadPoolExecutor(1)
         """Reads while others convert or compute."""
-        self.model = _empty(source)
+        self.model = empty(source)
         self.decoder: Decoder = decoder(self.model)
         self._targets = dict(self.model.state_dict())
         self._largest = max(weight.numel() for weight in self._targets.values())
@@ -315,25 +316,6 @@ class _Experts:
         for target, value in self._values.items():
             for expert, part in zip(experts, self._streamed._get(target).detach(), strict=True):
                 value[expert].copy_(part)
-
-
-def _empty(source: Source) -> Any:
-    """The model on the meta device, in the dtype it was saved in."""
-    config = source.config
-    if getattr(config, "quantization_config", None):
-        raise ArchiveError(
-            "quantized weights are not supported; scan the model before quantization"
-        )
-    dtype = getattr(config, "dtype", None)
-    if dtype is None:
-        found = [str_to_torch_dtype.get(source.slice(name).get_dtype()) for name in source.names()]
-        dtype = next((dtype for dtype in found if dtype and dtype.is_floating_point), torch.float32)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, AttributeError, RuntimeError) as error:
-        raise ArchiveError(f"a {config.model_type} cannot be built: {error}") from error
-    return model.eval()
 
 
 def _untouched(like: Tensor, device: str, *, scattered: bool = False) -> Tensor:

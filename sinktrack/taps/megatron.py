@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,11 @@ from torch import Tensor, nn
 
 from sinktrack.attention import attend
 from sinktrack.errors import MeasurementError
-from sinktrack.shards import Layout, Routing, Shard
 from sinktrack.taps import Projection, Write
+from sinktrack.taps.layout import Layout, Routing
+
+if TYPE_CHECKING:
+    from sinktrack.megatron.shards import Shard
 
 _KERNELS = ("unfused_attention", "flash_attention", "fused_attention")
 """Where Transformer Engine keeps the factor on the scores."""

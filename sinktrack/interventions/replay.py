@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from sinktrack.attention import Attended
-from sinktrack.measure import forward, readable, untouched
+from sinktrack.measure import forward, readable
 from sinktrack.probe import Probe
 from sinktrack.taps import Observer, Write
 from sinktrack.taps.huggingface import Decoder, resume, returned, watch
+from sinktrack.undisturbed import untouched
 
 _LOGITS = 2**28
 """Bytes of float32 logits held at a time, from which the sequences per pass follow."""

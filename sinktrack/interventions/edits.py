@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sinktrack.replay import Edit
+from sinktrack.interventions.replay import Edit
 from sinktrack.taps import Write
 
 _SUBLAYER = {"head": "attention", "expert": "mlp", "shared_expert": "mlp"}

@@ -1,15 +1,4 @@
-"""Causal tests of the P0 sink circuit on a live model.
-
-Shares are exact terms of a sum, but a large term may be one that nobody reads. Here the circuit is
-changed and the sink is looked at:
-
-* *necessity*: a term's write at P0 gives way to its mean over the other positions;
-* *sufficiency*: P0's write, or its whole state, is put on another position;
-* *position*: another position attends to itself alone in the blocks before the sink, as P0 does;
-  and P0 is made to attend to all others.
-
-Each is compared with matched controls; see `sinktrack.effects.Effect` for what makes a verdict.
-"""
+"""The causal tests: what is changed, what it is compared with, and the verdicts."""
 
 from __future__ import annotations
 
@@ -24,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from sinktrack.circuit import Component
-from sinktrack.edits import Change, Nudge, Sight, Term
-from sinktrack.effects import LEAST_EFFECT, Effect, mean
-from sinktrack.experts import Profile, table
-from sinktrack.meaning import FirstTokens, first_tokens, meaning
+from sinktrack.interventions.edits import Change, Nudge, Sight, Term
+from sinktrack.interventions.effects import LEAST_EFFECT, Effect, mean
+from sinktrack.interventions.experts import Profile, table
+from sinktrack.interventions.meaning import FirstTokens, first_tokens, meaning
+from sinktrack.interventions.replay import Outcome, Replay, replaying
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
-from sinktrack.replay import Outcome, Replay, replaying
 
 SCREENED = 0.95
 """Of the positive share, what the tested components carry."""
@@ -316,7 +305,7 @@ class _Tests:
         return Effect(changed, self._attention(block), {})
 
     def experts(self, seen: FirstTokens, necessity: list[Found]) -> list[Found]:
-        """The routed experts at P0 and the super experts; see `sinktrack.experts.table`."""
+        """The routed experts at P0 and the super experts; see `experts.table`."""
         profile = Profile()
         if seen.experts:
             self.replay.run(profile)

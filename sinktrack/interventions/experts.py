@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinktrack.replay import Edit
+from sinktrack.interventions.replay import Edit
 from sinktrack.taps import Write
 
 _QUANTILE, _FRACTION, _DEPTH = 0.995, 0.1, 0.75

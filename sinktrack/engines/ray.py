@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sinktrack import processes
 from sinktrack.archive.source import Checkpoint
+from sinktrack.engines import ATTEMPTS, Outcome, Work, attempt, died, local
+from sinktrack.engines.memory import footprint
 from sinktrack.errors import require
-from sinktrack.processes import ATTEMPTS, Outcome, Work
 
 _log = logging.getLogger("sinktrack")
 
@@ -38,11 +38,11 @@ def spread(
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError:
             _log.warning("no Ray cluster found; measuring with processes of this machine")
-            yield from processes.spread(work, checkpoints, count)
+            yield from local.spread(work, checkpoints, count)
             return
     if not checkpoints:
         return
-    task = ray.remote(processes.attempt).options(
+    task = ray.remote(attempt).options(
         max_retries=ATTEMPTS - 1, num_gpus=gpus, memory=_memory(ray, checkpoints[0])
     )
     limit = count or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
@@ -60,11 +60,11 @@ def spread(
             except ray.exceptions.RayTaskError:
                 raise  # an error of ours, not of the checkpoint
             except ray.exceptions.RayError:
-                outcome = processes.died(ATTEMPTS)
+                outcome = died(ATTEMPTS)
             yield checkpoint, outcome
 
 
 def _memory(ray: Any, checkpoint: Checkpoint) -> int:
     """Bytes to ask for: what a task needs, and no more than some node has."""
     largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-    return int(min(processes.footprint(checkpoint), largest))
+    return int(min(footprint(checkpoint), largest))

@@ -13,59 +13,7 @@ from sinktrack.attention import Attended
 from sinktrack.collect import Collector, States, Terms
 from sinktrack.errors import MeasurementError
 from sinktrack.taps import Observer, Write
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which heads and positions a process holds.
-
-    Context parallelism cuts a sequence in ``2 * cp`` chunks, of which rank ``r`` holds the ``r``-th
-    from the front and from the back; sequence parallelism cuts what a rank holds once more, for
-    the residual stream alone.
-    """
-
-    tp: int = 0
-    tp_size: int = 1
-    cp: int = 0
-    cp_size: int = 1
-    sequence_parallel: bool = False
-    dense: bool = True
-    """Of all replicas, is this the one that reports attention, states and dense parts?"""
-    experts: bool = True
-    """The same for the routed experts that this process holds."""
-
-    @property
-    def multiple(self) -> int:
-        """Sequences must be a multiple of this long; what is added at their end is left out."""
-        chunks = 2 * self.cp_size if self.cp_size > 1 else 1
-        return chunks * (self.tp_size if self.sequence_parallel else 1)
-
-    def padded(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[B, T]`` lengthened by token 0, which no earlier position sees."""
-        missing = -tokens.shape[1] % self.multiple
-        return torch.nn.functional.pad(tokens, (0, missing))
-
-    def queries(self, padded: int) -> Tensor:
-        """int64 ``[t]``: the positions of this process' queries, ascending within a chunk."""
-        if self.cp_size == 1:
-            return torch.arange(padded)
-        chunks = torch.arange(padded).chunk(2 * self.cp_size)
-        return torch.cat([chunks[self.cp], chunks[-1 - self.cp]])
-
-    def stream(self, padded: int) -> Tensor:
-        """int64 ``[t]``: the positions of this process' part of the residual stream."""
-        held = self.queries(padded)
-        return held.chunk(self.tp_size)[self.tp] if self.sequence_parallel else held
-
-    @property
-    def holds_p0(self) -> bool:
-        """Is position 0 of the residual stream here, first of the positions held?"""
-        return self.cp == 0 and (self.tp == 0 or not self.sequence_parallel)
-
-    @property
-    def reports_stream(self) -> bool:
-        """Does this process report its part of the residual stream, which others may hold too?"""
-        return self.dense and (self.tp == 0 or self.sequence_parallel)
+from sinktrack.taps.layout import Layout, Routing
 
 
 @dataclass
@@ -86,16 +34,6 @@ class Held:
     own: dict[int, Tensor] | None = None
     sink: dict[int, Tensor] | None = None
     gates: dict[int, Tensor] | None = None
-
-
-@dataclass
-class Routing:
-    """P0 on its way into routed experts, still on the model's device."""
-
-    inputs: Tensor
-    """float32 ``[B, D]``; zeros where another process holds P0."""
-    gates: Tensor
-    """float32 ``[B, E]``, 0 for experts that are not chosen."""
 
 
 class Shard(Observer):

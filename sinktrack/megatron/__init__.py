@@ -1,0 +1,1 @@
+"""Megatron-Core models, which several processes hold together."""
