@@ -10,9 +10,10 @@ demo: $(VENV)/ready  ## train a tiny MoE, scan its checkpoints, draw demo/report
 test: $(VENV)-test/ready  ## run the tests
 	$(VENV)-test/bin/python -m pytest -n 2 --dist loadfile
 
-check: $(VENV)-test/ready  ## what must hold before a change goes in: style, types, tests
+check: $(VENV)-test/ready  ## what must hold before a change goes in: style, structure, types, tests
 	$(VENV)-test/bin/ruff check .
 	$(VENV)-test/bin/ruff format --check .
+	$(VENV)-test/bin/lint-imports
 	$(VENV)-test/bin/mypy
 	$(MAKE) test
 
