@@ -288,24 +288,24 @@ def test_narrow_screens_and_colour_schemes(open_report: Open) -> None:
     )
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
-    def contrast() -> int:
-        """Of the page over a chart's tick labels: positive for dark on light."""
-        page.wait_for_timeout(300)
-        paper, ink = page.evaluate(
-            """() => {
+    def wait_for(sign: int) -> None:
+        """Until the page is lighter (1) or darker (-1) than a chart's tick labels."""
+        page.wait_for_function(
+            """(sign) => {
+                const light = (colour) =>
+                    colour.match(/\\d+/g).slice(0, 3).map(Number).reduce((a, b) => a + b);
                 const tick = document.querySelector("#sink_rate .xtick text");
-                const page = getComputedStyle(document.body);
-                return [page.backgroundColor, getComputedStyle(tick).fill];
-            }"""
+                const paper = getComputedStyle(document.body).backgroundColor;
+                return sign * (light(paper) - light(getComputedStyle(tick).fill)) > 300;
+            }""",
+            arg=sign,
         )
-        light = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (paper, ink)]
-        return light[0] - light[1]
 
-    assert contrast() > 300
+    wait_for(1)
     page.emulate_media(color_scheme="dark")
-    assert contrast() < -300
+    wait_for(-1)
     page.emulate_media(media="print")
-    assert contrast() > 300
+    wait_for(1)
 
 
 def test_printed_pages_hold_whole_charts(open_report: Open) -> None:
