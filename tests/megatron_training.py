@@ -221,6 +221,18 @@ def refusals(out: Path) -> None:
     )
 
     chunks = small()
+    chunks[0].position_embedding_type = "mrope"
+    refused("multimodal rotary embeddings", chunks)
+    for change, match in (
+        (lambda layer: delattr(layer, "mlp"), "block 2 .*no attention with an MLP behind it"),
+        (lambda layer: setattr(layer, "cross_attention", layer.mlp), "another sequence"),
+        (lambda layer: delattr(layer.self_attention, "core_attention"), "has no core_attention"),
+    ):
+        chunks = small()
+        change(chunks[0].decoder.layers[2])
+        refused(match, chunks)
+
+    chunks = small()
     chunks[0].decoder.layers[2].self_attention.linear_proj = torch.nn.Identity()
     refused("block 2 .*linear_proj is a Identity without a weight", chunks)
 

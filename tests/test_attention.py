@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sinktrack import attention
-from sinktrack.attention import attend
+from sinktrack.attention import attend, read_scores, see
 from sinktrack.errors import MeasurementError
 
 
@@ -188,3 +189,44 @@ def test_no_quadratic_matrix_is_held() -> None:
     with Largest() as largest:
         attend(query, key, key, scale=0.25)
     assert largest.numbers <= query.numel()
+
+
+@given(shapes, st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_keys_that_are_hidden(shape: dict[str, Any], additive: bool) -> None:
+    """Hiding a key from a query by `see` equals softmax without it, whatever the mask's form."""
+    query, key, value, mask = draw(shape, torch.float32)
+    length = shape["length"]
+    seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask[0, 0]
+    wanted = seen.clone()
+    wanted[length // 2 :, 1 : length // 2 + 1] = False
+    wanted.fill_diagonal_(True)
+    wanted &= seen
+    given_mask = mask
+    if additive:
+        lowest = torch.finfo(torch.float32).min
+        given_mask = torch.zeros(1, 1, length, length).masked_fill(~seen, lowest)
+    changed = see(given_mask, lambda _: wanted[None, None], query)
+    _, got = attend(query, key, value, scale=shape["scale"], mask=changed)
+    _, probabilities, largest = softmax_reference(
+        query, key, value, shape["scale"], wanted[None, None]
+    )
+    bound = 1e-6 + 2**-22 * float(largest)
+    assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
+    assert see(given_mask, lambda _: None, query) is given_mask
+
+
+def test_heads_that_differ_in_sight_are_refused() -> None:
+    scores = torch.zeros(1, 2, 4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf)
+    scores[0, 1, 2, 0] = -torch.inf
+    with pytest.raises(MeasurementError, match="heads differ in which queries see P0"):
+        read_scores(scores)
+
+
+def test_what_is_not_causal_is_refused() -> None:
+    everything = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    query = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(MeasurementError, match="not causal"):
+        attend(query, query, query, scale=1.0, mask=everything)
+    with pytest.raises(MeasurementError, match="not causal"):
+        read_scores(torch.zeros(1, 1, 4, 4))

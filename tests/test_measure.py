@@ -11,6 +11,7 @@ import torch
 from reference import blocks_of, measured_by_hand
 
 from sinktrack import MeasurementError, Probe, ProbeError, measure
+from sinktrack.circuit import localize
 
 FAMILIES = [
     models.mixtral,
@@ -282,3 +283,15 @@ def test_an_unseen_write_is_refused() -> None:
             measure(model, PROBE)
     finally:
         handle.remove()
+
+
+def test_shares_that_do_not_add_up_are_refused() -> None:
+    """What localization is told of must make the whole state."""
+    states = torch.ones(3, 2, 4)
+    states[1:] += torch.tensor([3.0, 0.0, 0.0, 0.0])
+    writes = [("mlp", 0, torch.tensor([[3.0, 0.0, 0.0, 0.0]] * 2))]
+    others = torch.zeros(3, 2, 4)
+    found = localize(1, True, states, others, writes, [], 2**-24)
+    assert found.share_sum == pytest.approx(1)
+    with pytest.raises(MeasurementError, match=r"make 0.\d+ of .*, not 1: .*no write"):
+        localize(1, True, states, others, [], [], 2**-24)

@@ -19,6 +19,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import GPT2Config
 
 from sinktrack import ArchiveError, scan
 from sinktrack.archive import dcp, pickles
@@ -206,6 +207,45 @@ def test_another_architecture_is_refused(
         open_source(only(archive))
 
 
+LATENT = "deepseek_v3"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3_moe", {"moe_router_load_balancing_type": "sinkhorn"}, "balances by sinkhorn"),
+        ("qwen3_moe", {"add_qkv_bias": True, "qk_layernorm": False}, "experts together with bias"),
+        ("qwen3_moe", {"moe_layer_freq": "2"}, "moe_layer_freq='2'"),
+        ("mixtral", {"moe_router_pre_softmax": True}, "softmax over the chosen experts alone"),
+        ("mixtral", {"moe_layer_freq": 2}, r"blocks \[1, 3\] have none"),
+        ("olmoe", {"kv_channels": 4}, "heads of width 4; OLMoE has"),
+        ("olmoe", {"num_experts": None, "num_moe_experts": None}, "without experts: unknown"),
+        (LATENT, {"moe_router_score_function": "softmax"}, "only DeepSeek-V3, which has 'sigmoid'"),
+        (LATENT, {"moe_layer_freq": [1, 0, 1, 1]}, r"come first; here they are \[1\]"),
+        (LATENT, {"moe_router_group_topk": 2, "moe_router_topk": 2}, "by 1 scores each, by 2"),
+        (LATENT, {"moe_shared_expert_intermediate_size": 7}, "shared experts of width 7"),
+        (LATENT, {"moe_router_topk": 1, "moe_router_group_topk": None}, "here one is chosen"),
+        (LATENT, {"rope_type": "linear"}, "rope_type='linear'"),
+        (LATENT, {"rope_type": "yarn", "mscale": 2.0, "mscale_all_dim": 0.0}, "mscale=2.0 and no"),
+        (LATENT, {"q_lora_rank": None}, "no self_attention.linear_q_proj.weight"),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused(
+    family: str, changes: dict[str, Any], message: str, saved: Path, tmp_path: Path
+) -> None:
+    archive = Path(shutil.copytree(saved / "one" / f"{family}-stacked", tmp_path / "archive"))
+    rewrite(archive, **changes)
+    with pytest.raises(ArchiveError, match=message):
+        open_source(only(archive))
+
+
+def test_latent_attention_without_yarn(saved: Path, tmp_path: Path) -> None:
+    archive = Path(shutil.copytree(saved / "one" / f"{LATENT}-stacked", tmp_path / "archive"))
+    rewrite(archive, rope_type="rope", mscale_all_dim=0.0)
+    found = open_source(only(archive)).config.rope_parameters
+    assert found == {"rope_type": "default", "rope_theta": 5000.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -288,6 +328,14 @@ def test_a_configuration_given_by_hand(archive: Path, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path / "other")
     with pytest.raises(ArchiveError, match="rope_theta is 10000.0 there, .* say 5000.0"):
         open_source(only(archive, hf_config=tmp_path / "other"))
+
+    config.vocab_size = PADDED + 1
+    config.save_pretrained(tmp_path / "larger")
+    with pytest.raises(ArchiveError, match=f"vocab_size {PADDED + 1}, .* of {PADDED} rows"):
+        open_source(only(archive, hf_config=tmp_path / "larger"))
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ArchiveError, match="given is of gpt2; Megatron .* read as llama"):
+        open_source(only(archive, hf_config=tmp_path / "gpt2"))
 
     torch.save({"iteration": 10}, archive / "iter_0000010" / "common.pt")
     with pytest.raises(ArchiveError, match="no arguments; give .* --hf-config"):

@@ -10,8 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from sinktrack import Probe, ProbeError
+from sinktrack.cli import app
 
 
 @given(st.integers(1, 5), st.integers(2, 9), st.integers(1, 70000), st.integers(0, 99))
@@ -104,3 +106,63 @@ def test_damaged_files(tmp_path: Path) -> None:
 def test_saving_where_nothing_can_be_written(tmp_path: Path) -> None:
     with pytest.raises(ProbeError, match="cannot write the probe .*No such file"):
         Probe.random(9).save(tmp_path / "missing" / "p")
+
+
+def test_packed_rows(tmp_path: Path) -> None:
+    """P0 is the first token of each document; the digest tells packed rows from plain ones."""
+    ids, documents = [[1, 2, 3, 4, 5]], [[7, 7, 7, 2, 2]]
+    probe = Probe.from_tokens(ids, documents)
+    assert probe.sequences == 2
+    assert [batch.tolist() for batch in probe.batches(8)] == [[[1, 2, 3]], [[4, 5]]]
+    assert probe != Probe.from_tokens(ids)
+    probe.save(tmp_path / "p")
+    assert Probe.load(tmp_path / "p") == probe and Probe.load(tmp_path / "p").sequences == 2
+    with pytest.raises(ProbeError, match=r"documents have shape \(1, 4\), the token ids \(1, 5\)"):
+        Probe.from_tokens(ids, [[0, 0, 1, 1]])
+    with pytest.raises(ProbeError, match="a document has 1 token"):
+        Probe.from_tokens(ids, [[0, 0, 1, 2, 2]])
+
+
+def test_no_random_probe_of_nothing() -> None:
+    for vocabulary, sequences in ((0, 4), (9, 0)):
+        with pytest.raises(ProbeError, match="no probe"):
+            Probe.random(vocabulary, sequences)
+
+
+def test_the_command_makes_random_probes(tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    given = ["--vocab-size", "50", "--sequences", "3", "--length", "8", "--seed", "5"]
+    done = CliRunner().invoke(app, ["probe", str(path), *given])
+    assert done.exit_code == 0 and "3 x 8 tokens" in done.output
+    assert Probe.load(path) == Probe.random(50, 3, 8, 5)
+    refused = CliRunner().invoke(app, ["probe", str(path)])
+    assert isinstance(refused.exception, ProbeError) and "--vocab-size" in str(refused.exception)
+
+
+def test_the_command_makes_probes_of_texts(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    texts = tmp_path / "texts"
+    texts.write_text("to be or not\ntoo short\nnot to be at all\n")
+    words = {
+        word: number for number, word in enumerate(["?", "to", "be", "or", "not", "at", "all"])
+    }
+    tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "tokenizer")
+    given = ["--tokenizer", str(tmp_path / "tokenizer"), "--texts", str(texts), "--length", "4"]
+    done = CliRunner().invoke(app, ["probe", str(tmp_path / "p"), *given])
+    assert done.exit_code == 0, done.output
+    assert Probe.load(tmp_path / "p").tokens.tolist() == [[1, 2, 3, 4], [4, 1, 2, 5]]
+
+    given[1] = str(tmp_path / "none")
+    refused = CliRunner().invoke(app, ["probe", str(tmp_path / "q"), *given])
+    assert isinstance(refused.exception, ProbeError)
+    assert "no tokenizer.json in" in str(refused.exception)
+    given[1], given[3] = str(tmp_path / "tokenizer"), str(tmp_path / "none")
+    refused = CliRunner().invoke(app, ["probe", str(tmp_path / "q"), *given])
+    assert isinstance(refused.exception, ProbeError)
+    assert "cannot read" in str(refused.exception) and not (tmp_path / "q").exists()

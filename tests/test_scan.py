@@ -13,6 +13,7 @@ import models
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_families import EXACT, tiny
 
 from sinktrack import ArchiveError, Probe, Run, measure, scan
 from sinktrack.demo import AGREEMENT, largest_difference
@@ -275,3 +276,45 @@ def test_a_probe_in_parts_is_recorded_the_same(archive: Path, tmp_path: Path) ->
     parts = list(scan(archive, probe=probe, run=tmp_path / "parts", batch_size=2))
     for one, other in zip(whole, parts, strict=True):
         assert largest_difference(one, other) < 1e-6
+
+
+def test_blocks_that_share_more_than_the_stream_are_loaded_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny("bamba", EXACT["bamba"])
+    model.save_pretrained(tmp_path / "archive/step1")
+    with pytest.raises(ArchiveError, match="scan all of it, without --blocks"):
+        list(scan(tmp_path / "archive", probe=PROBE, run=tmp_path / "part", blocks=1))
+    (record,) = scan(tmp_path / "archive", probe=PROBE, run=tmp_path / "run")
+    assert "step1: the blocks of BambaForCausalLM" in caplog.text
+    assert "loading it whole" in caplog.text
+    live = measure(model, PROBE)
+    assert record["weights"] == live.weights and record["sink_rate"] == live.sink_rate()
+
+    path = tmp_path / "archive/step1" / WEIGHTS
+    tensors = load_file(path)
+    gone = [name for name in tensors if "layers.1.feed_forward" in name]
+    save_file({n: v for n, v in tensors.items() if n not in gone}, path, {"format": "pt"})
+    with pytest.raises(ArchiveError, match="weights missing .*layers.1.feed_forward"):
+        list(scan(tmp_path / "archive", probe=PROBE, run=tmp_path / "damaged"))
+
+
+def test_quantized_checkpoints_are_refused(archive: Path, tmp_path: Path) -> None:
+    for step in (4, 30):
+        shutil.rmtree(archive / f"checkpoint-{step}")
+    file = archive / "checkpoint-200/config.json"
+    quantized = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    file.write_text(json.dumps(quantized))
+    with pytest.raises(ArchiveError, match="quantized weights are not supported; scan the model"):
+        list(scan(archive, probe=PROBE, run=tmp_path / "run"))
+
+
+def test_wrong_use_is_said(archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="holds no probe yet; give one"):
+        list(scan(archive, run=tmp_path / "run"))
+    with pytest.raises(ValueError, match="causal tests need all blocks"):
+        list(scan(archive, probe=PROBE, run=tmp_path / "run", causal=True, blocks=1))
+    for options in (["--causal", "--blocks", "1"], ["--follow", archive]):
+        done = sinktrack("scan", archive, "--run", tmp_path / "run", *options)
+        assert done.returncode == 2, done.stderr
+    assert "--follow takes one archive" in done.stderr

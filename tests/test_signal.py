@@ -83,6 +83,27 @@ def test_a_sink_that_goes_is_lost_and_may_emerge_again() -> None:
     assert signal.onset is not None and signal.onset.low <= 12_100 <= signal.onset.high
 
 
+def test_the_alarm_of_a_sink_that_is_lost() -> None:
+    """Told once, with the numbers that decided it; a drop is told where it is seen first."""
+    told = []
+    stages = st.signal.Stages.of([])
+    for record in curve(replace(CLEAR, drop=6000, dropped=0.02, width=100, onset=5500)):
+        before = stages.stage
+        told.append((record["step"], st.signal.alarm(stages.add(record), before)))
+    words = [(step, text) for step, text in told if text is not None]
+    assert stages.stage == "lost" and len(words) == 1 and 6000 <= words[0][0] <= 6200
+    assert "the sink rate is back at its floor of" in words[0][1]
+
+
+def test_a_circuit_that_moves_back_is_settled_again() -> None:
+    written = curve()
+    for record in written[70:85]:
+        record["depth"] += 0.5
+    signal = analyze(written)
+    assert [r.quantity for r in signal.regressions] == ["depth"]
+    assert signal.stages[80] == "displaced" and signal.stage != "displaced"
+
+
 @pytest.mark.parametrize(("quantity", "sign"), [("depth", 1), ("first_two_share", -1)])
 def test_a_circuit_that_moves_is_displaced(quantity: str, sign: int) -> None:
     written = curve()
@@ -221,6 +242,18 @@ def test_too_few_losses_are_counted() -> None:
     signal = analyze(curve(), loss={0: 4.0, 500: 3.0, 1000: 2.5})
     assert signal.loss is None
     assert signal.missing[-1] == "loss: 9 more records at steps with a loss (11 of 20)"
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (dict.fromkeys(range(0, 10_001, 100), float("nan")), "none of the losses is a number"),
+        (dict.fromkeys(range(0, 10_001, 100), 2.0), "the loss is the same at every record"),
+    ],
+)
+def test_losses_that_say_nothing(loss: dict[int, float], says: str) -> None:
+    signal = analyze(curve(), loss=loss)
+    assert signal.loss is None and says in signal.missing[-1]
 
 
 def test_losses_are_read_from_what_trainers_write(tmp_path: Path, demo) -> None:
