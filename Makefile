@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check lowest docs bench clean
 
 demo: $(VENV)/ready  ## train a tiny MoE, scan its checkpoints, draw demo/report.html
 	$(BIN)/sinktrack demo --out demo
@@ -16,6 +16,14 @@ check: $(VENV)-test/ready  ## what must hold before a change goes in: style, str
 	$(VENV)-test/bin/lint-imports
 	$(VENV)-test/bin/mypy
 	$(MAKE) test
+
+lowest:  ## run the tests with the oldest versions that pyproject.toml admits
+	$(PYTHON) -m venv $(VENV)-lowest
+	sed '/^docs = /,$$d' pyproject.toml | grep -o '"[a-z-]*>=[0-9.]*"' | tr -d '"' | sed 's/>=/==/' \
+		> $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/pip install -q -c $(VENV)-lowest/constraints.txt torch==2.13.0
+	$(VENV)-lowest/bin/pip install -q -c $(VENV)-lowest/constraints.txt -e '.[all,dev]'
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
 
 docs: $(VENV)-test/ready  ## build docs/_build/html; fails on a broken link between pages
 	$(VENV)-test/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
@@ -36,4 +44,4 @@ $(VENV)-test/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-test demo build docs/_build
+	rm -rf $(VENV) $(VENV)-test $(VENV)-lowest demo build docs/_build
