@@ -19,7 +19,7 @@ check: $(VENV)-test/ready  ## what must hold before a change goes in: style, str
 
 lowest:  ## run the tests with the oldest versions that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
-	sed '/^docs = /,$$d' pyproject.toml | grep -o '"[a-z][a-z-]*>=[0-9.]*"' | tr -d '"' | sed 's/>=/==/' \
+	sed '1,/^dependencies = /d; /^docs = /,$$d' pyproject.toml | grep -o '"[a-z][a-z-]*>=[0-9.]*"' | tr -d '"' | sed 's/>=/==/' \
 		> $(VENV)-lowest/constraints.txt
 	$(VENV)-lowest/bin/pip install -q -c $(VENV)-lowest/constraints.txt torch==2.13.0
 	$(VENV)-lowest/bin/pip install -q -c $(VENV)-lowest/constraints.txt -e '.[all,dev]'
