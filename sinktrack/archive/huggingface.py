@@ -86,6 +86,20 @@ def config(files: Files) -> Any:
     return _made(AutoConfig, files, ["config.json"], failure)
 
 
+def config_of(checkpoint: Checkpoint) -> Any:
+    """The configuration beside a checkpoint's weights, or the one given in its place.
+
+    Raises:
+        ArchiveError: there is none, or it is damaged or not known to transformers.
+    """
+    if checkpoint.config is None and not checkpoint.files.exists("config.json"):
+        raise ArchiveError(
+            f"{checkpoint.files.location} holds no config.json, as sharded checkpoints do not; "
+            "give the configuration of the model with --hf-config"
+        )
+    return config(checkpoint.config or checkpoint.files)
+
+
 def tokenizer(files: Files) -> Any | None:
     """The tokenizer beside a checkpoint or in its ``tokenizer`` directory, or None.
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import io
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]
-from torch import Tensor
 
 from sinktrack.archive import dcp, huggingface, megatron_config, pickles
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.files import Files
-from sinktrack.archive.megatron_names import Piece, pieces
-from sinktrack.archive.source import NAMES, Checkpoint, Index
+from sinktrack.archive.megatron_names import pieces
+from sinktrack.archive.pieces import PieceSource, metadata
+from sinktrack.archive.source import Checkpoint
 from sinktrack.errors import ArchiveError
 
 _LARGEST_COMMON = 64 * 2**20
@@ -70,112 +70,39 @@ def find(files: Files) -> list[Checkpoint]:
     return []
 
 
-def open(checkpoint: Checkpoint) -> MegatronSource:
+def open(checkpoint: Checkpoint) -> PieceSource:
     """A checkpoint's weights under Hugging Face's names.
 
     Raises:
         ArchiveError: another format, a damaged file, an architecture that is not known here, or a
             configuration given by hand that the checkpoint contradicts.
     """
-    return MegatronSource(checkpoint)
-
-
-class MegatronSource:
-    """Tensors by the names that Hugging Face gives them on disk."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.files = files = checkpoint.files
-        self._sizes: dict[str, int] = {}
-        if other := _other_format({entry.name for entry in files.entries()}):
-            raise ArchiveError(f"{files.location} is {other}, which is not read; {_ADVICE}")
-        backend = files.read_json("metadata.json").get("sharded_backend")
-        if backend != "torch_dist":
-            raise ArchiveError(
-                f"{files.location} is of format {backend!r}, which is not read; {_ADVICE}"
-            )
-        stored = dcp.read_metadata(
-            files.whole(".metadata", dcp.LARGEST_METADATA), files.path(".metadata")
+    files = checkpoint.files
+    if other := _other_format({entry.name for entry in files.entries()}):
+        raise ArchiveError(f"{files.location} is {other}, which is not read; {_ADVICE}")
+    backend = files.read_json("metadata.json").get("sharded_backend")
+    if backend != "torch_dist":
+        raise ArchiveError(
+            f"{files.location} is of format {backend!r}, which is not read; {_ADVICE}"
         )
-        given = huggingface.config(checkpoint.config) if checkpoint.config is not None else None
-        arguments = _arguments(files)
-        if given is None and not arguments:
-            raise ArchiveError(
-                f"{files.path('common.pt')} holds no arguments; give the configuration of the "
-                "Hugging Face model with --hf-config"
-            )
-        try:
-            seen = _seen(stored)
-            if given is not None:
-                megatron_config.compare(given, arguments, seen)
-            self.config = given if given is not None else megatron_config.make(arguments, seen)
-            self._pieces = pieces(stored, self.config)
-        except (ArchiveError, TypeError, ValueError, KeyError) as error:
-            raise ArchiveError(f"{files.location}: {error}") from error
-        self.config.dtype = stored["embedding.word_embeddings.weight"].dtype
-
-    def names(self) -> list[str]:
-        """Of all tensors."""
-        return list(self._pieces)
-
-    def slice(self, name: str) -> MegatronSlice:
-        """One tensor; nothing of its data is read yet.
-
-        Raises:
-            ArchiveError: there is no such tensor, or a file with a part of it is missing or short.
-        """
-        piece = self._pieces.get(name)
-        if piece is None:
-            raise ArchiveError(f"{self.files.location} holds nothing for {name!r}")
-        for chunk in piece.stored.near(piece.lead):
-            if chunk.file not in self._sizes:
-                self._sizes[chunk.file] = self.files.size(chunk.file)
-            if chunk.start + chunk.length > self._sizes[chunk.file]:
-                raise ArchiveError(f"{self.files.path(chunk.file)} is truncated; copy it again")
-        return MegatronSlice(self.files, piece)
-
-
-@dataclass(frozen=True)
-class MegatronSlice:
-    """One tensor; indexing reads the bytes that are asked for."""
-
-    files: Files
-    piece: Piece
-
-    def get_shape(self) -> list[int]:
-        """Its size in each dimension."""
-        return self.piece.shape
-
-    def get_dtype(self) -> str:
-        """As safetensors names it."""
-        return NAMES[self.piece.stored.dtype]
-
-    def __getitem__(self, index: Index) -> Tensor:
-        """A part of the tensor, or with ``...`` all of it.
-
-        Only the rows of a leading slice of step 1 are read.
-        """
-        index = index if isinstance(index, tuple) else (index,)
-        rows, first = list(self.piece.rows), index[0] if index else ...
-        if isinstance(first, slice) and first.step in (None, 1):
-            low, high, _ = first.indices(self.get_shape()[0])
-            rows, index = _cut(rows, low, high), (slice(None), *index[1:])
-            if not rows:
-                return torch.empty(0, *self.get_shape()[1:], dtype=self.piece.stored.dtype)[index]
-        return dcp.read(self.piece.stored, self._fetch, self.piece.lead, rows)[index]
-
-    def _fetch(self, file: str, start: int, length: int) -> memoryview:
-        return self.files.read(file, start, start + length)
-
-
-def _cut(rows: list[dcp.Span], low: int, high: int) -> list[dcp.Span]:
-    """The spans that hold the rows ``low`` to ``high`` of what ``rows`` hold one after another."""
-    found, done = [], 0
-    for first, last in rows:
-        a, b = max(low - done, 0), min(high - done, last - first)
-        if a < b:
-            found.append((first + a, first + b))
-        done += last - first
-    return found
+    stored = metadata(files)
+    given = huggingface.config(checkpoint.config) if checkpoint.config is not None else None
+    arguments = _arguments(files)
+    if given is None and not arguments:
+        raise ArchiveError(
+            f"{files.path('common.pt')} holds no arguments; give the configuration of the "
+            "Hugging Face model with --hf-config"
+        )
+    try:
+        seen = _seen(stored)
+        if given is not None:
+            megatron_config.compare(given, arguments, seen)
+        config = given if given is not None else megatron_config.make(arguments, seen)
+        found = pieces(stored, config)
+    except (ArchiveError, TypeError, ValueError, KeyError) as error:
+        raise ArchiveError(f"{files.location}: {error}") from error
+    config.dtype = stored["embedding.word_embeddings.weight"].dtype
+    return PieceSource(files, config, files, found)
 
 
 def _other_format(names: set[str]) -> str | None:

@@ -9,30 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from sinktrack.archive.dcp import Span, Stored
+from sinktrack.archive.pieces import Piece
 from sinktrack.errors import ArchiveError
 
 DENSE = ("llama", "qwen2", "qwen3")
 MOE = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3")
 _MODEL = ("decoder.", "embedding.", "output_layer.")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A Hugging Face tensor: rows of a stored one below a leading index."""
-
-    stored: Stored
-    lead: tuple[int, ...]
-    rows: tuple[Span, ...]
-
-    @property
-    def shape(self) -> list[int]:
-        """Of the Hugging Face tensor."""
-        first = sum(last - first for first, last in self.rows)
-        return [first, *self.stored.shape[len(self.lead) + 1 :]]
 
 
 def pieces(stored: Mapping[str, Stored], config: Any) -> dict[str, Piece]:

@@ -1,0 +1,145 @@
+"""Tensors of a ``torch.distributed.checkpoint`` under the names that Hugging Face gives them.
+
+Frameworks stack blocks or experts into one tensor, or several matrices: a Hugging Face tensor is a
+piece of what is stored. A format says which (`Piece`); `PieceSource` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinktrack.archive import dcp
+from sinktrack.archive.files import Files
+from sinktrack.archive.source import NAMES, Index
+from sinktrack.errors import ArchiveError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A Hugging Face tensor: rows of a stored one below a leading index."""
+
+    stored: dcp.Stored
+    lead: tuple[int, ...] = ()
+    rows: tuple[dcp.Span, ...] = ()
+    """All of them if empty."""
+    paired: int = 0
+    """Width of a head whose rotary pairs lie side by side on disk; in Hugging Face's layout the
+    first of each pair come before the second of each. 0 where the order is the same."""
+
+    @property
+    def spans(self) -> list[dcp.Span]:
+        """The rows, also where they are all."""
+        return list(self.rows) or [(0, size) for size in self.stored.shape[len(self.lead) :][:1]]
+
+    @property
+    def shape(self) -> list[int]:
+        """Of the Hugging Face tensor."""
+        first = [sum(last - first for first, last in self.spans)] if self.spans else []
+        return [*first, *self.stored.shape[len(self.lead) + 1 :]]
+
+
+class PieceSource:
+    """The weights of one checkpoint.
+
+    Args:
+        files: the checkpoint.
+        config: the model's configuration, of transformers.
+        weights: where ``.metadata`` and the files that it names are.
+        pieces: by Hugging Face's names.
+    """
+
+    def __init__(
+        self, files: Files, config: Any, weights: Files, pieces: Mapping[str, Piece]
+    ) -> None:
+        self.files, self.config = files, config
+        self._weights, self._pieces = weights, pieces
+        self._sizes: dict[str, int] = {}
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._pieces)
+
+    def slice(self, name: str) -> PieceSlice:
+        """One tensor; nothing of its data is read yet.
+
+        Raises:
+            ArchiveError: there is no such tensor, or a file with a part of it is missing or short.
+        """
+        piece = self._pieces.get(name)
+        if piece is None:
+            raise ArchiveError(f"{self.files.location} holds nothing for {name!r}")
+        for chunk in piece.stored.near(piece.lead):
+            if chunk.file not in self._sizes:
+                self._sizes[chunk.file] = self._weights.size(chunk.file)
+            if chunk.start + chunk.length > self._sizes[chunk.file]:
+                raise ArchiveError(f"{self._weights.path(chunk.file)} is truncated; copy it again")
+        return PieceSlice(self._weights, piece)
+
+
+@dataclass(frozen=True)
+class PieceSlice:
+    """One tensor; indexing reads the bytes that are asked for."""
+
+    files: Files
+    piece: Piece
+
+    def get_shape(self) -> list[int]:
+        """Its size in each dimension."""
+        return self.piece.shape
+
+    def get_dtype(self) -> str:
+        """As safetensors names it."""
+        return NAMES[self.piece.stored.dtype]
+
+    def __getitem__(self, index: Index) -> Tensor:
+        """A part of the tensor, or with ``...`` all of it.
+
+        Only the rows of a leading slice of step 1 are read, of paired ones those of their heads.
+        """
+        index = index if isinstance(index, tuple) else (index,)
+        rows, first = self.piece.spans, index[0] if index else ...
+        if isinstance(first, slice) and first.step in (None, 1):
+            low, high, _ = first.indices(self.get_shape()[0])
+            width = self.piece.paired or 1
+            start = low // width * width
+            rows = _cut(rows, start, -(-high // width) * width)
+            index = (slice(low - start, max(low, high) - start), *index[1:])
+            if low >= high:
+                return torch.empty(0, *self.get_shape()[1:], dtype=self.piece.stored.dtype)[
+                    (slice(None), *index[1:])
+                ]
+        found = dcp.read(self.piece.stored, self._fetch, self.piece.lead, rows)
+        if self.piece.paired:
+            heads = found.unflatten(0, (-1, self.piece.paired // 2, 2))
+            found = heads.transpose(1, 2).reshape(found.shape)
+        return found[index]
+
+    def _fetch(self, file: str, start: int, length: int) -> memoryview:
+        return self.files.read(file, start, start + length)
+
+
+def metadata(files: Files) -> dict[str, dcp.Stored]:
+    """The tensors that a checkpoint's ``.metadata`` lists, by the names that they have there.
+
+    Raises:
+        ArchiveError: it is missing, damaged, or imports what it has no need of.
+    """
+    return dcp.read_metadata(
+        files.whole(".metadata", dcp.LARGEST_METADATA), files.path(".metadata")
+    )
+
+
+def _cut(rows: list[dcp.Span], low: int, high: int) -> list[dcp.Span]:
+    """The spans that hold the rows ``low`` to ``high`` of what ``rows`` hold one after another."""
+    found, done = [], 0
+    for first, last in rows:
+        a, b = max(low - done, 0), min(high - done, last - first)
+        if a < b:
+            found.append((first + a, first + b))
+        done += last - first
+    return found
