@@ -6,7 +6,7 @@ piece of what is stored. A format says which (`Piece`); `PieceSource` reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,53 @@ class Piece:
         """Of the Hugging Face tensor."""
         first = [sum(last - first for first, last in self.spans)] if self.spans else []
         return [*first, *self.stored.shape[len(self.lead) + 1 :]]
+
+
+class Finder:
+    """Takes the tensors that a model needs out of a checkpoint, each once and of its shape.
+
+    Args:
+        stored: what the checkpoint holds, by its own names.
+    """
+
+    def __init__(self, stored: Mapping[str, dcp.Stored]) -> None:
+        self._stored, self._taken = stored, set[str]()
+
+    def take(self, *names: str, shape: Sequence[int]) -> dcp.Stored:
+        """The first of these tensors that is there.
+
+        Raises:
+            ArchiveError: there is none, or it is of another shape.
+        """
+        found = next((self._stored[name] for name in names if name in self._stored), None)
+        if found is None:
+            raise ArchiveError(f"the checkpoint has no {' nor '.join(names)}")
+        if found.shape != tuple(shape):
+            raise ArchiveError(
+                f"{found.name} has shape {list(found.shape)}, the configuration says {list(shape)}"
+            )
+        self._taken.add(found.name)
+        return found
+
+    def renamed(self, name: str, own: str, *shape: int) -> tuple[str, Piece]:
+        """A weight that is the same tensor for Hugging Face, whose module of this name has it."""
+        return f"{name}.weight", Piece(self.take(f"{own}.weight", shape=shape))
+
+    def gated(self, name: str, own: str, hidden: int, width: int) -> Iterator[tuple[str, Piece]]:
+        """An MLP of gate, up and down projection, in the order in which Llama numbered them."""
+        yield self.renamed(f"{name}.gate_proj", f"{own}.w1", width, hidden)
+        yield self.renamed(f"{name}.up_proj", f"{own}.w3", width, hidden)
+        yield self.renamed(f"{name}.down_proj", f"{own}.w2", hidden, width)
+
+    def nothing_left(self, family: str, *others: str) -> None:
+        """Raise an ArchiveError if a tensor was not taken whose name begins with none of others."""
+        left = sorted(set(self._stored) - self._taken)
+        left = [name for name in left if not name.startswith(others)]
+        if left:
+            raise ArchiveError(
+                f"the checkpoint holds {left[0]}, and {len(left) - 1} more tensors that {family} "
+                "has no place for; give the right configuration with --hf-config"
+            )
 
 
 class PieceSource:
