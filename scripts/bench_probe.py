@@ -102,6 +102,14 @@ def worker(arguments: argparse.Namespace) -> None:
         print(json.dumps([seconds, used]), flush=True)
 
 
+def _line(process: subprocess.Popen[str], ask: str = "") -> str:
+    """The next line that a worker prints, once it was asked."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(ask)
+    process.stdin.flush()
+    return process.stdout.readline()
+
+
 def compare(arguments: argparse.Namespace, length: int) -> str:
     """One row of the table."""
     results: dict[str, list[list[float]]] = {way: [] for way in WAYS}
@@ -116,15 +124,12 @@ def compare(arguments: argparse.Namespace, length: int) -> str:
         for way in WAYS
     }  # fmt: skip
     for process in processes.values():
-        process.stdout.readline()
+        _line(process)
     for _ in range(arguments.rounds):
         for way, process in processes.items():
-            process.stdin.write("\n")
-            process.stdin.flush()
-            results[way].append(json.loads(process.stdout.readline()))
+            results[way].append(json.loads(_line(process, ask="\n")))
     for process in processes.values():
-        process.stdin.close()
-        process.wait()
+        process.communicate()
     seconds, memory = (
         {way: statistics.median(row[column] for row in rows) for way, rows in results.items()}
         for column in (0, 1)

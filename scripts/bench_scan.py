@@ -64,7 +64,7 @@ def make(directory: Path, depth: int) -> None:
     for name, value in names.items():
         layer = name.split("layers.")[1].split(".")[0] if "layers." in name else "rest"
         shards.setdefault(f"model-{layer}.safetensors", {})[name] = value.shape
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for file, tensors in shards.items():
         filled = {
             name: torch.ones(size, dtype=torch.bfloat16)
@@ -100,7 +100,8 @@ def worker(arguments: argparse.Namespace) -> None:
     from sinktrack.taps.huggingface import is_experts
 
     probe = sinktrack.Probe.random(151_936, arguments.tokens // arguments.length, arguments.length)
-    directory, found = arguments.directory, {}
+    directory = arguments.directory
+    found: dict[str, Any] = {}
     routed: dict[Any, set[int]] = {}
 
     def streamed() -> Any:
@@ -213,7 +214,7 @@ def main() -> None:
             print(way, results[way][-1], file=sys.stderr)
 
     def median(way: str, what: str) -> float:
-        return statistics.median(row.get(what, float("nan")) for row in results[way])
+        return float(statistics.median(row.get(what, float("nan")) for row in results[way]))
 
     processor = platform.processor() or platform.machine()
     print(f"{processor}, {os.cpu_count()} cores, {'warm' if arguments.warm else 'cold'} page cache")

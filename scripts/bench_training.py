@@ -16,8 +16,10 @@ import platform
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
 
@@ -27,7 +29,7 @@ from sinktrack.callbacks.huggingface import SinkTrackCallback
 VOCABULARY, LENGTH, STEPS = 512, 64, 100
 
 
-class Sequences(Dataset):
+class Sequences(Dataset[dict[str, Tensor]]):
     """Random sequences; what they say does not change what they cost."""
 
     def __init__(self, count: int) -> None:
@@ -40,7 +42,7 @@ class Sequences(Dataset):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
-def train(out: Path, probe: st.Probe, callbacks: list) -> float:
+def train(out: Path, probe: st.Probe, callbacks: list[Any]) -> float:
     """Seconds of one run."""
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(

@@ -145,9 +145,8 @@ def judge(seed: int) -> tuple[dict[str, Any], dict[str, bool | None]]:
     flat = truth.shape in ("linear", "smooth", "sudden") and truth.drop is None
     true_drop = None if truth.drop is None else truth.top - truth.dropped
     fall = next((r for r in signal.regressions if r.quantity == "sink_rate"), None)
-    right = truth.drop is not None
     false_falls = [
-        r for r in signal.regressions if not right or r.quantity != "sink_rate"
+        r for r in signal.regressions if truth.drop is None or r.quantity != "sink_rate"
         or r.since.high < truth.drop
     ]  # fmt: skip
     lost_early = [
@@ -174,7 +173,7 @@ def judge(seed: int) -> tuple[dict[str, Any], dict[str, bool | None]]:
 
 
 def _in(interval: Any, value: float) -> bool:
-    return interval.low <= value <= interval.high
+    return bool(interval.low <= value <= interval.high)
 
 
 def _false_plateau(truth: Truth, signal: Analysis) -> bool:
@@ -209,7 +208,7 @@ def main() -> None:
     for part in ("shape", "noise", "lasting", "probe", "spacing", "restart"):
         print(f"\nby {part}")
         for value in sorted({truth[part] for truth, _ in outcomes}):
-            chosen = table(outcomes, lambda truth, p=part, v=value: truth[p] == v)
+            chosen = table([one for one in outcomes if one[0][part] == value])
             cells = ", ".join(f"{name} {share:.1%}" for name, (share, _) in chosen.items())
             print(f"  {value}: {cells}")
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
 from sinktrack.archive import dcp, pickles
 from sinktrack.archive.discover import discover
@@ -112,7 +112,7 @@ def header_case(rng: random.Random, _: Path) -> bool:
     """A header in memory; true where it was believed."""
     header, room = sound_header(rng)
     if rng.random() < 0.7:
-        for _ in range(rng.randrange(1, 3)):
+        for _round in range(rng.randrange(1, 3)):
             changed = change(rng, header)
             header = changed if isinstance(changed, dict) or rng.random() < 0.1 else header
     text = json.dumps(header).encode(errors="surrogatepass")
@@ -220,7 +220,7 @@ def sound_dcp() -> dict[str, bytes]:
     """The files of a small distributed checkpoint, and arguments as Megatron saves them."""
     with tempfile.TemporaryDirectory() as directory:
         tensors = {"a": torch.rand(3, 4), "b": torch.rand(2, 3, 5).bfloat16()}
-        torch.distributed.checkpoint.save(tensors, checkpoint_id=directory, no_dist=True)
+        torch_save(tensors, checkpoint_id=directory, no_dist=True)
         files = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
     arguments = argparse.Namespace(hidden_size=32, params_dtype=torch.bfloat16, moe=[0, 1])
     return files | {"args": pickle.dumps({"args": arguments, "iteration": 5}, 2)}

@@ -58,7 +58,7 @@ class _Mesh(DeviceMesh):
     """A mesh of CPUs where one of GPUs is asked for."""
 
     @staticmethod
-    def from_group(group: Any, device_type: str) -> DeviceMesh:
+    def from_group(group: Any, device_type: str, *_: Any, **__: Any) -> DeviceMesh:
         return DeviceMesh.from_group(group, "cpu")
 
 
@@ -71,7 +71,7 @@ def stand_in() -> None:
 
     if isinstance(random._CUDA_RNG_STATE_TRACKER, _NoTracker):
         return
-    _OnCpu().__enter__()
+    _OnCpu().__enter__()  # type: ignore[no-untyped-call]
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args: None
     random._CUDA_RNG_STATE_TRACKER = _NoTracker()

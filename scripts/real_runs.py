@@ -53,24 +53,24 @@ SETTINGS = {
 }
 
 
-class Losses(TrainerCallback):
+class Losses(TrainerCallback):  # type: ignore[misc]
     """The training loss at each logged step."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, float]] = []
 
-    def on_log(self, args, state, control, logs, **kwargs) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **_: Any) -> None:
         if "loss" in logs:
             self.rows.append((state.global_step, logs["loss"]))
 
 
-class Spike(TrainerCallback):
+class Spike(TrainerCallback):  # type: ignore[misc]
     """A learning rate far too high for a while."""
 
     def __init__(self, rate: float) -> None:
         self.rate = rate
 
-    def on_step_begin(self, args, state, control, optimizer, **kwargs) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
         if 600 <= state.global_step < 640:
             for group in optimizer.param_groups:
                 group["lr"] = self.rate

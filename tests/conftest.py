@@ -45,7 +45,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory):
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished demo, shorter than the real one: its directory and what it printed."""
     import io
 

@@ -103,7 +103,7 @@ def whole_norm_attention() -> Any:
     """OLMoE's norm of all heads at once, which Megatron-Core itself does not have."""
     from megatron.core.transformer.attention import SelfAttention
 
-    class WholeNorm(SelfAttention):
+    class WholeNorm(SelfAttention):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             width = self.query_projection_size

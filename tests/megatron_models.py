@@ -12,15 +12,17 @@ import traceback
 import zlib
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import megatron_cpu
+import megatron_cpu as megatron_cpu
 
-from sinktrack import Probe, measure, measurement
+from sinktrack import Probe, measure
+from sinktrack.circuit import localize
 
 VOCABULARY = 64
 PROBE = Probe.random(VOCABULARY, sequences=5, length=15, seed=3)
@@ -113,7 +115,7 @@ class Norm:
         kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
         made = kind(hidden_size, eps=eps)
         for parameter in made.parameters():
-            parameter.sequence_parallel = config.sequence_parallel
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return made
 
 
@@ -242,7 +244,7 @@ def _share(name: str, value: Any, size: int, rank: int, settings: Any) -> torch.
     if dim is None:
         return whole
     if "linear_fc1" in name and settings.gated_linear_unit:
-        halves = whole.unflatten(0, (2, -1)).chunk(size, 1)[rank]
+        halves: torch.Tensor = whole.unflatten(0, (2, -1)).chunk(size, 1)[rank]
         return halves.flatten(0, 1)
     return whole.chunk(size, dim)[rank]
 
@@ -276,7 +278,10 @@ def layout(text: str) -> tuple[dict[str, int], dict[str, Any]]:
 
 def plain(chunk: Any, tokens: torch.Tensor) -> dict[str, Any]:
     """What the forward pass computes, read off and multiplied out by plain loops."""
-    inputs, matrices, heads, experts = [], {}, {}, {}
+    inputs: list[torch.Tensor] = []
+    matrices: dict[Any, torch.Tensor] = {}
+    heads: dict[Any, torch.Tensor] = {}
+    experts: dict[Any, torch.Tensor] = {}
     sequences = len(tokens)
     handles = []
 
@@ -343,17 +348,13 @@ def plain(chunk: Any, tokens: torch.Tensor) -> dict[str, Any]:
 def measured(chunks: list[Any], **options: Any) -> tuple[Any, dict[Any, torch.Tensor]]:
     """A measurement and every part of every write in it, by kind, block and index."""
     leaves: dict[Any, torch.Tensor] = {}
-    localize = measurement.localize
 
     def spy(*args: Any) -> Any:
         leaves.update({(x.kind, x.block, x.index): x.write for x in args[5]})
         return localize(*args)
 
-    measurement.localize = spy
-    try:
+    with patch("sinktrack.measurement.localize", spy):
         return measure(chunks, PROBE, **options), leaves
-    finally:
-        measurement.localize = localize
 
 
 def main(out: str, *cases: str) -> None:

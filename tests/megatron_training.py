@@ -10,6 +10,7 @@ import copy
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -223,11 +224,12 @@ def refusals(out: Path) -> None:
     chunks = small()
     chunks[0].position_embedding_type = "mrope"
     refused("multimodal rotary embeddings", chunks)
-    for change, match in (
+    changes: list[tuple[Callable[[Any], None], str]] = [
         (lambda layer: delattr(layer, "mlp"), "block 2 .*no attention with an MLP behind it"),
         (lambda layer: setattr(layer, "cross_attention", layer.mlp), "another sequence"),
         (lambda layer: delattr(layer.self_attention, "core_attention"), "has no core_attention"),
-    ):
+    ]
+    for change, match in changes:
         chunks = small()
         change(chunks[0].decoder.layers[2])
         refused(match, chunks)

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from sinktrack import Measurement, Probe, measure
@@ -55,7 +56,8 @@ def measured_by_hand(model: Any, tokens: torch.Tensor) -> dict[str, np.ndarray]:
     }
 
 
-def blocks_of(model: Any) -> torch.nn.ModuleList:
+def blocks_of(model: Any) -> Any:
+    """The list of its blocks, a ModuleList."""
     count = model.config.get_text_config().num_hidden_layers
     return next(
         module
@@ -181,8 +183,8 @@ def factor(config: Any, kind: str) -> float:
 
 def eager_attention(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     """``[B, H, T, T]`` for each block with softmax attention, by the family's own eager code."""
-    module = sys.modules[type(model).__module__]
-    eager = getattr(module, "eager_attention_forward", None)
+    module: Any = sys.modules[type(model).__module__]
+    eager: Any = getattr(module, "eager_attention_forward", None)
 
     def whole(attention: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         """GraniteSWA scales the output for its sinks and returns the weights as they were."""
@@ -221,7 +223,7 @@ def check_exact(model: Any, probe: Probe) -> Measurement:
     inputs = capture_inputs(model, probe.tokens)
     norms = np.linalg.norm(inputs, axis=-1)
     np.testing.assert_allclose(found.p0_norm, norms[:, :, 0].mean(1), rtol=1e-5)
-    assert abs(found.localization.share_sum - 1) < 1e-4
+    assert found.localization.share_sum == pytest.approx(1, abs=1e-4)
     _check_writes(model, probe.tokens, inputs)
     return found
 
@@ -240,6 +242,7 @@ def _check_writes(model: Any, tokens: torch.Tensor, inputs: np.ndarray) -> None:
     plain = PlainWrites(model, tokens)
     for (kind, block, index), write in leaves.items():
         if kind in ("head", "expert"):
+            assert index is not None
             wanted = {"head": plain.heads, "expert": plain.experts}[kind][block, index]
             wanted = wanted * factor(found.config, kind)
             torch.testing.assert_close(write, wanted, atol=2e-5 * scale, rtol=1e-4)

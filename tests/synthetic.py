@@ -110,7 +110,9 @@ def _shares(
     """Shares that sum to 1, and their largest parts; the MLP's goes to one expert."""
     start = 1.0 if reference == 0 else 0.2 - 0.15 * progress
     weights = [math.exp(-abs(block + 0.5 - centre)) for block in range(reference)]
-    shares = [{"kind": "embedding", "block": None, "index": None, "share": start}]
+    shares: list[dict[str, Any]] = [
+        {"kind": "embedding", "block": None, "index": None, "share": start}
+    ]
     parts = [dict(shares[0])]
     for block, weight in enumerate(weights):
         here = (1 - start) * weight / sum(weights)

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import struct
 import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -403,7 +404,7 @@ def compressed(path: Path) -> None:
         archive.writestr("archive/data.pkl", b"\0" * 10**8)
 
 
-PICKLES = {
+PICKLES: dict[str, tuple[Callable[[Path], object], str]] = {
     "code": (lambda p: torch.save({"a": Malice(p.parent / "ran")}, p), "more than tensors"),
     "old code": (lambda p: p.write_bytes(pickle.dumps(Malice(p.parent / "ran"))), "more than ten"),
     "a model": (lambda p: torch.save(torch.nn.Linear(2, 2), p), "more than tensors"),

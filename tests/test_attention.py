@@ -63,12 +63,13 @@ shapes = st.fixed_dictionaries(
 )
 
 
-def draw(shape: dict, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def draw(shape: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(shape["seed"])
 
     def normal(heads: int, width: int) -> Tensor:
         size = (shape["batch"], heads, shape["length"], width)
-        return (torch.randn(size, generator=generator) * shape["spread"]).to(dtype)
+        spread: float = shape["spread"]
+        return (torch.randn(size, generator=generator) * spread).to(dtype)
 
     query = normal(shape["groups"] * shape["per_group"], shape["width"])
     key = normal(shape["groups"], shape["width"])
@@ -82,7 +83,7 @@ def draw(shape: dict, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tenso
 
 @given(shapes)
 @settings(max_examples=150, deadline=None)
-def test_float32_equals_softmax(shape: dict) -> None:
+def test_float32_equals_softmax(shape: dict[str, Any]) -> None:
     query, key, value, mask = draw(shape, torch.float32)
     output, got = attend(query, key, value, scale=shape["scale"], mask=mask)
     wanted, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask)
@@ -93,7 +94,7 @@ def test_float32_equals_softmax(shape: dict) -> None:
 
 @given(shapes)
 @settings(max_examples=60, deadline=None)
-def test_moderate_scores_are_within_a_millionth(shape: dict) -> None:
+def test_moderate_scores_are_within_a_millionth(shape: dict[str, Any]) -> None:
     shape = shape | {"scale": min(shape["scale"], 1 / math.sqrt(shape["width"])), "spread": 1.0}
     query, key, value, mask = draw(shape, torch.float32)
     _, got = attend(query, key, value, scale=shape["scale"], mask=mask)
@@ -103,7 +104,7 @@ def test_moderate_scores_are_within_a_millionth(shape: dict) -> None:
 
 @given(shapes, st.sampled_from([torch.bfloat16, torch.float16]))
 @settings(max_examples=100, deadline=None)
-def test_half_precision_is_within_its_bound(shape: dict, dtype: torch.dtype) -> None:
+def test_half_precision_is_within_its_bound(shape: dict[str, Any], dtype: torch.dtype) -> None:
     query, key, value, mask = draw(shape, dtype)
     _, got = attend(query, key, value, scale=shape["scale"], mask=mask)
     _, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask)
@@ -114,7 +115,7 @@ def test_half_precision_is_within_its_bound(shape: dict, dtype: torch.dtype) -> 
 @given(shapes, st.one_of(st.none(), st.floats(0.5, 50.0)), st.booleans(), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_softcap_sinks_and_biases(
-    shape: dict, softcap: float | None, has_sinks: bool, has_bias: bool
+    shape: dict[str, Any], softcap: float | None, has_sinks: bool, has_bias: bool
 ) -> None:
     query, key, value, mask = draw(shape, torch.float32)
     generator = torch.Generator().manual_seed(shape["seed"] + 1)
@@ -134,6 +135,7 @@ def test_softcap_sinks_and_biases(
     assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
     torch.testing.assert_close(output.double(), wanted, atol=2e-4, rtol=2e-4)
     if sinks is not None:
+        assert got.sink is not None
         assert (got.sink.double() - (1 - probabilities.sum(-1))).abs().max() <= bound
     else:
         assert got.sink is None
@@ -141,7 +143,7 @@ def test_softcap_sinks_and_biases(
 
 @given(shapes, st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
 @settings(max_examples=60, deadline=None)
-def test_chunks_equal_softmax(shape: dict, dtype: torch.dtype) -> None:
+def test_chunks_equal_softmax(shape: dict[str, Any], dtype: torch.dtype) -> None:
     query, key, value, mask = draw(shape, dtype)
     with patch.object(attention, "_CHUNK_SCORES", 64):
         _, lse = attention._chunked(query, key, value, shape["scale"], mask)
@@ -177,7 +179,9 @@ def test_no_quadratic_matrix_is_held() -> None:
     class Largest(TorchDispatchMode):
         numbers = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
             result = func(*args, **(kwargs or {}))
             for value in result if isinstance(result, tuple | list) else (result,):
                 if isinstance(value, Tensor):
@@ -186,7 +190,7 @@ def test_no_quadratic_matrix_is_held() -> None:
 
     query = torch.randn(1, 4, 2048, 16)
     key = torch.randn(1, 2, 2048, 16)
-    with Largest() as largest:
+    with Largest() as largest:  # type: ignore[no-untyped-call]
         attend(query, key, key, scale=0.25)
     assert largest.numbers <= query.numel()
 

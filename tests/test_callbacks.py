@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from sinktrack.callbacks.loop import SinkTracker
 PROBE = Probe.random(models.VOCABULARY, sequences=4, length=16, seed=5)
 
 
-class Data(torch.utils.data.Dataset):
+class Data(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __init__(self) -> None:
         self.tokens = Probe.random(models.VOCABULARY, sequences=64, length=16, seed=9).tokens
 
@@ -35,18 +36,26 @@ class Data(torch.utils.data.Dataset):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
-class Outcome(TrainerCallback):
+def numpy_state() -> Any:
+    return np.random.get_state()[1].tolist()  # type: ignore[index]
+
+
+class Outcome(TrainerCallback):  # type: ignore[misc]
     """What a run leaves behind, taken at its end."""
 
-    def on_train_end(self, args, state, control, model, optimizer, **kwargs) -> None:
+    def on_train_end(
+        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any
+    ) -> None:
         self.weights = copy.deepcopy(model.state_dict())
         self.optimizer = copy.deepcopy(optimizer.state_dict())
         self.buffers = {k: v.clone() for k, v in model.named_buffers()}
-        self.random = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())
+        self.random = (random.getstate(), numpy_state(), torch.get_rng_state())
         self.losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
 
 
-def run_trainer(model: Any, out: Path, callbacks: list, resume: Any = None, **changes: Any):
+def run_trainer(
+    model: Any, out: Path, callbacks: list[Any], resume: Any = None, **changes: Any
+) -> Outcome:
     set_seed(11)
     outcome = Outcome()
     arguments = TrainingArguments(
@@ -84,7 +93,7 @@ def assert_identical(one: Any, other: Any, where: str = "") -> None:
         assert one == other, where
 
 
-SETUPS = {
+SETUPS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "dense with dropout": (models.gpt2, {}),
     "moe with dropout": (
         lambda: models.mixtral(attention_dropout=0.1, router_jitter_noise=0.1),
@@ -223,7 +232,7 @@ def test_the_probe_does_not_recompile_a_compiled_model(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = models.llama().train()
         counter = CompileCounter()
-        compiled = torch.compile(model, backend=counter)
+        compiled: Any = torch.compile(model, backend=counter)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         for step in range(1, 9):
             tokens = torch.randint(models.VOCABULARY, (4, 16))
@@ -241,7 +250,9 @@ def test_the_probe_does_not_recompile_a_compiled_model(tmp_path: Path) -> None:
     assert Run.read(tmp_path).steps == [3, 6]
 
 
-def test_a_resume_from_an_older_checkpoint_logs_the_new_record(tmp_path: Path, monkeypatch) -> None:
+def test_a_resume_from_an_older_checkpoint_logs_the_new_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logged = []
     monkeypatch.setattr("sinktrack.publish.wandb.log", lambda record, *_: logged.append(record))
     tracker = SinkTracker(PROBE, tmp_path, every=10, on_error="raise")

@@ -87,7 +87,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    made: Any = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     made.doomed = made.add_node(num_cpus=1)
     made.add_node(num_cpus=1)
     made.wait_for_nodes()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
@@ -80,7 +81,7 @@ def test_a_checkpoint_that_is_written_anew_is_given_again(saved: Path, tmp_path:
 def test_a_scan_that_follows_measures_what_comes(saved: Path, tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     shutil.copytree(saved, archive / "checkpoint-5")
-    following = scan(archive, probe=PROBE, run=tmp_path / "run", follow=0)
+    following: Any = scan(archive, probe=PROBE, run=tmp_path / "run", follow=0)
     assert next(following)["step"] == 5
     shutil.copytree(saved, archive / "checkpoint-6")
     shutil.copytree(saved, archive / "checkpoint-7")

@@ -26,7 +26,9 @@ from sinktrack.record import to_json
 PROBE = planted.probe()
 
 
-def verdicts(model: Any, probe: Probe = PROBE) -> dict[str, Any]:
+def verdicts(
+    model: Any, probe: Probe = PROBE
+) -> dict[tuple[str, str, int | None, int | None], str]:
     """All verdicts, by test, kind, block and index."""
     found = examine(model, probe, measure(model, probe))
     json.dumps(to_json(found), allow_nan=False)

@@ -22,7 +22,8 @@ class Module(LightningModule):
         self.inner = models.mixtral(attention_dropout=0.1).train()
 
     def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
-        return self.inner(batch, labels=batch).loss
+        loss: torch.Tensor = self.inner(batch, labels=batch).loss
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -31,7 +32,7 @@ class Module(LightningModule):
 def train(directory: Path, callbacks: list[Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     module = Module()
-    data = torch.randint(models.VOCABULARY, (24, 4, 16))
+    data: Any = torch.randint(models.VOCABULARY, (24, 4, 16))
     trainer = Trainer(
         max_steps=10, accumulate_grad_batches=2, accelerator="cpu", logger=False,
         callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False,

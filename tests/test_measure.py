@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import models
 import numpy as np
@@ -26,7 +27,7 @@ PROBE = Probe.random(models.VOCABULARY, sequences=6, length=20, seed=3)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
-def test_equals_the_definitions(family) -> None:
+def test_equals_the_definitions(family: Any) -> None:
     model = family()
     found = measure(model, PROBE)
     truth = measured_by_hand(model, PROBE.tokens)
@@ -45,12 +46,13 @@ def test_equals_the_definitions(family) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
-def test_shares_are_the_projections_of_the_writes(family) -> None:
+def test_shares_are_the_projections_of_the_writes(family: Any) -> None:
     """Each block's two shares are what its stream changed by, seen from outside."""
     model = family()
     found = measure(model, PROBE).localization
     inputs = measured_by_hand(model, PROBE.tokens)["inputs"]
     reference = found.reference_block
+    assert reference is not None
     direction = inputs[reference, :, 0].mean(0) - inputs[reference, :, 1:].mean((0, 1))
     total = inputs[reference, :, 0].mean(0) @ direction
     assert found.share_sum == pytest.approx(1, abs=1e-5)
@@ -69,10 +71,12 @@ def test_shares_are_the_projections_of_the_writes(family) -> None:
 @pytest.mark.parametrize(
     "family", [models.mixtral, models.qwen3_moe, models.deepseek_v3], ids=lambda f: f.__name__
 )
-def test_heads_and_experts_add_up_to_their_sublayer(family, monkeypatch) -> None:
+def test_heads_and_experts_add_up_to_their_sublayer(
+    family: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sinktrack.circuit._TOP", 10_000)
     found = measure(family(), PROBE).localization
-    assert found.reference_block > 0
+    assert found.reference_block
     whole = {"attention": ("head", "attention_bias", "attention_rest"),
              "mlp": ("expert", "shared_expert", "mlp")}  # fmt: skip
     for component in found.shares[1:]:
@@ -84,7 +88,7 @@ def test_heads_and_experts_add_up_to_their_sublayer(family, monkeypatch) -> None
         assert sum(part.share for part in parts) == pytest.approx(component.share, abs=1e-4)
 
 
-def test_experts_are_those_that_ran(monkeypatch) -> None:
+def test_experts_are_those_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     """Zeroing the down projection of one expert changes the MLP's write by that expert's part."""
     monkeypatch.setattr("sinktrack.circuit._TOP", 10_000)
     model = models.mixtral()
@@ -131,7 +135,7 @@ def test_first_tokens_are_measured_alone() -> None:
             assert float(values[block]) == pytest.approx(np.percentile(ratios, quantile), rel=1e-4)
 
 
-def measured_alone(model, token: int) -> np.ndarray:
+def measured_alone(model: Any, token: int) -> np.ndarray:
     from reference import capture_inputs
 
     return capture_inputs(model, torch.tensor([[token]]))[:, 0, 0]
@@ -172,7 +176,7 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     assert half.localization.share_sum == pytest.approx(1, abs=0.05)
 
 
-def fingerprint(model) -> dict[str, object]:
+def fingerprint(model: Any) -> dict[str, object]:
     return {
         "state": {k: v.clone() for k, v in model.state_dict().items()},
         "buffers": {k: (id(v), v.clone()) for k, v in model.named_buffers()},
@@ -189,7 +193,7 @@ def fingerprint(model) -> dict[str, object]:
         ],
         "attention": model.config._attn_implementation,
         "rng": torch.get_rng_state(),
-        "numpy": np.random.get_state()[1].tolist(),
+        "numpy": np.random.get_state()[1].tolist(),  # type: ignore[index]
         "python": random.getstate(),
         "dtype": torch.get_default_dtype(),
         "grad_enabled": torch.is_grad_enabled(),
@@ -197,7 +201,7 @@ def fingerprint(model) -> dict[str, object]:
     }
 
 
-def same(one, other) -> bool:
+def same(one: Any, other: Any) -> bool:
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -214,7 +218,7 @@ def test_leaves_no_trace(broken: bool) -> None:
     model(PROBE.tokens, labels=PROBE.tokens).loss.backward()
     model.register_buffer("count", torch.zeros(2))
 
-    def disturb(module, args) -> None:
+    def disturb(module: Any, args: Any) -> None:
         model.count += 1
         random.random(), np.random.rand(), torch.rand(1)
         module.scratch = object()

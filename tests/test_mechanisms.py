@@ -292,7 +292,9 @@ def test_the_documents_of_packed_rows_have_a_p0_each() -> None:
             output_hidden_states=True, use_cache=False,
         )  # fmt: skip
     for block in range(4):
-        wanted, norms, others = {}, {}, []
+        wanted: dict[int, list[torch.Tensor]] = {}
+        norms: dict[int, list[torch.Tensor]] = {}
+        others = []
         for row, counts in enumerate(lengths):
             start = 0
             for count in counts:
@@ -309,7 +311,7 @@ def test_the_documents_of_packed_rows_have_a_p0_each() -> None:
         torch.testing.assert_close(found.p0_norm[block], norm, atol=0, rtol=1e-5)
         ratio = norm / torch.cat(others).double().quantile(0.5)
         assert float(found.norm_ratio[block]) == pytest.approx(float(ratio), rel=1e-4)
-    assert found.visible_queries == (pytest.approx((4 + 11 * 3 + 6) / 5),) * 4
+    assert list(found.visible_queries) == pytest.approx([(4 + 11 * 3 + 6) / 5] * 4)
 
 
 def test_padding_is_refused() -> None:

@@ -159,7 +159,8 @@ def archive(saved: Path, tmp_path: Path) -> Path:
 
 def arguments(archive: Path) -> argparse.Namespace:
     file = archive / "iter_0000010" / "common.pt"
-    return torch.load(file, weights_only=False)["args"]
+    found: argparse.Namespace = torch.load(file, weights_only=False)["args"]
+    return found
 
 
 def rewrite(archive: Path, **changes: Any) -> None:
@@ -291,7 +292,7 @@ def test_what_megatron_lm_leaves_to_defaults(saved: Path, tmp_path: Path) -> Non
 def test_megatron_bridge(archive: Path, saved: Path) -> None:
     """Its configuration is of other names, and tokens are counted in a file of their own."""
     here = archive / "iter_0000010"
-    model = {
+    model: dict[str, Any] = {
         name: value
         for name, value in vars(arguments(archive)).items()
         if isinstance(value, int | float | str | list | None)
@@ -459,8 +460,8 @@ def test_nothing_is_executed(name: str, archive: Path, tmp_path: Path) -> None:
         torch.save({"args": evil, "consumed_train_samples": evil}, here / name)
     with pytest.raises(ArchiveError, match="system" if name != "train_state.pt" else None) as error:
         source = open_source(only(archive))
-        for tensor in source.names():
-            source.slice(tensor)[...]
+        for wanted in source.names():
+            source.slice(wanted)[...]
         assert only(archive).tokens is None
         raise ArchiveError("never read")
     assert not trace.exists()
@@ -542,11 +543,11 @@ def test_damaged_chunks(saved: Path, data: st.DataObject) -> None:
 
 
 def test_only_the_rows_that_are_asked_for_are_read(tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as torch_dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     weights = {name: torch.randn(4, 4096, 64).to(kind) for name, kind in
                (("float", torch.float32), ("bf16", torch.bfloat16))}  # fmt: skip
-    torch_dcp.save(weights, checkpoint_id=tmp_path, no_dist=True)
+    save(weights, checkpoint_id=tmp_path, no_dist=True)
     stored = dcp.read_metadata((tmp_path / ".metadata").read_bytes(), ".metadata")
     files = Files(tmp_path)
 

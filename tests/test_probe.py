@@ -151,7 +151,7 @@ def test_the_command_makes_probes_of_texts(tmp_path: Path) -> None:
         word: number for number, word in enumerate(["?", "to", "be", "or", "not", "at", "all"])
     }
     tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
-    tokenizer.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "tokenizer")
     given = ["--tokenizer", str(tmp_path / "tokenizer"), "--texts", str(texts), "--length", "4"]
     done = CliRunner().invoke(app, ["probe", str(tmp_path / "p"), *given])

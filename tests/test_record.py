@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_a_torn_last_line_is_dropped_and_overwritten(kept: int) -> None:
         ({"gain": [1.0, float("inf")]}, "gain is infinite"),
     ],
 )
-def test_refusals_write_nothing(tmp_path: Path, bad: dict, message: str) -> None:
+def test_refusals_write_nothing(tmp_path: Path, bad: dict[str, Any], message: str) -> None:
     run = Run.open(tmp_path, PROBE)
     run.append(record(1))
     before = (tmp_path / "records.jsonl").read_bytes()

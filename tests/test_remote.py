@@ -39,6 +39,7 @@ class Counting:
 
     def __init__(self, application: Any) -> None:
         self.application = application
+        self.client: Any = None
         self.sent = 0
         self.failures = 0
 

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import models
@@ -79,7 +80,7 @@ def test_a_single_model_directory(archive: Path, tmp_path: Path) -> None:
     assert (record["step"], record["tokens"], record["source"]) == (77, 5, "model")
 
 
-def test_online_and_offline_agree_on_a_real_run(demo) -> None:
+def test_online_and_offline_agree_on_a_real_run(demo: tuple[Path, str]) -> None:
     out, text = demo
     online = {record["step"]: record for record in Run.read(out / "run").records}
     offline = Run.read(out / "scanned").records
@@ -91,7 +92,7 @@ def test_online_and_offline_agree_on_a_real_run(demo) -> None:
     assert "online and offline agree" in text
 
 
-def test_the_demo_tells_what_is_there(demo) -> None:
+def test_the_demo_tells_what_is_there(demo: tuple[Path, str]) -> None:
     out, text = demo
     last = Run.read(out / "run").records[-1]
     assert last["formed"] == ("A P0 sink formed" in text)
@@ -142,7 +143,7 @@ def escape(path: Path) -> None:
 
 
 INDEX = "model.safetensors.index.json"
-DAMAGES = {
+DAMAGES: dict[str, tuple[int, str, Callable[[Path], object], str]] = {
     "no weights": (30, WEIGHTS, Path.unlink, "model.safetensors is missing"),
     "cut weights": (30, WEIGHTS, lambda p: cut(p, 5000), "model.safetensors is truncated"),
     "empty weights": (30, WEIGHTS, lambda p: cut(p, 0), "model.safetensors is truncated"),
@@ -189,10 +190,16 @@ def test_the_command(archive: Path, tmp_path: Path) -> None:
     assert Run.read(run).probe == PROBE and Run.read(run).steps == [4, 30, 200]
 
 
+def probe_of(run: Path) -> Probe:
+    found = Run.read(run).probe
+    assert found is not None
+    return found
+
+
 def test_without_a_probe_the_command_says_what_it_takes(archive: Path, tmp_path: Path) -> None:
     done = sinktrack("scan", archive, "--run", tmp_path / "random")
     assert done.returncode == 0 and "seeded random tokens" in done.stderr
-    assert int(Run.read(tmp_path / "random").probe.tokens.max()) < models.VOCABULARY
+    assert int(probe_of(tmp_path / "random").tokens.max()) < models.VOCABULARY
 
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -206,7 +213,7 @@ def test_without_a_probe_the_command_says_what_it_takes(archive: Path, tmp_path:
     done = sinktrack("scan", archive, "--run", tmp_path / "prose")
     assert done.returncode == 0, done.stderr
     assert "built-in prose and the checkpoint's tokenizer" in done.stderr
-    probe = Run.read(tmp_path / "prose").probe
+    probe = probe_of(tmp_path / "prose")
     assert probe.length == 64 and set(probe.tokens.unique().tolist()) == {0, 1, 2, 3, 4}
 
 

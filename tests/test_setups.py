@@ -25,7 +25,9 @@ from sinktrack.collect import Collector
 from sinktrack.taps.huggingface import decoder, watch
 
 
-def train(model: Any, tracker: SinkTracker | None, context: Any = nullcontext, scaler: Any = None):
+def train(
+    model: Any, tracker: SinkTracker | None, context: Any = nullcontext, scaler: Any = None
+) -> dict[str, Any]:
     """Eleven steps of AdamW with dropout; the state of everything afterwards."""
     torch.manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -87,13 +89,15 @@ SETUPS: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", SETUPS)
 def test_bit_identical_and_right(name: str, family: Any, tmp_path: Path) -> None:
     change, options = SETUPS[name]
-    results, last = [], None
-    for tracker in (None, SinkTracker(PROBE, tmp_path, every=3, on_error="raise")):
+    results: list[dict[str, Any]] = []
+    tracker = SinkTracker(PROBE, tmp_path, every=3, on_error="raise")
+    last: Any = None
+    for followed in (None, tracker):
         torch.manual_seed(1)
         last = change(family(attention_dropout=0.1).train())
         made = {key: make() if key == "scaler" else make for key, make in options.items()}
-        results.append(train(last, tracker, **made))
-    assert_identical(*results)
+        results.append(train(last, followed, **made))
+    assert_identical(results[0], results[1])
     record = tracker.probe_now(12, last)
     plain = family()
     weights = {

@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import models
 import numpy as np
@@ -31,7 +32,7 @@ CLEAR = Truth(
 )  # fmt: skip
 
 
-def curve(truth: Truth = CLEAR, seed: int = 0) -> list[dict]:
+def curve(truth: Truth = CLEAR, seed: int = 0) -> list[dict[str, Any]]:
     return records(truth, np.random.default_rng(seed))
 
 
@@ -39,7 +40,9 @@ def stages_in_order(signal: st.signal.Analysis) -> list[str]:
     return list(dict.fromkeys(signal.stages))
 
 
-def recorded(directory: Path, written: list[dict], probe: st.Probe | None = None) -> st.Run:
+def recorded(
+    directory: Path, written: list[dict[str, Any]], probe: st.Probe | None = None
+) -> st.Run:
     run = st.Run.open(directory, probe)
     (whole,) = synthetic_records(steps=[0])
     for record in written:
@@ -190,7 +193,7 @@ def test_scanned_checkpoints_may_come_in_any_order() -> None:
     assert analyze(shuffled) == analyze(written)
 
 
-def beside(written: list[dict], share: float, shift: int = 0) -> dict[int, float]:
+def beside(written: list[dict[str, Any]], share: float, shift: int = 0) -> dict[int, float]:
     """A loss that falls as the root of the step, and takes a share of the rate's wiggles."""
     rates = np.array([record["sink_rate"] for record in written])
     wiggles = rates - np.array([CLEAR.rate(np.array(record["step"])) for record in written])
@@ -256,7 +259,7 @@ def test_losses_that_say_nothing(loss: dict[int, float], says: str) -> None:
     assert signal.loss is None and says in signal.missing[-1]
 
 
-def test_losses_are_read_from_what_trainers_write(tmp_path: Path, demo) -> None:
+def test_losses_are_read_from_what_trainers_write(tmp_path: Path, demo: tuple[Path, str]) -> None:
     (newest,) = (demo[0] / "checkpoints").glob("checkpoint-400")
     found = read_losses(newest)
     assert found == read_losses(newest / "trainer_state.json")
@@ -275,14 +278,16 @@ def test_losses_are_read_from_what_trainers_write(tmp_path: Path, demo) -> None:
         ("missing.csv", None, "cannot read losses"),
     ],
 )
-def test_what_holds_no_loss_is_named(tmp_path: Path, name, content, says) -> None:
+def test_what_holds_no_loss_is_named(
+    tmp_path: Path, name: str, content: str | None, says: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(st.RecordError, match=says):
         read_losses(tmp_path / name)
 
 
-def test_show_says_it_and_json_holds_it(tmp_path: Path, demo) -> None:
+def test_show_says_it_and_json_holds_it(tmp_path: Path, demo: tuple[Path, str]) -> None:
     runner = CliRunner()
     lines = runner.invoke(app, ["show", str(demo[0] / "run"), "--json"]).stdout.splitlines()
     signal = json.loads(lines[-1])["signal"]
@@ -291,7 +296,9 @@ def test_show_says_it_and_json_holds_it(tmp_path: Path, demo) -> None:
     assert "a candidate" in text and signal["missing"][0].split(":")[0] in text
 
 
-def test_a_callback_tells_of_a_fall(tmp_path: Path, monkeypatch, caplog) -> None:
+def test_a_callback_tells_of_a_fall(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A run with a sink goes on with a model that has none: log and W&B both say so."""
     monkeypatch.chdir(tmp_path)
     recorded(tmp_path / "run", curve(), PROBE)
@@ -310,7 +317,9 @@ def test_a_callback_tells_of_a_fall(tmp_path: Path, monkeypatch, caplog) -> None
     assert signal.stage == "displaced" and signal.regressions[0].detected == 10_200
 
 
-def test_a_signal_that_fails_does_not_stop_training(tmp_path: Path, caplog) -> None:
+def test_a_signal_that_fails_does_not_stop_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = recorded(tmp_path / "run", curve()[:3], PROBE)
     with (run.directory / "records.jsonl").open("a") as file:
         file.write('{"schema": 1, "step": 400}\n')
@@ -335,7 +344,7 @@ RUNS = Path(__file__).parent / "data" / "runs"
 SEEDS = [f"seed{seed}-lr{rate}" for seed in (1, 2, 3) for rate in ("0.005", "0.01")]
 
 
-def kept(name: str) -> list[dict]:
+def kept(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (RUNS / name / "records.jsonl").open()]
 
 
@@ -383,7 +392,9 @@ ANY_RECORD = st_.fixed_dictionaries(
 
 @settings(max_examples=40)
 @given(st_.lists(ANY_RECORD, max_size=60), st_.booleans())
-def test_any_records_are_judged_and_online_as_offline(written: list[dict], ordered: bool) -> None:
+def test_any_records_are_judged_and_online_as_offline(
+    written: list[dict[str, Any]], ordered: bool
+) -> None:
     if ordered:
         written = [record | {"step": index} for index, record in enumerate(written)]
     losses = {step: 1 / (step + 1) for step in range(0, 60, 3)}

@@ -14,6 +14,7 @@ from test_families import EXACT, PROBE, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sinktrack import ArchiveError, Measurement, Probe, measure
+from sinktrack.archive.files import Files
 from sinktrack.archive.stream import Streamed
 from sinktrack.measure import measure_streamed
 from sinktrack.record import to_json
@@ -23,21 +24,26 @@ NOT_ONE_BY_ONE = {"bamba", "glm_moe_dsa"}
 """Their blocks return more than the stream."""
 
 
+def opened(path: Path) -> Any:
+    return safe_open(path, framework="pt")
+
+
 class Recorded:
     """A checkpoint that remembers which tensors were read, and how many numbers of each."""
 
     def __init__(self, directory: Path) -> None:
         self.config = AutoConfig.from_pretrained(directory)
-        self.files = {
-            name: file
+        self.files = Files(directory)
+        self.tensors: dict[str, Any] = {
+            name: file.get_slice(name)
             for path in directory.glob("*.safetensors")
-            for file in [safe_open(path, framework="pt")]
+            for file in [opened(path)]
             for name in file.keys()  # noqa: SIM118
         }
         self.read: dict[str, int] = {}
 
     def names(self) -> list[str]:
-        return list(self.files)
+        return list(self.tensors)
 
     def slice(self, name: str) -> Any:
         return RecordedSlice(self, name)
@@ -46,16 +52,16 @@ class Recorded:
 class RecordedSlice:
     def __init__(self, source: Recorded, name: str) -> None:
         self.source, self.name = source, name
-        self.slice = source.files[name].get_slice(name)
+        self.slice = source.tensors[name]
 
     def get_shape(self) -> list[int]:
-        return self.slice.get_shape()
+        return list(self.slice.get_shape())
 
     def get_dtype(self) -> str:
-        return self.slice.get_dtype()
+        return str(self.slice.get_dtype())
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        value = self.slice[index]
+        value: torch.Tensor = self.slice[index]
         self.source.read[self.name] = self.source.read.get(self.name, 0) + value.numel()
         return value
 
@@ -83,7 +89,7 @@ def close(left: Any, right: Any) -> bool:
         return len(left) == len(right) and all(map(close, left, right))
     if isinstance(left, float) and isinstance(right, float):
         return abs(left - right) <= 1e-6 * max(1, abs(right))
-    return left == right
+    return bool(left == right)
 
 
 @pytest.mark.parametrize("family", sorted(set(EXACT) - NOT_ONE_BY_ONE))
@@ -118,7 +124,7 @@ def test_only_what_the_probe_needs_is_read(family: str, tmp_path: Path) -> None:
     streamed(source, probe)
     assert any(len(experts) < 8 for experts in routed.values())
     for name, count in source.read.items():
-        full = source.files[name].get_slice(name).get_shape()
+        full = source.tensors[name].get_shape()
         numbers = torch.Size(full).numel()
         if "embed" in name:
             assert count == len(probe.tokens.unique()) * full[1]

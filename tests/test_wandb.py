@@ -10,6 +10,7 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import models
 import planted
@@ -32,7 +33,7 @@ from sinktrack.publish.workspace import save, view
 from sinktrack.signal import analyze
 
 
-def read_back(directory: Path) -> tuple[list[dict], list]:
+def read_back(directory: Path) -> tuple[list[dict[str, Any]], list[Any]]:
     """History rows and metric definitions of the one offline run below ``directory``."""
     rows, definitions = [], []
     for record in finished(directory):
@@ -48,7 +49,7 @@ def read_back(directory: Path) -> tuple[list[dict], list]:
     return rows, definitions
 
 
-def read_summary(directory: Path) -> dict:
+def read_summary(directory: Path) -> dict[str, Any]:
     """What the run's summary comes to."""
     found = {}
     for record in finished(directory):
@@ -141,7 +142,9 @@ def test_the_trainer_loses_no_row_and_ours_have_their_axis(
     assert axes and set(axes) == {"sinktrack/step"}
 
 
-def test_causal_tests_are_curves_and_a_table(tmp_path: Path, monkeypatch) -> None:
+def test_causal_tests_are_curves_and_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     run = wandb.init(project="test", mode="offline", dir=tmp_path)
     model = planted.dense()
@@ -168,14 +171,16 @@ def test_causal_tests_are_curves_and_a_table(tmp_path: Path, monkeypatch) -> Non
     assert verdicts["necessity", "mlp", 1] == "necessary"
 
 
-def test_without_an_active_run_none_is_opened(tmp_path: Path, monkeypatch) -> None:
+def test_without_an_active_run_none_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert wandb.run is None
     SinkTracker(PROBE, tmp_path / "run", every=1, on_error="raise").step(0, models.llama())
     assert wandb.run is None and not (tmp_path / "wandb").exists()
 
 
-def test_a_trainers_own_steps_are_kept(tmp_path: Path, monkeypatch) -> None:
+def test_a_trainers_own_steps_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop that logs with ``step=`` loses no row to ours."""
     monkeypatch.chdir(tmp_path)
     run = wandb.init(project="test", mode="offline", dir=tmp_path)
@@ -297,7 +302,9 @@ def test_another_runs_own_metrics_are_left_alone(past: Run, tmp_path: Path) -> N
     assert set(configured) <= {"_wandb"}
 
 
-def test_what_the_callback_logged_is_not_published_again(tmp_path: Path, monkeypatch) -> None:
+def test_what_the_callback_logged_is_not_published_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with wandb.init(project="training", mode="offline", dir=tmp_path) as training:
         tracker = SinkTracker(PROBE, tmp_path / "run", every=1, on_error="raise")
@@ -305,7 +312,7 @@ def test_what_the_callback_logged_is_not_published_again(tmp_path: Path, monkeyp
     assert publish(Run.read(tmp_path / "run")) == (training.id, 0)
 
 
-def test_a_disabled_run_counts_as_none(tmp_path: Path, monkeypatch) -> None:
+def test_a_disabled_run_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with wandb.init(project="training", mode="disabled"):
         tracker = SinkTracker(PROBE, tmp_path / "run", every=1, on_error="raise")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from sinktrack.archive import dcp, huggingface, megatron_config, pickles
 from sinktrack.archive.discover import checkpoint_at
