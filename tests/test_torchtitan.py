@@ -170,7 +170,8 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_a_bias_of_zeros_changes_nothing(tmp_path: Path) -> None:
-    assert BIAS not in source(saved(models.qwen3_moe(), tmp_path, **{BIAS: torch.zeros(8)})).names()
+    extra: dict[str, Any] = {BIAS: torch.zeros(8)}
+    assert BIAS not in source(saved(models.qwen3_moe(), tmp_path, **extra)).names()
 
 
 def test_a_weight_that_is_missing(tmp_path: Path) -> None:

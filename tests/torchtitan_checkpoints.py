@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 RENAMED = {
     r"model\.embed_tokens\.": "tok_embeddings.",
@@ -81,4 +81,4 @@ def save(state: dict[str, Tensor], directory: Path) -> None:
         "train_state": {"step": 7, "ntokens_seen": 700},
         "dataloader": {"dp_rank_0": b"position"},
     }
-    dcp.save(state | others, checkpoint_id=directory, no_dist=True)
+    save_distributed(state | others, checkpoint_id=directory, no_dist=True)
