@@ -36,6 +36,7 @@ LARGEST_METADATA = 2**30
 _METADATA = "torch.distributed.checkpoint.metadata"
 _PLANNER = "torch.distributed.checkpoint.planner"
 _FILESYSTEM = "torch.distributed.checkpoint.filesystem"
+_OLMO_CORE = "olmo_core.distributed.checkpoint.filesystem"  # has a writer of its own
 _STORAGES = {
     "torch.DoubleStorage": torch.float64,
     "torch.FloatStorage": torch.float32,
@@ -59,6 +60,8 @@ _ADMITTED: dict[str, pickles.Build | None] = pickles.dtypes() | {
     f"{_METADATA}._MEM_FORMAT_ENCODING": _dropped,
     f"{_FILESYSTEM}._StorageInfo": None,
     f"{_FILESYSTEM}._StoragePrefix": _dropped,
+    f"{_OLMO_CORE}._StorageInfo": None,
+    f"{_OLMO_CORE}._StoragePrefix": _dropped,
     f"{_PLANNER}.SavePlan": _dropped,
     f"{_PLANNER}.WriteItem": _dropped,
     f"{_PLANNER}.WriteItemType": _dropped,

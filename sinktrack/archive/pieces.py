@@ -6,7 +6,7 @@ piece of what is stored. A format says which (`Piece`); `PieceSource` reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,8 @@ class Piece:
     lead: tuple[int, ...] = ()
     rows: tuple[dcp.Span, ...] = ()
     """All of them if empty."""
-    paired: int = 0
-    """Width of a head whose rotary pairs lie side by side on disk; in Hugging Face's layout the
-    first of each pair come before the second of each. 0 where the order is the same."""
+    turned: Callable[[Tensor], Tensor] | None = None
+    """What makes Hugging Face's layout of these rows; they are then read all at once."""
 
     @property
     def spans(self) -> list[dcp.Span]:
@@ -40,7 +39,8 @@ class Piece:
     def shape(self) -> list[int]:
         """Of the Hugging Face tensor."""
         first = [sum(last - first for first, last in self.spans)] if self.spans else []
-        return [*first, *self.stored.shape[len(self.lead) + 1 :]]
+        shape = [*first, *self.stored.shape[len(self.lead) + 1 :]]
+        return list(self.turned(torch.empty(shape, device="meta")).shape) if self.turned else shape
 
 
 class Finder:
@@ -59,14 +59,15 @@ class Finder:
         Raises:
             ArchiveError: there is none, or it is of another shape.
         """
-        found = next((self._stored[name] for name in names if name in self._stored), None)
-        if found is None:
+        name = next((name for name in names if name in self._stored), None)
+        if name is None:
             raise ArchiveError(f"the checkpoint has no {' nor '.join(names)}")
+        found = self._stored[name]
         if found.shape != tuple(shape):
             raise ArchiveError(
-                f"{found.name} has shape {list(found.shape)}, the configuration says {list(shape)}"
+                f"{name} has shape {list(found.shape)}, the configuration says {list(shape)}"
             )
-        self._taken.add(found.name)
+        self._taken.add(name)
         return found
 
     def renamed(self, name: str, own: str, *shape: int) -> tuple[str, Piece]:
@@ -146,25 +147,17 @@ class PieceSlice:
     def __getitem__(self, index: Index) -> Tensor:
         """A part of the tensor, or with ``...`` all of it.
 
-        Only the rows of a leading slice of step 1 are read, of paired ones those of their heads.
+        Only the rows of a leading slice of step 1 are read, if the piece need not be turned.
         """
         index = index if isinstance(index, tuple) else (index,)
         rows, first = self.piece.spans, index[0] if index else ...
-        if isinstance(first, slice) and first.step in (None, 1):
+        if isinstance(first, slice) and first.step in (None, 1) and self.piece.turned is None:
             low, high, _ = first.indices(self.get_shape()[0])
-            width = self.piece.paired or 1
-            start = low // width * width
-            rows = _cut(rows, start, -(-high // width) * width)
-            index = (slice(low - start, max(low, high) - start), *index[1:])
-            if low >= high:
-                return torch.empty(0, *self.get_shape()[1:], dtype=self.piece.stored.dtype)[
-                    (slice(None), *index[1:])
-                ]
+            rows, index = _cut(rows, low, high), (slice(None), *index[1:])
+            if not rows:
+                return torch.empty(0, *self.get_shape()[1:], dtype=self.piece.stored.dtype)[index]
         found = dcp.read(self.piece.stored, self._fetch, self.piece.lead, rows)
-        if self.piece.paired:
-            heads = found.unflatten(0, (-1, self.piece.paired // 2, 2))
-            found = heads.transpose(1, 2).reshape(found.shape)
-        return found[index]
+        return (self.piece.turned(found) if self.piece.turned else found)[index]
 
     def _fetch(self, file: str, start: int, length: int) -> memoryview:
         return self.files.read(file, start, start + length)

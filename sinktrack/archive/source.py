@@ -19,7 +19,7 @@ from torch import Tensor
 from sinktrack.archive.files import Files
 from sinktrack.errors import ArchiveError
 
-FORMATS = ("safetensors", "pytorch", "fsdp", "torchtitan", "megatron")
+FORMATS = ("safetensors", "pytorch", "fsdp", "olmo_core", "torchtitan", "megatron")
 """Modules of this package; of two that know a directory the first counts."""
 
 DTYPES = {

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
+
 from sinktrack.archive import huggingface
 from sinktrack.archive.dcp import Stored
 from sinktrack.archive.discover import checkpoint_at
@@ -74,11 +76,8 @@ class _Names:
 
     def __init__(self, stored: dict[str, Stored], config: Any) -> None:
         self.stored, self.config, self.finder = stored, config, Finder(stored)
-        self.take, self.renamed, self.gated = (
-            self.finder.take, self.finder.renamed, self.finder.gated,
-        )  # fmt: skip
-        self.hidden = config.hidden_size
-        self.latent = config.model_type == "deepseek_v3"
+        self.take, self.renamed = self.finder.take, self.finder.renamed
+        self.hidden, self.latent = config.hidden_size, config.model_type == "deepseek_v3"
         self.biases: list[Stored] = []
         """Of the experts, where the family has none."""
 
@@ -99,11 +98,9 @@ class _Names:
         attention = self._latent if self.latent else self._grouped
         for name, piece in attention(f"{at}.attention"):
             yield f"self_attn.{name}", piece
-        if dense:
-            width = self.config.intermediate_size
-            yield from self.gated("mlp", f"{at}.feed_forward", self.hidden, width)
-        else:
-            yield from self._experts(f"{at}.moe")
+        width = self.config.intermediate_size
+        mlp = self.finder.gated("mlp", f"{at}.feed_forward", self.hidden, width)
+        yield from mlp if dense else self._experts(f"{at}.moe")
 
     def _grouped(self, at: str) -> Iterator[tuple[str, Piece]]:
         config, width = self.config, self.config.head_dim
@@ -111,11 +108,16 @@ class _Names:
         for name, count in heads.items():
             own = (f"{at}.qkv_linear.w{name}.weight", f"{at}.w{name}.weight")
             stored = self.take(*own, shape=(count * width, self.hidden))
-            paired = width if config.model_type == "llama" and name != "v" else 0
-            yield f"{name}_proj.weight", Piece(stored, paired=paired)
+            pairs = config.model_type == "llama" and name != "v"
+            yield f"{name}_proj.weight", Piece(stored, turned=self._apart if pairs else None)
             if config.model_type != "llama" and name != "v":
                 yield self.renamed(f"{name}_norm", f"{at}.{name}_norm", width)
         yield self.renamed("o_proj", f"{at}.wo", self.hidden, heads["q"] * width)
+
+    def _apart(self, rows: Tensor) -> Tensor:
+        """Hugging Face has the first of all rotary pairs of a head, then the second of each."""
+        heads = rows.view(-1, self.config.head_dim // 2, 2, rows.shape[1])
+        return heads.transpose(1, 2).reshape(rows.shape)
 
     def _latent(self, at: str) -> Iterator[tuple[str, Piece]]:
         config, heads, rank = self.config, self.config.num_attention_heads, self.config.kv_lora_rank
@@ -139,7 +141,7 @@ class _Names:
         if self.latent:
             yield "mlp.gate.e_score_correction_bias", Piece(self.take(*bias, shape=(count,)))
             both, shared = "shared_experts", self.config.n_shared_experts * width
-            yield from self.gated(f"mlp.{both}", f"{at}.{both}", self.hidden, shared)
+            yield from self.finder.gated(f"mlp.{both}", f"{at}.{both}", self.hidden, shared)
         elif any(name in self.stored for name in bias):
             self.biases.append(self.take(*bias, shape=(count,)))
         for name, own in (("gate", "w1_EFD"), ("up", "w3_EFD"), ("down", "w2_EDF")):
