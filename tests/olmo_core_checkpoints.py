@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 RENAMED = {
     r"model\.embed_tokens\.": "embeddings.",
@@ -137,7 +137,7 @@ def save(state: dict[str, Tensor], saved: dict[str, Any] | None, directory: Path
     name, value = next(iter(state.items()))
     optimizer = {f"state.{name}.exp_avg": torch.ones_like(value)}
     place = directory / "model_and_optim"
-    dcp.save({"model": state, "optim": optimizer}, checkpoint_id=place, no_dist=True)
+    dcp_save({"model": state, "optim": optimizer}, checkpoint_id=place, no_dist=True)
     if saved is not None:
         text = json.dumps({"run_name": "run", "model": saved, "trainer": {"max_duration": 1}})
         (directory / "config.json").write_text(text)
