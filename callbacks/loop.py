@@ -100,15 +100,19 @@ class SinkTracker:
             record = measurement.to_record(step, "callback", packages, tokens) | tested
             record = to_json(record)
             self._run.append(record)
-            wandb.log(record, self.axes, self._run)
         except Exception as error:
             self._failed("probe", step, error, everywhere=spread)
             return None
-        try:
-            self._judge(record)
-        except Exception as error:
-            self._failed("signal", step, error)
+        for what, tell in (("W&B log", self._log), ("signal", self._judge)):
+            try:
+                tell(record)
+            except Exception as error:  # the record is on disk already
+                self._failed(what, step, error)
         return measurement
+
+    def _log(self, record: dict[str, Any]) -> None:
+        assert self._run is not None
+        wandb.log(record, self.axes, self._run)
 
     def _causal(self, step: int, model: Model, measurement: Measurement) -> dict[str, Any]:
         """The record's causal tests, where they are due."""

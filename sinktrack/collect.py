@@ -60,21 +60,24 @@ class States(Observer):
             self.other_norms[block].append(norms.flatten())
 
     def stacked(self, of: dict[int, list[Tensor]]) -> Tensor:
-        """``[L + 1, ...]`` on the CPU, the batches side by side.
+        """``[L + 1, ...]`` on the CPU, the batches side by side."""
+        return torch.stack([torch.cat([part.detach().cpu() for part in of[b]]) for b in sorted(of)])
+
+    def check(self) -> None:
+        """Refuse what is no number.
 
         Raises:
-            MeasurementError: a state is not finite; names the block.
+            MeasurementError: a state is not finite; names the first block whose input shows it.
         """
-        rows = torch.stack([torch.cat([part.detach().cpu() for part in of[b]]) for b in sorted(of)])
-        finite = rows.flatten(1).isfinite().all(-1)
-        if not finite.all():
-            block = int((~finite).nonzero()[0])
-            where = f"input of block {block}" if block < len(rows) - 1 else "last block's output"
-            raise MeasurementError(
-                f"the residual stream is not finite at the {where}: NaN or infinite weights, or an "
-                f"overflow in {self.dtype}"
-            )
-        return rows
+        last = max(self.states, default=0)
+        for block in sorted(self.states):
+            rows = [*self.states[block], *self.others[block], *self.other_norms[block]]
+            if not all(bool(row.isfinite().all()) for row in rows):
+                where = f"input of block {block}" if block < last else "last block's output"
+                raise MeasurementError(
+                    f"the residual stream is not finite at the {where}: NaN or infinite weights, "
+                    f"or an overflow in {self.dtype}"
+                )
 
 
 class Collector(States):

@@ -221,6 +221,8 @@ def assemble(
     """
     if not collected.p0:
         raise MeasurementError("no block has softmax attention, so there is no attention to P0")
+    collected.check()
+    singles.check()
     states = collected.stacked(collected.states)
     others = collected.stacked(collected.others)
     other_norms = collected.stacked(collected.other_norms)

@@ -225,8 +225,8 @@ class Run:
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise RecordError(f"record of step {step!r}; wanted an integer of 0 or more")
         ours = self.probe.digest if self.probe else None
-        if ours is None and self.records:
-            ours = self.records[-1]["probe"]
+        if ours is None and (written := self.written):
+            ours = written[-1]["probe"]
         if ours is not None and record.get("probe") != ours:
             raise RecordError(
                 f"record of probe {record.get('probe')}, but {self.directory} holds probe {ours}; "

@@ -195,29 +195,44 @@ def test_no_quadratic_matrix_is_held() -> None:
     assert largest.numbers <= query.numel()
 
 
-@given(shapes, st.booleans())
-@settings(max_examples=50, deadline=None)
-def test_keys_that_are_hidden(shape: dict[str, Any], additive: bool) -> None:
-    """Hiding a key from a query by `see` equals softmax without it, whatever the mask's form."""
+@given(shapes, st.booleans(), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_other_sight(shape: dict[str, Any], additive: bool, later: bool) -> None:
+    """Hiding keys by `see`, or showing later ones, equals softmax over the others."""
     query, key, value, mask = draw(shape, torch.float32)
     length = shape["length"]
     seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask[0, 0]
     wanted = seen.clone()
     wanted[length // 2 :, 1 : length // 2 + 1] = False
+    if later:
+        wanted[0] = True
     wanted.fill_diagonal_(True)
-    wanted &= seen
-    given_mask = mask
     if additive:
-        lowest = torch.finfo(torch.float32).min
-        given_mask = torch.zeros(1, 1, length, length).masked_fill(~seen, lowest)
-    changed = see(given_mask, lambda _: wanted[None, None], query)
-    _, got = attend(query, key, value, scale=shape["scale"], mask=changed)
+        mask = torch.zeros(1, 1, length, length).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+    def change(now: Tensor) -> Tensor:
+        assert torch.equal(now[0, 0], seen)
+        return wanted[None, None]
+
+    changed = see(mask, change, query)
+    _, got = attend(query, key, value, scale=shape["scale"], mask=changed, later=later)
     _, probabilities, largest = softmax_reference(
         query, key, value, shape["scale"], wanted[None, None]
     )
     bound = 1e-6 + 2**-22 * float(largest)
     assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
-    assert see(given_mask, lambda _: None, query) is given_mask
+    assert see(mask, lambda _: None, query) is mask
+
+
+def test_float64_and_wide_values() -> None:
+    """What no fused kernel takes is computed in chunks."""
+    query, key = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
+    for dtype, width in ((torch.float64, 8), (torch.float32, 12)):
+        value = torch.randn(2, 2, 9, width).to(dtype)
+        output, got = attend(query.to(dtype), key.to(dtype), value, scale=0.3)
+        wanted, probabilities, _ = softmax_reference(query, key, value, 0.3, None)
+        torch.testing.assert_close(output.double(), wanted, atol=1e-6, rtol=0)
+        assert (got.p0.double() - probabilities[..., 0]).abs().max() <= 1e-6
 
 
 def test_heads_that_differ_in_sight_are_refused() -> None:

@@ -1,0 +1,273 @@
+"""What goes wrong around a run: nothing recorded is lost, and training is as it would have been."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+import wandb
+from scanner import PROBE as SCANNED
+from scanner import save_archive
+from test_callbacks import PROBE, assert_identical
+from test_measure import fingerprint, same
+
+from sinktrack import ArchiveError, MeasurementError, Probe, Run, measure, scan
+from sinktrack.callbacks.loop import SinkTracker
+from sinktrack.record import to_json
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [entry.getMessage() for entry in caplog.records if entry.name == "sinktrack"]
+
+
+def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` with everything of this module at hand and arguments in ``sys.argv[2:]``."""
+    start = "import sys; sys.path.insert(0, sys.argv[1]); from test_faults import *\n"
+    return subprocess.run(
+        [sys.executable, "-c", start + textwrap.dedent(code), str(Path(__file__).parent),
+         *map(str, arguments)],
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+
+
+def test_a_full_disk_during_training(tmp_path: Path) -> None:
+    """Earlier records are whole, training is bit-identical, and later records go on."""
+    done = in_a_process(
+        """
+        import resource
+        from test_setups import train
+        torch.set_num_threads(1)
+        plain = train(models.llama(attention_dropout=0.1).train(), None)
+        tracker = SinkTracker(PROBE, sys.argv[2], every=2)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def fill(probe, size):
+            def step(number, model):
+                if number == 4:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+                if number == 8:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+                return probe(number, model)
+            return step
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        tracker.step(0, models.llama())
+        room = (Path(sys.argv[2]) / "records.jsonl").stat().st_size
+        tracker.step = fill(tracker.step, room + room * 3 // 2)
+        tracked = train(models.llama(attention_dropout=0.1).train(), tracker)
+        assert_identical(plain, tracked)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "the probe at step 4 failed, training goes on" in done.stderr
+    assert "earlier records are untouched" in done.stderr
+    assert Run.read(tmp_path).steps == [0, 2, 8, 10]
+
+
+def test_a_run_directory_that_is_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker, model = SinkTracker(PROBE, tmp_path / "run", every=1), models.llama()
+    tracker.step(1, model)
+    shutil.rmtree(tmp_path / "run")
+    assert tracker.step(2, model) is None and tracker.step(3, model) is None
+    (told,) = warnings(caplog)
+    assert "cannot append to" in told and "No such file or directory" in told
+    (tmp_path / "run").mkdir()
+    assert tracker.step(4, model) is not None
+    assert Run.read(tmp_path / "run").steps == [4]
+
+
+class Stop(BaseException):
+    """What a handler of signals may raise."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_middle_of_a_probe(number: signal.Signals, tmp_path: Path) -> None:
+    """It goes through to whoever handles it, and the model is that of training again."""
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    model = models.mixtral(attention_dropout=0.1).train()
+    before = fingerprint(model)
+    tracker = SinkTracker(PROBE, tmp_path, every=1)
+    tracker.step(1, model)
+    handle = model.model.layers[2].register_forward_hook(lambda *_: os.kill(os.getpid(), number))
+    own = signal.signal(number, stop)
+    try:
+        with pytest.raises(Stop):
+            tracker.step(2, model)
+    finally:
+        signal.signal(number, own)
+        handle.remove()
+    assert same(before, fingerprint(model))
+    assert Run.read(tmp_path).steps == [1]
+    assert tracker.step(3, model) is not None
+
+
+def test_a_checkpoint_saved_in_the_middle_of_a_probe(tmp_path: Path) -> None:
+    """A handler that saves and returns saves the weights of training; the probe goes on."""
+    model = models.deepseek_v3(attention_dropout=0.1).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    saved: list[dict[str, Any]] = []
+    own = signal.signal(signal.SIGUSR1, lambda *_: saved.append(model.state_dict()))
+    handle = model.model.layers[2].register_forward_hook(
+        lambda *_: os.kill(os.getpid(), signal.SIGUSR1)
+    )
+    try:
+        assert SinkTracker(PROBE, tmp_path, every=1, on_error="raise").step(1, model) is not None
+    finally:
+        signal.signal(signal.SIGUSR1, own)
+        handle.remove()
+    assert len(saved) == 2  # the probe's pass, and that of the first tokens
+    for found in saved:
+        assert_identical(before, found)
+
+
+def test_a_run_of_wandb_that_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Records are kept, the signal is judged, and the failure is told once, for what it is."""
+    monkeypatch.chdir(tmp_path)
+    active = wandb.init(project="test", mode="offline", dir=tmp_path)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(active, "log", broken)
+    tracker, model = SinkTracker(PROBE, tmp_path / "run", every=1), models.llama()
+    assert all(tracker.step(step, model) is not None for step in range(1, 5))
+    active.finish()
+    assert tracker.step(5, model) is not None
+    assert warnings(caplog) == [
+        "the W&B log at step 1 failed, training goes on: ConnectionError: no route to host"
+    ]
+    assert Run.read(tmp_path / "run").steps == [1, 2, 3, 4, 5]
+
+
+def test_an_unreachable_wandb_is_named(tmp_path: Path) -> None:
+    """Publishing fails in words and within its time; the records stay as they are."""
+    run = Run.open(tmp_path / "run", PROBE)
+    run.append(to_json(measure(models.llama(), PROBE).to_record(1, "callback", {})))
+    environment = {
+        "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_MODE": "online",
+        "WANDB_INIT_TIMEOUT": "5", "WANDB_HTTP_TIMEOUT": "2",
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "from sinktrack.cli import main; main()", "publish",
+         str(tmp_path / "run"), "--to", "wandb"],
+        capture_output=True, text=True, timeout=200, env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "sinktrack: W&B: " in done.stderr and "Traceback" not in done.stderr
+    assert Run.read(tmp_path / "run").steps == [1]
+
+
+def test_weights_that_are_no_numbers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = models.mixtral().train()
+    tracker = SinkTracker(PROBE, tmp_path, every=1)
+    with torch.no_grad():
+        norm = model.model.layers[2].input_layernorm.weight
+        kept, norm[3] = norm[3].clone(), torch.nan
+    assert tracker.step(1, model) is None
+    (told,) = warnings(caplog)
+    assert "not finite at the input of block 3" in told and "training goes on" in told
+    assert Run.read(tmp_path).steps == []
+    with torch.no_grad():
+        norm[3] = kept
+    assert tracker.step(2, model) is not None
+
+
+def test_an_expert_that_is_no_number() -> None:
+    """It matters where a token of the probe comes to it, and nowhere else."""
+    probe = Probe.random(models.VOCABULARY, sequences=1, length=2)
+    whole = measure(models.mixtral(), probe)
+    failures = 0
+    for expert in range(8):
+        model = models.mixtral()
+        with torch.no_grad():
+            model.model.layers[2].mlp.experts.down_proj[expert] = torch.nan
+        try:
+            assert torch.equal(measure(model, probe).norm_ratio, whole.norm_ratio)
+        except MeasurementError as error:
+            assert "not finite at the input of block 3" in str(error)
+            failures += 1
+    assert 2 <= failures <= 4  # two tokens go to two experts each
+
+
+def test_an_archive_that_changes_while_it_is_scanned(tmp_path: Path) -> None:
+    """Each checkpoint is what it was when its turn came; what is gone or half there is named."""
+    archive = save_archive(tmp_path / "archive", range(1, 6))
+    seen: dict[int, Any] = {}
+
+    def notify(checkpoint: Any, outcome: Any) -> None:
+        seen[checkpoint.step] = outcome
+        if checkpoint.step != 1:
+            return
+        shutil.rmtree(archive / "checkpoint-2")
+        weights = archive / "checkpoint-3/model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        shutil.copy(archive / "checkpoint-5/model.safetensors", archive / "checkpoint-4")
+        shutil.copytree(archive / "checkpoint-5", archive / "checkpoint-6")
+
+    records = list(scan(archive, probe=SCANNED, run=tmp_path / "run", notify=notify))
+    assert [record["step"] for record in records] == [1, 4, 5]
+    assert records[1]["p0_attention"] == records[2]["p0_attention"]
+    assert isinstance(seen[2], ArchiveError) and "checkpoint-2" in str(seen[2])
+    assert isinstance(seen[3], ArchiveError) and "truncated" in str(seen[3])
+    again = list(scan(archive, run=tmp_path / "run", notify=lambda *_: None))
+    assert [record["step"] for record in again] == [6]
+
+
+def test_a_callback_and_a_scanner_on_one_run(tmp_path: Path) -> None:
+    """Both append; of a step that both measured the last counts."""
+    archive = save_archive(tmp_path / "archive", range(1, 4))
+    tracker = SinkTracker(SCANNED, tmp_path / "run", every=1, on_error="raise")
+    model = models.mixtral()
+    scanning = scan(archive, run=tmp_path / "run")
+    for step in (2, 7, 8):
+        next(scanning)
+        tracker.step(step, model)
+    assert list(scanning) == []
+    run = Run.read(tmp_path / "run")
+    assert run.steps == [1, 2, 3, 7, 8] and len(run.written) == 6
+    assert [record["source"] for record in run.records] == [
+        "checkpoint-1", "checkpoint-2", "checkpoint-3", "callback", "callback",
+    ]  # fmt: skip
+
+
+def test_a_clock_that_goes_backwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is ordered by it: a file that looks older than before is read anew all the same."""
+    run = Run.open(tmp_path, PROBE)
+    record = to_json(measure(models.llama(), PROBE).to_record(1, "callback", {}))
+    run.append(record)
+    reader = Run.read(tmp_path)
+    assert reader.steps == [1]
+    run.append(record | {"step": 2})
+    os.utime(tmp_path / "records.jsonl", (0, 0))
+    assert reader.steps == [1, 2] and run.steps == [1, 2]
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert measure(models.llama(), PROBE).seconds > 0
+
+
+def test_the_log_says_each_failure_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = models.llama()
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(torch.nan)  # the head is none of the probe's business
+    tracker = SinkTracker(PROBE, tmp_path, every=1)
+    assert tracker.step(1, broken) is not None
+    with torch.no_grad():
+        broken.model.embed_tokens.weight.fill_(torch.nan)
+    with caplog.at_level(logging.WARNING, "sinktrack"):
+        assert all(tracker.step(step, broken) is None for step in range(2, 6))
+    assert len(warnings(caplog)) == 1
