@@ -218,6 +218,16 @@ def test_another_family_or_experiment(tmp_path: Path) -> None:
         source(archive)
 
 
+def test_experts_that_may_lie_either_way(tmp_path: Path) -> None:
+    """Those of limited capacity are of the same shape where width and stream agree."""
+    model = flex_olmo(intermediate_size=32)
+    archive = saved(model, tmp_path / "archive")
+    assert source(archive).names()
+    model.config.save_pretrained(tmp_path / "hf")
+    with pytest.raises(ArchiveError, match="whether they are dropless; scan without"):
+        source(archive, hf_config=tmp_path / "hf")
+
+
 @pytest.mark.parametrize("damage", ["shorter", "gone"])
 def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
     archive = saved(flex_olmo(), tmp_path)

@@ -1,8 +1,7 @@
 """torchtitan's checkpoints: ``step-N/`` with ``.metadata``, written last, and ``*.distcp``.
 
-A ``torch.distributed.checkpoint`` (see ``dcp``) with the model's parameters, under the names of
-torchtitan 0.2 or 0.3, beside the states of optimizer, scheduler, data loader and trainer. It says
-nothing of the architecture, so a configuration has to be given.
+A ``torch.distributed.checkpoint`` (see ``dcp``) of the model, under the names of torchtitan 0.2 or
+0.3, beside the optimizer and others. It says nothing of the architecture: that has to be given.
 """
 
 from __future__ import annotations
@@ -78,8 +77,7 @@ class _Names:
         self.stored, self.config, self.finder = stored, config, Finder(stored)
         self.take, self.renamed = self.finder.take, self.finder.renamed
         self.hidden, self.latent = config.hidden_size, config.model_type == "deepseek_v3"
-        self.biases: list[Stored] = []
-        """Of the experts, where the family has none."""
+        self.biases: list[Stored] = []  # of the experts, where the family has none
 
     def all(self) -> Iterator[tuple[str, Piece]]:
         rows, dense = self.config.vocab_size, dense_blocks(self.config)
@@ -95,8 +93,7 @@ class _Names:
     def _block(self, at: str, dense: bool) -> Iterator[tuple[str, Piece]]:
         yield self.renamed("input_layernorm", f"{at}.attention_norm", self.hidden)
         yield self.renamed("post_attention_layernorm", f"{at}.ffn_norm", self.hidden)
-        attention = self._latent if self.latent else self._grouped
-        for name, piece in attention(f"{at}.attention"):
+        for name, piece in (self._latent if self.latent else self._grouped)(f"{at}.attention"):
             yield f"self_attn.{name}", piece
         width = self.config.intermediate_size
         mlp = self.finder.gated("mlp", f"{at}.feed_forward", self.hidden, width)
