@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -12,10 +14,14 @@ import models
 import olmo_core_checkpoints as olmo
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import FlexOlmoConfig, Olmo2Config, Olmo3Config
 
 from sinktrack import ArchiveError, Probe, measure, scan
+from sinktrack.archive import olmo_core_config
 from sinktrack.archive.discover import discover
+from sinktrack.archive.files import Files
 from sinktrack.archive.follow import is_complete
 from sinktrack.archive.huggingface import load
 from sinktrack.archive.source import Source
@@ -116,6 +122,7 @@ def changed(model: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return model
 
 
+TOLD = olmo.experiment(olmo3())
 MIXER, MOE = "block.sequence_mixer", "block.feed_forward_moe"
 
 
@@ -165,6 +172,39 @@ def test_what_does_not_fit_is_refused(
     olmo.save(olmo.weights(model), told, tmp_path / "step7")
     with pytest.raises(ArchiveError, match=message):
         source(tmp_path)
+
+
+NAMES = st.sampled_from(
+    ["block", "attention", "rope", "scaling", "name", "eps", "n_heads", "pattern", "qk_norm", "0"]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 200), VALUES), min_size=1, max_size=3))
+def test_whatever_an_experiment_says(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, Any]]
+) -> None:
+    """A configuration, or an error that names the file."""
+
+    def paths(tree: dict[str, Any], above: str = "") -> list[str]:
+        inner = [paths(v, f"{above}{name}.") for name, v in tree.items() if isinstance(v, dict)]
+        return [f"{above}{name}" for name in tree] + [path for found in inner for path in found]
+
+    told = copy.deepcopy(TOLD)
+    for number, value in changes:
+        known = paths(told)
+        told = changed(told, known[number % len(known)], value)
+    place = tmp_path_factory.getbasetemp() / "experiment"
+    place.mkdir(exist_ok=True)
+    (place / "config.json").write_text(json.dumps({"model": told}))
+    try:
+        assert olmo_core_config.read(Files(place)).model_type in ("olmo2", "olmo3", "flex_olmo")
+    except ArchiveError as error:
+        assert "config.json" in str(error)
 
 
 @pytest.mark.parametrize(("first", "last"), [(True, False), (False, True), (True, True)])
