@@ -79,7 +79,7 @@ def test_measured_as_the_model_that_was_saved(family: str, tmp_path: Path) -> No
 def test_a_configuration_given_by_hand(family: str, tmp_path: Path) -> None:
     model = FAMILIES[family]()
     olmo.save(olmo.weights(model), None, tmp_path / "archive" / "step7")
-    with pytest.raises(ArchiveError, match=r"no config.json of its experiment; .*--hf-config"):
+    with pytest.raises(ArchiveError, match=r"no config.json that .*--hf-config"):
         source(tmp_path / "archive")
     model.config.save_pretrained(tmp_path / "hf")
     found = load(discover(tmp_path / "archive", hf_config=tmp_path / "hf")[0])
@@ -254,7 +254,7 @@ def test_another_family_or_experiment(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="of llama; checkpoints of OLMo-core are read as"):
         source(archive, hf_config=tmp_path / "hf")
     (archive / "step7" / "config.json").write_text('{"models": {}}')
-    with pytest.raises(ArchiveError, match="config.json has no model"):
+    with pytest.raises(ArchiveError, match="no config.json that describes the model"):
         source(archive)
 
 

@@ -55,11 +55,11 @@ _FREE = re.compile(
 )
 """How it was initialized, trained and computed: nothing that changes the function."""
 _KINDS = {"default reordered_norm": "olmo2", "moe moe_reordered_norm": "flex_olmo"}
-_WINDOW = "block.attention.sliding_window"
+_WINDOW, _ENDS = "block.attention.sliding_window", ("first", "last")
 _READ = (
     "tie_word_embeddings", "block.attention.rope.theta", f"{_WINDOW}.pattern",
-    f"{_WINDOW}.force_full_attention_on_first_layer",
-    f"{_WINDOW}.force_full_attention_on_last_layer", *(f"{norm}.eps" for norm in _NORMS),
+    *(f"{_WINDOW}.force_full_attention_on_{which}_layer" for which in _ENDS),
+    *(f"{norm}.eps" for norm in _NORMS),
 )  # fmt: skip
 
 
@@ -69,16 +69,12 @@ def read(files: Files) -> Any:
     Raises:
         ArchiveError: there is no ``config.json``, or its model is none that is known here.
     """
-    if not files.exists("config.json"):
-        raise ArchiveError(
-            f"{files.location} holds no config.json of its experiment; give the configuration of "
-            "the Hugging Face model with --hf-config"
-        )
-    model = files.read_json("config.json").get("model")
+    saved = files.read_json("config.json") if files.exists("config.json") else {}
+    model = saved.get("model")
     if not isinstance(model, dict):
         raise ArchiveError(
-            f"{files.path('config.json')} has no model, as OLMo-core's has; give the configuration "
-            "of the Hugging Face model with --hf-config"
+            f"{files.location} holds no config.json that describes the model of an experiment; "
+            "give the configuration of the Hugging Face model with --hf-config"
         )
     try:
         return AutoConfig.for_model(**_fields(dict(_flat(model))))
@@ -137,10 +133,7 @@ def _fields(model: dict[str, Any]) -> dict[str, Any]:
 
 def _windows(model: dict[str, Any], pattern: Any, layers: int) -> dict[str, Any]:
     """A pattern is repeated over the blocks; -1 is full attention."""
-    first, last = (
-        model.get(f"{_WINDOW}.force_full_attention_on_{which}_layer") is True
-        for which in ("first", "last")
-    )
+    first, last = (f"{_WINDOW}.force_full_attention_on_{which}_layer" in model for which in _ENDS)
     if not isinstance(pattern, list) or {type(size) for size in pattern} != {int}:
         raise ArchiveError(f"{_WINDOW}.pattern={short(pattern)}")
     sizes = [pattern[(block - first) % len(pattern)] for block in range(layers)]
@@ -156,14 +149,14 @@ def _windows(model: dict[str, Any], pattern: Any, layers: int) -> dict[str, Any]
 
 
 def _size(model: dict[str, Any], path: str) -> int:
-    value = model.get(path)
+    value = _number(model, path)
     if type(value) is not int or not 0 < value <= _LARGEST.get(path, 2**26):
         raise ArchiveError(f"its model has {path}={short(value)}")
     return value
 
 
-def _number(model: dict[str, Any], path: str) -> float:
+def _number(model: dict[str, Any], path: str) -> int | float:
     value = model.get(path)
     if not isinstance(value, int | float):
         raise ArchiveError(f"its model has {path}={short(value)}")
-    return float(value)
+    return value
