@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 from test_callbacks import PROBE, two_processes
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from sinktrack import ArchiveError, Run, measure, scan
 from sinktrack.archive.discover import discover
@@ -60,6 +61,17 @@ def test_slices(archive: Path) -> None:
         assert torch.equal(part[...], wanted)
         assert torch.equal(part[1:3], wanted[1:3])
         assert torch.equal(part[2], wanted[2])
+
+
+def test_one_number(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoint-1"
+    models.mixtral(num_hidden_layers=2).config.save_pretrained(place)
+    weights = {"scale": torch.tensor(2.5), "scales": torch.tensor([1.0, 2.0])}
+    save({"model": weights}, checkpoint_id=place / FOLDER, no_dist=True)
+    source = open_source(discover(tmp_path)[0])
+    scale = source.slice("scale")
+    assert scale.get_shape() == [] and torch.equal(scale[...], weights["scale"])
+    assert torch.equal(source.slice("scales")[...], weights["scales"])
 
 
 def test_without_a_configuration_the_way_out_is_named(archive: Path, tmp_path: Path) -> None:

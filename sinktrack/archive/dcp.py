@@ -199,12 +199,17 @@ def read(
     """
     k = len(lead)
     shape = stored.shape[k:]
-    spans = list(rows) or [(0, shape[0])]
     chunks = [
         chunk
         for chunk in stored.near(lead)
         if all(o <= i < o + s for i, o, s in zip(lead, chunk.offsets, chunk.sizes, strict=False))
     ]
+    if not shape:  # one number
+        if len(chunks) != 1:
+            raise ArchiveError(f"{stored.name} is not whole: {len(chunks)} chunks of one number")
+        inner = tuple(i - o for i, o in zip(lead, chunks[0].offsets, strict=True))
+        return _part(stored, chunks[0], fetch, inner, (0, 1)).view(())
+    spans = list(rows) or [(0, shape[0])]
     parts, total = [], 0
     for first, last in spans:
         boxes = []
