@@ -35,7 +35,7 @@ def main() -> None:
     print(f"wrote {options.out}")
 
 
-def picture(figure: Any, form: str) -> bytes:
+def picture(figure: Any, form: str, width: int = WIDTH, height: int = HEIGHT) -> bytes:
     """A plotly Figure as ``svg`` or ``png``."""
     from plotly.offline import get_plotlyjs
 
@@ -48,7 +48,7 @@ def picture(figure: Any, form: str) -> bytes:
                 const { data, layout } = JSON.parse(figure);
                 return Plotly.toImage({ data, layout }, { format, width, height, scale: 2 });
             }""",
-            [figure.to_json(), form, WIDTH, HEIGHT],
+            [figure.to_json(), form, width, height],
         )
     head, body = address.split(",", 1)
     return base64.b64decode(body) if head.endswith(";base64") else unquote(body).encode()
