@@ -224,6 +224,32 @@ def test_other_sight(shape: dict[str, Any], additive: bool, later: bool) -> None
     assert see(mask, lambda _: None, query) is mask
 
 
+@given(shapes, st.booleans(), st.sampled_from([None, 4.0]))
+@settings(max_examples=60, deadline=None)
+def test_another_position_beside_p0(
+    shape: dict[str, Any], scored: bool, softcap: float | None
+) -> None:
+    """Told by `attend`, or read off the scores of a model that holds them."""
+    query, key, value, mask = draw(shape, torch.float32)
+    batch, length = shape["batch"], shape["length"]
+    also = torch.randint(length, (batch,), generator=torch.Generator().manual_seed(shape["seed"]))
+    _, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask, softcap)
+    if scored:
+        seen = torch.ones(length, length).tril().bool() if mask is None else mask[0, 0]
+        found = read_scores(probabilities.log().float().masked_fill(~seen, -torch.inf), also)
+    else:
+        options: dict[str, Any] = {"mask": mask, "softcap": softcap, "also": also}
+        _, found = attend(query, key, value, scale=shape["scale"], **options)
+    assert found.also is not None and found.sink is None
+    bound = 2e-6 + 2**-21 * float(largest)
+    for got, keys in ((found, torch.zeros_like(also)), (found.also, also)):
+        wanted = probabilities[torch.arange(batch), :, :, keys]
+        assert (got.p0.double() - wanted).abs().max() <= bound
+        distance = torch.arange(length) - keys[:, None]
+        within = shape["window"] or length
+        assert torch.equal(got.visible.expand(batch, -1), (distance >= 0) & (distance < within))
+
+
 def test_float64_and_wide_values() -> None:
     """What no fused kernel takes is computed in chunks."""
     query, key = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8)
