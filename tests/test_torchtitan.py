@@ -197,6 +197,19 @@ def test_other_families_and_other_frameworks(tmp_path: Path) -> None:
         source({"archive": tmp_path / "other"})
 
 
+def test_the_last_one_in_the_format_of_hugging_face(tmp_path: Path) -> None:
+    """As ``last_save_in_hf`` leaves it: without a configuration either."""
+    model = models.llama()
+    where = saved(model, tmp_path)
+    model.save_pretrained(where["archive"] / "step-30")
+    (where["archive"] / "step-30" / "config.json").unlink()
+    first, last = discover(**where)
+    assert (first.format, last.format) == ("torchtitan", "safetensors")
+    one, other = open_source(first), open_source(last)
+    assert set(one.names()) == set(other.names())
+    assert all(torch.equal(one.slice(name)[...], other.slice(name)[...]) for name in one.names())
+
+
 @pytest.mark.parametrize("damage", ["shorter", "gone"])
 def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
     where = saved(models.llama(), tmp_path)
