@@ -22,15 +22,7 @@ RENAMED = {
     r"\.self_attn\.o_proj\.": ".attention.wo.",
     r"\.self_attn\.([qkv])_proj\.": r".attention.w\1.",
     r"\.self_attn\.([qk])_norm\.": r".attention.\1_norm.",
-    r"\.self_attn\.q_a_proj\.": ".attention.wq_a.",
-    r"\.self_attn\.q_b_proj\.": ".attention.wq_b.",
-    r"\.self_attn\.q_a_layernorm\.": ".attention.q_norm.",
-    r"\.self_attn\.kv_a_proj_with_mqa\.": ".attention.wkv_a.",
-    r"\.self_attn\.kv_a_layernorm\.": ".attention.kv_norm.",
-    r"\.self_attn\.kv_b_proj\.": ".attention.wkv_b.",
-    r"\.mlp\.gate\.e_score_correction_bias": ".moe.expert_bias",
     r"\.mlp\.gate\.weight": ".moe.router.gate.weight",
-    r"\.mlp\.shared_experts\.": ".moe.shared_experts.",
     r"\.mlp\.experts\.down_proj$": ".moe.experts.w2",
     r"\.mlp\.(?=(gate|up|down)_proj)": ".feed_forward.",
     r"gate_proj\.": "w1.",
@@ -41,7 +33,6 @@ NEWER = {
     r"\.attention\.(w[qkv])\.": r".attention.qkv_linear.\1.",
     r"\.moe\.experts\.(w[13])": r".moe.routed_experts.inner_experts.\1_EFD",
     r"\.moe\.experts\.w2": ".moe.routed_experts.inner_experts.w2_EDF",
-    r"\.expert_bias": ".expert_bias_E",
 }
 
 
@@ -67,8 +58,7 @@ def weights(model: Any, *, newer: bool) -> dict[str, Tensor]:
         found[name] = value.clone()
     if not newer:
         return {name.replace("lm_head", "output"): value for name, value in found.items()}
-    deep = config.model_type == "deepseek_v3"
-    for pattern, new in list(NEWER.items())[deep:]:
+    for pattern, new in NEWER.items():
         found = {re.sub(pattern, new, name): value for name, value in found.items()}
     return found
 

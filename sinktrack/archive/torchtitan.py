@@ -20,9 +20,9 @@ from sinktrack.archive.pieces import Finder, Piece, PieceSource, metadata
 from sinktrack.archive.source import Checkpoint
 from sinktrack.errors import ArchiveError
 
-FAMILIES = ("llama", "qwen3", "qwen3_moe", "deepseek_v3")
-_OTHERS = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.", "mtp_layers.")
-"""What is beside the model's own weights. Blocks that predict further tokens are left out."""
+FAMILIES = ("llama", "qwen3", "qwen3_moe")
+_OTHERS = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
+"""What is beside the model's own weights."""
 _EMBEDDING = "tok_embeddings.weight"
 
 
@@ -48,10 +48,11 @@ def open(checkpoint: Checkpoint) -> PieceSource:
             f"{_EMBEDDING} but {', '.join(sorted(stored)[:3]) or 'no tensor at all'}"
         )
     config = huggingface.config_of(checkpoint)
-    if config.model_type not in FAMILIES or not getattr(config, "rope_interleave", True):
+    if config.model_type not in FAMILIES:
         raise ArchiveError(
             f"{files.location}: the configuration given is of {config.model_type}; checkpoints of "
-            f"torchtitan are read as {', '.join(FAMILIES)} (with rope_interleave)"
+            f"torchtitan are read as {', '.join(FAMILIES)}, others compute otherwise than Hugging "
+            "Face's models"
         )
     names = _Names(stored, config)
     try:
@@ -76,7 +77,7 @@ class _Names:
     def __init__(self, stored: dict[str, Stored], config: Any) -> None:
         self.stored, self.config, self.finder = stored, config, Finder(stored)
         self.take, self.renamed = self.finder.take, self.finder.renamed
-        self.hidden, self.latent = config.hidden_size, config.model_type == "deepseek_v3"
+        self.hidden = config.hidden_size
         self.biases: list[Stored] = []  # of the experts, where the family has none
 
     def all(self) -> Iterator[tuple[str, Piece]]:
@@ -93,7 +94,7 @@ class _Names:
     def _block(self, at: str, dense: bool) -> Iterator[tuple[str, Piece]]:
         yield self.renamed("input_layernorm", f"{at}.attention_norm", self.hidden)
         yield self.renamed("post_attention_layernorm", f"{at}.ffn_norm", self.hidden)
-        for name, piece in (self._latent if self.latent else self._grouped)(f"{at}.attention"):
+        for name, piece in self._grouped(f"{at}.attention"):
             yield f"self_attn.{name}", piece
         width = self.config.intermediate_size
         mlp = self.finder.gated("mlp", f"{at}.feed_forward", self.hidden, width)
@@ -116,30 +117,11 @@ class _Names:
         heads = rows.view(-1, self.config.head_dim // 2, 2, rows.shape[1])
         return heads.transpose(1, 2).reshape(rows.shape)
 
-    def _latent(self, at: str) -> Iterator[tuple[str, Piece]]:
-        config, heads, rank = self.config, self.config.num_attention_heads, self.config.kv_lora_rank
-        queries = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim)
-        if config.q_lora_rank:
-            yield self.renamed("q_a_proj", f"{at}.wq_a", config.q_lora_rank, self.hidden)
-            yield self.renamed("q_a_layernorm", f"{at}.q_norm", config.q_lora_rank)
-            yield self.renamed("q_b_proj", f"{at}.wq_b", queries, config.q_lora_rank)
-        else:
-            yield self.renamed("q_proj", f"{at}.wq", queries, self.hidden)
-        down, up = rank + config.qk_rope_head_dim, config.qk_nope_head_dim + config.v_head_dim
-        yield self.renamed("kv_a_proj_with_mqa", f"{at}.wkv_a", down, self.hidden)
-        yield self.renamed("kv_a_layernorm", f"{at}.kv_norm", rank)
-        yield self.renamed("kv_b_proj", f"{at}.wkv_b", heads * up, rank)
-        yield self.renamed("o_proj", f"{at}.wo", self.hidden, heads * config.v_head_dim)
-
     def _experts(self, at: str) -> Iterator[tuple[str, Piece]]:
         count, width = self.config.num_local_experts, self.config.moe_intermediate_size
         bias = (f"{at}.expert_bias_E", f"{at}.expert_bias")
         yield self.renamed("mlp.gate", f"{at}.router.gate", count, self.hidden)
-        if self.latent:
-            yield "mlp.gate.e_score_correction_bias", Piece(self.take(*bias, shape=(count,)))
-            both, shared = "shared_experts", self.config.n_shared_experts * width
-            yield from self.finder.gated(f"mlp.{both}", f"{at}.{both}", self.hidden, shared)
-        elif any(name in self.stored for name in bias):
+        if any(name in self.stored for name in bias):
             self.biases.append(self.take(*bias, shape=(count,)))
         for name, own in (("gate", "w1_EFD"), ("up", "w3_EFD"), ("down", "w2_EDF")):
             sizes = (self.hidden, width) if name == "down" else (width, self.hidden)
