@@ -85,6 +85,22 @@ def test_a_configuration_given_by_hand(family: str, tmp_path: Path) -> None:
     found = load(discover(tmp_path / "archive", hf_config=tmp_path / "hf")[0])
     weights = found.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    assert source(saved(model, tmp_path / "both"), hf_config=tmp_path / "hf").names()
+
+
+def test_a_configuration_that_contradicts_the_experiment(tmp_path: Path) -> None:
+    model = FAMILIES["olmo2"]()
+    archive = saved(model, tmp_path / "archive")
+    for changes, says in (
+        ({"rms_norm_eps": 0.5}, "rms_norm_eps is .* there, 0.5 in yours"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}, "rope_parameters is"),
+    ):
+        other = copy.deepcopy(model.config)
+        for name, value in changes.items():
+            setattr(other, name, value)
+        other.save_pretrained(tmp_path / "hf")
+        with pytest.raises(ArchiveError, match=says):
+            source(archive, hf_config=tmp_path / "hf")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

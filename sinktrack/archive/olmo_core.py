@@ -44,15 +44,14 @@ def open(checkpoint: Checkpoint) -> PieceSource:
             f"{files.location}: the configuration given is of {config.model_type}; checkpoints of "
             f"OLMo-core are read as {', '.join(_FAMILIES)}"
         )
-    if (
-        given
-        and config.model_type == "flex_olmo"
-        and config.intermediate_size == config.hidden_size
-    ):
-        raise ArchiveError(
-            f"{files.location}: experts as wide as the stream, and the configuration does not say "
-            "whether they are dropless; scan without --hf-config"
-        )
+    if given:
+        olmo_core_config.compare(config, files)
+        square = config.intermediate_size == config.hidden_size
+        if config.model_type == "flex_olmo" and square:
+            raise ArchiveError(
+                f"{files.location}: experts as wide as the stream, and the configuration does not "
+                "say whether they are dropless; scan without --hf-config"
+            )
     stored = {
         name.removeprefix(_MODEL): tensor
         for name, tensor in metadata(weights).items()

@@ -63,6 +63,31 @@ _READ = (
 )  # fmt: skip
 
 
+_COMPARED = (
+    "model_type", *dict.fromkeys(_SIZES.values()), "rms_norm_eps", "tie_word_embeddings",
+    "rope_parameters", "layer_types", "sliding_window", "norm_topk_prob",
+)  # fmt: skip
+
+
+def compare(given: Any, files: Files) -> None:
+    """Check a configuration given by hand against the experiment, where that is known here.
+
+    Raises:
+        ArchiveError: they disagree; names the first field and both values.
+    """
+    try:
+        saved = read(files)
+    except ArchiveError:  # not saved, or with scaled RoPE: the given one is all there is
+        return
+    for name in _COMPARED:
+        ours, theirs = getattr(given, name, None), getattr(saved, name, None)
+        if ours != theirs:
+            raise ArchiveError(
+                f"{files.path('config.json')} and the configuration given disagree: {name} is "
+                f"{short(theirs)} there, {short(ours)} in yours; which is right is for you to say"
+            )
+
+
 def read(files: Files) -> Any:
     """The configuration of the Hugging Face model that computes the same.
 
