@@ -236,7 +236,8 @@ def test_another_position_beside_p0(
     _, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask, softcap)
     if scored:
         seen = torch.ones(length, length).tril().bool() if mask is None else mask[0, 0]
-        found = read_scores(probabilities.log().float().masked_fill(~seen, -torch.inf), also)
+        scores = probabilities.log().float() + torch.linspace(-3, 3, length)[:, None]
+        found = read_scores(scores.masked_fill(~seen, -torch.inf), also)
     else:
         options: dict[str, Any] = {"mask": mask, "softcap": softcap, "also": also}
         _, found = attend(query, key, value, scale=shape["scale"], **options)
@@ -248,6 +249,15 @@ def test_another_position_beside_p0(
         distance = torch.arange(length) - keys[:, None]
         within = shape["window"] or length
         assert torch.equal(got.visible.expand(batch, -1), (distance >= 0) & (distance < within))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_wide_mask_on_half_precision(dtype: torch.dtype) -> None:
+    query, key = torch.randn(2, 4, 9, 8).to(dtype), torch.randn(2, 2, 9, 8).to(dtype)
+    seen = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril().triu(-4)
+    wide = torch.zeros(1, 1, 9, 9).masked_fill(~seen, torch.finfo(torch.float32).min)
+    found = [attend(query, key, key, scale=0.3, mask=mask) for mask in (seen, wide)]
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1].p0, found[1][1].p0)
 
 
 def test_float64_and_wide_values() -> None:
@@ -268,10 +278,12 @@ def test_heads_that_differ_in_sight_are_refused() -> None:
         read_scores(scores)
 
 
-def test_what_is_not_causal_is_refused() -> None:
-    everything = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+@pytest.mark.parametrize("ahead", [1, 3])
+def test_what_is_not_causal_is_refused(ahead: int) -> None:
+    seen = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril(ahead)
     query = torch.zeros(1, 1, 4, 8)
-    with pytest.raises(MeasurementError, match="not causal"):
-        attend(query, query, query, scale=1.0, mask=everything)
+    for mask in (seen, torch.zeros(1, 1, 4, 4).masked_fill(~seen, -torch.inf)):
+        with pytest.raises(MeasurementError, match="not causal"):
+            attend(query, query, query, scale=1.0, mask=mask)
     with pytest.raises(MeasurementError, match="not causal"):
         read_scores(torch.zeros(1, 1, 4, 4))
