@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scanner import PROBE, save_archive
 from synthetic import synthetic_records
 from test_report import curve
 
@@ -74,6 +75,26 @@ def test_the_page_takes_in_new_records(serve: Any, browser: Any, tmp_path: Path)
     context.close()
     assert troubles == []
     assert {url for url in requests if not url.startswith("data:")} == {address, f"{address}data"}
+
+
+def test_a_scan_that_follows_an_archive_is_watched(
+    serve: Any, browser: Any, tmp_path: Path
+) -> None:
+    """Three commands' worth: checkpoints arrive, the scanner measures them, the page shows them."""
+    archive, run = save_archive(tmp_path / "archive", [1]), tmp_path / "run"
+    Run.open(run, PROBE)
+    code = "from sinktrack.cli import main; main()"
+    follow = ["scan", str(archive), "--run", str(run), "--follow", "--poll", "0.1"]
+    with subprocess.Popen([sys.executable, "-c", code, *follow]) as scanner:
+        page = browser.new_page()
+        page.goto(serve(run))
+        page.get_by_text("Live: 1 record so far").wait_for(timeout=60_000)
+        save_archive(archive, [2, 3])
+        page.get_by_text("Live: 3 records so far").wait_for(timeout=60_000)
+        assert curve(page, "sink_rate")["x"] == [1, 2, 3]
+        scanner.send_signal(signal.SIGINT)
+        assert scanner.wait(60) == 130
+    page.close()
 
 
 def test_only_this_machine_is_answered(serve: Any, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -73,6 +76,24 @@ def test_killed_at_random_moments_and_started_again(
     last.join()
     check(tmp_path / f"run-{finished}", wanted)
     assert len(held) > 3  # killed early, midway and late
+
+
+def test_the_command_killed_and_started_again(archive: Path, tmp_path: Path) -> None:
+    """With workers, who end with the scanner; killed after each record that it reports."""
+    run_scan(archive, tmp_path / "undisturbed")
+    command = [sys.executable, "-c", "from sinktrack.cli import main; main()", "scan",
+               str(archive), "--run", str(tmp_path / "run"), "--json"]  # fmt: skip
+    PROBE.save(tmp_path / "probe")
+    reported: list[int] = []
+    for options in (["--probe", str(tmp_path / "probe")], ["--workers", "2"], []):
+        with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as scanner:
+            assert scanner.stdout is not None
+            reported.append(json.loads(scanner.stdout.readline())["step"])
+            scanner.kill()
+        assert set(reported) <= set(Run.read(tmp_path / "run").steps)
+    assert len(set(reported)) == len(reported)
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    check(tmp_path / "run", results(tmp_path / "undisturbed"))
 
 
 def check(run: Path, wanted: list[dict[str, Any]]) -> None:
