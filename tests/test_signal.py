@@ -141,6 +141,7 @@ def test_nothing_is_claimed_before_there_is_enough() -> None:
     late = analyze([record for record in written if record["step"] >= 5000])
     assert late.onset is None and late.stage == "settled"
     assert "there at the first records" in late.missing[0]
+    assert late.plateau is not None and set(late.plateau.since) == {5000.0}, "all of it is level"
 
 
 def test_records_of_the_first_blocks_alone_do_not_count() -> None:
@@ -185,6 +186,16 @@ def test_a_restart_leaves_the_abandoned_records_behind(tmp_path: Path) -> None:
         stages.add(record)
     assert stages.abandoned == set(signal.abandoned)
     assert tuple(found.stage for found in stages.found) == signal.stages
+
+
+def test_a_checkpoint_scanned_before_a_restart_is_kept() -> None:
+    """Its weights are those that the archive holds, whatever training did since."""
+    online = curve()[:60]
+    scanned = online[50] | {"source": "checkpoint-5000"}
+    resumed = [record | {"step": record["step"] + 50} for record in online[40:]]
+    signal = analyze([*online, scanned, *resumed])
+    assert 5000 in signal.steps and 5000 not in signal.abandoned
+    assert signal.abandoned == tuple(s for s in range(4100, 6000, 100) if s != 5000)
 
 
 def test_scanned_checkpoints_may_come_in_any_order() -> None:
