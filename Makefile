@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lowest docs bench clean
+.PHONY: demo test check coverage lowest docs bench clean
 
 demo: $(VENV)/ready  ## train a tiny MoE, scan its checkpoints, draw demo/report.html
 	$(BIN)/sinktrack demo --out demo
@@ -16,6 +16,9 @@ check: $(VENV)-test/ready  ## what must hold before a change goes in: style, str
 	$(VENV)-test/bin/lint-imports
 	$(VENV)-test/bin/mypy
 	$(MAKE) test
+
+coverage: $(VENV)-test/ready  ## run the tests and list the branches that none of them takes
+	$(VENV)-test/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing
 
 lowest:  ## run the tests with the oldest versions that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
