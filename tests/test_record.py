@@ -87,6 +87,17 @@ def test_another_probe_is_refused(tmp_path: Path) -> None:
         Run.open(tmp_path, Probe.random(9, sequences=2, length=4, seed=1))
 
 
+def test_a_run_without_a_probe_keeps_to_that_of_its_records(tmp_path: Path) -> None:
+    """As when records were copied without ``probe.safetensors``; the probe itself may come back."""
+    run = Run.open(tmp_path)
+    run.append(record(1))
+    with pytest.raises(RecordError, match="record of probe feed, but"):
+        run.append(record(2, probe="feed"))
+    with pytest.raises(RecordError, match=f"holds records of probe {PROBE.digest}, not"):
+        Run.open(tmp_path, Probe.random(9, sequences=2, length=4, seed=1))
+    assert Run.open(tmp_path, PROBE).steps == [1] and Run.read(tmp_path).probe == PROBE
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     run = Run.open(tmp_path, PROBE)
     run.append(record(1))
