@@ -98,6 +98,19 @@ def test_a_run_without_a_probe_keeps_to_that_of_its_records(tmp_path: Path) -> N
     assert Run.open(tmp_path, PROBE).steps == [1] and Run.read(tmp_path).probe == PROBE
 
 
+def test_what_was_read_before_grows_with_the_file(tmp_path: Path) -> None:
+    """Also where another process writes, and where both do in turns."""
+    one, other = Run.open(tmp_path, PROBE), Run.open(tmp_path)
+    for step in range(0, 8, 2):
+        assert one.steps == other.steps == list(range(step))
+        one.append(record(step))
+        assert one.steps == list(range(step + 1))
+        other.append(record(step + 1))
+        assert other.steps == list(range(step + 2))
+    one.records.clear()
+    assert len(one) == len(other) == 8
+
+
 def test_damage_is_named(tmp_path: Path) -> None:
     run = Run.open(tmp_path, PROBE)
     run.append(record(1))
