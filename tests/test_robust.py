@@ -91,13 +91,17 @@ def test_a_step_is_found_and_sized(cut: int) -> None:
     exact = np.where(np.arange(20) < cut, 0.7, 0.4)
     place, size = robust.steps_down(x, exact, 0.0)
     assert place == (x[cut], x[cut - 1], x[cut]) and size == pytest.approx([0.3] * 3)
-    covered = []
+    covered, ratios = [], []
     for seed in range(200):
         noisy = exact + RNG(seed).normal(0, 0.02, 20)
         place, size = robust.steps_down(x, noisy, 0.0)
         covered.append(size.low <= 0.3 <= size.high)
+        two = stats.ttest_ind(noisy[:cut], noisy[cut:]).confidence_interval()
+        if place.value == x[cut]:  # as wide as for a known place, and more where noise lasts
+            assert 0.99 * (two.high - two.low) <= size.high - size.low <= 4 * (two.high - two.low)
+            ratios.append((size.high - size.low) / (two.high - two.low))
         assert place.low < x[cut] <= place.high
-    assert 0.9 < np.mean(covered) <= 1
+    assert 0.9 < np.mean(covered) <= 1 and np.median(ratios) < 1.3
     _, wide = robust.steps_down(x, exact, 0.1)
     assert wide == pytest.approx([0.3, 0.2, 0.4])
 
