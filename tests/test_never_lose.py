@@ -78,8 +78,11 @@ def test_killed_at_random_moments_and_started_again(
     assert len(held) > 3  # killed early, midway and late
 
 
-def test_the_command_killed_and_started_again(archive: Path, tmp_path: Path) -> None:
+def test_the_command_killed_and_started_again(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With workers, who end with the scanner; killed after each record that it reports."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as `run_scan`: several threads round otherwise
     run_scan(archive, tmp_path / "undisturbed")
     command = [sys.executable, "-c", "from sinktrack.cli import main; main()", "scan",
                str(archive), "--run", str(tmp_path / "run"), "--json"]  # fmt: skip
