@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check coverage lowest docs bench clean
+.PHONY: demo test check coverage lowest docs linkcheck bench clean
 
 demo: $(VENV)/ready  ## train a tiny MoE, scan its checkpoints, draw demo/report.html
 	$(BIN)/sinktrack demo --out demo
@@ -30,6 +30,9 @@ lowest:  ## run the tests with the oldest versions that pyproject.toml admits
 
 docs: $(VENV)-test/ready  ## build docs/_build/html; fails on a broken link between pages
 	$(VENV)-test/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+linkcheck: $(VENV)-test/ready  ## try the external links of the pages; needs the internet
+	$(VENV)-test/bin/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
 
 bench: $(VENV)-test/ready  ## time and memory of a probe
 	$(VENV)-test/bin/python scripts/bench_probe.py
