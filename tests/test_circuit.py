@@ -130,6 +130,11 @@ def test_summaries(by_block: list[float]) -> None:
         check_summary(order, float(depth[row]), float(effective[row]))
 
 
+def test_no_block_writes_before_block_0() -> None:
+    for found in summarize(torch.zeros(3, 0)):
+        assert found.shape == (3,) and found.isnan().all()
+
+
 @pytest.mark.parametrize("rounding", [0.0, 1e-3])
 @pytest.mark.parametrize("beyond", [False, True])
 def test_what_is_left_over_is_refused(beyond: bool, rounding: float) -> None:
@@ -140,14 +145,14 @@ def test_what_is_left_over_is_refused(beyond: bool, rounding: float) -> None:
     """
     allowed = 1e-3 + rounding * (1 + 2) * 2 / 2
     off = allowed * (1.01 if beyond else 0.99)
-    states = torch.zeros(3, 2, 4, dtype=torch.float64)
+    states = torch.zeros(3, 5, 4, dtype=torch.float64)
     states[0, :, 0], states[1, :, 0], states[2] = 1.0, 2.0, 100.0
-    write = torch.zeros(2, 4, dtype=torch.float64)
+    write = torch.zeros(5, 4, dtype=torch.float64)
     write[:, 0] = 1.0 + 2 * off
     arguments: Any = (1, True, states, torch.zeros_like(states), [("mlp", 0, write)], [], rounding)
     assert SHARE_TOLERANCE == 1e-3
     if beyond:
-        with pytest.raises(MeasurementError, match=r"make 1\.00\d+ of the P0 state there, not 1"):
+        with pytest.raises(MeasurementError, match=r"make 1\.00\d+ of .* not 1.*\(seen: mlp 0\)"):
             localize(*arguments)
     else:
         assert localize(*arguments).share_sum == pytest.approx(1 + off)
@@ -175,6 +180,11 @@ def test_amplification(ratio: list[float]) -> None:
     elif grown > math.log(2) + 1e-9:
         early = math.log(ratio[min(2, peak)] / ratio[0])
         assert first_two == pytest.approx(early / grown, abs=1e-9)
+
+
+def test_growth_counts_from_a_doubling_on() -> None:
+    assert amplification(values(1.0, 2.0))[2] == 1
+    assert amplification(values(1.0, 1.99))[2] is None
 
 
 def test_growth_over_resamples() -> None:
