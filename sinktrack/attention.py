@@ -81,7 +81,7 @@ def attend(
             f"{tuple(value.shape)}: the probe needs as many keys as queries (no cache) and a whole "
             "number of query heads per key head"
         )
-    if mask is not None and length > 1 and not later and _sees_later(mask):
+    if mask is not None and not later and _sees_later(mask):
         raise MeasurementError("attention that is not causal has no P0 sink")
     if softcap is not None:
         output, lse = _chunked(query, key, value, scale, mask, softcap, later)
@@ -107,7 +107,7 @@ def attend(
             column = mask.expand(len(rows), -1, -1, -1)[rows, :, :, keys]
             visible = column if column.dtype == torch.bool else _is_seen(column)
             if column.dtype != torch.bool:
-                score = score + column.masked_fill(~visible, 0.0)
+                score = score + column
         score = score.masked_fill(~visible, -torch.inf)
         return Attended(score.sub_(lse).exp_(), visible[:, 0], sink)
 
