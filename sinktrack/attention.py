@@ -69,7 +69,8 @@ def attend(
         later: may the mask let a query see later keys?
 
     Returns:
-        The output ``[B, H, T, Dv]`` in the dtype of the values, and the attention to P0.
+        The output ``[B, H, T, Dv]`` in the dtype of the values, and the attention to P0; nan for a
+        head whose queries or keys are not finite, whatever the output.
 
     Raises:
         MeasurementError: shapes that do not fit together, as with a key cache.
@@ -200,6 +201,9 @@ def _fused(
         )[:2]
     else:
         return _chunked(query, key, value, scale, mask, None, later)
+    keys = key.isfinite().flatten(2).all(-1).repeat_interleave(query.shape[1] // key.shape[1], 1)
+    finite = query.isfinite().flatten(2).all(-1) & keys
+    lse = lse.masked_fill(~finite[..., None], torch.nan)  # the kernels make numbers of nan and inf
     return output[..., :width], lse[..., : query.shape[2]]
 
 

@@ -67,17 +67,20 @@ class States(Observer):
         """Refuse what is no number.
 
         Raises:
-            MeasurementError: a state is not finite; names the first block whose input shows it.
+            MeasurementError: states or attention are not finite; names the first block of them.
         """
-        last = max(self.states, default=0)
         for block in sorted(self.states):
-            rows = [*self.states[block], *self.others[block], *self.other_norms[block]]
-            if not all(bool(row.isfinite().all()) for row in rows):
-                where = f"input of block {block}" if block < last else "last block's output"
+            if found := self._not_finite(block):
                 raise MeasurementError(
-                    f"the residual stream is not finite at the {where}: NaN or infinite weights, "
-                    f"or an overflow in {self.dtype}"
+                    f"{found}: NaN or infinite weights, or an overflow in {self.dtype}"
                 )
+
+    def _not_finite(self, block: int) -> str | None:
+        rows = [*self.states[block], *self.others[block], *self.other_norms[block]]
+        if all(bool(row.isfinite().all()) for row in rows):
+            return None
+        where = f"input of block {block}" if block < max(self.states) else "last block's output"
+        return f"the residual stream is not finite at the {where}"
 
 
 class Collector(States):
@@ -114,6 +117,17 @@ class Collector(States):
         self.own[block].append(attended.p0[..., 0].clone())
         if attended.sink is not None:
             self.sink[block].append(attended.sink[..., 1:].mean(-1))
+
+    def _not_finite(self, block: int) -> str | None:
+        """Also attention: a kernel may give a finite output of what is no number."""
+        if found := super()._not_finite(block):
+            return found
+        for p0, counts in zip(self.p0.get(block, ()), self.visible.get(block, ()), strict=True):
+            bad = (~p0.isfinite() & (counts > 0)[:, None]).any(0)
+            if bool(bad.any()):
+                head = int(bad.nonzero()[0])
+                return f"the attention of block {block}, head {head} is not finite"
+        return None
 
     def gate(self, block: int, gate: Tensor) -> None:
         """Average the gate over the queries after P0."""

@@ -22,6 +22,7 @@ from test_callbacks import PROBE, assert_identical
 from test_measure import fingerprint, same
 
 from sinktrack import ArchiveError, MeasurementError, Probe, Run, measure, scan
+from sinktrack.attention import attend
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.record import to_json
 
@@ -181,11 +182,50 @@ def test_weights_that_are_no_numbers(tmp_path: Path, caplog: pytest.LogCaptureFi
         kept, norm[3] = norm[3].clone(), torch.nan
     assert tracker.step(1, model) is None
     (told,) = warnings(caplog)
-    assert "not finite at the input of block 3" in told and "training goes on" in told
+    assert "attention of block 2, head 0 is not finite" in told and "training goes on" in told
     assert Run.read(tmp_path).steps == []
     with torch.no_grad():
         norm[3] = kept
     assert tracker.step(2, model) is not None
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["q_proj", "k_proj"])
+def test_queries_and_keys_that_are_no_numbers(name: str, value: float) -> None:
+    """A fused kernel makes a finite output of them, so the residual stream shows nothing."""
+    for model in (models.llama(), models.mixtral()):
+        with torch.no_grad():
+            getattr(model.model.layers[2].self_attn, name).weight[0, 0] = value
+        with pytest.raises(MeasurementError, match="not finite") as caught:
+            measure(model, PROBE)
+        if value != value:
+            assert "the attention of block 2, head 0 is not finite" in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_key_that_is_no_number(dtype: torch.dtype, value: float) -> None:
+    """As of an overflow at one position: no probability of its head passes for a number."""
+    torch.manual_seed(0)
+    query, key, values = (torch.randn(2, 2, 100, 16).to(dtype) for _ in range(3))
+    _, whole = attend(query, key, values, scale=0.25)
+    key[1, 1, 5, 3] = value
+    _, got = attend(query, key, values, scale=0.25)
+    assert got.p0[1, 1].isnan().all()
+    assert torch.equal(got.p0[0], whole.p0[0]) and torch.equal(got.p0[1, 0], whole.p0[1, 0])
+
+
+def test_a_single_sequence_that_is_no_number(tmp_path: Path) -> None:
+    """One token of one sequence suffices; nothing is averaged over the others."""
+    model = models.llama()
+    tokens = torch.randint(models.VOCABULARY - 1, (4, 12))
+    tokens[3, 11] = models.VOCABULARY - 1
+    tracker = SinkTracker(Probe.from_tokens(tokens), tmp_path, every=1, on_error="raise")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[-1] = torch.inf
+    with pytest.raises(MeasurementError, match="not finite at the input of block 0"):
+        tracker.step(1, model)
+    assert Run.read(tmp_path).steps == []
 
 
 def test_an_expert_that_is_no_number() -> None:
