@@ -179,8 +179,16 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
             attend(query, keys, values, scale=1.0)
 
 
-def test_no_quadratic_matrix_is_held() -> None:
-    """The largest tensor that any operation returns has far fewer than T * T numbers per head."""
+@pytest.mark.parametrize(
+    ("dtype", "softcap", "most"),
+    [(torch.float32, None, 4 * 2048 * 16), (torch.bfloat16, None, 4 * 2048 * 16),
+     (torch.float32, 9.0, 2**22)],
+)  # fmt: skip
+def test_no_quadratic_matrix_is_held(dtype: torch.dtype, softcap: float | None, most: int) -> None:
+    """The largest tensor that any operation returns has far fewer than T * T numbers per head.
+
+    With a soft cap, which no fused kernel knows, it has 16 MiB at most.
+    """
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -195,16 +203,18 @@ def test_no_quadratic_matrix_is_held() -> None:
                     self.numbers = max(self.numbers, value.numel())
             return result
 
-    query = torch.randn(1, 4, 2048, 16)
-    key = torch.randn(1, 2, 2048, 16)
+    query = torch.randn(1, 4, 2048, 16).to(dtype)
+    key = torch.randn(1, 2, 2048, 16).to(dtype)
     with Largest() as largest:  # type: ignore[no-untyped-call]
-        attend(query, key, key, scale=0.25)
-    assert largest.numbers <= query.numel()
+        attend(query, key, key, scale=0.25, softcap=softcap)
+    assert largest.numbers <= most
 
 
-@given(shapes, st.booleans(), st.booleans())
-@settings(max_examples=80, deadline=None)
-def test_other_sight(shape: dict[str, Any], additive: bool, later: bool) -> None:
+@given(shapes, st.booleans(), st.booleans(), st.sampled_from([None, 4.0]))
+@settings(max_examples=100, deadline=None)
+def test_other_sight(
+    shape: dict[str, Any], additive: bool, later: bool, softcap: float | None
+) -> None:
     """Hiding keys by `see`, or showing later ones, equals softmax over the others."""
     query, key, value, mask = draw(shape, torch.float32)
     length = shape["length"]
@@ -225,9 +235,14 @@ def test_other_sight(shape: dict[str, Any], additive: bool, later: bool) -> None
         return wanted[None, None]
 
     changed = see(mask, change, query)
-    _, got = attend(query, key, value, scale=shape["scale"], mask=changed, later=later)
-    _, probabilities, largest = softmax_reference(query, key, value, shape["scale"], reference)
+    options: dict[str, Any] = {"mask": changed, "later": later, "softcap": softcap}
+    with patch.object(attention, "_CHUNK_SCORES", 64):
+        output, got = attend(query, key, value, scale=shape["scale"], **options)
+    wanted_output, probabilities, largest = softmax_reference(
+        query, key, value, shape["scale"], reference, softcap
+    )
     bound = 2e-6 + 2**-21 * float(largest)
+    torch.testing.assert_close(output.double(), wanted_output, atol=2e-4, rtol=2e-4)
     assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
     assert see(mask, lambda _: None, query) is mask
 
@@ -286,6 +301,12 @@ def test_heads_that_differ_in_sight_are_refused() -> None:
         read_scores(scores)
 
 
+def test_later_keys_where_they_were_asked_for() -> None:
+    found = read_scores(torch.zeros(1, 2, 4, 4), later=True)
+    assert found.also is None and found.visible.all()
+    assert torch.allclose(found.p0, torch.full((1, 2, 4), 0.25))
+
+
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_what_is_not_causal_is_refused(ahead: int) -> None:
     seen = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril(ahead)
@@ -293,8 +314,9 @@ def test_what_is_not_causal_is_refused(ahead: int) -> None:
     for mask in (seen, torch.zeros(1, 1, 4, 4).masked_fill(~seen, -torch.inf)):
         with pytest.raises(MeasurementError, match="not causal"):
             attend(query, query, query, scale=1.0, mask=mask)
-    with pytest.raises(MeasurementError, match="not causal"):
-        read_scores(torch.zeros(1, 1, 4, 4))
+    for level in (-300.0, 0.0, 300.0):
+        with pytest.raises(MeasurementError, match="not causal"):
+            read_scores(torch.full((1, 1, 4, 4), level))
     pair = torch.zeros(1, 1, 2, 8)
     with pytest.raises(MeasurementError, match="not causal"):
         attend(pair, pair, pair, scale=1.0, mask=torch.ones(1, 1, 2, 2, dtype=torch.bool))
