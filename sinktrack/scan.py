@@ -76,9 +76,9 @@ def scan(
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
     job = Job(run.probe, device, batch_size, blocks, causal)
     find = partial(discover, archive, pattern, hf_config)
-    looked = looks(archive, find, follow) if follow is not None else iter([find()])
     failed = []
     with run.claimed():
+        looked = looks(archive, find, follow) if follow is not None else iter([find()])
         rounds = (job.lacking(found, run) for found in looked)
         for checkpoint, outcome in _outcomes(rounds, job, engine, workers):
             if isinstance(outcome, dict):
@@ -121,21 +121,25 @@ class Job:
         Raises:
             ArchiveError, ProbeError, MeasurementError: it cannot be measured.
         """
-        measured, tests = self._with_tests(checkpoint) if self.causal else self._alone(checkpoint)
+        tests: dict[str, Any] = {}
+        if self.causal:
+            measured, tests["causal"] = self._with_tests(checkpoint)
+        else:
+            measured = self._streamed(checkpoint)
         record: dict[str, Any] = to_json(
             measured.to_record(checkpoint.step, checkpoint.name, versions(), checkpoint.tokens)
             | tests
         )
         return record
 
-    def _alone(self, checkpoint: Checkpoint) -> tuple[Measurement, dict[str, Any]]:
+    def _streamed(self, checkpoint: Checkpoint) -> Measurement:
         from sinktrack.archive.huggingface import load
         from sinktrack.archive.stream import Streamed
         from sinktrack.taps.walk import CannotWalk
 
         try:
             streamed = Streamed(open(checkpoint), self.device)
-            measured = measure_streamed(
+            return measure_streamed(
                 streamed, self.probe, blocks=self.blocks, batch_size=self.batch_size
             )
         except CannotWalk as error:
@@ -143,8 +147,7 @@ class Job:
                 raise ArchiveError(f"{error}; scan all of it, without --blocks") from error
             _log.warning("%s: %s; loading it whole", checkpoint.name, error)
             model = load(checkpoint, self.device)
-            measured = measure(model, self.probe, batch_size=self.batch_size)
-        return measured, {}
+            return measure(model, self.probe, batch_size=self.batch_size)
 
     def _with_tests(self, checkpoint: Checkpoint) -> tuple[Measurement, dict[str, Any]]:
         from sinktrack.archive.huggingface import load
@@ -153,7 +156,7 @@ class Job:
         model = load(checkpoint, self.device)
         measured = measure(model, self.probe, batch_size=self.batch_size)
         found = examine(model, self.probe, measured, batch_size=self.batch_size)
-        return measured, {"causal": found}
+        return measured, found
 
 
 def _outcomes(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -12,6 +16,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MixtralConfig,
+    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
 )
 
@@ -94,3 +99,10 @@ def gpt_neox(**changes: Any) -> Any:
     shared = small()
     shared.pop("num_key_value_heads")
     return build(GPTNeoXConfig(**shared, rotary_pct=0.25, use_parallel_residual=True, **changes))
+
+
+def save_tokenizer(words: list[str], directory: Path) -> None:
+    """A tokenizer of whole words, whose ids are their places; the first stands for all others."""
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+    tokenizer.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)

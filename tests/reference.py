@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sinktrack import Measurement, Probe, measure
+from sinktrack.archive.source import Source
 from sinktrack.collect import Collector
 from sinktrack.taps.huggingface import decoder, watch
 
@@ -202,6 +203,21 @@ def eager_attention(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
         if eager is not None:
             module.eager_attention_forward = eager
     return [matrix for matrix in found if matrix is not None]
+
+
+def check_slices(found: Source, plain: Source) -> None:
+    """Every tensor of float32, and every part of it, is what the other source has whole."""
+    assert set(found.names()) == set(plain.names())
+    for name in plain.names():
+        part, whole = found.slice(name), plain.slice(name)[...]
+        rows = whole.shape[0]
+        assert part.get_shape() == list(whole.shape) and part.get_dtype() == "F32"
+        several = (slice(3, rows - 1), slice(rows, rows), slice(rows, 0), slice(0, rows, 2))
+        for index in (..., slice(None), *several, 2, -1):
+            assert torch.equal(part[index], whole[index]), (name, index)
+        if whole.ndim == 2:
+            for first in (slice(1, 4), slice(5, 7)):
+                assert torch.equal(part[first, 2:5], whole[first, 2:5]), (name, first)
 
 
 def check_exact(model: Any, probe: Probe) -> Measurement:

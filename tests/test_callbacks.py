@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import models
-import numpy as np
 import pytest
 import torch
+from test_measure import numpy_state
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sinktrack import MeasurementError, Probe, Run
@@ -34,10 +34,6 @@ class Data(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
-
-
-def numpy_state() -> Any:
-    return np.random.get_state()[1].tolist()  # type: ignore[index]
 
 
 class Outcome(TrainerCallback):  # type: ignore[misc]

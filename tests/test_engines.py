@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from scanner import PROBE, save_archive
+from test_scan import COMMAND
 
 from sinktrack import ArchiveError, Run, scan
 from sinktrack.archive.discover import discover
@@ -116,9 +116,8 @@ def test_ray_without_a_cluster_uses_this_machine(
     archive: Path, wanted: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     PROBE.save(tmp_path / "probe")
-    command = "from sinktrack.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", command, "scan", archive, "--run", tmp_path / "run", "--json",
+        [*COMMAND, "scan", archive, "--run", tmp_path / "run", "--json",
          "--probe", tmp_path / "probe", "--engine", "ray", "--workers", "2"],
         capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ from scanner import PROBE as SCANNED
 from scanner import save_archive
 from test_callbacks import PROBE, assert_identical
 from test_measure import fingerprint, same
+from test_record import child
+from test_scan import sinktrack
 
 from sinktrack import ArchiveError, MeasurementError, Probe, Run, measure, scan
 from sinktrack.attention import attend
@@ -31,21 +31,12 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [entry.getMessage() for entry in caplog.records if entry.name == "sinktrack"]
 
 
-def in_a_process(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` with everything of this module at hand and arguments in ``sys.argv[2:]``."""
-    start = "import sys; sys.path.insert(0, sys.argv[1]); from test_faults import *\n"
-    return subprocess.run(
-        [sys.executable, "-c", start + textwrap.dedent(code), str(Path(__file__).parent),
-         *map(str, arguments)],
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-
-
 def test_a_full_disk_during_training(tmp_path: Path) -> None:
     """Earlier records are whole, training is bit-identical, and later records go on."""
-    done = in_a_process(
-        """
+    code = """
+        import sys; sys.path.insert(0, sys.argv[1])
         import resource
+        from test_faults import *
         from test_setups import train
         torch.set_num_threads(1)
         plain = train(models.llama(attention_dropout=0.1).train(), None)
@@ -67,9 +58,8 @@ def test_a_full_disk_during_training(tmp_path: Path) -> None:
         tracker.step = fill(tracker.step, room + room * 3 // 2)
         tracked = train(models.llama(attention_dropout=0.1).train(), tracker)
         assert_identical(plain, tracked)
-        """,
-        tmp_path,
-    )
+    """
+    done = subprocess.run(child(code, tmp_path), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "the probe at step 4 failed, training goes on" in done.stderr
     assert "earlier records are untouched" in done.stderr
@@ -156,19 +146,16 @@ def test_a_run_of_wandb_that_breaks(
     assert Run.read(tmp_path / "run").steps == [1, 2, 3, 4, 5]
 
 
-def test_an_unreachable_wandb_is_named(tmp_path: Path) -> None:
+def test_an_unreachable_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Publishing fails in words and within its time; the records stay as they are."""
     run = Run.open(tmp_path / "run", PROBE)
     run.append(to_json(measure(models.llama(), PROBE).to_record(1, "callback", {})))
-    environment = {
-        "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40, "WANDB_MODE": "online",
-        "WANDB_INIT_TIMEOUT": "5", "WANDB_HTTP_TIMEOUT": "2",
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", "from sinktrack.cli import main; main()", "publish",
-         str(tmp_path / "run"), "--to", "wandb"],
-        capture_output=True, text=True, timeout=200, env=os.environ | environment,
-    )  # fmt: skip
+    for name, value in {
+        "BASE_URL": "http://127.0.0.1:9", "API_KEY": "a" * 40, "MODE": "online",
+        "INIT_TIMEOUT": "5", "HTTP_TIMEOUT": "2",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    done = sinktrack("publish", tmp_path / "run", "--to", "wandb")
     assert done.returncode == 2, done.stderr
     assert "sinktrack: W&B: " in done.stderr and "Traceback" not in done.stderr
     assert Run.read(tmp_path / "run").steps == [1]

@@ -6,13 +6,13 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
+from test_scan import COMMAND
 
 from sinktrack import Probe, Run, scan
 from sinktrack.archive.discover import discover
@@ -93,9 +93,8 @@ def test_a_scan_that_follows_measures_what_comes(saved: Path, tmp_path: Path) ->
 def test_the_command_waits_for_the_first_checkpoint(saved: Path, tmp_path: Path) -> None:
     archive = tmp_path / "archive"
     archive.mkdir()
-    command = "from sinktrack.cli import main; main()"
     with subprocess.Popen(
-        [sys.executable, "-c", command, "scan", archive, "--run", tmp_path / "run", "--json",
+        [*COMMAND, "scan", archive, "--run", tmp_path / "run", "--json",
          "--follow", "--poll", "0.1"],
         stdout=subprocess.PIPE, text=True,
     ) as scanner:  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import pytest
 from scanner import PROBE, save_archive
 from synthetic import synthetic_records
 from test_report import curve
+from test_scan import COMMAND
 
 from sinktrack import Run
 
@@ -28,8 +28,7 @@ def serve() -> Iterator[Any]:
     started = []
 
     def start(*runs: Path) -> str:
-        code = "from sinktrack.cli import main; main()"
-        command = [sys.executable, "-c", code, "report", *map(str, runs), "--live"]
+        command = [*COMMAND, "report", *map(str, runs), "--live"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         started.append(process)
         assert process.stderr is not None
@@ -83,9 +82,8 @@ def test_a_scan_that_follows_an_archive_is_watched(
     """Three commands' worth: checkpoints arrive, the scanner measures them, the page shows them."""
     archive, run = save_archive(tmp_path / "archive", [1]), tmp_path / "run"
     Run.open(run, PROBE)
-    code = "from sinktrack.cli import main; main()"
     follow = ["scan", str(archive), "--run", str(run), "--follow", "--poll", "0.1"]
-    with subprocess.Popen([sys.executable, "-c", code, *follow]) as scanner:
+    with subprocess.Popen([*COMMAND, *follow]) as scanner:
         page = browser.new_page()
         page.goto(serve(run))
         page.get_by_text("Live: 1 record so far").wait_for(timeout=60_000)

@@ -176,6 +176,10 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     assert half.localization.share_sum == pytest.approx(1, abs=0.05)
 
 
+def numpy_state() -> Any:
+    return np.random.get_state()[1].tolist()  # type: ignore[index]
+
+
 def fingerprint(model: Any) -> dict[str, object]:
     return {
         "state": {k: v.clone() for k, v in model.state_dict().items()},
@@ -193,7 +197,7 @@ def fingerprint(model: Any) -> dict[str, object]:
         ],
         "attention": model.config._attn_implementation,
         "rng": torch.get_rng_state(),
-        "numpy": np.random.get_state()[1].tolist(),  # type: ignore[index]
+        "numpy": numpy_state(),
         "python": random.getstate(),
         "dtype": torch.get_default_dtype(),
         "grad_enabled": torch.is_grad_enabled(),

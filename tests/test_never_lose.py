@@ -7,13 +7,13 @@ import multiprocessing
 import os
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scanner import PROBE, run_scan, save_archive, scan_and_leave
+from test_scan import COMMAND
 
 from sinktrack import RecordError, Run, scan
 
@@ -84,8 +84,7 @@ def test_the_command_killed_and_started_again(
     """With workers, who end with the scanner; killed after each record that it reports."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as `run_scan`: several threads round otherwise
     run_scan(archive, tmp_path / "undisturbed")
-    command = [sys.executable, "-c", "from sinktrack.cli import main; main()", "scan",
-               str(archive), "--run", str(tmp_path / "run"), "--json"]  # fmt: skip
+    command = [*COMMAND, "scan", str(archive), "--run", str(tmp_path / "run"), "--json"]
     PROBE.save(tmp_path / "probe")
     reported: list[int] = []
     for options in (["--probe", str(tmp_path / "probe")], ["--workers", "2"], []):

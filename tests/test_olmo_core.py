@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import check_slices
 from transformers import FlexOlmoConfig, Olmo2Config, Olmo3Config
 
 from sinktrack import ArchiveError, Probe, measure, scan
@@ -109,13 +110,7 @@ def test_slices(family: str, tmp_path: Path) -> None:
     found = source(saved(model, tmp_path / "archive"))
     model.save_pretrained(tmp_path / "plain")
     plain = open_source(discover(tmp_path / "plain")[0])
-    assert set(found.names()) == set(plain.names())
-    for name in plain.names():
-        part, whole = found.slice(name), plain.slice(name)[...]
-        rows = whole.shape[0]
-        assert part.get_shape() == list(whole.shape) and part.get_dtype() == "F32"
-        for index in (..., slice(None), slice(3, rows - 1), slice(rows, 0), slice(0, rows, 2), -1):
-            assert torch.equal(part[index], whole[index]), (name, index)
+    check_slices(found, plain)
 
 
 def test_steps_of_an_archive(tmp_path: Path) -> None:

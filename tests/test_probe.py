@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import models
 import numpy as np
 import pytest
 import torch
@@ -140,19 +141,10 @@ def test_the_command_makes_random_probes(tmp_path: Path) -> None:
 
 
 def test_the_command_makes_probes_of_texts(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
     texts = tmp_path / "texts"
     texts.write_text("to be or not\ntoo short\nnot to be at all\n")
-    words = {
-        word: number for number, word in enumerate(["?", "to", "be", "or", "not", "at", "all"])
-    }
-    tokenizer = Tokenizer(WordLevel(words, unk_token="?"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "tokenizer")
+    words = ["?", "to", "be", "or", "not", "at", "all"]
+    models.save_tokenizer(words, tmp_path / "tokenizer")
     given = ["--tokenizer", str(tmp_path / "tokenizer"), "--texts", str(texts), "--length", "4"]
     done = CliRunner().invoke(app, ["probe", str(tmp_path / "p"), *given])
     assert done.exit_code == 0, done.output

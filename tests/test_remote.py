@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import models
 import pytest
 import torch
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from test_scan import COMMAND
 from werkzeug.serving import make_server
 
 from sinktrack import ArchiveError, Probe, Run, scan
@@ -269,7 +269,7 @@ def test_the_revisions_of_a_repository(local: Path, tmp_path: Path) -> None:
     PROBE.save(tmp_path / "probe")
     with serving(Hub) as url:
         done = subprocess.run(
-            [sys.executable, "-c", "from sinktrack.cli import main; main()", "scan", "hf://a/b",
+            [*COMMAND, "scan", "hf://a/b",
              "--run", tmp_path / "run", "--probe", tmp_path / "probe", "--blocks", "1"],
             capture_output=True, text=True, timeout=200,
             env=os.environ | {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"},

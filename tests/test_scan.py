@@ -21,12 +21,13 @@ from sinktrack.demo import AGREEMENT, largest_difference
 
 PROBE = Probe.random(models.VOCABULARY, sequences=4, length=12)
 WEIGHTS = "model.safetensors"
+COMMAND = (sys.executable, "-c", "from sinktrack.cli import main; main()")
+"""``sinktrack``, as it is imported here."""
 
 
 def sinktrack(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from sinktrack.cli import main; main()"]
     return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=120
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=120
     )
 
 
@@ -201,15 +202,7 @@ def test_without_a_probe_the_command_says_what_it_takes(archive: Path, tmp_path:
     assert done.returncode == 0 and "seeded random tokens" in done.stderr
     assert int(probe_of(tmp_path / "random").tokens.max()) < models.VOCABULARY
 
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"[UNK]": 0, "the": 1, "and": 2, "a": 3, "of": 4}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(archive / "checkpoint-4")
+    models.save_tokenizer(["[UNK]", "the", "and", "a", "of"], archive / "checkpoint-4")
     done = sinktrack("scan", archive, "--run", tmp_path / "prose")
     assert done.returncode == 0, done.stderr
     assert "built-in prose and the checkpoint's tokenizer" in done.stderr

@@ -30,8 +30,8 @@ def open(checkpoint: Checkpoint) -> PieceSource:
     """
     config, weights = config_of(checkpoint), checkpoint.files.at(FOLDER)
     pieces = {
-        name.removeprefix(_MODEL): Piece(stored)
-        for name, stored in metadata(weights).items()
-        if name.startswith(_MODEL) and stored.dtype in NAMES
+        name: Piece(stored)
+        for name, stored in metadata(weights, _MODEL).items()
+        if stored.dtype in NAMES
     }
     return PieceSource(checkpoint.files, config, weights, pieces)

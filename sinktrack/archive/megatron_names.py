@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sinktrack.archive.dcp import Span, Stored
-from sinktrack.archive.pieces import Piece
+from sinktrack.archive.pieces import Piece, refuse_left
 from sinktrack.errors import ArchiveError
 
 DENSE = ("llama", "qwen2", "qwen3")
@@ -29,16 +29,12 @@ def pieces(stored: Mapping[str, Stored], config: Any) -> dict[str, Piece]:
     """
     found = dict(_Finder(stored, config).all())
     used = {piece.stored.name for piece in found.values()}
-    left = sorted(
+    left = {
         name
         for name in set(stored) - used
         if name.startswith(_MODEL) and not name.endswith("_extra_state")
-    )
-    if left:
-        raise ArchiveError(
-            f"the checkpoint holds {left[0]}, and {len(left) - 1} more tensors that "
-            f"{config.model_type} has no place for; give the right configuration with --hf-config"
-        )
+    }
+    refuse_left(left, config.model_type)
     return found
 
 

@@ -52,11 +52,7 @@ def open(checkpoint: Checkpoint) -> PieceSource:
                 f"{files.location}: experts as wide as the stream, and the configuration does not "
                 "say whether they are dropless; scan without --hf-config"
             )
-    stored = {
-        name.removeprefix(_MODEL): tensor
-        for name, tensor in metadata(weights).items()
-        if name.startswith(_MODEL)
-    }
+    stored = metadata(weights, _MODEL)
     finder = Finder(stored)
     try:
         pieces = dict(_pieces(finder, stored, config))

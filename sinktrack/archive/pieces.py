@@ -82,13 +82,8 @@ class Finder:
 
     def nothing_left(self, family: str, *others: str) -> None:
         """Raise an ArchiveError if a tensor was not taken whose name begins with none of others."""
-        left = sorted(set(self._stored) - self._taken)
-        left = [name for name in left if not name.startswith(others)]
-        if left:
-            raise ArchiveError(
-                f"the checkpoint holds {left[0]}, and {len(left) - 1} more tensors that {family} "
-                "has no place for; give the right configuration with --hf-config"
-            )
+        left = set(self._stored) - self._taken
+        refuse_left({name for name in left if not name.startswith(others)}, family)
 
 
 class PieceSource:
@@ -163,15 +158,28 @@ class PieceSlice:
         return self.files.read(file, start, start + length)
 
 
-def metadata(files: Files) -> dict[str, dcp.Stored]:
-    """The tensors that a checkpoint's ``.metadata`` lists, by the names that they have there.
+def metadata(files: Files, prefix: str = "") -> dict[str, dcp.Stored]:
+    """The tensors that a checkpoint's ``.metadata`` lists, by their names behind a prefix.
 
     Raises:
         ArchiveError: it is missing, damaged, or imports what it has no need of.
     """
-    return dcp.read_metadata(
-        files.whole(".metadata", dcp.LARGEST_METADATA), files.path(".metadata")
-    )
+    data = files.whole(".metadata", dcp.LARGEST_METADATA)
+    found = dcp.read_metadata(data, files.path(".metadata"))
+    return {
+        name.removeprefix(prefix): stored
+        for name, stored in found.items()
+        if name.startswith(prefix)
+    }
+
+
+def refuse_left(left: set[str], family: str) -> None:
+    """Raise an ArchiveError if a checkpoint holds tensors that a model has no place for."""
+    if left:
+        raise ArchiveError(
+            f"the checkpoint holds {min(left)}, and {len(left) - 1} more tensors that {family} "
+            "has no place for; give the right configuration with --hf-config"
+        )
 
 
 def _cut(rows: list[dcp.Span], low: int, high: int) -> list[dcp.Span]:

@@ -92,9 +92,13 @@ class Streamed:
             ArchiveError: a weight is missing, damaged or of another shape.
         """
         for name, buffer in list(self.model.named_buffers()):
-            if name not in self._targets:  # is not saved, and made anew from the configuration
-                self._put(name, torch.empty_like(buffer, device=self._device))
-        self.model.initialize_weights()
+            if name in self._targets:
+                continue
+            if buffer.is_meta:  # is not saved, and made anew from the configuration
+                unset = torch.nan if buffer.is_floating_point() else 0  # what is not is refused
+                buffer = torch.full_like(buffer, unset, device=self._device)
+            self._put(name, buffer.to(self._device))
+        self.model.initialize_weights()  # for the first time: a second call does nothing
         base, blocks = _prefix(self.model, self.base), tuple(self._prefixes.values())
         own = {
             name for name in self._targets if name.startswith(base) and not name.startswith(blocks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
@@ -85,10 +85,7 @@ def necessity(
 
     Arguments and errors are those of `examine`; no test where no sink has formed.
     """
-    if not is_testable(measured):
-        return []
-    with _tests(model, probe, measured, batch_size) as tests:
-        return tests.necessity()
+    return _alone(_Tests.necessity, model, probe, measured, batch_size)
 
 
 def sufficiency(
@@ -99,10 +96,7 @@ def sufficiency(
     ``effect`` is what that position gains in attention from later queries, over the attention to
     P0 that was there. Verdict: ``sufficient``. Arguments and errors are those of `examine`.
     """
-    if not is_testable(measured):
-        return []
-    with _tests(model, probe, measured, batch_size) as tests:
-        return tests.sufficiency()
+    return _alone(_Tests.sufficiency, model, probe, measured, batch_size)
 
 
 def position(
@@ -115,10 +109,7 @@ def position(
     the sink needs P0's attention to itself alone), over the attention to P0 that was there.
     Arguments and errors are those of `examine`.
     """
-    if not is_testable(measured):
-        return []
-    with _tests(model, probe, measured, batch_size) as tests:
-        return tests.position()
+    return _alone(_Tests.position, model, probe, measured, batch_size)
 
 
 def is_testable(measured: Measurement) -> bool:
@@ -148,6 +139,19 @@ def _tests(
 ) -> Iterator[_Tests]:
     with replaying(model, probe, batch_size) as replay:
         yield _Tests(replay, measured)
+
+
+def _alone(
+    test: Callable[[_Tests], list[Found]],
+    model: nn.Module,
+    probe: Probe,
+    measured: Measurement,
+    batch_size: int | None,
+) -> list[Found]:
+    if not is_testable(measured):
+        return []
+    with _tests(model, probe, measured, batch_size) as tests:
+        return test(tests)
 
 
 class _Tests:
