@@ -1,4 +1,7 @@
-"""The ``sinktrack`` command. Exit codes: 0 done, 1 some checkpoints failed, 2 wrong use."""
+"""The ``sinktrack`` command.
+
+Exit codes: 0 done, 1 some checkpoints failed, 2 wrong use, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -21,6 +24,9 @@ from rich.progress import (
 )
 
 from sinktrack.errors import ArchiveError, SinktrackError
+
+if TYPE_CHECKING:  # slow to import
+    from sinktrack.archive.source import Checkpoint
 
 app = typer.Typer(
     add_completion=False,
@@ -53,12 +59,13 @@ def scan(
         list[str],
         typer.Argument(
             metavar="ARCHIVE...",
-            help="Directories of checkpoints, or URLs of them: s3, gs, hf, https.",
+            help="Directories of checkpoints, or URLs of them: s3, gs, az, hf, https.",
         ),
     ],
     run: Annotated[Path, typer.Option(help="The run directory that takes the records.")],
     probe: Annotated[
-        Path | None, typer.Option(help="A probe file; by default the run's own.")
+        Path | None,
+        typer.Option(help="A probe file; by default the run's own, else one is made."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
     blocks: Annotated[
@@ -77,8 +84,8 @@ def scan(
         str | None,
         typer.Option(
             metavar="REGEX",
-            help="Names of checkpoints below the archive, with a group (?P<step>\\d+) and maybe "
-            "(?P<tokens>\\d+[KMBT]?).",
+            help="Whole paths of checkpoints below the archive, with a group (?P<step>\\d+) and "
+            "maybe (?P<tokens>\\d+[KMBT]?).",
         ),
     ] = None,
     engine: Annotated[
@@ -98,9 +105,8 @@ def scan(
     as_json: AsJson = False,
 ) -> None:
     """Measure every checkpoint that the run does not hold yet."""
-    from sinktrack.archive.discover import discover
+    from sinktrack.archive.discover import discover, in_order
     from sinktrack.archive.follow import looks
-    from sinktrack.archive.source import Checkpoint
     from sinktrack.record import Run
     from sinktrack.scan import Job, choose_probe
     from sinktrack.scan import scan as scan_archive
@@ -111,7 +117,11 @@ def scan(
     if follow and len(archives) > 1:
         raise ArchiveError("--follow takes one archive; start a scan for each")
     find = [partial(discover, archive, pattern, hf_config) for archive in archives]
-    found = [] if follow else [checkpoint for one in find for checkpoint in one()]
+    found = [] if follow else in_order(checkpoint for one in find for checkpoint in one())
+    if [checkpoint.step for checkpoint in found] == [0]:
+        _err.print(f"{found[0].name} is recorded as step 0", markup=False)
+    if follow:
+        _err.print(f"following {archives[0]}, a look every {poll:g} s (Ctrl-C ends it)")
 
     def example() -> Checkpoint:
         if not follow:
@@ -121,61 +131,79 @@ def scan(
     batch, note = choose_probe(example, Run.open(run), probe)
     if note:
         _err.print(note)
-    if blocks is not None:
-        _err.print(
-            f"the first {blocks} blocks only: leaves out sink rate, peak block, first-two gain and "
-            "the digest of the weights, and the circuit where no sink forms in them"
-        )
     opened = Run.open(run, batch)
-    failures: list[str] = []
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=_err,
-        disable=not sys.stderr.isatty(),
-    )
-    with progress:
-        job = Job(batch, blocks=blocks, causal=causal)
-        todo = len(job.lacking(found, opened))
-        task = progress.add_task("scan", total=None if follow else todo)
-        measured = 0
+    job = Job(batch, blocks=blocks, causal=causal)
+    todo = len(job.lacking(found, opened))
+    told = _Told(as_json=as_json, follow=follow, total=todo)
+    try:
+        with told.progress:
+            for archive in archives:
+                for _ in scan_archive(
+                    archive,
+                    run=opened,
+                    device=device,
+                    blocks=blocks,
+                    batch_size=batch_size,
+                    hf_config=hf_config,
+                    pattern=pattern,
+                    engine=engine,
+                    workers=workers,
+                    follow=poll if follow else None,
+                    causal=causal,
+                    notify=told,
+                ):
+                    pass
+    except KeyboardInterrupt:
+        told.summary(len(found) - todo, run)
+        raise
+    told.summary(len(found) - todo, run)
+    raise typer.Exit(1 if told.failed else 0)
 
-        def notify(checkpoint: Checkpoint, outcome: dict[str, Any] | SinktrackError) -> None:
-            nonlocal measured
-            if isinstance(outcome, SinktrackError):
-                failures.append(checkpoint.name)
-                _err.print(f"failed: {checkpoint.name}: {outcome}", markup=False)
-            else:
-                measured += 1
-                if as_json:
-                    print(json.dumps(outcome), flush=True)
-            progress.update(task, advance=1, description=checkpoint.name)
 
-        for archive in archives:
-            for _ in scan_archive(
-                archive,
-                run=opened,
-                device=device,
-                blocks=blocks,
-                batch_size=batch_size,
-                hf_config=hf_config,
-                pattern=pattern,
-                engine=engine,
-                workers=workers,
-                follow=poll if follow else None,
-                causal=causal,
-                notify=notify,
-            ):
-                pass
-    skipped = len(found) - todo
-    _err.print(
-        f"{measured} measured, {skipped} already recorded, {len(failures)} failed -> {run}",
-        markup=False,
-    )
-    raise typer.Exit(1 if failures else 0)
+class _Told:
+    """What a scan says while it works."""
+
+    def __init__(self, as_json: bool, follow: bool, total: int) -> None:
+        self.measured = self.failed = 0
+        self._as_json, self._follow = as_json, follow
+        self._partial, self._failure = False, ""
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=_err,
+            disable=follow or not sys.stderr.isatty(),
+        )
+        self._task = self.progress.add_task("scan", total=total)
+
+    def __call__(self, checkpoint: Checkpoint, outcome: dict[str, Any] | SinktrackError) -> None:
+        if isinstance(outcome, SinktrackError):
+            self.failed += 1
+            reason = "for the same reason" if str(outcome) == self._failure else str(outcome)
+            self._failure = str(outcome)
+            _err.print(f"failed: {checkpoint.name}: {reason}", markup=False)
+        else:
+            self.measured += 1
+            if self._follow:
+                _err.print(f"measured: {checkpoint.name}", markup=False)
+            if "measured_blocks" in outcome and not self._partial:
+                self._partial = True
+                _err.print(
+                    f"the first {outcome['measured_blocks']} blocks only: leaves out sink rate, "
+                    "peak block, first-two gain and the digest of the weights, and the circuit "
+                    "where no sink forms in them"
+                )
+            if self._as_json:
+                print(json.dumps(outcome), flush=True)
+        self.progress.update(self._task, advance=1, description=checkpoint.name)
+
+    def summary(self, recorded: int, run: Path) -> None:
+        _err.print(
+            f"{self.measured} measured, {recorded} already recorded, {self.failed} failed -> {run}",
+            markup=False,
+        )
 
 
 @app.command()
@@ -227,6 +255,8 @@ def report(
     if loss and len(loss) != len(opened):
         raise typer.BadParameter(f"--loss {len(loss)} times for {len(opened)} runs")
     losses = dict(zip(opened, map(read_losses, loss or []), strict=False))
+    if len({record["probe"] for one in opened.values() for record in one.records[-1:]}) > 1:
+        _err.print("these runs were measured with different probes; do not compare their numbers")
     if live:
         from sinktrack.report.live import server
 
@@ -312,6 +342,9 @@ def probe(
     from sinktrack.errors import ProbeError
     from sinktrack.probe import Probe
 
+    if (tokenizer is None) != (texts is None) or (texts is None) == (vocab_size is None):
+        raise ProbeError("give --tokenizer with --texts, or --vocab-size")
+    left_out = ""
     if tokenizer is not None and texts is not None:
         found = load_tokenizer(Files(tokenizer))
         if found is None:
@@ -321,12 +354,15 @@ def probe(
         except OSError as error:
             raise ProbeError(f"cannot read {texts}: {error.strerror}") from error
         made = Probe.from_texts(found, lines, length)
-    elif vocab_size is not None:
-        made = Probe.random(vocab_size, sequences, length, seed)
+        if made.sequences < len(lines):
+            left_out = f"; {len(lines) - made.sequences} of {len(lines)} lines are shorter"
     else:
-        raise ProbeError("give --tokenizer with --texts, or --vocab-size")
+        assert vocab_size is not None
+        made = Probe.random(vocab_size, sequences, length, seed)
+    if out.exists() and Probe.load(out) != made:
+        raise ProbeError(f"{out} holds another probe; remove it, or give another name")
     made.save(out)
-    print(made)
+    print(f"{made} -> {out}{left_out}")
 
 
 def _named(runs: list[Path]) -> dict[str, Path]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sinktrack import atomic
 from sinktrack.errors import ProbeError
 
 _PADDING = 4
@@ -208,12 +207,7 @@ class Probe:
             tensors["documents"] = self.documents
         data = save(tensors, metadata)
         try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
+            atomic.write(path, data)
         except OSError as error:
             raise ProbeError(f"cannot write the probe {path}: {error.strerror}") from error
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from sinktrack import atomic
 from sinktrack.errors import RecordError, require
 from sinktrack.probe import Probe
 
@@ -60,8 +61,7 @@ class Run:
             run = cls(directory, _probe(directory))
             if probe is not None:
                 run._adopt(probe)
-            if not os.access(directory, os.W_OK):
-                raise PermissionError(13, os.strerror(13))
+            tempfile.TemporaryFile(dir=directory).close()  # says why, where one cannot write
             if not (directory / "run.json").exists():
                 run._describe()
         except OSError as error:
@@ -135,7 +135,7 @@ class Run:
         """Add a record and flush it to disk; whole or not at all. nan becomes null.
 
         Raises:
-            RecordError: another schema or probe, no step, an infinity, or the write failed.
+            RecordError: another schema, probe or model, no step, an infinity, or the write failed.
         """
         line = self._line(record)
         new = not self._file.exists()
@@ -145,6 +145,7 @@ class Run:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
                 known = _version(os.fstat(descriptor)) == self._seen
                 end = _whole(descriptor)
+                self._refuse_another(record, _last(descriptor, end))
                 os.ftruncate(descriptor, end)
                 os.lseek(descriptor, end, os.SEEK_SET)
                 try:
@@ -160,7 +161,7 @@ class Run:
             finally:
                 os.close(descriptor)
             if new:
-                _sync(self.directory)
+                atomic.sync(self.directory)
         except OSError as error:
             raise RecordError(
                 f"cannot append to {self._file}: {error.strerror}; earlier records are untouched"
@@ -224,15 +225,29 @@ class Run:
         step = record.get("step")
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise RecordError(f"record of step {step!r}; wanted an integer of 0 or more")
-        ours = self.probe.digest if self.probe else None
-        if ours is None and (written := self.written):
-            ours = written[-1]["probe"]
-        if ours is not None and record.get("probe") != ours:
+        return json.dumps(to_json(record), allow_nan=False).encode() + b"\n"
+
+    def _refuse_another(self, record: Mapping[str, Any], last: Mapping[str, Any]) -> None:
+        """Refuse a record of another probe or model than the last one's."""
+        probe = self.probe.digest if self.probe else last.get("probe")
+        if probe is not None and record.get("probe") != probe:
             raise RecordError(
-                f"record of probe {record.get('probe')}, but {self.directory} holds probe {ours}; "
+                f"record of probe {record.get('probe')}, but {self.directory} holds probe {probe}; "
                 "use another run directory"
             )
-        return json.dumps(to_json(record), allow_nan=False).encode() + b"\n"
+        model, before = record.get("model", {}), last.get("model", {})
+        names = ["blocks", "heads", "experts"]
+        if (record.get("source") == "callback") == (last.get("source") == "callback"):
+            names.insert(0, "type")  # Megatron's models and their checkpoints have two names
+        differing = [name for name in names if name in before and before[name] != model.get(name)]
+        if differing:
+            theirs, ours = (
+                ", ".join(f"{name} {of.get(name)}" for name in differing) for of in (model, before)
+            )
+            raise RecordError(
+                f"record of a model with {theirs}, but {self.directory} holds records of one with "
+                f"{ours}; use another run directory"
+            )
 
     def _parse(self, data: bytes) -> list[dict[str, Any]]:
         found = []
@@ -276,13 +291,7 @@ class Run:
             "probe": self.probe.digest if self.probe else None,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        with tempfile.NamedTemporaryFile("w", dir=self.directory, delete=False) as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, self.directory / "run.json")
-        _sync(self.directory)
+        atomic.write(self.directory / "run.json", json.dumps(content).encode())
 
     def _check_schema(self) -> None:
         path = self.directory / "run.json"
@@ -326,9 +335,20 @@ def _version(status: os.stat_result) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _whole(descriptor: int) -> int:
-    """Length of the file up to and with its last newline."""
-    end = os.lseek(descriptor, 0, os.SEEK_END)
+def _last(descriptor: int, end: int) -> dict[str, Any]:
+    """The record that ends there; empty where there is none."""
+    start = _whole(descriptor, max(0, end - 1))
+    try:
+        record = json.loads(os.pread(descriptor, end - start, start))
+    except ValueError:  # the start of the file, or a damaged line, which reading tells of
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _whole(descriptor: int, end: int | None = None) -> int:
+    """Length of the file, or of its first ``end`` bytes, up to and with the last newline."""
+    if end is None:
+        end = os.lseek(descriptor, 0, os.SEEK_END)
     while end:
         start = max(0, end - 65536)
         newline = os.pread(descriptor, end - start, start).rfind(b"\n")
@@ -336,11 +356,3 @@ def _whole(descriptor: int) -> int:
             return start + newline + 1
         end = start
     return 0
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

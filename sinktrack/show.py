@@ -49,6 +49,8 @@ def show(
     _signal(signal, console)
     console.print()
     console.print(_blocks(records, console.width))
+    if uniform := _uniform(last):
+        console.print(Text(f"Attention spread evenly would give P0 {uniform}.", style="dim"))
     console.print()
     if reference is not None:
         console.print(Text(f"Largest parts of the P0 state at the input of block {reference}:"))
@@ -71,7 +73,7 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
         grid.add_row(Text(name, style="dim"), Text(value))
 
     def measured(name: str, field: str, form: str) -> None:
-        value, interval = last[field], last["intervals"][field]
+        value, interval = last.get(field), last["intervals"].get(field)
         if value is not None:
             low_high = "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
             add(name, f"{value:{form}}" + (f"  (95 %: {low_high})" if low_high else ""))
@@ -82,7 +84,7 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
     measured("sink rate", "sink_rate", ".1%")
     add("sink", _sink(last))
     measured("first-two share", "first_two_share", ".1%")
-    measured("depth", "depth", ".2f")
+    measured("depth (blocks)", "depth", ".2f")
     measured("first-two gain", "first_two_gain", ".1%")
     return grid
 
@@ -165,10 +167,10 @@ def _blocks(records: Sequence[Mapping[str, Any]], width: int) -> Table:
         ("\nblock", True),
         ("\nkind", False),
         ("to\nP0", True),
-        ("over steps\n0 to 1", False),
+        ("over the run\nbars 0 to 1", False),
         ("sink\nrate", True),
-        ("P0\nnorm", True),
-        (f"log scale\n{math.exp(low):.2g} to {math.exp(high):.2g}", False),
+        ("norm\nratio", True),
+        (f"over the run\nlog {math.exp(low):.2g} to {math.exp(high):.2g}", False),
         ("share\nattn", True),
         ("\nmlp", True),
         ("\ngain", True),
@@ -181,7 +183,7 @@ def _blocks(records: Sequence[Mapping[str, Any]], width: int) -> Table:
             kind,
             _number(last["concentration"][block], ".2f"),
             _sparkline([record["concentration"][block] for record in records], 0, 1, room),
-            _number(last["sink_rate_by_block"][str(EPSILON)][block], ".2f"),
+            _number(last["sink_rate_by_block"][str(EPSILON)][block], ".0%"),
             _number(last["norm_ratio"][block], ".3g"),
             _sparkline([row[block] for row in norms], low, high, room),
             _number(shares.get(("attention", block)), "z.0%"),
@@ -189,6 +191,14 @@ def _blocks(records: Sequence[Mapping[str, Any]], width: int) -> Table:
             _number(last["gain"][block], "+z.2f"),
         )
     return table
+
+
+def _uniform(record: Mapping[str, Any]) -> str:
+    """Attention to P0 of queries that attend alike to all they see: mean of 1 / (i + 1)."""
+    seen = {count for count in record["visible_queries"] if count is not None}
+    if len(seen) != 1 or not float(count := seen.pop()).is_integer():
+        return ""  # windows, or documents of several lengths
+    return f"{sum(1 / (i + 1) for i in range(1, int(count) + 1)) / count:.2f}"
 
 
 def _sparkline(values: Sequence[float | None], low: float, high: float, width: int) -> str:

@@ -96,10 +96,14 @@ def test_the_command_waits_for_the_first_checkpoint(saved: Path, tmp_path: Path)
     with subprocess.Popen(
         [*COMMAND, "scan", archive, "--run", tmp_path / "run", "--json",
          "--follow", "--poll", "0.1"],
-        stdout=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) as scanner:  # fmt: skip
         shutil.copytree(saved, archive / "checkpoint-5")
         assert scanner.stdout is not None
         assert json.loads(scanner.stdout.readline())["step"] == 5
         scanner.send_signal(signal.SIGINT)
-        assert scanner.wait(60) == 130
+        _, said = scanner.communicate(timeout=60)
+        assert scanner.returncode == 130
+    assert said.startswith(f"following {archive}, a look every 0.1 s")
+    assert "measured: checkpoint-5\n" in said
+    assert said.endswith(f"1 measured, 0 already recorded, 0 failed -> {tmp_path / 'run'}\n")

@@ -191,6 +191,40 @@ def test_the_command(archive: Path, tmp_path: Path) -> None:
     assert Run.read(run).probe == PROBE and Run.read(run).steps == [4, 30, 200]
 
 
+def test_two_archives_with_the_same_steps_are_refused(archive: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(archive, tmp_path / "other"))
+    command = ("scan", archive, other, "--run", tmp_path / "run")
+    done = sinktrack(*command)
+    assert done.returncode == 2 and not Run.open(tmp_path / "run").steps
+    assert "archive/checkpoint-4 and" in done.stderr and "both of step 4" in done.stderr
+    for step in (4, 30, 200):
+        (other / f"checkpoint-{step}").rename(other / f"checkpoint-{step + 1}")
+    done = sinktrack(*command)
+    assert done.returncode == 0 and "6 measured" in done.stderr
+    assert Run.read(tmp_path / "run").steps == [4, 5, 30, 31, 200, 201]
+
+
+def test_another_model_is_refused_by_a_run(archive: Path, tmp_path: Path) -> None:
+    scanned = sinktrack("scan", archive / "checkpoint-4", "--run", tmp_path / "run")
+    assert scanned.returncode == 0, scanned.stderr
+    models.llama(num_hidden_layers=2).save_pretrained(tmp_path / "checkpoint-9")
+    done = sinktrack("scan", tmp_path / "checkpoint-9", "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert "a model with type llama, blocks 2, experts None" in done.stderr
+    assert "records of one with type mixtral, blocks 4, experts" in done.stderr
+    assert Run.read(tmp_path / "run").steps == [4]
+
+
+def test_what_the_command_says_of_steps_and_patterns(archive: Path, tmp_path: Path) -> None:
+    shutil.copytree(archive / "checkpoint-4", tmp_path / "final")
+    done = sinktrack("scan", tmp_path / "final", "--run", tmp_path / "run")
+    assert done.returncode == 0 and "final is recorded as step 0" in done.stderr
+    pattern = r"point-(?P<step>\d+)"
+    done = sinktrack("scan", archive, "--run", tmp_path / "run", "--pattern", pattern)
+    assert done.returncode == 2 and f"{pattern} matches from beginning to end" in done.stderr
+    assert "checkpoint-200, checkpoint-30" in done.stderr
+
+
 def probe_of(run: Path) -> Probe:
     found = Run.read(run).probe
     assert found is not None
@@ -245,7 +279,8 @@ def test_a_probe_of_another_vocabulary_fails_every_checkpoint(
     Probe.from_tokens([[1, 2, 3], [4, 999, 6]]).save(tmp_path / "probe")
     done = sinktrack("scan", archive, "--run", tmp_path / "run", "--probe", tmp_path / "probe")
     assert done.returncode == 1
-    assert done.stderr.count("token id 999") == 3
+    assert done.stderr.count("token id 999") == 1
+    assert done.stderr.count("for the same reason") == 2
 
 
 def test_import_is_light() -> None:
@@ -265,6 +300,8 @@ def test_the_first_blocks_then_all_of_them(archive: Path, tmp_path: Path) -> Non
     assert {record["measured_blocks"] for record in Run.read(tmp_path / "run").records} == {1}
     assert sinktrack("show", tmp_path / "run").returncode == 0
     assert "3 already recorded" in sinktrack(*command, "--blocks", "1").stderr
+    more = sinktrack("scan", archive, "--run", tmp_path / "more", "--blocks", "9").stderr
+    assert "3 measured" in more and "leaves out" not in more
     assert "3 measured" in sinktrack(*command).stderr
     records = Run.read(tmp_path / "run").records
     assert len(records) == 3 and not any("measured_blocks" in record for record in records)

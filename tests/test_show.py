@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
@@ -36,7 +37,10 @@ def test_headline_and_blocks() -> None:
         cells = row(text, block).split()
         assert cells[1:3] == ["full", f"{last['concentration'][block]:.2f}"]
     assert f"{last['shares'][2]['share']:.0%}" in row(text, 0)
-    assert "%" not in row(text, 2), "blocks from the reference on have no share"
+    rate = f"{last['sink_rate_by_block']['0.3'][2]:.0%}"
+    assert re.findall(r"\d+%", row(text, 2)) == [rate], "from the reference on there is no share"
+    uniform = sum(1 / (i + 1) for i in range(1, 64)) / 63
+    assert f"evenly would give P0 {uniform:.2f}" in text
     assert "block 0 expert 5, gate 0.80" in text
 
 
@@ -54,6 +58,14 @@ def test_sparklines_have_a_fixed_scale_and_at_most_24_columns() -> None:
         record["concentration"][0] = 1.0 if index == 0 else 0.5 if index == 999 else 0.0
     bars = row(shown(records, width=200), 0).split()[3]
     assert bars == "█" + "▁" * 22 + "▅"
+
+
+def test_windows_have_no_even_attention() -> None:
+    records = synthetic_records()
+    records[-1]["visible_queries"] = [63, 7, 63, 7]
+    assert "evenly" not in shown(records)
+    records[-1]["visible_queries"] = [None, 2, None, 2]
+    assert f"evenly would give P0 {(1 / 2 + 1 / 3) / 2:.2f}" in shown(records)
 
 
 def test_gaps_are_blank() -> None:

@@ -41,12 +41,13 @@ def stages_in_order(signal: st.signal.Analysis) -> list[str]:
 
 
 def recorded(
-    directory: Path, written: list[dict[str, Any]], probe: st.Probe | None = None
+    directory: Path, written: list[dict[str, Any]], live: st.Measurement | None = None
 ) -> st.Run:
-    run = st.Run.open(directory, probe)
+    """A run of such records, which go on with those of a live model."""
+    run = st.Run.open(directory, PROBE if live else None)
     (whole,) = synthetic_records(steps=[0])
     for record in written:
-        run.append(whole | record | ({"probe": probe.digest} if probe else {}))
+        run.append(whole | record | ({"probe": live.probe, "model": live.model} if live else {}))
     return run
 
 
@@ -312,10 +313,10 @@ def test_a_callback_tells_of_a_fall(
 ) -> None:
     """A run with a sink goes on with a model that has none: log and W&B both say so."""
     monkeypatch.chdir(tmp_path)
-    recorded(tmp_path / "run", curve(), PROBE)
+    model = models.llama()
+    recorded(tmp_path / "run", curve(), st.measure(model, PROBE))
     active = wandb.init(project="test", mode="offline", dir=tmp_path)
     tracker = SinkTracker(PROBE, tmp_path / "run", every=100, on_error="raise")
-    model = models.llama()
     with caplog.at_level(logging.WARNING, "sinktrack"):
         for step in range(10_100, 10_600, 100):
             tracker.step(step, model)
@@ -331,11 +332,11 @@ def test_a_callback_tells_of_a_fall(
 def test_a_signal_that_fails_does_not_stop_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run = recorded(tmp_path / "run", curve()[:3], PROBE)
+    model = models.llama()
+    run = recorded(tmp_path / "run", curve()[:3], st.measure(model, PROBE))
     with (run.directory / "records.jsonl").open("a") as file:
         file.write('{"schema": 1, "step": 400}\n')
     tracker = SinkTracker(PROBE, run.directory, every=100)
-    model = models.llama()
     with caplog.at_level(logging.WARNING, "sinktrack"):
         assert tracker.step(500, model) is not None and tracker.step(600, model) is not None
     (told,) = caplog.records

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -47,10 +47,12 @@ def discover(
     files = Files(archive)
     names = _compile(pattern) if pattern is not None else _NAME
     found: list[Checkpoint] = []
+    passed: list[str] = []
     stages: dict[str, str] = {}
     for label, place in _places(files, _DEEPEST if pattern is not None else 1):
         named = names.fullmatch(label)
         if named is None:
+            passed.append(label)
             continue
         for checkpoint in _known(place):
             found.append(_named(checkpoint, label, named))
@@ -64,20 +66,30 @@ def discover(
         found = _known(_snapshot(files))
     if not found:
         wanted = (
-            f"looked for {pattern!r}"
+            f"looked for paths that {pattern} matches from beginning to end"
             if pattern is not None
             else "looked for directories like checkpoint-N, stepN or iter_N, and for a config.json "
             "with model.safetensors; --pattern finds other names"
         )
-        raise ArchiveError(f"no checkpoint in {files.location}: {wanted}")
+        seen = f" (there are {', '.join(passed[:3])}, ...)" if passed else ""
+        raise ArchiveError(f"no checkpoint in {files.location}: {wanted}{seen}")
     if hf_config is not None:
         found = [replace(checkpoint, config=Files(hf_config)) for checkpoint in found]
-    found.sort(key=lambda checkpoint: checkpoint.step)
+    return in_order(found)
+
+
+def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """By step.
+
+    Raises:
+        ArchiveError: two have the same step.
+    """
+    found = sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
     for one, other in pairwise(found):
         if one.step == other.step:
             raise ArchiveError(
-                f"{one.name} and {other.name} in {files.location} are both of step {one.step}; "
-                "choose with --pattern, or move one of them"
+                f"{one.files.location} and {other.files.location} are both of step {one.step}; "
+                "choose with --pattern, scan each into a run of its own, or move one of them"
             )
     return found
 
@@ -181,10 +193,10 @@ def _compile(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ArchiveError(f"--pattern {pattern!r} is no regular expression: {error}") from error
+        raise ArchiveError(f"--pattern {pattern} is no regular expression: {error}") from error
     if "step" not in compiled.groupindex:
         raise ArchiveError(
-            f"--pattern {pattern!r} has no group named step; write the number as (?P<step>\\d+)"
+            f"--pattern {pattern} has no group named step; write the number as (?P<step>\\d+)"
         )
     return compiled
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sinktrack import atomic
 from sinktrack.errors import RecordError, require
 from sinktrack.publish import picture
 from sinktrack.publish.curves import CAUSAL, COMPONENT, causal, components, metrics, summary
@@ -236,6 +236,4 @@ class Sent:
             "steps": sorted({*known["steps"], step}),
             "whole": step if whole else known["whole"],
         }
-        written = self._file.with_suffix(".part")
-        written.write_text(json.dumps(self._runs))
-        os.replace(written, self._file)
+        atomic.write(self._file, json.dumps(self._runs).encode())

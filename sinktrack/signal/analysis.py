@@ -84,7 +84,7 @@ class Analysis:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON; intervals as objects of ``value``, ``low`` and ``high``."""
-        found: dict[str, Any] = _plain(asdict(self))
+        found: dict[str, Any] = _plain({"stage": self.stage} | asdict(self))
         return found
 
     def lines(self) -> list[str]:
@@ -162,7 +162,7 @@ def analyze(
 
 def described(regression: Regression) -> str:
     """A regression in words."""
-    name = regression.quantity.replace("_", " ")
+    name = _name(regression.quantity)
     size, since = regression.size, regression.since
     verb, form = ("rose", ".2f") if regression.quantity == "depth" else ("fell", ".1%")
     return (
@@ -172,8 +172,12 @@ def described(regression: Regression) -> str:
     )
 
 
+def _name(quantity: str) -> str:
+    return quantity.replace("first_two", "first-two").replace("_", " ")
+
+
 def _moved(migration: Migration) -> str:
-    name, steps = migration.quantity.replace("_", " "), migration.per_1000_steps
+    name, steps = _name(migration.quantity), migration.per_1000_steps
     words = (
         f"{name} {steps.value:+.2g} per 1,000 steps since the onset "
         f"(95 %: {steps.low:+.2g} to {steps.high:+.2g})"
