@@ -71,10 +71,10 @@ def _measured(record: Mapping[str, Any]) -> Iterator[Row]:
     intervals = record["intervals"]
     for name in _SCALARS:
         low, high = intervals.get(name) or (None, None)
-        yield {"metric": name, "value": record[name], "low": low, "high": high}
+        yield {"metric": name, "value": record.get(name), "low": low, "high": high}
     for name in _BY_BLOCK:
-        bounds = intervals.get(name) or [None] * len(record[name])
-        for block, value in enumerate(record[name]):
+        bounds = intervals.get(name) or []
+        for block, value in enumerate(record.get(name, [])):
             low, high = (bounds[block] if block < len(bounds) else None) or (None, None)
             yield {"metric": name, "block": block, "value": value, "low": low, "high": high}
     for test in ("necessity", "sufficiency", "position"):

@@ -15,6 +15,7 @@ from sinktrack import Run
 from sinktrack.cli import app
 from sinktrack.errors import RecordError
 from sinktrack.export import COLUMNS, export
+from sinktrack.publish.curves import metrics
 
 pandas = pytest.importorskip("pandas")
 polars = pytest.importorskip("polars")
@@ -93,6 +94,21 @@ def test_polars_reads_the_same(run: Run, tmp_path: Path, form: str) -> None:
         "index": None, "level": None, "value": last["sink_rate"],
         "low": last["intervals"]["sink_rate"][0], "high": last["intervals"]["sink_rate"][1],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["depth", "peak_block", "gain", "norm_ratio", "p0_norm"])
+def test_a_field_that_older_runs_lack_is_a_gap(name: str, tmp_path: Path) -> None:
+    records = synthetic_records()
+    for record in records[:-1]:
+        del record[name]
+        record["intervals"].pop(name, None)
+    count = export(records, tmp_path / "out.parquet", "parquet")
+    frame = pandas.read_parquet(tmp_path / "out.parquet")
+    assert len(frame) == count
+    steps = set(frame[frame.metric == name].step)
+    assert steps == ({records[-1]["step"]} if records[-1][name] is not None else set())
+    for record in records[:1]:
+        assert not any(f"sinktrack/{name}" in key for key in metrics(record))
 
 
 def test_a_real_record(demo: Any, tmp_path: Path) -> None:

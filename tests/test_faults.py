@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,54 @@ def test_a_full_disk_during_training(tmp_path: Path) -> None:
     assert "the probe at step 4 failed, training goes on" in done.stderr
     assert "earlier records are untouched" in done.stderr
     assert Run.read(tmp_path).steps == [0, 2, 8, 10]
+
+
+def on_a_disk(directory: Path, script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script that mounts file systems of its own below a directory."""
+    allowed = subprocess.run(["unshare", "-m", "true"], capture_output=True)
+    if allowed.returncode:
+        pytest.skip("no permission to mount file systems")
+    code = "from sinktrack.cli import main; main()"
+    script = f"sinktrack() {{ {sys.executable} -c '{code}' \"$@\" || echo exit $? >&2; }}\n{script}"
+    return subprocess.run(
+        ["unshare", "-m", "sh", "-c", script],
+        capture_output=True, text=True, cwd=directory, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_scan_on_a_disk_that_is_full(tmp_path: Path) -> None:
+    save_archive(tmp_path / "archive", steps=range(3))
+    SCANNED.save(tmp_path / "probe")
+    (tmp_path / "disk").mkdir()
+    done = on_a_disk(
+        tmp_path,
+        """
+        mount -t tmpfs -o size=512k none disk
+        cat /dev/zero > disk/filler 2> /dev/null
+        sinktrack scan archive --run disk/run --probe probe
+        ls -A disk/run >&2
+        head -c 488k /dev/zero > disk/filler
+        sinktrack scan archive --run disk/run --probe probe --json
+        rm disk/filler
+        sinktrack scan archive --run disk/run --json
+        mount -o remount,ro disk
+        sinktrack scan archive --run disk/run
+        """,
+    )
+    assert done.stderr.splitlines() == [
+        "sinktrack: cannot write to the run directory disk/run: No space left on device; give "
+        "another",
+        "exit 2",  # and it left nothing behind
+        "sinktrack: cannot append to disk/run/records.jsonl: No space left on device; earlier "
+        "records are untouched",
+        "exit 2",
+        "1 measured, 2 already recorded, 0 failed -> disk/run",
+        "sinktrack: cannot write to the run directory disk/run: Read-only file system; give "
+        "another",
+        "exit 2",
+    ], done.stderr
+    steps = [json.loads(line)["step"] for line in done.stdout.splitlines()]
+    assert steps == [0, 1, 2]
 
 
 def test_a_run_directory_that_is_deleted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

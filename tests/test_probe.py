@@ -136,8 +136,15 @@ def test_the_command_makes_random_probes(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["probe", str(path), *given])
     assert done.exit_code == 0 and "3 x 8 tokens" in done.output
     assert Probe.load(path) == Probe.random(50, 3, 8, 5)
-    refused = CliRunner().invoke(app, ["probe", str(path)])
-    assert isinstance(refused.exception, ProbeError) and "--vocab-size" in str(refused.exception)
+    for wrong in ([], [*given, "--texts", "t"], [*given, "--texts", "t", "--tokenizer", "t"]):
+        refused = CliRunner().invoke(app, ["probe", str(tmp_path / "q"), *wrong])
+        assert isinstance(refused.exception, ProbeError)
+        assert "give --tokenizer with --texts, or --vocab-size" in str(refused.exception)
+    assert CliRunner().invoke(app, ["probe", str(path), *given]).exit_code == 0  # the same
+    refused = CliRunner().invoke(app, ["probe", str(path), *given[:-1], "6"])
+    assert isinstance(refused.exception, ProbeError)
+    assert f"{path} holds another probe; remove it" in str(refused.exception)
+    assert Probe.load(path) == Probe.random(50, 3, 8, 5)
 
 
 def test_the_command_makes_probes_of_texts(tmp_path: Path) -> None:
@@ -148,6 +155,7 @@ def test_the_command_makes_probes_of_texts(tmp_path: Path) -> None:
     given = ["--tokenizer", str(tmp_path / "tokenizer"), "--texts", str(texts), "--length", "4"]
     done = CliRunner().invoke(app, ["probe", str(tmp_path / "p"), *given])
     assert done.exit_code == 0, done.output
+    assert "1 of 3 lines are shorter" in done.output
     assert Probe.load(tmp_path / "p").tokens.tolist() == [[1, 2, 3, 4], [4, 1, 2, 5]]
 
     given[1] = str(tmp_path / "none")

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinktrack import Probe, RecordError, Run
+from sinktrack import Probe, ProbeError, RecordError, Run
 from sinktrack.record import to_json
 
 PROBE = Probe.random(9, sequences=2, length=4)
@@ -201,6 +201,44 @@ def test_a_full_disk_leaves_earlier_records(tmp_path: Path) -> None:
     done = subprocess.run(child(code, tmp_path), capture_output=True, text=True, check=True)
     assert "earlier records are untouched" in done.stdout
     assert (tmp_path / "records.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("type", "llama"), ("blocks", 5), ("heads", 1), ("experts", None)],
+)
+def test_another_model_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    model = {"type": "mixtral", "blocks": 4, "heads": 4, "experts": 8}
+    run = Run.open(tmp_path, PROBE)
+    run.append(record(1, model=model, source="callback"))
+    run.append(record(2, model=model, source="checkpoint-2"))
+    with pytest.raises(RecordError, match=f"with {name} {value}, but .* of one with {name}"):
+        run.append(record(3, model=model | {name: value}, source="checkpoint-3"))
+    assert run.steps == [1, 2]
+    run.append(record(3, model=model, source="checkpoint-3"))
+
+
+def test_a_model_and_its_checkpoints_may_be_named_differently(tmp_path: Path) -> None:
+    model = {"type": "GPTModel", "blocks": 4, "heads": 4, "experts": 8}
+    run = Run.open(tmp_path, PROBE)
+    run.append(record(1, model=model, source="callback"))
+    run.append(record(1, model=model | {"type": "mixtral"}, source="iter_0000001"))
+    assert run.records[0]["model"]["type"] == "mixtral"
+
+
+def test_a_failed_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PROBE.save(tmp_path / "probe")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ProbeError, match="No space left on device"):
+        Probe.random(9, 2, 4).save(tmp_path / "probe")
+    assert [file.name for file in tmp_path.iterdir()] == ["probe"]
+    assert Probe.load(tmp_path / "probe") == PROBE
 
 
 def test_no_permission_to_write(tmp_path: Path) -> None:

@@ -344,6 +344,18 @@ def test_data_is_small_and_escaped(tmp_path: Path) -> None:
     assert max(map(len, digits)) <= 6
 
 
+def test_runs_of_different_probes_are_told_apart(tmp_path: Path) -> None:
+    for name in ("one", "two", "other"):
+        run = Run.open(tmp_path / name)
+        for record in synthetic_records():
+            run.append(record | ({"probe": "f" * 32} if name == "other" else {}))
+    out = ["-o", str(tmp_path / "report.html")]
+    same = CliRunner().invoke(app, ["report", str(tmp_path / "one"), str(tmp_path / "two"), *out])
+    assert same.exit_code == 0 and "different probes" not in same.output
+    both = CliRunner().invoke(app, ["report", str(tmp_path / "one"), str(tmp_path / "other"), *out])
+    assert both.exit_code == 0 and "different probes; do not compare" in both.output
+
+
 def test_no_records(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="train with a callback, or scan"):
         write_report({"run": []}, tmp_path / "report.html")

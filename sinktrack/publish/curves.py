@@ -14,13 +14,11 @@ TESTS = ("necessity", "sufficiency", "position")
 
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """The record's curves by key, ``sinktrack/...``; what was not measured is left out."""
-    found: dict[str, float] = {"sinktrack/step": record["step"]}
-    if record["tokens"] is not None:
-        found["sinktrack/tokens"] = record["tokens"]
-    for name in SCALARS:
-        found[f"sinktrack/{name}"] = record[name]
+    found: dict[str, Any] = {
+        f"sinktrack/{name}": record.get(name) for name in ("step", "tokens", *SCALARS)
+    }
     for name in BY_BLOCK:
-        for block, value in enumerate(record[name][: record["model"]["blocks"]]):
+        for block, value in enumerate(record.get(name, [])[: record["model"]["blocks"]]):
             found[f"sinktrack/{name}/block_{block:02d}"] = value
     for test in TESTS:
         for row in record.get("causal", {}).get(test, ()):

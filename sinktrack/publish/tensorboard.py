@@ -83,7 +83,7 @@ def _bounded(record: Mapping[str, Any]) -> list[str]:
     return [
         name
         for name in ("sink_rate", "first_two_share", "first_two_gain", "depth")
-        if record["intervals"][name] is not None
+        if record["intervals"].get(name) is not None
     ]
 
 

@@ -88,8 +88,8 @@ def _run(name: str, written: Records, losses: Losses | None, stride: int) -> dic
 
 def _drawn(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the page draws of a record."""
-    drawn = {name: record[name] for name in _FIELDS} | {
-        "intervals": {name: record["intervals"][name] for name in _INTERVALS},
+    drawn = {name: record.get(name) for name in _FIELDS} | {
+        "intervals": {name: record["intervals"].get(name) for name in _INTERVALS},
         "sink_rate_by_block": record["sink_rate_by_block"][str(EPSILON)],
         "shares": [[part["kind"], part["block"], part["share"]] for part in record["shares"]],
         "top_components": [
