@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # transformers is slow to import
     from sinktrack.taps.huggingface import Decoder
 
 
-@torch.no_grad()
 def measure(
     model: nn.Module | list[nn.Module], probe: Probe, *, batch_size: int | None = None
 ) -> Measurement:
@@ -177,7 +176,8 @@ def forward(model: nn.Module, tokens: Tensor, logits: bool = False) -> Any:
 
 
 def _whole(value: Tensor) -> Tensor:
-    """A parameter, gathered where FSDP shards it; then every process must be here."""
+    """A parameter's values, gathered where FSDP shards it; then every process must be here."""
+    value = value.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
@@ -215,7 +215,7 @@ class _Digest:
                 self._update(_whole(value))
 
     def _update(self, value: Tensor) -> None:
-        data = value.detach().cpu().contiguous()
+        data = value.cpu().contiguous()
         self._hasher.update(f"{data.dtype}{tuple(data.shape)}".encode())
         self._hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -25,39 +25,55 @@ def untouched(model: nn.Module, size: int, probe: Probe) -> Iterator[None]:
 
 
 @contextmanager
+def undone(undo: Callable[[], object]) -> Iterator[None]:
+    """Call ``undo`` on leaving; once more where a signal's handler raises in the middle of it."""
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    except BaseException:
+        undo()
+        raise
+
+
+@contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluate without gradients, autocast, compilation or dropout; then restore everything.
 
     Restored, also when the body raises: the random states of Python, numpy, torch and every CUDA
-    device, train or eval mode of each module, its buffers and plain attributes, the default dtype.
+    device, train or eval mode of each module, its hooks, buffers and plain attributes, the default
+    dtype, whether gradients are on, and torch's stack of modes.
     """
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     devices = {"cpu"} | {parameter.device.type for parameter in model.parameters()}
     python, numpy = random.getstate(), np.random.get_state()
     cpu = torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if cuda else []
-    dtype = torch.get_default_dtype()
-    modules = [(module, _attributes(module), module.training) for module in model.modules()]
+    dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    depth = torch._C._len_torch_function_stack()
+    modules = [
+        (module, _attributes(module), _hooks(module), module.training) for module in model.modules()
+    ]
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            for device in sorted(devices - {"meta"}):
-                stack.enter_context(torch.autocast(device, enabled=False))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            for module, attributes, _ in modules:
-                module.training = False
-                if "_original_forward" in attributes:  # Accelerate wraps forward in autocast
-                    module.forward = attributes["_original_forward"]  # type: ignore[assignment]
-            yield
-    finally:
-        for module, attributes, training in modules:
+    stack = ExitStack()
+
+    def undo() -> None:
+        stack.close()
+        while torch._C._len_torch_function_stack() > depth:
+            torch._C._pop_torch_function_stack()
+        torch.set_grad_enabled(gradients)
+        for module, attributes, hooks, training in modules:
             _restore(module, attributes)
+            for name, own in hooks.items():
+                if (current := vars(module)[name]) != own:
+                    current.clear()
+                    current.update(own)
             module.training = training
         with torch.no_grad():
             for module, name, buffer, saved in buffers:
@@ -70,6 +86,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda:
             torch.cuda.set_rng_state_all(gpus)
+
+    with undone(undo):
+        stack.enter_context(torch.no_grad())
+        for device in sorted(devices - {"meta"}):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for module, attributes, _, _ in modules:
+            module.training = False
+            if "_original_forward" in attributes:  # Accelerate wraps forward in autocast
+                module.forward = attributes["_original_forward"]  # type: ignore[assignment]
+        yield
 
 
 @contextmanager
@@ -110,6 +137,15 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _attributes(module: nn.Module) -> dict[str, object]:
     return {name: value for name, value in vars(module).items() if name not in _INTERNAL}
+
+
+def _hooks(module: nn.Module) -> dict[str, dict[int, object]]:
+    """Copies of the dictionaries that hold the module's hooks, by attribute."""
+    return {
+        name: dict(value)
+        for name, value in vars(module).items()
+        if "_hooks" in name and isinstance(value, dict)
+    }
 
 
 def _restore(module: nn.Module, attributes: dict[str, object]) -> None:

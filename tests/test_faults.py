@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import models
@@ -22,11 +23,13 @@ from test_callbacks import PROBE, assert_identical
 from test_measure import fingerprint, same
 from test_record import child
 from test_scan import sinktrack
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sinktrack import ArchiveError, MeasurementError, Probe, Run, measure, scan
 from sinktrack.attention import attend
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.record import to_json
+from sinktrack.taps.huggingface import _ACTIVE
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -154,6 +157,48 @@ def test_a_signal_in_the_middle_of_a_probe(number: signal.Signals, tmp_path: Pat
     assert same(before, fingerprint(model))
     assert Run.read(tmp_path).steps == [1]
     assert tracker.step(3, model) is not None
+
+
+def test_a_signal_at_any_moment_of_a_probe() -> None:
+    """Also while hooks are set and things are put back: stopped at every 37th line of ours."""
+    model = models.llama(num_hidden_layers=2, attention_dropout=0.1).train()
+    probe = Probe.random(models.VOCABULARY, 2, 6)
+    model(probe.tokens, labels=probe.tokens).loss.backward()
+    seen = wanted = 0
+
+    def on_line(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal seen
+        seen += event == "line"
+        if event == "line" and seen == wanted:
+            raise Stop
+        return on_line
+
+    def on_call(frame: FrameType, *_: Any) -> Any:
+        caller = frame.f_back.f_globals.get("__name__", "") if frame.f_back else ""
+        ours = frame.f_globals["__name__"]
+        ours = caller if ours == "contextlib" else ours  # which stands for `with`
+        places = ("sinktrack.measure", "sinktrack.undisturbed", "sinktrack.taps.huggingface")
+        return on_line if ours in places else None
+
+    def state() -> dict[str, Any]:
+        modes = torch._C._len_torch_function_stack()
+        attention = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
+        return fingerprint(model) | {"modes": modes, "attention": attention, "tap": _ACTIVE.get()}
+
+    before, stopped, own = state(), 0, sys.gettrace()
+    measure(model, probe)
+    while seen >= wanted:
+        seen, wanted = 0, wanted + 37
+        sys.settrace(on_call)
+        try:
+            measure(model, probe)
+        except (Stop, RuntimeError):  # torch's own modes may fail when they are left like that
+            stopped += 1
+        finally:
+            sys.settrace(own)
+        after = state()
+        assert [name for name in before if not same(before[name], after[name])] == [], wanted
+    assert stopped > 50
 
 
 def test_a_checkpoint_saved_in_the_middle_of_a_probe(tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from sinktrack.probe import Probe
 from sinktrack.undisturbed import untouched
 
 
-@torch.no_grad()
 def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurement:
     """`sinktrack.measure` for a Megatron-Core model; every process must call it.
 

@@ -19,6 +19,7 @@ from sinktrack.attention import Attended, attend, read_scores, see
 from sinktrack.errors import MeasurementError
 from sinktrack.taps import Observer, Projection, Routed, Write
 from sinktrack.taps.lineage import Lineage, Mark, mark, mark_of
+from sinktrack.undisturbed import undone
 
 _STANDS_FOR = "sdpa"
 """The implementation whose place we take: models ask for its name and prepare masks for it."""
@@ -168,9 +169,14 @@ def watch(found: Decoder, observer: Observer, start: int = 0) -> Iterator[None]:
     Raises:
         MeasurementError: by the forward pass, where a block cannot be shown exactly.
     """
-    tap = _Tap(found, observer)
-    with ExitStack() as stack:
-        stack.enter_context(prepared(found))
+    tap, before = _Tap(found, observer), _ACTIVE.get()
+    stack = ExitStack()
+
+    def undo() -> None:
+        stack.close()
+        _ACTIVE.set(before)
+
+    with prepared(found), undone(undo):
         last = max(found.blocks)
         for index, block in found.blocks.items():
             if index < start:
@@ -182,24 +188,25 @@ def watch(found: Decoder, observer: Observer, start: int = 0) -> Iterator[None]:
                 if is_experts(module):
                     hook = module.register_forward_hook(tap.experts, with_kwargs=True)
                     stack.callback(hook.remove)
-        stack.enter_context(_standing_in())
-        token = _ACTIVE.set(tap)
-        stack.callback(_ACTIVE.reset, token)
-        with tap.lineage:
+        _ACTIVE.set(tap)
+        with _standing_in(), tap.lineage:
             yield
 
 
 @contextmanager
 def prepared(found: Decoder) -> Iterator[None]:
     """Let the model prepare masks for the attention that `watch` puts in the place of its own."""
-    before = [(config, config._attn_implementation) for config in _configs(found.model)]
-    try:
-        for config, _ in before if found.interface else ():
+    configs = _configs(found.model) if found.interface else []
+    before = [(config, config._attn_implementation) for config in configs]
+
+    def undo() -> None:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+    with undone(undo):
+        for config in configs:
             config._attn_implementation_internal = _STANDS_FOR
         yield
-    finally:
-        for config, implementation in before if found.interface else ():
-            config._attn_implementation_internal = implementation
 
 
 @contextmanager
@@ -512,11 +519,12 @@ def _standing_in() -> Iterator[None]:
         tap = _ACTIVE.get()  # another thread may run a model of its own meanwhile
         return own(module, *args, **kwargs) if tap is None else tap.attend(module, *args, **kwargs)
 
-    local[_STANDS_FOR] = attention
-    try:
-        yield
-    finally:
+    def undo() -> None:
         if before is None:
             local.pop(_STANDS_FOR, None)
         else:
             local[_STANDS_FOR] = before
+
+    with undone(undo):
+        local[_STANDS_FOR] = attention
+        yield
