@@ -2,20 +2,21 @@
 
 python scripts/paper_figure.py RUN -o figure.svg    # or .png, .html; --over tokens
 
-Pictures are drawn by a headless Chromium (playwright); .html needs none.
+SVG and PNG are drawn by a headless Chromium (pip install playwright); .html needs none.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from chromium import chromium
 
-from sinktrack import Run
+from sinktrack import Run, SinktrackError
 from sinktrack.figures import training
 
 WIDTH, HEIGHT = 1000, 420
@@ -27,11 +28,16 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, default=Path("figure.svg"))
     parser.add_argument("--over", choices=["step", "tokens"], default="step")
     options = parser.parse_args()
-    figure = training(Run.read(options.run).records, options.over)
-    if options.out.suffix == ".html":
-        figure.write_html(options.out)
-    else:
-        options.out.write_bytes(picture(figure, options.out.suffix[1:]))
+    if options.out.suffix not in (".svg", ".png", ".html"):
+        parser.error(f"{options.out}: an .svg, a .png or an .html")
+    try:
+        figure = training(Run.read(options.run).records, options.over)
+        if options.out.suffix == ".html":
+            figure.write_html(options.out)
+        else:
+            options.out.write_bytes(picture(figure, options.out.suffix[1:]))
+    except (SinktrackError, FileNotFoundError, ModuleNotFoundError) as error:
+        sys.exit(f"{error}; see the head of this script")
     print(f"wrote {options.out}")
 
 

@@ -1,6 +1,6 @@
 """sinktrack: follows the attention sink at position zero through pretraining."""
 
-from sinktrack import signal
+from sinktrack import figures, signal
 from sinktrack.errors import (
     ArchiveError,
     MeasurementError,
@@ -27,6 +27,7 @@ __all__ = [
     "RecordError",
     "Run",
     "SinktrackError",
+    "figures",
     "measure",
     "scan",
     "signal",

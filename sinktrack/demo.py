@@ -190,7 +190,7 @@ def run_demo(out: Path, console: Console, *, seed: int = 1, steps: int = STEPS) 
     console.print(summary(records))
     console.print(
         f"{len(scanned)} checkpoints scanned; online and offline agree to {worst:.1e}.\n"
-        f"Report: {out / 'report.html'}",
+        f"Report: {out / 'report.html'}. Runs: {online} and {offline}, for sinktrack show.",
         highlight=False,
     )
 

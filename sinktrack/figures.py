@@ -66,7 +66,7 @@ def measured(measurement: Measurement) -> Any:
     Raises:
         MissingExtra: plotly is not installed.
     """
-    figure = _panels(["Attention to P0", "Norm of P0 over that of the others", "Share"])
+    figure = _panels(["Attention to P0", "Norm ratio of P0", "Share"])
     figure.add_heatmap(
         z=measurement.p0_attention.tolist(),
         zmin=0,

@@ -194,6 +194,8 @@ def test_no_sink_is_said(open_report: Open) -> None:
     )
     assert "no block has formed a sink" in page.inner_text("#cards")
     assert "starts in" not in page.inner_text("main")
+    shown = page.evaluate("document.querySelector('#localization')._fullLayout.yaxis2.range")
+    assert shown == [0, 1], "a gain that no record has does not go to 400 %"
 
 
 def test_a_sink_before_any_write_is_said(open_report: Open) -> None:

@@ -182,7 +182,7 @@ def _charts(wandb: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     blocks = range(records[-1]["model"]["blocks"])
     drawn = records[:: -(-len(records) * len(blocks) // _MOST_POINTS)]
     found = {}
-    for name, title in (("concentration", "Attention to P0"), ("norm_ratio", "Norm of P0")):
+    for name, title in (("concentration", "Attention to P0"), ("norm_ratio", "Norm ratio of P0")):
         lines = [
             [(r["step"], r[name][block]) for r in drawn if r[name][block] is not None]
             for block in blocks

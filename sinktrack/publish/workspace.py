@@ -10,7 +10,7 @@ from sinktrack.publish.wandb import Sent
 from sinktrack.record import Run
 
 _AXIS = "sinktrack/step"
-_TITLES = {"concentration": "Attention to P0 by block", "norm_ratio": "Norm of P0 by block"}
+_TITLES = {"concentration": "Attention to P0 by block", "norm_ratio": "Norm ratio of P0 by block"}
 
 
 def save(run: Run) -> str:

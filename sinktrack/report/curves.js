@@ -128,11 +128,16 @@ const drawLocalization = () => {
       }),
     ];
   });
-  const panel = (title, domain, extra) => axis({ title, domain, rangemode: "tozero", nticks: 4, ...extra });
+  const panel = (title, domain, extra, field) => axis({
+    title, domain, rangemode: "tozero", nticks: 4, ...extra,
+    ...(runs.some((run) => run.records.some((record) => record[field] !== null)) ? {} : { range: [0, 1] }),
+  });
   Plotly.react("localization", traces, layout({
     showlegend: runs.length > 1, xaxis: xAxis({ anchor: "y4" }),
-    yaxis: panel("share", [0.79, 1], { tickformat: ".0%" }), yaxis2: panel("gain", [0.53, 0.74], { tickformat: ".0%" }),
-    yaxis3: panel("depth", [0.27, 0.48]), yaxis4: panel("reference", [0, 0.21], { tickformat: "d" }),
+    yaxis: panel("share", [0.79, 1], { tickformat: ".0%" }, "first_two_share"),
+    yaxis2: panel("gain", [0.53, 0.74], { tickformat: ".0%" }, "first_two_gain"),
+    yaxis3: panel("depth", [0.27, 0.48], {}, "depth"),
+    yaxis4: panel("reference", [0, 0.21], { tickformat: "d" }, "reference_block"),
   }), config);
 };
 

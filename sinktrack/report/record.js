@@ -47,7 +47,7 @@ const drawShares = () => {
     marker: { color: parts.map(([, block]) => (block === null ? colour("muted") : depthColour(block, blocks))) },
   }], layout({
     height: 60 + 26 * slots, showlegend: false, bargap: 0.25,
-    xaxis: axis({ title: "share", tickformat: ".0%", range: [low - (low < 0 ? room : 0), high + room] }),
+    xaxis: axis({ title: "share", tickformat: ".0%", range: [low - (low < 0 ? 1.5 * room : 0), high + room] }),
     yaxis: axis({ range: [slots - 0.5, -0.5], showgrid: false }),
   }), config);
 };
