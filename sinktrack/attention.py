@@ -201,10 +201,14 @@ def _fused(
         )[:2]
     else:
         return _chunked(query, key, value, scale, mask, None, later)
-    keys = key.isfinite().flatten(2).all(-1).repeat_interleave(query.shape[1] // key.shape[1], 1)
-    finite = query.isfinite().flatten(2).all(-1) & keys
+    finite = _finite(query) & _finite(key).repeat_interleave(query.shape[1] // key.shape[1], 1)
     lse = lse.masked_fill(~finite[..., None], torch.nan)  # the kernels make numbers of nan and inf
     return output[..., :width], lse[..., : query.shape[2]]
+
+
+def _finite(value: Tensor) -> Tensor:
+    """bool ``[B, H]``; both extremes propagate nan, and need no copy."""
+    return value.amax((-2, -1)).isfinite() & value.amin((-2, -1)).isfinite()
 
 
 def _chunked(
