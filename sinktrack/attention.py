@@ -127,7 +127,8 @@ def see(
         like: ``[B, H, T, D]``, the queries.
 
     Returns:
-        The mask to attend with; ``mask`` itself where nothing was changed.
+        The mask to attend with: ``mask`` itself where nothing was changed; else bool, or of the
+        dtype of a ``mask`` of numbers, which hidden keys get the lowest of.
     """
     if mask is None:
         length = like.shape[2]

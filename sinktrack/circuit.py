@@ -85,9 +85,11 @@ NOWHERE = Localization(False, None, (), None, None, None, None, ())
 def reference_block(concentration: Tensor, norm_ratio: Tensor) -> tuple[int, bool]:
     """The block whose input is localized, and whether a sink formed there.
 
+    The threshold on attention to P0 is that of Gu et al. 2025 (arXiv 2410.10781).
+
     Args:
-        concentration: ``[L]``, nan where a block has no softmax attention.
-        norm_ratio: ``[L + 1]``.
+        concentration: float ``[L]``, nan where a block has no softmax attention.
+        norm_ratio: float ``[L + 1]``.
     """
     reached = (concentration >= EPSILON).nonzero()
     if len(reached):
@@ -164,7 +166,18 @@ def localize(
 
 
 def summarize(by_block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """First-two share, depth and effective blocks of ``[..., blocks]`` shares; nan for none."""
+    """First-two share, depth and effective blocks, the centre and spread of who writes.
+
+    The share of blocks 0 and 1 is what arXiv 2603.06591 finds to grow; effective blocks is the Hill
+    number of order 1 (Hill 1973): the exponential of the entropy of absolute shares.
+
+    Args:
+        by_block: ``[..., blocks]``, each block's share.
+
+    Returns:
+        float64 ``[...]`` each; nan where there are no blocks, the last two also where all shares
+        are 0.
+    """
     blocks = by_block.shape[-1]
     if not blocks:
         nothing = torch.full(by_block.shape[:-1], torch.nan, dtype=torch.float64)
@@ -178,8 +191,10 @@ def summarize(by_block: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def amplification(norm_ratio: Tensor) -> tuple[Tensor, int, float | None]:
     """Per-block gain, the peak, and the share of the growth in the first two blocks.
 
+    The trace of arXiv 2603.06591: where the norm of the P0 state grows on its way up.
+
     Args:
-        norm_ratio: ``[L + 1]``.
+        norm_ratio: float ``[L + 1]``.
 
     Returns:
         ``gain`` ``[L]``, log of the growth per block, nan past the peak; ``peak_block``, at whose
@@ -194,7 +209,15 @@ def amplification(norm_ratio: Tensor) -> tuple[Tensor, int, float | None]:
 
 
 def first_two_gain(logs: Tensor, peak: int) -> Tensor:
-    """Of log norm ratios ``[..., L + 1]``; nan while the peak is below twice the start."""
+    """Share of the growth up to the peak that lies in blocks 0 and 1.
+
+    Args:
+        logs: ``[..., L + 1]``, log norm ratios.
+        peak: where they are highest.
+
+    Returns:
+        ``[...]``; nan while the peak is below twice the start.
+    """
     grown = logs[..., peak] - logs[..., 0]
     early = logs[..., min(2, peak)] - logs[..., 0]
     return torch.where(grown >= math.log(2), early / grown, torch.nan)

@@ -102,7 +102,11 @@ class Collector(States):
         self._sequences = 0
 
     def attention(self, block: int, attended: Attended) -> None:
-        """Average the attention to P0 over the queries that see it."""
+        """Average the attention to P0 over the queries that see it.
+
+        Raises:
+            MeasurementError: P0 is masked from itself, or a block attends a second time.
+        """
         sequences = len(attended.p0)
         seen = attended.visible.expand(sequences, -1)
         if not bool(seen[:, 0].all()):
@@ -130,7 +134,7 @@ class Collector(States):
         return None
 
     def gate(self, block: int, gate: Tensor) -> None:
-        """Average the gate over the queries after P0."""
+        """Average a gate ``[B, T, H]`` over the queries after P0."""
         self.gates[block].append(gate[:, 1:].mean(1))
 
     def state(self, block: int, stream: Tensor) -> None:

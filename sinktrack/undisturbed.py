@@ -112,7 +112,11 @@ def _resharded(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def out_of_memory(size: int, probe: Probe) -> Iterator[None]:
-    """Say which number to lower; everything else is put back by then."""
+    """Say which number to lower; everything else is put back by then.
+
+    Raises:
+        MeasurementError: in place of what torch or Python raise where memory ends.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no error of its own

@@ -80,7 +80,7 @@ def mean(values: Tensor) -> dict[str, Any]:
 
 
 def interval(samples: Tensor) -> list[float]:
-    """The middle 95 %."""
+    """The middle 95 % of resampled values ``[resamples]``: lower and upper bound."""
     low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype))
     return [float(low), float(high)]
 

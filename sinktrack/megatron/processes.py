@@ -71,7 +71,11 @@ _processes: tuple[Any, Processes] | None = None
 
 
 def processes() -> Processes:
-    """Those of the default process group; made once, on all at the same time."""
+    """Those of the default process group; made once, on all at the same time.
+
+    Raises:
+        MeasurementError: there is no process group.
+    """
     global _processes
     if not dist.is_initialized():
         raise MeasurementError(

@@ -64,7 +64,11 @@ class Shard(Observer):
         return [(number, length) for number, length in enumerate(self.lengths) if length]
 
     def state(self, block: int, stream: Tensor) -> None:
-        """Keep P0's row, the sum of the others and their norms."""
+        """Keep of ``stream`` ``[B, positions here, D]`` P0's row, and of the others sum and norms.
+
+        Raises:
+            MeasurementError: another number of positions than the layout gives this process.
+        """
         self._seen[block] += 1
         number = self.batch(block)
         if number is None or not self.layout.reports_stream:
@@ -86,7 +90,11 @@ class Shard(Observer):
         held.norms = norms.flatten().cpu()
 
     def attention(self, block: int, attended: Attended) -> None:
-        """Keep the sums over the queries after P0; all queries of some heads are given."""
+        """Keep the sums over the queries after P0; all queries of some heads are given.
+
+        Raises:
+            MeasurementError: a block attends a second time.
+        """
         number = self.batch(block)
         if number is None or not self.layout.dense or self.layout.cp:
             return
@@ -102,7 +110,7 @@ class Shard(Observer):
             held.sink = {first: attended.sink[..., 1:].sum(-1).cpu()}
 
     def gate(self, block: int, gate: Tensor) -> None:
-        """Keep the sum over the queries after P0."""
+        """Keep the sum of a gate ``[B, positions here, heads here]`` over the queries after P0."""
         number = self.batch(block)
         if number is None or not self.layout.dense:
             return

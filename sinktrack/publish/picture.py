@@ -17,12 +17,20 @@ _CELL, _WIDEST, _HIGHEST = 24, 960, 480
 
 
 def heads(record: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """Attention to P0, blocks from top to bottom and heads from left to right."""
+    """Attention to P0, blocks from top to bottom and heads from left to right.
+
+    Returns:
+        RGB ``[height, width, 3]``; see `heat`.
+    """
     return heat(record["p0_attention"])
 
 
 def blocks(records: Sequence[Mapping[str, Any]]) -> NDArray[np.uint8]:
-    """Concentration, blocks from top to bottom and records from left to right."""
+    """Concentration, blocks from top to bottom and records from left to right.
+
+    Returns:
+        RGB ``[height, width, 3]``; of more records than pixels every second or third is drawn.
+    """
     drawn = records[:: -(-len(records) // _WIDEST)]
     return heat(np.array([record["concentration"] for record in drawn], dtype=float).T)
 

@@ -1,4 +1,9 @@
-"""The statistics under the rules: noise, trends, levels and breaks, each with its interval."""
+"""The statistics under the rules: noise, trends, levels and breaks, each with its interval.
+
+Sources: Sen (1968) for the slope's interval; Kendall (1954) and Marriott and Pope (1954) for the
+bias of short autocorrelations; Schmeiser (1982) for batch means; Seber and Wild (1989) for intervals
+by the F distribution; Bonferroni's bound for many looks.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +59,7 @@ def noise(x: Curve, y: Curve) -> float:
 
 
 def change(x: Curve, y: Curve) -> Interval:
-    """Change of a curve from the first to the last ``x`` by Theil and Sen's slope.
+    """Change of a curve from the first to the last ``x`` by Theil and Sen's slope (Sen 1968).
 
     At most 24 medians of neighbouring records enter; the interval is widened by the
     autocorrelation that the records have about the line.
