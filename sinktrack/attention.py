@@ -128,7 +128,7 @@ def see(
 
     Returns:
         The mask to attend with: ``mask`` itself where nothing was changed; else bool, or of the
-        dtype of a ``mask`` of numbers, which hidden keys get the lowest of.
+        dtype of a ``mask`` of numbers, with its lowest at hidden keys.
     """
     if mask is None:
         length = like.shape[2]

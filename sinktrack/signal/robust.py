@@ -1,8 +1,8 @@
 """The statistics under the rules: noise, trends, levels and breaks, each with its interval.
 
 Sources: Sen (1968) for the slope's interval; Kendall (1954) and Marriott and Pope (1954) for the
-bias of short autocorrelations; Schmeiser (1982) for batch means; Seber and Wild (1989) for intervals
-by the F distribution; Bonferroni's bound for many looks.
+bias of short autocorrelations; Schmeiser (1982) for batch means; Seber and Wild (1989) for
+intervals by the F distribution; Bonferroni's bound for many looks.
 """
 
 from __future__ import annotations
