@@ -1,4 +1,4 @@
-"""The figures of docs/metrics.md, one for each metric, from a demo's run.
+"""The figures of docs/metrics.md, from a demo's run; that of sink logits from a model made here.
 
 sinktrack demo --out demo && python scripts/metric_figures.py demo/run -o docs/images
 
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+import torch
 from paper_figure import picture
+from transformers import AutoModelForCausalLM, GptOssConfig
 
-from sinktrack import Run
+from sinktrack import Probe, Run, measure
 from sinktrack.circuit import EPSILON
 
 WIDTH, HEIGHT = 760, 320
@@ -40,7 +42,9 @@ def main() -> None:
         "norm_ratio": lambda: norm_ratio(run.records),
         "consistency": lambda: consistency(run.records),
         "shares": lambda: shares(run.records),
+        "depth": lambda: depth(run.records),
         "gain": lambda: gain(run.records),
+        "sink_logits": sink_logits,
     }
     for name, draw in figures.items():
         path = options.out / f"metric_{name}.svg"
@@ -123,6 +127,42 @@ def shares(records: Records) -> go.Figure:
 
 def part_name(part: Mapping[str, Any]) -> str:
     return "embedding" if part["block"] is None else f"{part['kind']} {part['block']}"
+
+
+def depth(records: Records) -> go.Figure:
+    """Where the writing is centred and over how many blocks it is spread, below the reference."""
+    figure = blank("optimizer steps", "blocks")
+    names = ("reference_block", "effective_blocks", "depth")
+    for number, (name, colour) in enumerate(zip(names, (INK, *COLOURS), strict=False)):
+        figure.add_scatter(
+            x=[record["step"] for record in records], y=[record[name] for record in records],
+            name=name, line={"color": colour, "shape": "linear" if number else "hv"},
+        )  # fmt: skip
+    return figure
+
+
+def sink_logits() -> go.Figure:
+    """One untrained gpt-oss of two blocks, all of whose sink logits are raised together."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, intermediate_size=32, num_local_experts=2, num_experts_per_tok=1,
+        sliding_window=64, pad_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    probe, raised = Probe.random(64, 16, 16), torch.linspace(-4, 6, 21)
+    found = []
+    for value in raised:
+        for block in model.model.layers:
+            block.self_attn.sinks.data.fill_(value)
+        found.append(measure(model, probe))
+    figure = blank("sink logit of every head", "probability")
+    for number, name in enumerate(("sink_logit_mass", "p0_attention")):
+        means = [float(getattr(one, name).mean()) for one in found]
+        figure.add_scatter(
+            x=raised.tolist(), y=means, name=name, line={"color": COLOURS[number]}
+        )  # fmt: skip
+    return figure
 
 
 def gain(records: Records) -> go.Figure:
