@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic import synthetic_records
 
 from sinktrack import Probe, ProbeError, RecordError, Run
 from sinktrack.record import to_json
@@ -276,6 +277,26 @@ def test_to_pandas(tmp_path: Path) -> None:
     assert table.index.tolist() == [2, 4]
     assert table.loc[4, "norm_ratio_01"] == 2.0 and np.isnan(table.loc[2, "norm_ratio_01"])
     assert table.loc[4, ["sink_rate_low", "sink_rate_high"]].tolist() == [0.4, 0.6]
+
+
+def test_to_pandas_has_every_number_of_a_record_but_lists(tmp_path: Path) -> None:
+    run = Run.open(tmp_path)
+    (first,) = synthetic_records(steps=[7])
+    run.append(first)
+    (row,) = run.to_pandas().reset_index().to_dict("records")
+    wanted = {
+        name: value
+        for name, value in first.items()
+        if not isinstance(value, list | dict) and name != "schema"
+    }
+    for name, bounds in first["intervals"].items():
+        if name != "concentration":
+            wanted |= {f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
+    for name in ("concentration", "norm_ratio", "gain"):
+        wanted |= {f"{name}_{block:02d}": value for block, value in enumerate(first[name])}
+    assert row.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert row[name] == value or (value is None and np.isnan(row[name])), name
 
 
 def test_json_values() -> None:
