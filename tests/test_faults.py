@@ -220,6 +220,53 @@ def test_a_checkpoint_saved_in_the_middle_of_a_probe(tmp_path: Path) -> None:
         assert_identical(before, found)
 
 
+def test_the_process_of_wandb_dies(tmp_path: Path) -> None:
+    """Of a live run: training goes on, records are kept, it is told once."""
+    code = """
+        import sys; sys.path.insert(0, sys.argv[1])
+        import psutil
+        from test_faults import *
+        wandb.init(project="test", mode="offline", dir=sys.argv[2])
+        tracker, model = SinkTracker(PROBE, sys.argv[2] + "/run", every=1), models.llama()
+        tracker.step(1, model)
+        served = [one for one in psutil.Process().children() if one.name() == "wandb-core"]
+        assert served
+        for one in served:
+            one.kill()
+            one.wait()
+        for step in (2, 3, 4):
+            assert tracker.step(step, model) is not None
+        os._exit(0)  # wandb's own end would wait for what is gone
+    """
+    done = subprocess.run(child(code, tmp_path), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("training goes on") == 1
+    assert "the W&B log at step 2 failed" in done.stderr
+    assert Run.read(tmp_path / "run").steps == [1, 2, 3, 4]
+
+
+def test_a_training_that_is_told_to_end(tmp_path: Path) -> None:
+    """By SIGTERM, as schedulers do: what was recorded is whole, and the next start goes on."""
+    code = """
+        import sys; sys.path.insert(0, sys.argv[1])
+        from test_faults import *
+        tracker, model = SinkTracker(PROBE, sys.argv[2], every=1), models.llama()
+        start = len(Run.read(sys.argv[2]))
+        for step in range(start, 10_000):
+            tracker.step(step, model)
+            print("step", step, flush=True)
+    """
+    for reached in (3, 6):
+        with subprocess.Popen(child(code, tmp_path), stdout=subprocess.PIPE, text=True) as training:
+            assert training.stdout is not None
+            while training.stdout.readline() != f"step {reached}\n":
+                assert training.poll() is None
+            training.terminate()
+            assert training.wait(60) == -signal.SIGTERM
+        steps = Run.read(tmp_path).steps
+        assert steps == list(range(len(steps))) and len(steps) > reached
+
+
 def test_a_run_of_wandb_that_breaks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
