@@ -194,6 +194,7 @@ def test_the_first_blocks_alone(tmp_path: Path) -> None:
     for name in ("sink_rate", "peak_block", "first_two_gain", "weights"):
         assert record[name] is None
     assert record["reference_block"] is None and record["shares"] == []
+    assert record["formed"] is False
 
 
 def test_the_first_blocks_alone_with_a_sink_in_them(tmp_path: Path) -> None:
