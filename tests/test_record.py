@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from synthetic import synthetic_records
 
 from sinktrack import Probe, ProbeError, RecordError, Run
-from sinktrack.record import to_json
+from sinktrack.record import to_json, versions
 
 PROBE = Probe.random(9, sequences=2, length=4)
 
@@ -297,6 +297,21 @@ def test_to_pandas_has_every_number_of_a_record_but_lists(tmp_path: Path) -> Non
     assert row.keys() == wanted.keys()
     for name, value in wanted.items():
         assert row[name] == value or (value is None and np.isnan(row[name])), name
+
+
+def test_versions_of_what_is_installed() -> None:
+    found = versions("numpy", "nonesuch")
+    assert found.keys() == {"sinktrack", "torch", "transformers", "numpy"}
+    assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
+    assert found["numpy"] == np.__version__
+
+
+def test_a_run_without_a_probe_is_described(tmp_path: Path) -> None:
+    Run.open(tmp_path / "run")
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert described["schema"] == 1 and described["probe"] is None
+    Run.open(tmp_path / "run", PROBE)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["probe"] == PROBE.digest
 
 
 def test_json_values() -> None:

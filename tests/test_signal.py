@@ -150,7 +150,7 @@ def test_records_of_the_first_blocks_alone_do_not_count() -> None:
     some = [record | {"step": record["step"] + 7, "sink_rate": None} for record in written[::10]]
     mixed = analyze(sorted(written + some, key=lambda record: record["step"]))
     assert mixed.stages == analyze(written).stages
-    assert mixed.missing[0] == "11 records of the first blocks alone have no sink rate"
+    assert mixed.missing[0] == "records of the first blocks alone have no sink rate (11)"
     assert analyze(some).stage is None and "4 more records (0 of 4)" in analyze(some).missing[1]
 
 

@@ -250,7 +250,7 @@ def _missing(stages: Stages) -> list[str]:
     count = len(stages.points)
     found = []
     if stages.partial:
-        found.append(f"{stages.partial} records of the first blocks alone have no sink rate")
+        found.append(f"records of the first blocks alone have no sink rate ({stages.partial})")
     if stages.left is None:
         if count <= LASTING:
             return [*found, f"onset: {_more(count, LASTING + 1)}"]
