@@ -314,6 +314,21 @@ def test_a_run_without_a_probe_is_described(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "run.json").read_text())["probe"] == PROBE.digest
 
 
+def test_a_run_is_read_by_its_records_alone(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, PROBE)
+    assert repr(run) == f"Run({str(tmp_path)!r}: 0 records)"
+    run.append(record(5))
+    run.append(record(1200))
+    (tmp_path / "run.json").unlink()
+    assert repr(Run.read(tmp_path)) == f"Run({str(tmp_path)!r}: 2 records, steps 5 to 1,200)"
+    (tmp_path / "run.json").write_text('{"schema": 2}')
+    with pytest.raises(RecordError, match="run.json has schema 2, this version reads 1"):
+        Run.read(tmp_path)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(RecordError, match="run.json is damaged; remove it"):
+        Run.read(tmp_path)
+
+
 def test_json_values() -> None:
     value = {"a": torch.tensor([1, 2]), "b": (np.int64(3), float("nan")), "c": {"d": None}}
     assert to_json(value) == {"a": [1, 2], "b": [3, None], "c": {"d": None}}
