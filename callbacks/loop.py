@@ -65,6 +65,10 @@ class SinkTracker:
         self.measured: int | None = None
         """The last step that was measured."""
         self._run = Run.open(run, probe) if _main() else None
+        if self._run is not None and (other := self._run.also_recorded_by()):
+            _log.warning(
+                "%s records into %s too: of two records of one step the last counts", other, run
+            )
         self._reported: set[str] = set()
         self._stages: Stages | None = None
 
@@ -134,8 +138,13 @@ class SinkTracker:
         assert self._run is not None
         if self._stages is None:
             self._stages = Stages.of(self._run.written[:-1])
-        before = self._stages.stage
+        before, abandoned = self._stages.stage, set(self._stages.abandoned)
         text = alarm(self._stages.add(record), before)
+        if gone := self._stages.abandoned - abandoned:
+            _log.warning(
+                "%s holds records of later steps than %d, up to %d: training went on from before "
+                "them, and they count no more", self._run.directory, record["step"], max(gone),
+            )  # fmt: skip
         wandb.stage(self._stages.stage)
         if text is not None:
             _log.warning("at step %d %s", record["step"], text)

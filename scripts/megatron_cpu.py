@@ -6,6 +6,7 @@ For tests and for `megatron_tiny_moe.py`; nothing of this is needed where there 
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -94,6 +95,11 @@ def start(**sizes: int) -> None:
 
     stand_in()
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        alone: dict[str, Any] = {
+            "store": torch._C._distributed_c10d.HashStore(),
+            "rank": 0,
+            "world_size": 1,
+        }
+        dist.init_process_group("gloo", **({} if "RANK" in os.environ else alone))
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(**sizes)

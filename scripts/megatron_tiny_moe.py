@@ -145,8 +145,9 @@ def main(out: Path, steps: int) -> None:
     from sinktrack.show import show
     from sinktrack.signal import analyze
 
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    for name in ("run", "scanned", "checkpoints"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
     print(f"training a tiny MoE for {steps} steps over {PROCESSES} processes ...", flush=True)
     subprocess.run(
         [
@@ -177,5 +178,6 @@ def main(out: Path, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    place, number = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else STEPS
+    place = Path(sys.argv[1] if len(sys.argv) > 1 else "demo-megatron")
+    number = int(sys.argv[2]) if len(sys.argv) > 2 else STEPS
     (train if "RANK" in os.environ else main)(place, number)

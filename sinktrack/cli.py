@@ -32,13 +32,29 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Follow the attention sink at position zero through pretraining.",
 )
 _out = Console()
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 RunDirectory = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Records as JSON lines on stdout.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from sinktrack import __version__
+
+        print(f"sinktrack {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Of sinktrack.")
+    ] = False,
+) -> None:
+    """Follow the attention sink at position zero through pretraining."""
 
 
 @app.command()
@@ -225,6 +241,7 @@ def show(
     opened = Run.read(run)
     records, signal = opened.records, analyze(opened, loss)
     if as_json:
+        records = [record for record in records if record["step"] not in signal.abandoned]
         if records:
             records[-1] |= {"signal": signal.to_json()}
         for record in records:
@@ -307,6 +324,10 @@ def publish(
     from sinktrack.record import Run
 
     opened = Run.read(run)
+    given = {"--project": project, "--entity": entity, "--id": run_id, "--workspace": workspace}
+    foreign = {"--out": out} if to == "wandb" else given
+    if wrong := [name for name, value in foreign.items() if value]:
+        raise typer.BadParameter(f"--to {to} takes no {', '.join(wrong)}")
     if to == "tensorboard":
         from sinktrack.publish import tensorboard
 
@@ -332,9 +353,14 @@ def probe(
     ] = None,
     texts: Annotated[Path | None, typer.Option(help="A text file, one sequence a line.")] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Random tokens below this id.")] = None,
-    sequences: Annotated[int, typer.Option(help="Sequences of a random probe.")] = 64,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="At most so many texts, or 64 random sequences.")
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 64,
-    seed: Annotated[int, typer.Option(help="Seed of a random probe.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of random tokens.")] = 0,
+    first_token: Annotated[
+        int | None, typer.Option(help="Id that random sequences begin with, such as that of [BOS].")
+    ] = None,
 ) -> None:
     """Make a probe from texts and a tokenizer, or from random tokens."""
     from sinktrack.archive.files import Files
@@ -356,9 +382,10 @@ def probe(
         made = Probe.from_texts(found, lines, length)
         if made.sequences < len(lines):
             left_out = f"; {len(lines) - made.sequences} of {len(lines)} lines are shorter"
+        made = Probe.from_tokens(made.tokens[:sequences])
     else:
         assert vocab_size is not None
-        made = Probe.random(vocab_size, sequences, length, seed)
+        made = Probe.random(vocab_size, sequences or 64, length, seed, first_token)
     if out.exists() and Probe.load(out) != made:
         raise ProbeError(f"{out} holds another probe; remove it, or give another name")
     made.save(out)

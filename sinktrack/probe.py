@@ -101,8 +101,23 @@ class Probe:
         return cls.from_tokens(kept)
 
     @classmethod
-    def random(cls, vocab_size: int, sequences: int = 64, length: int = 64, seed: int = 0) -> Probe:
+    def random(
+        cls,
+        vocab_size: int,
+        sequences: int = 64,
+        length: int = 64,
+        seed: int = 0,
+        first_token: int | None = None,
+    ) -> Probe:
         """Uniform random tokens, the same for the same arguments.
+
+        Args:
+            vocab_size: ids are below it.
+            sequences: B.
+            length: T.
+            seed: of the tokens.
+            first_token: the id that every sequence begins with. Give that of [BOS] where the model
+                was trained with one: its sink may not form on anything else.
 
         Raises:
             ProbeError: a vocabulary, number of sequences or length that makes no probe.
@@ -111,6 +126,8 @@ class Probe:
             raise ProbeError(f"a vocabulary of {vocab_size} and {sequences} sequences: no probe")
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(vocab_size, (sequences, max(length, 0)), generator=generator)
+        if first_token is not None:
+            ids[:, :1] = first_token
         return cls.from_tokens(ids)
 
     @cached_property

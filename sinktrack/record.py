@@ -8,6 +8,7 @@ import json
 import math
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -176,28 +177,34 @@ class Run:
         """
         path = self.directory / "scan.lock"
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor, holder = _lock(path)
         except OSError as error:
             raise RecordError(f"cannot write {path}: {error.strerror}") from error
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            if holder is not None:
                 raise RecordError(
-                    f"{self.directory} is being scanned by {holder or 'another process'}; wait for "
-                    "it, or use another run directory"
-                ) from error
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            os.ftruncate(descriptor, 0)
-            os.pwrite(
-                descriptor,
-                f"process {os.getpid()} on {os.uname().nodename} since {now}\n".encode(),
-                0,
-            )
+                    f"{self.directory} is being scanned by {holder}; wait for it, or use another "
+                    "run directory"
+                )
             yield
         finally:
             os.close(descriptor)
+
+    def also_recorded_by(self) -> str | None:
+        """Another process in which a training records into this run; None where there is none.
+
+        From then on this process is told of to others, as long as the Run exists.
+        """
+        try:
+            descriptor, holder = _lock(self.directory / "train.lock")
+        except OSError:  # no locks on this file system
+            return None
+        if holder is None:
+            weakref.finalize(self, os.close, descriptor)
+            return None
+        os.close(descriptor)
+        ours = f"process {os.getpid()} on {os.uname().nodename} "
+        return None if holder.startswith(ours) else holder
 
     def to_pandas(self) -> Any:
         """A DataFrame, one row per record, indexed by step; a column per block where it applies.
@@ -269,21 +276,23 @@ class Run:
         return found
 
     def _adopt(self, probe: Probe) -> None:
-        if self.probe is None:
-            recorded = {record["probe"] for record in self.records}
-            if recorded - {probe.digest}:
-                raise RecordError(
-                    f"{self.directory} holds records of probe {', '.join(sorted(recorded))}, not "
-                    f"{probe.digest}; use another run directory"
-                )
-            probe.save(self.directory / "probe.safetensors")
-            self.probe = probe
-            self._describe()
-        elif self.probe != probe:
+        if self.probe == probe:
+            return
+        path = self.directory / "probe.safetensors"
+        recorded = {record["probe"] for record in self.records}
+        if recorded - {probe.digest}:
+            raise RecordError(
+                f"{self.directory} holds records of probe {', '.join(sorted(recorded))}, not "
+                f"{probe.digest}; use another run directory"
+            )
+        if self.probe is not None:
             raise RecordError(
                 f"{self.directory} holds probe {self.probe.digest}, not {probe.digest}; use "
-                "another run directory"
+                f"another run directory, or remove {path}: no record was made with it yet"
             )
+        probe.save(path)
+        self.probe = probe
+        self._describe()
 
     def _describe(self) -> None:
         content = {
@@ -333,6 +342,24 @@ def _probe(directory: Path) -> Probe | None:
 def _version(status: os.stat_result) -> tuple[int, ...]:
     """Differs whenever the file does."""
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _lock(path: Path) -> tuple[int, str | None]:
+    """The file's descriptor, locked as long as it is open; or, not locked, and who has the lock."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        os.ftruncate(descriptor, 0)
+        here = f"process {os.getpid()} on {os.uname().nodename} since {now}\n"
+        os.pwrite(descriptor, here.encode(), 0)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        return descriptor, holder or "another process"
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor, None
 
 
 def _last(descriptor: int, end: int) -> dict[str, Any]:

@@ -197,4 +197,7 @@ def choose_probe(
         made = Probe.from_texts(found, passages())
         return made, f"no probe given: {made} from built-in prose and the checkpoint's tokenizer"
     made = Probe.random(vocabulary(checkpoint))
-    return made, f"no probe given and no tokenizer found: {made} of seeded random tokens"
+    return made, (
+        f"no probe given and no tokenizer found: {made} of seeded random tokens. A model that was "
+        "trained with [BOS] may show no sink on it: `sinktrack probe` makes one that begins so"
+    )

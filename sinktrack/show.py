@@ -41,6 +41,7 @@ def show(
         raise RecordError(
             f"{title} holds no records yet: train with a callback, or scan an archive"
         )
+    records = [record for record in records if record["step"] not in signal.abandoned]
     last = records[-1]
     reference = last["reference_block"]
     console.print(Text(title, style="bold"))
@@ -83,8 +84,9 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
     add("last step", f"{last['step']:,}{tokens} ({count})")
     measured("sink rate", "sink_rate", ".1%")
     add("sink", _sink(last))
-    measured("first-two share", "first_two_share", ".1%")
-    measured("depth (blocks)", "depth", ".2f")
+    if last["formed"]:  # before, they speak of no sink
+        measured("first-two share", "first_two_share", ".1%")
+        measured("depth (blocks)", "depth", ".2f")
     measured("first-two gain", "first_two_gain", ".1%")
     return grid
 
@@ -100,7 +102,7 @@ def _signal(signal: Analysis, console: Console) -> None:
 
 
 _TESTS = {
-    "necessity": "removed at P0",
+    "necessity": "replaced by the mean",
     "sufficiency": "of P0, put elsewhere",
     "other_position_alone": "another position, attending to itself alone",
     "p0_mixed": "P0, attending to all positions",

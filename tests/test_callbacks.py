@@ -257,6 +257,42 @@ def test_a_resume_from_an_older_checkpoint_logs_the_new_record(
     assert [record["step"] for record in logged] == [10, 20, 10]
 
 
+def test_records_of_later_steps_are_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = models.llama()
+    for steps in ((10, 20, 30), (10, 20)):
+        tracker = SinkTracker(PROBE, tmp_path, every=10, on_error="raise")
+        with caplog.at_level(logging.WARNING, "sinktrack"):
+            for step in steps:
+                tracker.step(step, model)
+    (told,) = (entry.getMessage() for entry in caplog.records if entry.name == "sinktrack")
+    assert "holds records of later steps than 10, up to 30" in told
+
+
+def test_two_trainings_on_one_run_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = """
+        import sys; sys.path.insert(0, sys.argv[1])
+        from test_callbacks import *
+        tracker = SinkTracker(PROBE, sys.argv[2])
+        print("here", flush=True)
+        sys.stdin.read()
+    """
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", textwrap.dedent(code), here, str(tmp_path)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as other:
+        assert other.stdout is not None
+        while other.stdout.readline() != "here\n":
+            assert other.poll() is None
+        SinkTracker(PROBE, tmp_path)
+        other.communicate("")
+    (told,) = (entry.getMessage() for entry in caplog.records if entry.name == "sinktrack")
+    assert told.startswith(f"process {other.pid} on ") and "records into" in told
+
+
 def test_fully_sharded_training(tmp_path: Path) -> None:
     """FSDP2 over two processes: bit-identical training, and the numbers of the whole model."""
     two_processes(

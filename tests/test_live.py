@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
+import struct
 import subprocess
 import urllib.error
 import urllib.request
@@ -40,6 +42,26 @@ def serve() -> Iterator[Any]:
     for process in started:
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
+
+
+def test_a_browser_that_goes_away_is_no_news(tmp_path: Path) -> None:
+    run = Run.open(tmp_path / "run")
+    for record in synthetic_records():
+        run.append(record)
+    command = [*COMMAND, "report", str(tmp_path / "run"), "--live"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as serving:
+        assert serving.stderr is not None
+        port = re.search(r":(\d+)/", serving.stderr.readline())
+        assert port
+        for _ in range(3):
+            with socket.create_connection(("127.0.0.1", int(port[1]))) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                client.recv(10)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port[1]}/") as answer:
+            assert answer.status == 200
+        serving.send_signal(signal.SIGINT)
+        assert serving.communicate(timeout=30)[1] == ""
 
 
 def test_the_page_takes_in_new_records(serve: Any, browser: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+import sinktrack
 from sinktrack import Probe, ProbeError
 from sinktrack.cli import app
 
@@ -147,6 +148,20 @@ def test_the_command_makes_random_probes(tmp_path: Path) -> None:
     assert Probe.load(path) == Probe.random(50, 3, 8, 5)
 
 
+def test_random_sequences_with_a_first_token(tmp_path: Path) -> None:
+    plain, begun = Probe.random(50, 3, 8), Probe.random(50, 3, 8, first_token=7)
+    assert begun.tokens[:, 0].tolist() == [7, 7, 7]
+    assert torch.equal(begun.tokens[:, 1:], plain.tokens[:, 1:])
+    given = ["--vocab-size", "50", "--sequences", "3", "--length", "8", "--first-token", "7"]
+    done = CliRunner().invoke(app, ["probe", str(tmp_path / "p"), *given])
+    assert done.exit_code == 0 and Probe.load(tmp_path / "p") == begun
+
+
+def test_the_version() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0 and done.output == f"sinktrack {sinktrack.__version__}\n"
+
+
 def test_the_command_makes_probes_of_texts(tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.write_text("to be or not\ntoo short\nnot to be at all\n")
@@ -157,6 +172,8 @@ def test_the_command_makes_probes_of_texts(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "1 of 3 lines are shorter" in done.output
     assert Probe.load(tmp_path / "p").tokens.tolist() == [[1, 2, 3, 4], [4, 1, 2, 5]]
+    done = CliRunner().invoke(app, ["probe", str(tmp_path / "one"), *given, "--sequences", "1"])
+    assert Probe.load(tmp_path / "one").tokens.tolist() == [[1, 2, 3, 4]]
 
     given[1] = str(tmp_path / "none")
     refused = CliRunner().invoke(app, ["probe", str(tmp_path / "q"), *given])

@@ -83,9 +83,37 @@ def test_refusals_write_nothing(tmp_path: Path, bad: dict[str, Any], message: st
 
 
 def test_another_probe_is_refused(tmp_path: Path) -> None:
-    Run.open(tmp_path, PROBE)
-    with pytest.raises(RecordError, match=f"{PROBE.digest}, not .* another run directory"):
-        Run.open(tmp_path, Probe.random(9, sequences=2, length=4, seed=1))
+    other = Probe.random(9, sequences=2, length=4, seed=1)
+    run = Run.open(tmp_path, PROBE)
+    path = tmp_path / "probe.safetensors"
+    with pytest.raises(RecordError, match=f"{PROBE.digest}, not .* another .*, or remove {path}"):
+        Run.open(tmp_path, other)
+    path.unlink()
+    assert Run.open(tmp_path, other).probe == other
+    path.unlink()
+    run = Run.open(tmp_path, PROBE)
+    run.append(record(1))
+    with pytest.raises(RecordError, match=f"records of probe {PROBE.digest}, not .* another run"):
+        Run.open(tmp_path, other)
+
+
+def test_two_trainings_on_one_run_are_told(tmp_path: Path) -> None:
+    mine = Run.open(tmp_path, PROBE)
+    assert mine.also_recorded_by() is None
+    assert Run.open(tmp_path).also_recorded_by() is None, "another tracker of this process"
+    code = """
+        import sys; sys.path.insert(0, sys.argv[1])
+        from test_record import *
+        print(Run.open(sys.argv[2]).also_recorded_by())
+    """
+
+    def other() -> str:
+        done = subprocess.run(child(code, tmp_path), capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()[-1]
+
+    assert other().startswith(f"process {os.getpid()} on ")
+    del mine
+    assert other() == "None"
 
 
 def test_a_run_without_a_probe_keeps_to_that_of_its_records(tmp_path: Path) -> None:

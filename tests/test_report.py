@@ -95,9 +95,10 @@ def test_causal_tests_mark_the_circuit(open_report: Open) -> None:
     assert page.locator("#circuit .verdict").all_text_contents() == ["necessary"]
     assert "block 0 mlp is necessary" in page.locator("#circuit svg").get_attribute("aria-label")
     rows = [row.split("\t") for row in page.locator("#tests tbody tr").all_inner_texts()]
+    replaced = "replaced at P0 by the mean of the other positions"
     assert rows == [
-        ["block 0 mlp", "removed at P0", "-75.0 %", "-85.0 % to -65.0 %", "necessary"],
-        ["block 1 mlp", "removed at P0", "-2.0 %", "-12.0 % to 8.0 %", ""],
+        ["block 0 mlp", replaced, "-75.0 %", "-85.0 % to -65.0 %", "necessary"],
+        ["block 1 mlp", replaced, "-2.0 %", "-12.0 % to 8.0 %", ""],
         ["block 2 state", "put on another position", "50.0 %", "40.0 % to 60.0 %", "sufficient"],
         ["", "P0 attends to all positions", "-60.0 %", "-70.0 % to -50.0 %", "unmixed"],
     ]
@@ -457,6 +458,27 @@ def test_a_restart_from_an_older_checkpoint(open_report: Open) -> None:
     found = curve(page, "sink_rate")
     assert found["x"] == list(range(0, 3500, 100))
     assert found["y"][20:] == pytest.approx([record["sink_rate"] for record in again], rel=1e-5)
+
+
+def test_records_that_training_left_behind_are_left_out(open_report: Open) -> None:
+    records = synthetic_records(steps=range(0, 3000, 100))
+    again = synthetic_records(steps=range(1000, 1500, 100))
+    for record in (*records, *again):
+        record["source"] = "callback"
+    page = open_report([*records, *again])
+    assert curve(page, "sink_rate")["x"] == list(range(0, 1500, 100))
+    assert "left out: 15 records up to step 2,900" in page.inner_text("#signal")
+
+
+def test_runs_of_several_probes_say_so(open_report: Open, tmp_path: Path) -> None:
+    page = open_report(synthetic_records())
+    assert not page.locator("#probes").is_visible()
+    other = [record | {"probe": "f" * 32} for record in synthetic_records()]
+    write_report({"one": synthetic_records(), "other": other}, tmp_path / "both.html")
+    page.goto((tmp_path / "both.html").as_uri())
+    page.wait_for_selector("#shares .main-svg")
+    assert "different probes" in page.inner_text("#probes")
+    assert page.inner_text("#facts").split()[:2] == ["run", "one"]
 
 
 def test_loss_as_the_axis(open_report: Open) -> None:

@@ -60,6 +60,26 @@ def test_sparklines_have_a_fixed_scale_and_at_most_24_columns() -> None:
     assert bars == "█" + "▁" * 22 + "▅"
 
 
+def test_records_that_training_left_behind_are_left_out() -> None:
+    records = synthetic_records(steps=range(0, 3000, 100))
+    again = synthetic_records(steps=range(1000, 1500, 100))
+    for record in (*records, *again):
+        record["source"] = "callback"
+    written = [*records, *again]
+    console = Console(width=80, color_system=None, file=io.StringIO())
+    latest = {record["step"]: record for record in written}
+    show([latest[step] for step in sorted(latest)], analyze(written), "run", console)
+    assert isinstance(console.file, io.StringIO)
+    text = console.file.getvalue()
+    assert "last step        1,400" in text and "(15 records)" in text
+    assert "left out: 15 records up to step 2,900" in text
+
+
+def test_shares_of_no_sink_are_no_headline() -> None:
+    text = shown(synthetic_records(formed=False))
+    assert "first-two share" not in text and "depth (blocks)" not in text
+
+
 def test_windows_have_no_even_attention() -> None:
     records = synthetic_records()
     records[-1]["visible_queries"] = [63, 7, 63, 7]

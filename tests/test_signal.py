@@ -128,7 +128,7 @@ def test_migration() -> None:
     depth = next(m for m in signal.migration if m.quantity == "depth")
     assert depth.per_1000_steps.low <= -0.2 <= depth.per_1000_steps.high
     assert depth.per_doubling is not None and depth.per_doubling.high < 0
-    assert any(line.startswith("depth -0.") for line in signal.lines())
+    assert any(line.startswith("depth since the onset: -0.") for line in signal.lines())
 
 
 def test_nothing_is_claimed_before_there_is_enough() -> None:

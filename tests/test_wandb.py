@@ -232,6 +232,20 @@ def test_a_past_run_is_published_in_step_order(past: Run) -> None:
     assert summary["sinktrack/largest_component"] == "block 0 expert 5"
 
 
+def test_another_project_gets_a_run_of_its_own(past: Run) -> None:
+    first = re.search(r"20 records -> W&B run (\w+)", published(past, "--project", "sinks"))
+    again = published(past, "--project", "sinks")
+    other = re.search(r"20 records -> W&B run (\w+)", published(past, "--project", "elsewhere"))
+    assert first and other and first[1] != other[1]
+    assert f"0 records -> W&B run {first[1]}" in again
+    assert f"0 records -> W&B run {other[1]}" in published(past)
+    for to, option in (("wandb", "--out"), ("tensorboard", "--project")):
+        result = CliRunner().invoke(
+            app, ["publish", str(past.directory), "--to", to, option, str(past.directory / "x")]
+        )
+        assert result.exit_code == 2 and f"takes no {option}" in " ".join(result.output.split())
+
+
 def test_publishing_goes_on_where_it_ended(past: Run) -> None:
     published(past)
     [first] = past.directory.glob("wandb/offline-run-*")

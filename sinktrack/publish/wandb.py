@@ -79,7 +79,8 @@ def publish(
         run: the run.
         project: W&B's own default, or that of an earlier call.
         entity: likewise.
-        run_id: an existing W&B run to write to. By default the one written to last, else a new one.
+        run_id: an existing W&B run to write to. By default the one written to last, if it is in
+            ``project`` and ``entity``; else a new one.
 
     Returns:
         The W&B run's id, and the number of records logged.
@@ -94,6 +95,9 @@ def publish(
     wandb = require("wandb", "wandb")
     sent = Sent(run)
     target = run_id or sent.last
+    wanted = {"project": project, "entity": entity}
+    if not run_id and any(value not in (None, sent.of(target)[n]) for n, value in wanted.items()):
+        target = None  # elsewhere: a W&B run of its own
     known = sent.of(target)
     todo = [record for record in records if record["step"] not in known["steps"]]
     if target is not None and not todo and known["whole"] == records[-1]["step"]:

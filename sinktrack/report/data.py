@@ -61,7 +61,8 @@ def embedded(
 def _run(name: str, written: Records, losses: Losses | None, stride: int) -> dict[str, Any]:
     found = analyze(written, losses)
     stages = dict(zip(found.steps, found.stages, strict=True))
-    by_step = {record["step"]: record for record in written}
+    left = set(found.abandoned)
+    by_step = {record["step"]: record for record in written if record["step"] not in left}
     records = [by_step[step] for step in sorted(by_step)]
     last = records[-1]
     kept = range((len(records) - 1) % stride, len(records), stride)

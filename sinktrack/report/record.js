@@ -83,7 +83,7 @@ const drawComponents = () => {
 };
 
 const MEANING = {
-  necessity: "removed at P0", sufficiency: "put on another position",
+  necessity: "replaced at P0 by the mean of the other positions", sufficiency: "put on another position",
   other_position_alone: "another position attends to itself alone", p0_mixed: "P0 attends to all positions",
 };
 /** Of the attention to P0: what goes when a sublayer's write is removed there; null where it was not tested. */

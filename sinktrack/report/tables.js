@@ -5,6 +5,7 @@ const describe = () => {
   const { model, records } = run;
   const last = records.at(-1);
   const facts = {
+    ...(runs.length > 1 ? { run: run.name } : {}),
     model: model.type,
     size: [plural(model.blocks, "block"), plural(model.heads, "head"), model.experts && plural(model.experts, "expert")]
       .filter(Boolean).join(", "),
@@ -32,7 +33,8 @@ const describe = () => {
   measured("Sink rate", "sink_rate", partly || "no block has softmax attention");
   card("Reference block", last.formed ? `block ${reference}` : "none",
     last.formed ? "the first with a sink" : reference === null ? partly : "no block has formed a sink");
-  measured("First-two share", "first_two_share", reference === null ? partly : "the sink precedes any write");
+  if (last.formed || reference === null) measured("First-two share", "first_two_share", reference === null ? partly : "the sink precedes any write");
+  else card("First-two share", "–", "no sink whose state it could be of");
   measured("First-two gain", "first_two_gain", partly || "P0's norm has not doubled");
 
   const ever = records.some((record) => record.formed);
@@ -52,6 +54,7 @@ const describe = () => {
   $("verdict").append(" ", note);
   $("signal").replaceChildren();
   for (const line of run.signal) element("li", line, $("signal"));
+  $("probes").hidden = new Set(runs.map((one) => one.probe)).size === 1;
   $("missing").textContent = run.missing.length ? `Not claimed yet: ${run.missing.join("; ")}.` : "";
   $("verdict").parentElement.classList.toggle("warn", !last.formed);
   $("versions").textContent = Object.entries(run.versions).map((pair) => pair.join(" ")).join(", ") + ".";

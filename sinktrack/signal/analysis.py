@@ -98,7 +98,7 @@ class Analysis:
                 )
                 if stage != before
             )
-            found.append(f"{self.stage} since step {since:,}")
+            found.append(f"{self.stage}, as could be told from step {since:,} on")
         if self.onset is not None:
             found.append(
                 f"the rate left its floor at step {self.onset.value:,.0f} "
@@ -109,7 +109,7 @@ class Analysis:
             found.append(
                 f"level at {level.value:.1%} (95 %: {level.low:.1%} to {level.high:.1%}) since "
                 f"step {self.plateau.since.value:,.0f}; change over the last window "
-                f"{change.low:+.1%} to {change.high:+.1%}"
+                f"{100 * change.low:+.1f} to {100 * change.high:+.1f} points"
             )
         found += [_moved(migration) for migration in self.migration]
         found += [described(regression) for regression in self.regressions]
@@ -117,6 +117,11 @@ class Analysis:
             found.append(SATURATED)
         if self.loss is not None:
             found += self.loss.lines()
+        if self.abandoned:
+            found.append(
+                f"left out: {len(self.abandoned)} records up to step {self.abandoned[-1]:,}, which "
+                "training has left behind: it went on from before them"
+            )
         return found
 
 
@@ -164,12 +169,23 @@ def described(regression: Regression) -> str:
     """A regression in words."""
     name = _name(regression.quantity)
     size, since = regression.size, regression.since
-    verb, form = ("rose", ".2f") if regression.quantity == "depth" else ("fell", ".1%")
-    return (
-        f"{name} {verb} by {size.value:{form}} (95 %: {size.low:{form}} to {size.high:{form}}) "
-        f"between steps {since.low:,.0f} and {since.high:,.0f}; noise explains "
-        f"{regression.needed:{form}}"
+    verb = "rose" if regression.quantity == "depth" else "fell"
+    scale, form, unit = _SCALES[regression.quantity]
+    by, low, high, noise = (
+        f"{scale * value:{form}}" for value in (size.value, size.low, size.high, regression.needed)
     )
+    return (
+        f"{name} {verb} by {by} {unit} (95 %: {low} to {high}) "
+        f"between steps {since.low:,.0f} and {since.high:,.0f}; noise explains {noise}"
+    )
+
+
+_SCALES = {
+    "sink_rate": (100, ".1f", "points"),
+    "first_two_share": (100, ".1f", "points"),
+    "depth": (1, ".2f", "blocks"),
+}
+"""What a change is multiplied by, how it is written, and in what."""
 
 
 def _name(quantity: str) -> str:
@@ -178,16 +194,15 @@ def _name(quantity: str) -> str:
 
 def _moved(migration: Migration) -> str:
     name, steps = _name(migration.quantity), migration.per_1000_steps
-    words = (
-        f"{name} {steps.value:+.2g} per 1,000 steps since the onset "
-        f"(95 %: {steps.low:+.2g} to {steps.high:+.2g})"
-    )
-    tokens = migration.per_doubling
-    if tokens is not None:
-        words += (
-            f", {tokens.value:+.2g} per doubling of the tokens "
-            f"({tokens.low:+.2g} to {tokens.high:+.2g})"
-        )
+    scale, _, unit = _SCALES[migration.quantity]
+
+    def per(what: str, slope: Interval, of: str) -> str:
+        value, low, high = (f"{scale * bound:+.2g}" for bound in slope)
+        return f"{value} {unit} per {what} ({of}{low} to {high})"
+
+    words = f"{name} since the onset: {per('1,000 steps', steps, '95 %: ')}"
+    if migration.per_doubling is not None:
+        words += f", {per('doubling of the tokens', migration.per_doubling, '')}"
     return words
 
 
@@ -256,8 +271,8 @@ def _missing(stages: Stages) -> list[str]:
             return [*found, f"onset: {_more(count, LASTING + 1)}"]
         return [
             *found,
-            f"onset: the rate has not left its floor by {LEAST_RISE:.0%} for {LASTING} records in "
-            f"a row ({count} records so far)",
+            f"onset: the rate has not left its floor by {100 * LEAST_RISE:.0f} points for "
+            f"{LASTING} records in a row ({count} records so far)",
         ]
     since = count - stages.left
     if stages.left == 0:
@@ -274,8 +289,8 @@ def _missing(stages: Stages) -> list[str]:
         assert trend is not None
         most = MATERIAL * stages.found[-1].because["rise"]
         found.append(
-            f"plateau: the change over the last window lies between {trend.low:+.1%} and "
-            f"{trend.high:+.1%}; flat is 0 within {most:.1%}"
+            f"plateau: the change over the last window lies between {100 * trend.low:+.1f} "
+            f"and {100 * trend.high:+.1f} points; flat is 0 within {100 * most:.1f}"
         )
     _, depth = stages.curve("depth", stages.left)
     if len(depth) < ENOUGH:

@@ -132,7 +132,8 @@ def read_losses(path: str | Path) -> dict[int, float]:
             raise RecordError(f"{path} is larger than {_LARGEST // 2**20} MiB")
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecordError(f"cannot read losses from {path}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise RecordError(f"cannot read losses from {path}: {reason}") from error
     rows = _from_json(path, text) if path.suffix == ".json" else csv.DictReader(text.splitlines())
     found = {}
     for row in rows:
