@@ -226,6 +226,7 @@ def test_the_process_of_wandb_dies(tmp_path: Path) -> None:
         import sys; sys.path.insert(0, sys.argv[1])
         import psutil
         from test_faults import *
+        os.environ.pop("WANDB_SERVICE", None)  # not the one of the process that runs the tests
         wandb.init(project="test", mode="offline", dir=sys.argv[2])
         tracker, model = SinkTracker(PROBE, sys.argv[2] + "/run", every=1), models.llama()
         tracker.step(1, model)
