@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -42,18 +42,28 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluate without gradients, autocast, compilation or dropout; then restore everything.
 
     Restored, also when the body raises: the random states of Python, numpy, torch and every CUDA
-    device, train or eval mode of each module, its hooks, buffers and plain attributes, the default
-    dtype, whether gradients are on, and torch's stack of modes.
+    device, train or eval mode of each module, its buffers and plain attributes, the default dtype,
+    gradients, autocast, compilation and torch's stack of modes. Hooks of ours are removed.
     """
+    from torch._dynamo import eval_frame  # slow to import
+
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     devices = {"cpu"} | {parameter.device.type for parameter in model.parameters()}
     python, numpy = random.getstate(), np.random.get_state()
     cpu = torch.get_rng_state()
     gpus = torch.cuda.get_rng_state_all() if cuda else []
     dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
+    autocast = {device: torch.is_autocast_enabled(device) for device in devices - {"meta"}}
+    stance = eval_frame._stance
     depth = torch._C._len_torch_function_stack()
     modules = [
-        (module, _attributes(module), _hooks(module), module.training) for module in model.modules()
+        (
+            module,
+            _attributes(module),
+            {*module._forward_hooks, *module._forward_pre_hooks},
+            module.training,
+        )
+        for module in model.modules()
     ]
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -61,19 +71,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    stack = ExitStack()
 
     def undo() -> None:
-        stack.close()
         while torch._C._len_torch_function_stack() > depth:
             torch._C._pop_torch_function_stack()
         torch.set_grad_enabled(gradients)
+        for device, enabled in autocast.items():
+            torch.set_autocast_enabled(device, enabled)
+        eval_frame._set_stance(stance)
         for module, attributes, hooks, training in modules:
             _restore(module, attributes)
-            for name, own in hooks.items():
-                if (current := vars(module)[name]) != own:
-                    current.clear()
-                    current.update(own)
+            _unhook(module, hooks)
             module.training = training
         with torch.no_grad():
             for module, name, buffer, saved in buffers:
@@ -88,10 +96,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.cuda.set_rng_state_all(gpus)
 
     with undone(undo):
-        stack.enter_context(torch.no_grad())
-        for device in sorted(devices - {"meta"}):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        torch.set_grad_enabled(False)  # not by torch's contexts, which a signal may leave half done
+        for device in autocast:
+            torch.set_autocast_enabled(device, False)
+        torch.compiler.set_stance("force_eager")
         for module, attributes, _, _ in modules:
             module.training = False
             if "_original_forward" in attributes:  # Accelerate wraps forward in autocast
@@ -143,13 +151,14 @@ def _attributes(module: nn.Module) -> dict[str, object]:
     return {name: value for name, value in vars(module).items() if name not in _INTERNAL}
 
 
-def _hooks(module: nn.Module) -> dict[str, dict[int, object]]:
-    """Copies of the dictionaries that hold the module's hooks, by attribute."""
-    return {
-        name: dict(value)
-        for name, value in vars(module).items()
-        if "_hooks" in name and isinstance(value, dict)
-    }
+def _unhook(module: nn.Module, before: set[int]) -> None:
+    """Remove hooks of ours that are left; what others set meanwhile is theirs (FSDP does once)."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for number, hook in list(hooks.items()):
+            if number not in before and str(hook.__module__).startswith("sinktrack."):
+                for name, of in vars(module).items():
+                    if name.startswith("_forward_") and isinstance(of, dict):
+                        of.pop(number, None)
 
 
 def _restore(module: nn.Module, attributes: dict[str, object]) -> None:

@@ -96,6 +96,7 @@ def train(case: str, tracker: SinkTrackMegatron | None) -> dict[str, Any]:
     if overlap:  # the last step's weights would be gathered in the next forward pass
         for chunk in chunks:
             chunk.disable_forward_pre_hook()
+            assert not any(part._forward_pre_hooks for part in chunk.module.modules())
             chunk.enable_forward_pre_hook()
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return {

@@ -19,7 +19,7 @@ from sinktrack.measurement import Measurement, assemble
 from sinktrack.megatron.processes import processes
 from sinktrack.megatron.shards import Shard, merge, merge_states
 from sinktrack.probe import Probe
-from sinktrack.undisturbed import untouched
+from sinktrack.undisturbed import undone, untouched
 
 
 def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurement:
@@ -145,16 +145,29 @@ def _vocabulary(found: Any) -> int | None:
 @contextmanager
 def _ready(found: Any) -> Iterator[None]:
     """Parameters gathered, no timers, no logits, no jitter; inside `untouched`, which ends it."""
-    gathering = [
-        wrapped
+    gathering = {
+        wrapped: len(handles)
         for wrapped in found.models
-        if getattr(wrapped, "remove_forward_pre_hook_handles", None)
-    ]
+        if (handles := getattr(wrapped, "remove_forward_pre_hook_handles", None))
+    }
     scalers = {scaler: scaler.main_loss_backward_scale for scaler in _scalers()}
     own = {name: getattr(found.config, name) for name in ("timers", "param_sync_func")}
-    for wrapped in gathering:
-        wrapped.disable_forward_pre_hook()
-    try:
+
+    def undo() -> None:
+        for name, value in own.items():
+            setattr(found.config, name, value)
+        for scaler, scale in scalers.items():
+            scaler.main_loss_backward_scale = scale
+        for wrapped, count in gathering.items():
+            handles = wrapped.remove_forward_pre_hook_handles
+            if len(handles) != count:  # none, or some where disabling broke off
+                while handles:
+                    handles.popitem()[1].remove()
+                wrapped.enable_forward_pre_hook()
+
+    with undone(undo):
+        for wrapped in gathering:
+            wrapped.disable_forward_pre_hook()
         for name in own:
             setattr(found.config, name, None)
         for chunk in found.bare:
@@ -163,13 +176,6 @@ def _ready(found: Any) -> Iterator[None]:
                 if hasattr(module, "apply_input_jitter"):
                     module.apply_input_jitter = lambda input: input
         yield
-    finally:
-        for name, value in own.items():
-            setattr(found.config, name, value)
-        for scaler, scale in scalers.items():
-            scaler.main_loss_backward_scale = scale
-        for wrapped in gathering:
-            wrapped.enable_forward_pre_hook()
 
 
 def _schedule(found: Any, batches: list[Tensor]) -> list[tuple[Tensor, int]]:
