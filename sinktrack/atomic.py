@@ -8,8 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def write(path: Path, data: bytes) -> None:
-    """Replace a file's content, on disk before this returns.
+def write(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Replace a file's content.
+
+    Args:
+        path: the file.
+        data: what it will hold.
+        durable: be on disk before this returns.
 
     Raises:
         OSError: it cannot be written; what was there before is still there, and nothing else.
@@ -19,14 +24,16 @@ def write(path: Path, data: bytes) -> None:
         with open(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(descriptor)
+            if durable:
+                os.fsync(descriptor)
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         with suppress(OSError):
             os.unlink(name)
         raise
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
 
 
 def sync(directory: Path) -> None:

@@ -137,7 +137,8 @@ def scan(
     if [checkpoint.step for checkpoint in found] == [0]:
         _err.print(f"{found[0].name} is recorded as step 0", markup=False)
     if follow:
-        _err.print(f"following {archives[0]}, a look every {poll:g} s (Ctrl-C ends it)")
+        said = f"following {archives[0]}, a look every {poll:g} s (Ctrl-C ends it)"
+        _err.print(said, markup=False)
 
     def example() -> Checkpoint:
         if not follow:
@@ -146,7 +147,7 @@ def scan(
 
     batch, note = choose_probe(example, Run.open(run), probe)
     if note:
-        _err.print(note)
+        _err.print(note, markup=False)
     opened = Run.open(run, batch)
     job = Job(batch, blocks=blocks, causal=causal)
     todo = len(job.lacking(found, opened))
@@ -237,11 +238,11 @@ def show(
     from sinktrack.record import Run
     from sinktrack.show import show as show_records
     from sinktrack.signal import analyze
+    from sinktrack.signal.stages import living
 
     opened = Run.read(run)
-    records, signal = opened.records, analyze(opened, loss)
+    records, signal = living(opened.written), analyze(opened, loss)
     if as_json:
-        records = [record for record in records if record["step"] not in signal.abandoned]
         if records:
             records[-1] |= {"signal": signal.to_json()}
         for record in records:
@@ -379,6 +380,8 @@ def probe(
             lines = texts.read_text().splitlines()
         except OSError as error:
             raise ProbeError(f"cannot read {texts}: {error.strerror}") from error
+        if first_token is not None:
+            raise ProbeError("--first-token is of random tokens; texts begin as the tokenizer does")
         made = Probe.from_texts(found, lines, length)
         if made.sequences < len(lines):
             left_out = f"; {len(lines) - made.sequences} of {len(lines)} lines are shorter"

@@ -120,10 +120,12 @@ class Probe:
                 was trained with one: its sink may not form on anything else.
 
         Raises:
-            ProbeError: a vocabulary, number of sequences or length that makes no probe.
+            ProbeError: a vocabulary, first token, count or length that makes no probe.
         """
         if vocab_size < 1 or sequences < 1:
             raise ProbeError(f"a vocabulary of {vocab_size} and {sequences} sequences: no probe")
+        if first_token is not None and not 0 <= first_token < vocab_size:
+            raise ProbeError(f"first token {first_token} in a vocabulary of {vocab_size}: no probe")
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(vocab_size, (sequences, max(length, 0)), generator=generator)
         if first_token is not None:

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import tempfile
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -60,6 +59,7 @@ class Run:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             run = cls(directory, _probe(directory))
+            run._check_schema()
             if probe is not None:
                 run._adopt(probe)
             tempfile.TemporaryFile(dir=directory).close()  # says why, where one cannot write
@@ -69,7 +69,6 @@ class Run:
             raise RecordError(
                 f"cannot write to the run directory {directory}: {error.strerror}; give another"
             ) from error
-        run._check_schema()
         return run
 
     @classmethod
@@ -193,18 +192,20 @@ class Run:
     def also_recorded_by(self) -> str | None:
         """Another process in which a training records into this run; None where there is none.
 
-        From then on this process is told of to others, as long as the Run exists.
+        From then on others are told of this process, until it ends.
         """
+        path = self.directory.resolve() / "train.lock"
+        if path in _training or path in _parents:
+            return None
         try:
-            descriptor, holder = _lock(self.directory / "train.lock")
+            descriptor, holder = _lock(path)
         except OSError:  # no locks on this file system
             return None
         if holder is None:
-            weakref.finalize(self, os.close, descriptor)
+            _training[path] = descriptor
             return None
         os.close(descriptor)
-        ours = f"process {os.getpid()} on {os.uname().nodename} "
-        return None if holder.startswith(ours) else holder
+        return holder
 
     def to_pandas(self) -> Any:
         """A DataFrame, one row per record, indexed by step; a column per block where it applies.
@@ -242,7 +243,7 @@ class Run:
                 f"record of probe {record.get('probe')}, but {self.directory} holds probe {probe}; "
                 "use another run directory"
             )
-        model, before = record.get("model", {}), last.get("model", {})
+        model, before = record.get("model") or {}, last.get("model") or {}
         names = ["blocks", "heads", "experts"]
         if (record.get("source") == "callback") == (last.get("source") == "callback"):
             names.insert(0, "type")  # Megatron's models and their checkpoints have two names
@@ -342,6 +343,22 @@ def _probe(directory: Path) -> Probe | None:
 def _version(status: os.stat_result) -> tuple[int, ...]:
     """Differs whenever the file does."""
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+_training: dict[Path, int] = {}
+"""Locks that this process holds until it ends; the processes that it forks do not."""
+_parents: set[Path] = set()
+"""Those of the process that this one was forked from, which may record in its place."""
+
+
+def _let_go() -> None:
+    while _training:
+        path, descriptor = _training.popitem()
+        os.close(descriptor)
+        _parents.add(path)
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _lock(path: Path) -> tuple[int, str | None]:

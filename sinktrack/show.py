@@ -29,7 +29,7 @@ def show(
     """Print headline numbers, the signal, a table of blocks and the largest components.
 
     Args:
-        records: of one run, in step order.
+        records: of one run, in step order, without those that training left behind.
         signal: what they say together.
         title: the run's name.
         console: where to print.
@@ -41,7 +41,6 @@ def show(
         raise RecordError(
             f"{title} holds no records yet: train with a callback, or scan an archive"
         )
-    records = [record for record in records if record["step"] not in signal.abandoned]
     last = records[-1]
     reference = last["reference_block"]
     console.print(Text(title, style="bold"))

@@ -325,7 +325,7 @@ def test_fully_sharded_training(tmp_path: Path) -> None:
                         tracker.step(step, model)
                 if tracked:
                     tracker.probe_now(11, model)
-                with torch.no_grad():  # leaves whole weights, which FSDP's own hook shards on saving
+                with torch.no_grad():  # leaves whole weights, which FSDP shards on saving
                     model.eval()(tokens)
                 found.append({k: v.full_tensor() for k, v in model.state_dict().items()})
             assert_identical(*found)

@@ -152,6 +152,8 @@ def test_random_sequences_with_a_first_token(tmp_path: Path) -> None:
     plain, begun = Probe.random(50, 3, 8), Probe.random(50, 3, 8, first_token=7)
     assert begun.tokens[:, 0].tolist() == [7, 7, 7]
     assert torch.equal(begun.tokens[:, 1:], plain.tokens[:, 1:])
+    with pytest.raises(ProbeError, match="first token 50 in a vocabulary of 50"):
+        Probe.random(50, 3, 8, first_token=50)
     given = ["--vocab-size", "50", "--sequences", "3", "--length", "8", "--first-token", "7"]
     done = CliRunner().invoke(app, ["probe", str(tmp_path / "p"), *given])
     assert done.exit_code == 0 and Probe.load(tmp_path / "p") == begun

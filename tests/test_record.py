@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from synthetic import synthetic_records
 
 from sinktrack import Probe, ProbeError, RecordError, Run
-from sinktrack.record import to_json, versions
+from sinktrack.record import _let_go, to_json, versions
 
 PROBE = Probe.random(9, sequences=2, length=4)
 
@@ -112,7 +112,13 @@ def test_two_trainings_on_one_run_are_told(tmp_path: Path) -> None:
         return done.stdout.splitlines()[-1]
 
     assert other().startswith(f"process {os.getpid()} on ")
-    del mine
+    del mine  # as when a notebook's cell runs again
+    assert other().startswith(f"process {os.getpid()} on ")
+    started = os.fork()
+    if not started:  # it holds nothing of its parent's, and is not told of it
+        os._exit(0 if Run.open(tmp_path).also_recorded_by() is None else 1)
+    assert os.waitpid(started, 0)[1] == 0
+    _let_go()
     assert other() == "None"
 
 
@@ -247,6 +253,13 @@ def test_another_model_is_refused(name: str, value: Any, tmp_path: Path) -> None
     run.append(record(3, model=model, source="checkpoint-3"))
 
 
+def test_a_record_without_a_model_is_followed_by_any(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, PROBE)
+    run.append(record(1, model=None))
+    run.append(record(2, model={"type": "llama", "blocks": 2}))
+    assert run.steps == [1, 2]
+
+
 def test_a_model_and_its_checkpoints_may_be_named_differently(tmp_path: Path) -> None:
     model = {"type": "GPTModel", "blocks": 4, "heads": 4, "experts": 8}
     run = Run.open(tmp_path, PROBE)
@@ -350,8 +363,10 @@ def test_a_run_is_read_by_its_records_alone(tmp_path: Path) -> None:
     (tmp_path / "run.json").unlink()
     assert repr(Run.read(tmp_path)) == f"Run({str(tmp_path)!r}: 2 records, steps 5 to 1,200)"
     (tmp_path / "run.json").write_text('{"schema": 2}')
-    with pytest.raises(RecordError, match="run.json has schema 2, this version reads 1"):
-        Run.read(tmp_path)
+    for opening in (Run.read, Run.open, lambda path: Run.open(path, PROBE)):
+        with pytest.raises(RecordError, match="run.json has schema 2, this version reads 1"):
+            opening(tmp_path)
+        assert (tmp_path / "run.json").read_text() == '{"schema": 2}'
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RecordError, match="run.json is damaged; remove it"):
         Run.read(tmp_path)

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from synthetic import synthetic_records
+from typer.testing import CliRunner
 
+from sinktrack import Run
+from sinktrack.cli import app
 from sinktrack.errors import RecordError
 from sinktrack.show import show
 from sinktrack.signal import analyze
@@ -60,17 +64,15 @@ def test_sparklines_have_a_fixed_scale_and_at_most_24_columns() -> None:
     assert bars == "█" + "▁" * 22 + "▅"
 
 
-def test_records_that_training_left_behind_are_left_out() -> None:
+def test_records_that_training_left_behind_are_left_out(tmp_path: Path) -> None:
     records = synthetic_records(steps=range(0, 3000, 100))
     again = synthetic_records(steps=range(1000, 1500, 100))
     for record in (*records, *again):
         record["source"] = "callback"
-    written = [*records, *again]
-    console = Console(width=80, color_system=None, file=io.StringIO())
-    latest = {record["step"]: record for record in written}
-    show([latest[step] for step in sorted(latest)], analyze(written), "run", console)
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
+    run = Run.open(tmp_path)
+    for record in (*records, *again):
+        run.append(record)
+    text = CliRunner().invoke(app, ["show", str(tmp_path)]).output
     assert "last step        1,400" in text and "(15 records)" in text
     assert "left out: 15 records up to step 2,900" in text
 

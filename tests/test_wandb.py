@@ -239,6 +239,7 @@ def test_another_project_gets_a_run_of_its_own(past: Run) -> None:
     assert first and other and first[1] != other[1]
     assert f"0 records -> W&B run {first[1]}" in again
     assert f"0 records -> W&B run {other[1]}" in published(past)
+    assert f"0 records -> W&B run {first[1]}" in published(past, "--project", "sinks")
     for to, option in (("wandb", "--out"), ("tensorboard", "--project")):
         result = CliRunner().invoke(
             app, ["publish", str(past.directory), "--to", to, option, str(past.directory / "x")]

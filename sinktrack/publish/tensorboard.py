@@ -10,6 +10,7 @@ from sinktrack.errors import RecordError, require
 from sinktrack.publish import picture
 from sinktrack.publish.curves import COMPONENT, components, metrics
 from sinktrack.record import Run
+from sinktrack.signal.stages import living
 
 _ALWAYS = "sinktrack/norm_ratio/block_00"
 """A curve that every record has."""
@@ -47,7 +48,7 @@ def publish(run: Run, directory: Path) -> int:
         RecordError: the run holds no records, or the directory cannot be written.
         MissingExtra: tensorboard is not installed.
     """
-    records = run.records
+    records = living(run.written)
     if not records:
         raise RecordError(f"{run.directory} holds no records yet")
     require("tensorboard", "tensorboard")

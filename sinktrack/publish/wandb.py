@@ -15,6 +15,7 @@ from sinktrack.publish import picture
 from sinktrack.publish.curves import CAUSAL, COMPONENT, causal, components, metrics, summary
 from sinktrack.record import Run
 from sinktrack.signal import analyze
+from sinktrack.signal.stages import living
 
 _MOST_POINTS = 10_000
 """What W&B draws of a table in a chart."""
@@ -35,7 +36,7 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
     active = getattr(wandb, "run", None)
     if wandb is None or active is None or active.disabled:
         return
-    records = run.records
+    records = living(run.written)
     _define(active)
     active.log(
         {
@@ -89,15 +90,12 @@ def publish(
         RecordError: the run holds no records, or there is no W&B run of that id.
         MissingExtra: wandb is not installed.
     """
-    records = run.records
+    records = living(run.written)
     if not records:
         raise RecordError(f"{run.directory} holds no records yet")
     wandb = require("wandb", "wandb")
     sent = Sent(run)
-    target = run_id or sent.last
-    wanted = {"project": project, "entity": entity}
-    if not run_id and any(value not in (None, sent.of(target)[n]) for n, value in wanted.items()):
-        target = None  # elsewhere: a W&B run of its own
+    target = run_id or sent.last(project, entity)
     known = sent.of(target)
     todo = [record for record in records if record["step"] not in known["steps"]]
     if target is not None and not todo and known["whole"] == records[-1]["step"]:
@@ -215,10 +213,13 @@ class Sent:
                 f"{self._file} is damaged; remove it to publish anew, or mend it"
             ) from error
 
-    @property
-    def last(self) -> str | None:
-        """The W&B run that was written to last."""
-        return next(reversed(self._runs), None)
+    def last(self, project: str | None = None, entity: str | None = None) -> str | None:
+        """The W&B run that was written to last, of those in a project and of an entity."""
+        for target, known in reversed(self._runs.items()):
+            places = ((project, known["project"]), (entity, known["entity"]))
+            if all(wanted is None or of in (None, wanted) for wanted, of in places):
+                return target
+        return None
 
     def of(self, target: str | None) -> dict[str, Any]:
         """Project, entity and steps of a W&B run, and the step up to which its charts go."""
@@ -226,7 +227,7 @@ class Sent:
         return self._runs.get(target or "", nothing)
 
     def add(self, active: Any, step: int, whole: bool = False) -> None:
-        """Note a step, on disk before the next.
+        """Note a step, in the file before the next.
 
         Args:
             active: the W&B run.
@@ -240,4 +241,4 @@ class Sent:
             "steps": sorted({*known["steps"], step}),
             "whole": step if whole else known["whole"],
         }
-        atomic.write(self._file, json.dumps(self._runs).encode())
+        atomic.write(self._file, json.dumps(self._runs).encode(), durable=False)

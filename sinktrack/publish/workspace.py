@@ -24,7 +24,7 @@ def save(run: Run) -> str:
         MissingExtra: wandb-workspaces is not installed.
     """
     sent = Sent(run)
-    known = sent.of(sent.last)
+    known = sent.of(sent.last())
     if not known["project"]:
         raise RecordError(f"{run.directory} was not published to W&B yet")
     if not known["entity"]:

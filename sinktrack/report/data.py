@@ -15,6 +15,7 @@ from sinktrack.errors import RecordError
 from sinktrack.publish.curves import causal
 from sinktrack.signal import analyze
 from sinktrack.signal.loss import Losses
+from sinktrack.signal.stages import living
 
 BUDGET = 9_700_000
 """Bytes that all records together may take; the page's code takes 5 MB."""
@@ -61,9 +62,7 @@ def embedded(
 def _run(name: str, written: Records, losses: Losses | None, stride: int) -> dict[str, Any]:
     found = analyze(written, losses)
     stages = dict(zip(found.steps, found.stages, strict=True))
-    left = set(found.abandoned)
-    by_step = {record["step"]: record for record in written if record["step"] not in left}
-    records = [by_step[step] for step in sorted(by_step)]
+    records = living(written)
     last = records[-1]
     kept = range((len(records) - 1) % stride, len(records), stride)
     loss = _loss_at([record["step"] for record in records], losses)

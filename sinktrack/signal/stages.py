@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -348,7 +348,39 @@ class Stages:
         return "emerging", because
 
 
-def line_of_training(points: Iterable[Point]) -> tuple[list[Point], set[int]]:
+class Written(Protocol):
+    """What tells which line of training a record belongs to."""
+
+    @property
+    def step(self) -> int:
+        """Of training."""
+
+    @property
+    def source(self) -> str:
+        """``callback``, or a checkpoint's name."""
+
+
+_Written = TypeVar("_Written", bound=Written)
+
+
+class _Place(NamedTuple):
+    step: int
+    source: str
+
+
+def living(written: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The records that led to the weights of today, in step order.
+
+    Args:
+        written: in the order in which they were written.
+    """
+    places = (_Place(record["step"], record.get("source") or "") for record in written)
+    _, abandoned = line_of_training(places)
+    found = {record["step"]: record for record in written if record["step"] not in abandoned}
+    return [found[step] for step in sorted(found)]
+
+
+def line_of_training(points: Iterable[_Written]) -> tuple[list[_Written], set[int]]:
     """The points that led to the weights of today, in step order, and the steps of the others.
 
     A callback's record at an earlier step than its last means that training went on from an older
@@ -358,7 +390,7 @@ def line_of_training(points: Iterable[Point]) -> tuple[list[Point], set[int]]:
     Args:
         points: in the order in which they were written.
     """
-    kept: dict[int, Point] = {}
+    kept: dict[int, _Written] = {}
     online: list[int] = []  # steps of the callback's records, ascending
     abandoned: set[int] = set()
     for point in points:
