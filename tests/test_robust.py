@@ -132,3 +132,123 @@ def test_where_a_curve_leaves_its_floor() -> None:
     assert gap.low <= 29 and gap.high == 30 and gap.low >= 28, (
         "the gap before the one that shows it"
     )
+
+
+def widening(residual: robust.Curve) -> float:
+    """Of an interval for independent residuals: Kendall's bias of short series mended."""
+    off = residual - residual.mean()
+    if not off.any():
+        return 1.0
+    lag_one = sum(off[i] * off[i + 1] for i in range(len(off) - 1)) / sum(off**2)
+    mended = min(0.9, max(0.0, lag_one + (1 + 3 * lag_one) / len(off)))
+    return float(np.sqrt((1 + mended) / (1 - mended)))
+
+
+def leaves_floor(x: robust.Curve, y: robust.Curve, deviation: robust.Curve) -> list[float]:
+    """The definition by least squares, one start and one shape after the other."""
+    x, y, weight = x[-64:], y[-64:], 1 / deviation[-64:]
+    floor = np.average(y, weights=weight**2)
+    starts = [x[i] + (x[i + 1] - x[i]) * k / 8 for i in range(len(x) - 1) for k in range(8)]
+    errors, residuals = [], []
+    for start in starts:
+        ahead = np.clip((x - start) / (x[-1] - x[0]), 0, None)
+        found = [(np.inf, y)]
+        for power in (1, 2):
+            for powers in ([power], [power, power + 1]):
+                design = np.stack([weight * ahead**n for n in (0, *powers)], 1)
+                design[:, 0] = weight
+                fitted, _, rank, _ = np.linalg.lstsq(design, weight * y, rcond=1e-9)
+                if rank == len(powers) + 1 and fitted[1] > 0:
+                    off = weight * y - design @ fitted
+                    found.append((float(off @ off), off))
+        error, residual = min(found, key=lambda one: one[0])
+        errors.append(error)
+        residuals.append(residual)
+    total = float(np.sum((weight * (y - floor)) ** 2))
+    least, free, exact = min(errors), max(1, len(x) - 5), 1e-12 * total
+    wide = widening(residuals[errors.index(least)]) ** 2 if least > exact else 1.0
+    most = least + max(0.25, least / free) * wide * stats.f.ppf(0.95, 1, free) + exact
+    good = [i for i, error in enumerate(errors) if error <= most]
+    best = [start for start, error in zip(starts, errors, strict=True) if error <= least + exact]
+    return [sum(best) / len(best), starts[max(0, good[0] - 1)], [*starts[1:], x[-1]][good[-1]]]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_leaving_a_floor_is_least_squares_on_a_grid(seed: int) -> None:
+    """Uneven steps, unequal noise, floors of 4 to 70 records, straight and bent rises."""
+    draw = RNG(seed)
+    count = int(draw.integers(12, 90))
+    x = np.sort(draw.choice(10 * count, count, replace=False)).astype(float)
+    start = x[int(draw.integers(4, count - 6))]
+    ahead = np.clip(x - start, 0, None) / (x[-1] - start)
+    deviation = 0.02 * (1 + 3 * (ahead > 0) * draw.random(count))
+    y = (
+        0.1
+        + ahead ** float(draw.choice([1, 2])) * (0.5 + ahead)
+        + deviation * draw.normal(size=count)
+    )
+    wanted = leaves_floor(x, y, deviation)
+    assert list(robust.leaves_floor(x, y, deviation)) == pytest.approx(wanted, abs=1e-9)
+
+
+@given(st.integers(3, 40), st.integers(0, 999))
+def test_noise_by_the_lines_between_neighbours(count: int, seed: int) -> None:
+    draw = RNG(seed)
+    x = np.sort(draw.choice(10_000, count, replace=False)).astype(float)
+    y = draw.normal(size=count)
+    found = [0.0]
+    for lag in (1, 2, 4):
+        if lag > 1 and count < 2 * lag + 3:
+            break
+        off = []
+        for i in range(lag, count - lag):
+            part = (x[i] - x[i - lag]) / (x[i + lag] - x[i - lag])
+            line = (1 - part) * y[i - lag] + part * y[i + lag]
+            off.append((y[i] - line) ** 2 / (1 + part**2 + (1 - part) ** 2))
+        found.append(np.sqrt(np.mean(off)))
+    assert robust.noise(x, y) == pytest.approx(max(found))
+    assert robust.noise(x[:2], y[:2]) == 0.0
+
+
+@pytest.mark.parametrize("count", [2, 23, 24, 25, 47, 48, 49, 240, 1000])
+def test_change_of_bins_as_numpy_splits_them(count: int) -> None:
+    draw = RNG(count)
+    x = np.sort(draw.choice(10 * count, count, replace=False)).astype(float)
+    y = draw.normal(size=count).cumsum()
+    parts = min(count, 24)
+    bx, by = (np.array([np.median(part) for part in np.array_split(v, parts)]) for v in (x, y))
+    slope, _, low, high = stats.theilslopes(by, bx, alpha=0.95)
+    span, wide = bx[-1] - bx[0], widening(by - slope * bx)
+    wanted = [slope * span, (slope - wide * (slope - low)) * span]
+    wanted.append((slope + wide * (high - slope)) * span)
+    assert list(robust.change(x, y)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_step_down_is_the_best_of_all_cuts(seed: int) -> None:
+    draw = RNG(seed)
+    count = int(draw.integers(6, 25))
+    x = np.sort(draw.choice(1000, count, replace=False)).astype(float)
+    y = np.where(np.arange(count) < draw.integers(2, count - 2), 1.0, 0.6)
+    y += 0.1 * draw.normal(size=count)
+    errors = {}
+    for cut in range(2, count - 1):
+        halves = y[:cut], y[cut:]
+        errors[cut] = sum(float(((half - half.mean()) ** 2).sum()) for half in halves)
+    cut = min(errors, key=lambda one: errors[one])
+    free = max(1, count - 3)
+    most = errors[cut] * (1 + stats.f.ppf(0.95, 1, free) / free)
+    good = [one for one, error in errors.items() if error <= most + 1e-15]
+    place, size = robust.steps_down(x, y, 0.03)
+    assert place == (x[cut], x[good[0] - 1], x[good[-1]])
+    residual = np.concatenate([y[:cut] - y[:cut].mean(), y[cut:] - y[cut:].mean()])
+    error = np.sqrt(errors[cut] / free * (1 / cut + 1 / (count - cut)))
+    half = np.hypot(stats.t.isf(0.025, free) * error * widening(residual), 0.03)
+    middle = y[:cut].mean() - y[cut:].mean()
+    assert size == pytest.approx((middle, middle - half, middle + half))
+
+
+def test_how_far_noise_goes_in_many_looks() -> None:
+    assert robust.beyond_noise(1, 40) == pytest.approx(stats.t.isf(0.025, 20))
+    assert robust.beyond_noise(100, 40) == pytest.approx(stats.t.isf(0.00025, 20))
+    assert robust.beyond_noise(0, 3) == pytest.approx(stats.t.isf(0.025, 2))
