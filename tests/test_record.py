@@ -355,6 +355,25 @@ def test_a_run_without_a_probe_is_described(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "run.json").read_text())["probe"] == PROBE.digest
 
 
+def test_a_torn_line_longer_than_the_next_record_leaves_nothing(tmp_path: Path) -> None:
+    run = Run.open(tmp_path, PROBE)
+    run.append(record(1))
+    with (tmp_path / "records.jsonl").open("ab") as file:
+        file.write(b'{"schema": 1, "step": 2, "filler": "' + b"x" * 9000)
+    run.append(record(3))
+    assert (tmp_path / "records.jsonl").read_bytes().count(b"x") == 0
+    assert run.steps == [1, 3] and Run.read(tmp_path).steps == [1, 3]
+
+
+def test_a_run_that_is_opened_again_keeps_its_description(tmp_path: Path) -> None:
+    Run.open(tmp_path, PROBE)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"created": "long ago"}))
+    Run.open(tmp_path, PROBE)
+    Run.open(tmp_path)
+    assert json.loads(file.read_text())["created"] == "long ago"
+
+
 def test_a_run_is_read_by_its_records_alone(tmp_path: Path) -> None:
     run = Run.open(tmp_path, PROBE)
     assert repr(run) == f"Run({str(tmp_path)!r}: 0 records)"
