@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sinktrack import atomic
+from sinktrack import atomic, locks
 from sinktrack.errors import RecordError, require
 from sinktrack.probe import Probe
 
@@ -176,7 +176,7 @@ class Run:
         """
         path = self.directory / "scan.lock"
         try:
-            descriptor, holder = _lock(path)
+            descriptor, holder = locks.take(path)
         except OSError as error:
             raise RecordError(f"cannot write {path}: {error.strerror}") from error
         try:
@@ -194,18 +194,7 @@ class Run:
 
         From then on others are told of this process, until it ends.
         """
-        path = self.directory.resolve() / "train.lock"
-        if path in _training or path in _parents:
-            return None
-        try:
-            descriptor, holder = _lock(path)
-        except OSError:  # no locks on this file system
-            return None
-        if holder is None:
-            _training[path] = descriptor
-            return None
-        os.close(descriptor)
-        return holder
+        return locks.keep(self.directory.resolve() / "train.lock")
 
     def to_pandas(self) -> Any:
         """A DataFrame, one row per record, indexed by step; a column per block where it applies.
@@ -343,40 +332,6 @@ def _probe(directory: Path) -> Probe | None:
 def _version(status: os.stat_result) -> tuple[int, ...]:
     """Differs whenever the file does."""
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-_training: dict[Path, int] = {}
-"""Locks that this process holds until it ends; the processes that it forks do not."""
-_parents: set[Path] = set()
-"""Those of the process that this one was forked from, which may record in its place."""
-
-
-def _let_go() -> None:
-    while _training:
-        path, descriptor = _training.popitem()
-        os.close(descriptor)
-        _parents.add(path)
-
-
-os.register_at_fork(after_in_child=_let_go)
-
-
-def _lock(path: Path) -> tuple[int, str | None]:
-    """The file's descriptor, locked as long as it is open; or, not locked, and who has the lock."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        os.ftruncate(descriptor, 0)
-        here = f"process {os.getpid()} on {os.uname().nodename} since {now}\n"
-        os.pwrite(descriptor, here.encode(), 0)
-    except BlockingIOError:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-        return descriptor, holder or "another process"
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor, None
 
 
 def _last(descriptor: int, end: int) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from synthetic import synthetic_records
 
 from sinktrack import Probe, ProbeError, RecordError, Run
-from sinktrack.record import _let_go, to_json, versions
+from sinktrack.locks import let_go
+from sinktrack.record import to_json, versions
 
 PROBE = Probe.random(9, sequences=2, length=4)
 
@@ -118,7 +119,7 @@ def test_two_trainings_on_one_run_are_told(tmp_path: Path) -> None:
     if not started:  # it holds nothing of its parent's, and is not told of it
         os._exit(0 if Run.open(tmp_path).also_recorded_by() is None else 1)
     assert os.waitpid(started, 0)[1] == 0
-    _let_go()
+    let_go()
     assert other() == "None"
 
 
