@@ -19,7 +19,9 @@ def test_what_an_interval_shows() -> None:
     assert not Interval(0.2, 0.1, 0.3).shows(0.21), "too small"
     assert not Interval(0.2, 0.0, 0.4).shows(0.1), "may be none"
     assert Interval(0.0, -0.1, 0.1).rules_out(0.1) and not Interval(0.0, -0.1, 0.2).rules_out(0.1)
+    assert not Interval(0.0, -0.2, 0.1).rules_out(0.1)
     assert Interval(0.0, 0.0, 0.0).rules_out(0.0)
+    assert not Interval(-0.2, -0.4, 0.0).shows(0.1), "may be none"
     assert not Interval(0.05, 0.01, 0.09).rules_out(0.1), "not flat, however small"
 
 
