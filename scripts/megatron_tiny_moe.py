@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,9 +144,7 @@ def main(out: Path, steps: int) -> None:
     from sinktrack.show import show
     from sinktrack.signal import analyze
 
-    for name in ("run", "scanned", "checkpoints"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
+    demo.clear(out)
     print(f"training a tiny MoE for {steps} steps over {PROCESSES} processes ...", flush=True)
     subprocess.run(
         [

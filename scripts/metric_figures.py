@@ -18,6 +18,7 @@ from paper_figure import picture
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from sinktrack import Probe, Run, measure
+from sinktrack.attention import uniform
 from sinktrack.circuit import EPSILON
 
 WIDTH, HEIGHT = 760, 320
@@ -59,13 +60,8 @@ def concentration(records: Records, length: int) -> go.Figure:
         values = [record["concentration"][block] for record in records]
         line(figure, f"block {block}", records, values, block)
     level(figure, EPSILON, "a sink: 0.3", "top left")
-    level(figure, uniform(length), "uniform attention", "bottom right")
+    level(figure, uniform(length - 1), "uniform attention", "bottom right")
     return figure
-
-
-def uniform(length: int) -> float:
-    """Attention to P0 of a head that looks at all earlier positions alike, queries from 1 on."""
-    return sum(1 / (i + 1) for i in range(1, length)) / (length - 1)
 
 
 def sink_rate(records: Records) -> go.Figure:
@@ -132,12 +128,13 @@ def part_name(part: Mapping[str, Any]) -> str:
 def depth(records: Records) -> go.Figure:
     """Where the writing is centred and over how many blocks it is spread, below the reference."""
     figure = blank("optimizer steps", "blocks")
-    names = ("reference_block", "effective_blocks", "depth")
-    for number, (name, colour) in enumerate(zip(names, (INK, *COLOURS), strict=False)):
-        figure.add_scatter(
-            x=[record["step"] for record in records], y=[record[name] for record in records],
-            name=name, line={"color": colour, "shape": "linear" if number else "hv"},
-        )  # fmt: skip
+    name = "reference_block"
+    figure.add_scatter(
+        x=[record["step"] for record in records], y=[record[name] for record in records],
+        name=name, line={"color": INK, "shape": "hv"},
+    )  # fmt: skip
+    for number, name in enumerate(("effective_blocks", "depth")):
+        line(figure, name, records, [record[name] for record in records], number)
     return figure
 
 

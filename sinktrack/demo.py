@@ -158,16 +158,21 @@ def probe() -> Probe:
     return Probe.from_tokens(PairBackcopy().sample(64))
 
 
+def clear(out: Path) -> None:
+    """Make the directory, or remove what an earlier demo left in it, and nothing else."""
+    for name in ("run", "scanned", "checkpoints"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+
+
 def run_demo(out: Path, console: Console, *, seed: int = 1, steps: int = STEPS) -> None:
     """Train with the callback, scan the checkpoints, compare, draw the report, say what was seen.
 
     Raises:
         SinktrackError: online and offline numbers disagree.
     """
+    clear(out)
     online, offline = out / "run", out / "scanned"
-    for directory in (online, offline, out / "checkpoints"):
-        shutil.rmtree(directory, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
     torch.set_num_threads(1)  # the model is so small that a second thread only waits
 

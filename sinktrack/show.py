@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from sinktrack.attention import uniform
 from sinktrack.circuit import EPSILON
 from sinktrack.errors import RecordError
 from sinktrack.signal import Analysis
@@ -49,8 +50,8 @@ def show(
     _signal(signal, console)
     console.print()
     console.print(_blocks(records, console.width))
-    if uniform := _uniform(last):
-        console.print(Text(f"Attention spread evenly would give P0 {uniform}.", style="dim"))
+    if evenly := _evenly(last):
+        console.print(Text(f"Attention spread evenly would give P0 {evenly}.", style="dim"))
     console.print()
     if reference is not None:
         console.print(Text(f"Largest parts of the P0 state at the input of block {reference}:"))
@@ -194,12 +195,12 @@ def _blocks(records: Sequence[Mapping[str, Any]], width: int) -> Table:
     return table
 
 
-def _uniform(record: Mapping[str, Any]) -> str:
-    """Attention to P0 of queries that attend alike to all they see: mean of 1 / (i + 1)."""
+def _evenly(record: Mapping[str, Any]) -> str:
+    """What all blocks' attention to P0 would be if it were uniform; empty where they differ."""
     seen = {count for count in record["visible_queries"] if count is not None}
     if len(seen) != 1 or not float(count := seen.pop()).is_integer():
         return ""  # windows, or documents of several lengths
-    return f"{sum(1 / (i + 1) for i in range(1, int(count) + 1)) / count:.2f}"
+    return f"{uniform(int(count)):.2f}"
 
 
 def _sparkline(values: Sequence[float | None], low: float, high: float, width: int) -> str:

@@ -20,6 +20,16 @@ def synthetic_records(
     ]
 
 
+def restarted_records() -> list[dict[str, Any]]:
+    """A callback's, in the order of writing: up to step 2,900, then again from 1,000 to 1,400."""
+    steps = (range(0, 3000, 100), range(1000, 1500, 100))
+    return [
+        record | {"source": "callback"}
+        for part in steps
+        for record in synthetic_records(steps=part)
+    ]
+
+
 def _record(blocks: int, step: int, progress: float, formed: bool) -> dict[str, Any]:
     top = 0.8 if formed else 0.12
     centre = 0.5 + (1 - progress) * 0.6 * blocks

@@ -16,6 +16,7 @@ import models
 import pytest
 import torch
 from test_measure import numpy_state
+from test_record import child
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from sinktrack import MeasurementError, Probe, Run
@@ -34,6 +35,10 @@ class Data(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [entry.getMessage() for entry in caplog.records if entry.name == "sinktrack"]
 
 
 class Outcome(TrainerCallback):  # type: ignore[misc]
@@ -266,7 +271,7 @@ def test_records_of_later_steps_are_told_of(
         with caplog.at_level(logging.WARNING, "sinktrack"):
             for step in steps:
                 tracker.step(step, model)
-    (told,) = (entry.getMessage() for entry in caplog.records if entry.name == "sinktrack")
+    (told,) = warnings(caplog)
     assert "holds records of later steps than 10, up to 30" in told
 
 
@@ -280,16 +285,14 @@ def test_two_trainings_on_one_run_are_told(
         print("here", flush=True)
         sys.stdin.read()
     """
-    here = str(Path(__file__).parent)
-    command = [sys.executable, "-c", textwrap.dedent(code), here, str(tmp_path)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as other:
+    with subprocess.Popen(child(code, tmp_path), text=True, **pipes) as other:
         assert other.stdout is not None
         while other.stdout.readline() != "here\n":
             assert other.poll() is None
         SinkTracker(PROBE, tmp_path)
         other.communicate("")
-    (told,) = (entry.getMessage() for entry in caplog.records if entry.name == "sinktrack")
+    (told,) = warnings(caplog)
     assert told.startswith(f"process {other.pid} on ") and "records into" in told
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,10 +20,10 @@ import torch
 import wandb
 from scanner import PROBE as SCANNED
 from scanner import save_archive
-from test_callbacks import PROBE, assert_identical
+from test_callbacks import PROBE, assert_identical, warnings
 from test_measure import fingerprint, same
 from test_record import child
-from test_scan import sinktrack
+from test_scan import COMMAND, sinktrack
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sinktrack import ArchiveError, MeasurementError, Probe, Run, measure, scan
@@ -30,10 +31,6 @@ from sinktrack.attention import attend
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.record import to_json
 from sinktrack.taps.huggingface import _ACTIVE
-
-
-def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [entry.getMessage() for entry in caplog.records if entry.name == "sinktrack"]
 
 
 def test_a_full_disk_during_training(tmp_path: Path) -> None:
@@ -76,8 +73,7 @@ def on_a_disk(directory: Path, script: str) -> subprocess.CompletedProcess[str]:
     allowed = subprocess.run(["unshare", "-m", "true"], capture_output=True)
     if allowed.returncode:
         pytest.skip("no permission to mount file systems")
-    code = "from sinktrack.cli import main; main()"
-    script = f"sinktrack() {{ {sys.executable} -c '{code}' \"$@\" || echo exit $? >&2; }}\n{script}"
+    script = f'sinktrack() {{ {shlex.join(COMMAND)} "$@" || echo exit $? >&2; }}\n{script}'
     return subprocess.run(
         ["unshare", "-m", "sh", "-c", script],
         capture_output=True, text=True, cwd=directory, timeout=300,

@@ -85,7 +85,7 @@ def test_refusals_write_nothing(tmp_path: Path, bad: dict[str, Any], message: st
 
 def test_another_probe_is_refused(tmp_path: Path) -> None:
     other = Probe.random(9, sequences=2, length=4, seed=1)
-    run = Run.open(tmp_path, PROBE)
+    Run.open(tmp_path, PROBE)
     path = tmp_path / "probe.safetensors"
     with pytest.raises(RecordError, match=f"{PROBE.digest}, not .* another .*, or remove {path}"):
         Run.open(tmp_path, other)

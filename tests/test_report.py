@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import synthetic_records
+from synthetic import restarted_records, synthetic_records
 from typer.testing import CliRunner
 
 from sinktrack import Run
@@ -461,11 +461,7 @@ def test_a_restart_from_an_older_checkpoint(open_report: Open) -> None:
 
 
 def test_records_that_training_left_behind_are_left_out(open_report: Open) -> None:
-    records = synthetic_records(steps=range(0, 3000, 100))
-    again = synthetic_records(steps=range(1000, 1500, 100))
-    for record in (*records, *again):
-        record["source"] = "callback"
-    page = open_report([*records, *again])
+    page = open_report(restarted_records())
     assert curve(page, "sink_rate")["x"] == list(range(0, 1500, 100))
     assert "left out: 15 records up to step 2,900" in page.inner_text("#signal")
 

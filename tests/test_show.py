@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from synthetic import synthetic_records
+from synthetic import restarted_records, synthetic_records
 from typer.testing import CliRunner
 
 from sinktrack import Run
@@ -65,12 +65,8 @@ def test_sparklines_have_a_fixed_scale_and_at_most_24_columns() -> None:
 
 
 def test_records_that_training_left_behind_are_left_out(tmp_path: Path) -> None:
-    records = synthetic_records(steps=range(0, 3000, 100))
-    again = synthetic_records(steps=range(1000, 1500, 100))
-    for record in (*records, *again):
-        record["source"] = "callback"
     run = Run.open(tmp_path)
-    for record in (*records, *again):
+    for record in restarted_records():
         run.append(record)
     text = CliRunner().invoke(app, ["show", str(tmp_path)]).output
     assert "last step        1,400" in text and "(15 records)" in text

@@ -86,7 +86,7 @@ const MEANING = {
   necessity: "replaced at P0 by the mean of the other positions", sufficiency: "put on another position",
   other_position_alone: "another position attends to itself alone", p0_mixed: "P0 attends to all positions",
 };
-/** Of the attention to P0: what goes when a sublayer's write is removed there; null where it was not tested. */
+/** Of the attention to P0: what goes when a sublayer's write is replaced there; null where it was not tested. */
 const necessity = ([kind, block]) => (shownRecord().causal ?? []).find(
   ([test, ofKind, ofBlock, index]) => test === "necessity" && ofKind === kind && ofBlock === block && index === null,
 ) ?? null;

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -145,7 +145,7 @@ class Stages:
         """
         records = list(records)
         whole = [record for record in records if record["sink_rate"] is not None]
-        points, abandoned = line_of_training(map(Point.of, whole))
+        points, abandoned = line_of_training([Point.of(record) for record in whole])
         stages = cls(abandoned=abandoned, partial=len(records) - len(whole))
         for point in points:
             stages._judge(point)
@@ -348,62 +348,47 @@ class Stages:
         return "emerging", because
 
 
-class Written(Protocol):
-    """What tells which line of training a record belongs to."""
-
-    @property
-    def step(self) -> int:
-        """Of training."""
-
-    @property
-    def source(self) -> str:
-        """``callback``, or a checkpoint's name."""
-
-
-_Written = TypeVar("_Written", bound=Written)
-
-
-class _Place(NamedTuple):
-    step: int
-    source: str
-
-
 def living(written: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The records that led to the weights of today, in step order.
 
     Args:
         written: in the order in which they were written.
     """
-    places = (_Place(record["step"], record.get("source") or "") for record in written)
-    _, abandoned = line_of_training(places)
-    found = {record["step"]: record for record in written if record["step"] not in abandoned}
-    return [found[step] for step in sorted(found)]
+    gone = left_behind((record["step"], record.get("source") or "") for record in written)
+    kept = {record["step"]: record for record in written if record["step"] not in gone}
+    return [kept[step] for step in sorted(kept)]
 
 
-def line_of_training(points: Iterable[_Written]) -> tuple[list[_Written], set[int]]:
-    """The points that led to the weights of today, in step order, and the steps of the others.
+def line_of_training(points: Sequence[Point]) -> tuple[list[Point], set[int]]:
+    """As `living`, and the steps that were `left_behind`."""
+    gone = left_behind((point.step, point.source) for point in points)
+    kept = {point.step: point for point in points if point.step not in gone}
+    return [kept[step] for step in sorted(kept)], gone
+
+
+def left_behind(places: Iterable[tuple[int, str]]) -> set[int]:
+    """The steps whose records are of weights that training threw away.
 
     A callback's record at an earlier step than its last means that training went on from an older
     checkpoint: what it recorded past that step is of weights that were thrown away. Of two records
     of one step the last counts. A scanner's records come in any order and leave nothing behind.
 
     Args:
-        points: in the order in which they were written.
+        places: step and source of each record, in the order in which they were written.
     """
-    kept: dict[int, _Written] = {}
+    source: dict[int, str] = {}
     online: list[int] = []  # steps of the callback's records, ascending
-    abandoned: set[int] = set()
-    for point in points:
-        if point.source == "callback":
-            while online and online[-1] >= point.step:
-                step = online.pop()
-                if kept[step].source == "callback":
-                    abandoned.add(step)
-                    del kept[step]
-            online.append(point.step)
-        kept[point.step] = point
-        abandoned.discard(point.step)
-    return [kept[step] for step in sorted(kept)], abandoned
+    gone: set[int] = set()
+    for step, written_by in places:
+        if written_by == "callback":
+            while online and online[-1] >= step:
+                if source[online[-1]] == "callback":
+                    gone.add(online[-1])
+                online.pop()
+            online.append(step)
+        source[step] = written_by
+        gone.discard(step)
+    return gone
 
 
 def highest(y: Curve) -> float:
