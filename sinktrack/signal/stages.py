@@ -187,11 +187,9 @@ class Stages:
         return x[~np.isnan(y)], y[~np.isnan(y)]
 
     def _look_for_rise(self) -> None:
-        if len(self.points) < LASTING:
-            return
         last = self.points[-LASTING:]
         x, y = self.curve("sink_rate", self.began)
-        if self.left is None and len(y) == LASTING and all(point.formed for point in last):
+        if len(self.points) == LASTING and all(point.formed for point in last):
             self.left, self.floor, self.floor_records = 0, 0.0, 0
             return
         if len(y) < LASTING + 1:
