@@ -12,28 +12,23 @@ import models
 import numpy as np
 import pytest
 import wandb
-from check_signal import Truth, judge, records, table
+from check_signal import judge, table
 from hypothesis import given, settings
 from hypothesis import strategies as st_
-from synthetic import synthetic_records
+from scipy.stats import theilslopes
+from synthetic import CLEAR, curve, synthetic_records
 from test_wandb import finished
 from typer.testing import CliRunner
 
 import sinktrack as st
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.cli import app
-from sinktrack.signal import Stages, analyze
-from sinktrack.signal.loss import read_losses
+from sinktrack.signal import Analysis, Stages, analyze, robust
+from sinktrack.signal.analysis import Migration, Plateau
+from sinktrack.signal.robust import Interval
+from sinktrack.signal.stages import Found, Regression
 
 PROBE = st.Probe.random(models.VOCABULARY, sequences=4, length=16, seed=5)
-CLEAR = Truth(
-    onset=2000, width=1000, shape="linear", top=0.7, drop=None, dropped=0.3, noise=0.02,
-    lasting=0.0, probe=0.01, spacing="even", restart=False,
-)  # fmt: skip
-
-
-def curve(truth: Truth = CLEAR, seed: int = 0) -> list[dict[str, Any]]:
-    return records(truth, np.random.default_rng(seed))
 
 
 def stages_in_order(signal: st.signal.Analysis) -> list[str]:
@@ -145,6 +140,170 @@ def test_nothing_is_claimed_before_there_is_enough() -> None:
     assert late.plateau is not None and set(late.plateau.since) == {5000.0}, "all of it is level"
 
 
+def test_what_is_said() -> None:
+    """Each sentence to the letter, from numbers that can be read off."""
+    fell = Regression(
+        "first_two_share", 300, Interval(300, 200, 300), Interval(0.2, 0.15, 0.25), 0.01, 0.06
+    )
+    signal = Analysis(
+        steps=(0, 1000, 2000, 3000),
+        stages=("settled", "emerging", "settled", "settled"),
+        because=({},) * 4,
+        onset=Interval(1400.4, 1200, 1600),
+        onset_tokens=Interval(2.0, 1.0, 3.0),
+        plateau=Plateau(
+            Interval(1800, 1700, 1900), Interval(0.7, 0.68, 0.72), Interval(0, -0.01, 0.024)
+        ),
+        regressions=(
+            fell,
+            replace(fell, quantity="depth", since=Interval(2500, 2400, 2600), needed=0.125),
+            replace(fell, quantity="sink_rate"),
+        ),
+        migration=(
+            Migration("first_two_share", 9, Interval(0.02, 0.01, 0.03), None),
+            Migration("depth", 9, Interval(-0.2, -0.3, -0.1), Interval(-1.5, -2, -1)),
+        ),
+        missing=(),
+        abandoned=(1500, 11_600),
+        loss=None,
+    )
+    settled = "settled, as could be told from step 2,000 on"
+    saturated = (
+        "A settled rate says little about later progress: in the source paper an earlier sink went "
+        "with better scores at 20B tokens, and with none at 100B, where the rate was high already."
+    )
+    assert signal.lines() == [
+        settled,
+        "the rate left its floor at step 1,400 (95 %: 1,200 to 1,600)",
+        "level at 70.0% (95 %: 68.0% to 72.0%) since step 1,800; "
+        "change over the last window -1.0 to +2.4 points",
+        "first-two share since the onset: +2 points per 1,000 steps (95 %: +1 to +3)",
+        "depth since the onset: -0.2 blocks per 1,000 steps (95 %: -0.3 to -0.1), "
+        "-1.5 blocks per doubling of the tokens (-2 to -1)",
+        "first-two share fell by 20.0 points (95 %: 15.0 to 25.0) between steps 200 and 300; "
+        "noise explains 6.0",
+        "depth rose by 0.20 blocks (95 %: 0.15 to 0.25) between steps 2,400 and 2,600; "
+        "noise explains 0.12",
+        "sink rate fell by 20.0 points (95 %: 15.0 to 25.0) between steps 200 and 300; "
+        "noise explains 6.0",
+        saturated,
+        "left out: 2 records up to step 11,600, which training has left behind: it went on from "
+        "before them",
+    ]
+    bare = replace(
+        signal, onset=None, plateau=None, regressions=(), migration=(), abandoned=()
+    )  # fmt: skip
+    assert bare.lines() == [settled, saturated]
+    emerging = replace(bare, stages=(*bare.stages[:3], "emerging"))
+    assert emerging.lines() == ["emerging, as could be told from step 3,000 on"]
+    assert replace(bare, stages=("settled",) * 4).lines()[0].endswith("step 0 on")
+    assert replace(bare, steps=(), stages=(), because=()).lines() == []
+    plain = signal.to_json()
+    assert (plain["stage"], plain["onset_tokens"]) == ("settled", {"value": 2, "low": 1, "high": 3})
+    assert plain["stages"] == [*signal.stages] and plain["abandoned"] == [1500, 11_600]
+    assert plain["plateau"]["level"] == {"value": 0.7, "low": 0.68, "high": 0.72}
+    assert plain["regressions"][1]["size"] == {"value": 0.2, "low": 0.15, "high": 0.25}
+    assert plain["migration"][0]["per_doubling"] is None
+    found = Found(300, "displaced", {}, fell)
+    assert st.signal.alarm(found, "settled") == signal.lines()[5]
+    lost = Found(1300, "lost", {"floor": 0.021, "sink_rate": 0.034}, None)
+    assert st.signal.alarm(lost, "settled") == (
+        "the sink rate is back at its floor of 2.1% (3.4% at step 1,300)"
+    )
+    assert st.signal.alarm(lost, "lost") is st.signal.alarm(replace(lost, stage="settled"), "x")
+
+
+def test_what_is_missing() -> None:
+    """Why nothing is said yet of onset, plateau, falls and migration, with the counts."""
+    written = curve(replace(CLEAR, noise=0.005))
+    moving = "migration: 5 more records (3 of 8) of a formed sink behind block 0"
+    assert analyze(written[:5]).missing == (
+        "onset: the rate has not left its floor by 5 points for 3 records in a row "
+        "(5 records so far)",
+    )
+    assert analyze(written[:4]).missing == (analyze(written[:5]).missing[0].replace("(5", "(4"),)
+    assert analyze(written[:3]).missing == ("onset: 1 more record (3 of 4)",)
+    short = [*written[18:20], *written[40:43]]
+    assert analyze(short).missing == (
+        "onset: 1 more record (2 of 3) from before the rise",
+        "plateau: 5 more records (3 of 8) since the rise",
+        "regression: 5 more records (3 of 8) since the rise",
+        moving,
+    )
+    assert analyze([*written[17:20], *written[40:43]]).missing == (
+        *analyze(short).missing[1:],
+    )  # fmt: skip
+    there = "onset: the sink was there at the first records; measure earlier checkpoints"
+    assert analyze(written[40:48]).missing == (there,)
+    assert analyze(written[40:47]).missing[1] == "plateau: 1 more record (7 of 8) since the rise"
+    assert analyze(written[40:47]).missing[3] == moving.replace(
+        "5 more records (3", "1 more record (7"
+    )
+    lost = analyze(curve(replace(CLEAR, drop=6000, dropped=0.02))[:70])
+    assert lost.stage == "lost" and lost.missing == ("plateau: the sink is lost",)
+    rising = analyze(written[:33])
+    change, rise = (rising.because[-1][name] for name in ("change", "rise"))
+    low, high = (100 * bound for bound in change["sink_rate"][1:])
+    assert rising.stage == "emerging" and rising.missing[0] == (
+        f"plateau: the change over the last window lies between {low:+.1f} and {high:+.1f} points; "
+        f"flat is 0 within {10 * rise:.1f}"
+    )
+    displaced = analyze(curve(replace(CLEAR, drop=7000)))
+    assert displaced.stage == "displaced" and displaced.missing == ()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_plateau_is_claimed_by_its_rule(seed: int) -> None:
+    """Settled, and the trend's interval within a fifth of the rise; else `missing` says why not."""
+    written = curve(replace(CLEAR, noise=0.03, width=3000, onset=500), seed)
+    for count in range(35, 101, 9):
+        signal = analyze(written[:count])
+        because = signal.because[-1]
+        _, low, high = because["change"]["sink_rate"]
+        wanted = signal.stage == "settled" and max(-low, high) <= 0.2 * because["rise"]
+        assert (signal.plateau is not None) == wanted
+        assert any("over the last window" in one for one in signal.missing) != wanted
+        if signal.plateau is not None:
+            assert signal.plateau.change[1:] == (low, high)
+            stages = Stages.of(written[:count])
+            assert signal.plateau.since == stages.top() and signal.plateau.level == stages.level()
+
+
+@pytest.mark.parametrize("count", [7, 8, 20, 60])
+def test_migration_is_the_slope_since_the_onset(count: int) -> None:
+    """Of the records since the rise that hold a formed sink, by steps and by log2 of the tokens."""
+    written = curve()[: 30 + count]
+    draw = np.random.default_rng(count)
+    for index, record in enumerate(written):
+        record["formed"] = index >= 30
+        record["tokens"] = 100 + 3 * record["step"] ** 2
+        record["depth"] = float(draw.normal())
+    signal = analyze(written)
+    assert len(signal.migration) == (2 if count >= 8 else 0)
+    shorter = {one.quantity: one for one in signal.migration}
+    for name, one in shorter.items():
+        y = np.array([record[name] for record in written[30:]])
+        steps = np.array([record["step"] for record in written[30:]], float) / 1000
+        doublings = np.log2([record["tokens"] for record in written[30:]])
+        assert one.records == count and one.per_doubling is not None
+        for x, found in ((steps, one.per_1000_steps), (doublings, one.per_doubling)):
+            slope, _, low, high = theilslopes(y, x, alpha=0.95)
+            if count <= 24:
+                assert found.value == pytest.approx(slope)
+                assert found.low <= low + 1e-9 and found.high >= high - 1e-9
+            assert found == pytest.approx(robust.change(x, y) / (x[-1] - x[0]), rel=0.1)
+    written[40 if count > 10 else 35]["tokens"] = None
+    unknown = analyze(written)
+    assert all(one.per_doubling is None for one in unknown.migration)
+    assert unknown.onset_tokens is None
+    for record in written:
+        record["tokens"] = 4096
+    assert all(one.per_doubling is None for one in analyze(written).migration)
+    assert [one.per_1000_steps for one in analyze(written).migration] == [
+        one.per_1000_steps for one in signal.migration
+    ]
+
+
 def test_records_of_the_first_blocks_alone_do_not_count() -> None:
     written = curve()
     some = [record | {"step": record["step"] + 7, "sink_rate": None} for record in written[::10]]
@@ -203,100 +362,6 @@ def test_scanned_checkpoints_may_come_in_any_order() -> None:
     written = [record | {"source": f"checkpoint-{record['step']}"} for record in curve()]
     shuffled = [written[i] for i in np.random.default_rng(3).permutation(len(written))]
     assert analyze(shuffled) == analyze(written)
-
-
-def beside(written: list[dict[str, Any]], share: float, shift: int = 0) -> dict[int, float]:
-    """A loss that falls as the root of the step, and takes a share of the rate's wiggles."""
-    rates = np.array([record["sink_rate"] for record in written])
-    wiggles = rates - np.array([CLEAR.rate(np.array(record["step"])) for record in written])
-    rng = np.random.default_rng(9)
-    other = 0.03 * rng.normal(size=len(rates))
-    moves = share * np.roll(wiggles, shift) + (1 - share) * other
-    steps = [record["step"] for record in written]
-    return {
-        step: float(2 + 9 / np.sqrt(step / 100 + 3) - move)
-        for step, move in zip(steps, moves, strict=True)
-    }
-
-
-def test_a_loss_of_its_own_gets_nothing_from_the_rate() -> None:
-    written = curve()
-    relation = analyze(written, loss=beside(written, 0.0)).loss
-    assert relation is not None and relation.records == 101
-    assert relation.correlation.value < -0.5, "both follow the step"
-    assert not relation.adds
-    assert "nothing that the step count does not say" in " ".join(relation.lines())
-
-
-@pytest.mark.parametrize("shift", [0, 4, -4])
-def test_a_loss_that_goes_with_the_rate(shift: int) -> None:
-    written = curve()
-    relation = analyze(written, loss=beside(written, 0.9, shift)).loss
-    assert relation is not None and relation.lead is not None
-    assert relation.lead.records.low <= shift <= relation.lead.records.high
-    assert relation.lead.steps == 100 * shift and relation.lead.correlation < -0.5
-    if shift == 0:
-        assert relation.adds and relation.beyond_step.high < -0.3
-    who = {0: "neither leads nor lags", 4: "the sink leads", -4: "the sink lags"}[shift]
-    assert any(who in line for line in relation.lines())
-
-
-def test_where_sink_and_loss_disagree() -> None:
-    written = curve(replace(CLEAR, noise=0.005))
-    losses = {step: 5 - 4e-4 * step for step in range(0, 10_001, 50)}
-    signal = analyze(written, loss=losses)
-    assert signal.loss is not None
-    spans = [(one.first, one.last) for one in signal.loss.disagreements]
-    assert (0, 1200) in spans and spans[-1][1] == 10_000
-    assert all("the loss falls on, the sink rate stands" in one.words
-               for one in signal.loss.disagreements)  # fmt: skip
-    assert any("they disagree" in line for line in signal.lines())
-
-
-def test_too_few_losses_are_counted() -> None:
-    signal = analyze(curve(), loss={0: 4.0, 500: 3.0, 1000: 2.5})
-    assert signal.loss is None
-    assert signal.missing[-1] == "loss: 9 more records at steps with a loss (11 of 20)"
-
-
-@pytest.mark.parametrize(
-    ("loss", "says"),
-    [
-        (dict.fromkeys(range(0, 10_001, 100), float("nan")), "none of the losses is a number"),
-        (dict.fromkeys(range(0, 10_001, 100), 2.0), "the loss is the same at every record"),
-    ],
-)
-def test_losses_that_say_nothing(loss: dict[int, float], says: str) -> None:
-    signal = analyze(curve(), loss=loss)
-    assert signal.loss is None and says in signal.missing[-1]
-
-
-def test_losses_are_read_from_what_trainers_write(tmp_path: Path, demo: tuple[Path, str]) -> None:
-    (newest,) = (demo[0] / "checkpoints").glob("checkpoint-400")
-    found = read_losses(newest)
-    assert found == read_losses(newest / "trainer_state.json")
-    assert sorted(found) == list(range(50, 401, 50)) and found[50] > found[400]
-    exported = tmp_path / "wandb.csv"
-    exported.write_text("\ufeffStep,train/global_step,train/loss\n1,50,4.5\n2,,\n3,100,nan\n")
-    assert read_losses(exported) == {50: 4.5}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "says"),
-    [
-        ("loss.csv", "step,accuracy\n1,2\n", "no loss in"),
-        ("state.json", "[1, 2]", "no log_history in it"),
-        ("state.json", '{"log_history": 3}', "no loss in"),
-        ("missing.csv", None, "cannot read losses"),
-    ],
-)
-def test_what_holds_no_loss_is_named(
-    tmp_path: Path, name: str, content: str | None, says: str
-) -> None:
-    if content is not None:
-        (tmp_path / name).write_text(content)
-    with pytest.raises(st.RecordError, match=says):
-        read_losses(tmp_path / name)
 
 
 def test_show_says_it_and_json_holds_it(tmp_path: Path, demo: tuple[Path, str]) -> None:

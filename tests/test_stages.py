@@ -30,7 +30,7 @@ def history(seed: int) -> list[Record]:
         if draw.random() < 0.06:
             depth, share = float(draw.uniform(0.5, 3)), float(draw.uniform(0.3, 1))
         rate = float(np.clip(height + noise * draw.normal(), 0, 1))
-        half = float(draw.choice([0.0, 0.005, 0.03]))
+        half = float(draw.choice([0.0, 0.005, 0.03] if seed % 4 else [0.0, 0.2]))
         shallow = bool(draw.random() < 0.05)
         written.append(
             {

@@ -134,7 +134,7 @@ def read_losses(path: str | Path) -> dict[int, float]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RecordError(f"cannot read losses from {path}: {reason}") from error
-    rows = _from_json(path, text) if path.suffix == ".json" else csv.DictReader(text.splitlines())
+    rows = _from_json(path, text) if path.suffix == ".json" else _from_csv(path, text)
     found = {}
     for row in rows:
         step = _first(row, ("step", "global_step", "train/global_step", "_step"))
@@ -316,3 +316,10 @@ def _from_json(path: Path, text: str) -> list[Mapping[str, Any]]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(f"{path} is no trainer_state.json: no log_history in it") from error
     return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+
+
+def _from_csv(path: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        return list(csv.DictReader(text.splitlines()))
+    except csv.Error as error:
+        raise RecordError(f"{path} is no CSV: {error}") from error
