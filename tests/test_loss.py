@@ -75,13 +75,19 @@ def test_too_few_losses_are_counted() -> None:
 @pytest.mark.parametrize(
     ("loss", "says"),
     [
-        (dict.fromkeys(range(0, 10_001, 100), float("nan")), "none of the losses is a number"),
-        (dict.fromkeys(range(0, 10_001, 100), 2.0), "the loss is the same at every record"),
+        (
+            dict.fromkeys(range(0, 10_001, 100), float("nan")),
+            "loss: none of the losses is a number",
+        ),
+        (
+            dict.fromkeys(range(0, 10_001, 100), 2.0),
+            "loss: the sink rate or the loss is the same at every record",
+        ),
     ],
 )
 def test_losses_that_say_nothing(loss: dict[int, float], says: str) -> None:
     signal = analyze(curve(), loss=loss)
-    assert signal.loss is None and says in signal.missing[-1]
+    assert signal.loss is None and signal.missing[-1] == says
 
 
 def test_losses_are_read_from_what_trainers_write(tmp_path: Path, demo: tuple[Path, str]) -> None:
@@ -100,16 +106,26 @@ def test_losses_are_read_from_what_trainers_write(tmp_path: Path, demo: tuple[Pa
         ("loss.csv", "step,accuracy\n1,2\n", "no loss in"),
         ("state.json", "[1, 2]", "no log_history in it"),
         ("state.json", '{"log_history": 3}', "no loss in"),
-        ("missing.csv", None, "cannot read losses"),
+        (
+            "missing.csv",
+            None,
+            r"cannot read losses from .*missing\.csv: No such file or directory$",
+        ),
+        (
+            "loss.csv",
+            b"step,loss\n1,\xff\n",
+            "cannot read losses from .*: 'utf-8' codec can't decode",
+        ),
         ("loss.csv", "step,loss\n1," + 200_000 * "2", "is no CSV: field larger than"),
         ("loss.csv", "step,loss\n1,\x00\n", "no loss in|is no CSV"),
     ],
 )
 def test_what_holds_no_loss_is_named(
-    tmp_path: Path, name: str, content: str | None, says: str
+    tmp_path: Path, name: str, content: str | bytes | None, says: str
 ) -> None:
     if content is not None:
-        (tmp_path / name).write_text(content)
+        raw = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(raw)
     with pytest.raises(st.RecordError, match=says):
         read_losses(tmp_path / name)
 
@@ -182,17 +198,18 @@ def relation(x: Any, rate: Any, loss: Any) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(
-    ("seed", "share", "shift"),
-    [(0, 0.0, 0), (1, 0.6, 0), (2, 0.9, 2), (3, 0.9, -2), (4, -0.6, 0), (5, 0.3, 0), (6, 0.4, 1)],
-)
-def test_the_relation_is_its_definition(seed: int, share: float, shift: int) -> None:
-    """Uneven steps, losses logged at others, records before the first and after the last loss."""
+def beside_each_other(seed: int, share: float, shift: int) -> tuple[Any, Any, dict[int, float]]:
+    """Uneven steps; losses are logged from the second to the last but one.
+
+    A rate of 0 for most of the run where ``share`` is 0.
+    """
     draw = np.random.default_rng(seed)
     count = int(draw.integers(24, 50))
     steps = np.sort(draw.choice(100 * count, count, replace=False))
     white, own = draw.normal(size=(2, count))
     rate = np.linspace(0, 0.7, count) + 0.05 * white
+    if share == 0:
+        rate[: -count // 5] = 0.0
     moves = share * np.roll(white, shift) + (1 - abs(share)) * own
     logged = np.sort(np.unique(np.concatenate([steps[1:-1], draw.choice(100 * count, 40)])))
     logged = logged[(logged >= steps[1]) & (logged <= steps[-2])]
@@ -201,11 +218,24 @@ def test_the_relation_is_its_definition(seed: int, share: float, shift: int) -> 
         for step, loss in zip(logged, np.interp(logged, steps, 0.05 * moves + 4), strict=True)
     }
     losses[int(logged[3]) + 1] = float("nan")
+    return steps, rate, losses
+
+
+@pytest.mark.parametrize(
+    ("seed", "share", "shift"),
+    [
+        (0, 0.0, 0), (1, 0.6, 0), (2, 0.9, 2), (3, 0.9, -2), (4, -0.6, 0), (6, 0.9, 6), (9, 0.3, 0),
+        (11, 0.3, 0), (23, 0.9, 4),
+    ],
+)  # fmt: skip
+def test_the_relation_is_its_definition(seed: int, share: float, shift: int) -> None:
+    steps, rate, losses = beside_each_other(seed, share, shift)
+    known = sorted(step for step, loss in losses.items() if loss == loss)
     found = relate(steps.tolist(), rate.tolist(), losses)
     x, y = steps[1:-1].astype(float), rate[1:-1]
-    loss = np.interp(x, logged, [losses[int(step)] for step in logged])
+    loss = np.interp(x, known, [losses[step] for step in known])
     wanted = relation(x, y, loss)
-    assert isinstance(found, Relation) and found.records == count - 2
+    assert isinstance(found, Relation) and found.records == len(steps) - 2
     assert list(found.correlation) == pytest.approx(wanted["correlation"])
     assert list(found.beyond_step) == pytest.approx(wanted["beyond"], abs=1e-7)
     assert found.adds == wanted["adds"]
@@ -252,7 +282,7 @@ def test_stretches_that_disagree(of_rate: str, of_loss: str) -> None:
 def test_stretches_by_their_trends(seed: int) -> None:
     """Of at least 5 records, 8 at most; a tenth of the rate's range and 2 % of the loss's count."""
     draw = np.random.default_rng(seed)
-    count = int(draw.integers(20, 90))
+    count = 22 + 9 * seed
     x = np.arange(0, 100 * count, 100)
     rate, loss = (draw.normal(size=count).cumsum() + 0.2 * draw.normal(size=count) for _ in "ab")
     loss[: count // 2] = loss[0] + 0.001 * draw.normal(size=count // 2)
@@ -302,7 +332,8 @@ def test_what_is_said_of_rate_and_loss() -> None:
         "no lead or lag beyond chance",
     ]
     for records, who in (
-        (Interval(-4, -6, -1), "lags"),
+        (Interval(4, 0.5, 6), "leads"),
+        (Interval(-4, -6, -0.5), "lags"),
         (Interval(0, -1, 1), "neither leads nor lags"),
         (Interval(0, 0, 1), "neither leads nor lags"),
         (Interval(0, -1, 0), "neither leads nor lags"),
@@ -314,7 +345,14 @@ def test_what_is_said_of_rate_and_loss() -> None:
 @pytest.mark.parametrize("step", ["step", "global_step", "train/global_step", "_step"])
 @pytest.mark.parametrize("loss", ["loss", "train/loss", "train_loss"])
 def test_the_names_of_steps_and_losses(tmp_path: Path, step: str, loss: str) -> None:
-    rows = [{"epoch": 1}, {step: 5, loss: 2.5}, 7, {step: 6, loss: "inf"}, {step: 7, loss: None}]
+    rows = [
+        {"epoch": 1},
+        {step: 5, loss: 2.5},
+        7,
+        {loss: 3},
+        {step: 6, loss: "inf"},
+        {step: 7, loss: None},
+    ]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": rows}))
     assert read_losses(tmp_path) == {5: 2.5}
     table = tmp_path / "losses.csv"

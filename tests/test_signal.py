@@ -233,6 +233,9 @@ def test_what_is_missing() -> None:
     assert analyze([*written[17:20], *written[40:43]]).missing == (
         *analyze(short).missing[1:],
     )  # fmt: skip
+    least = analyze([written[19], *written[40:43]])
+    assert least.stages == ("absent",) * 3 + ("emerging",)
+    assert least.missing[0] == "onset: 2 more records (1 of 3) from before the rise"
     there = "onset: the sink was there at the first records; measure earlier checkpoints"
     assert analyze(written[40:48]).missing == (there,)
     assert analyze(written[40:47]).missing[1] == "plateau: 1 more record (7 of 8) since the rise"

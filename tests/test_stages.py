@@ -21,17 +21,20 @@ def history(seed: int) -> list[Record]:
     draw = np.random.default_rng(seed)
     count = int(draw.integers(40, 90))
     steps = np.sort(draw.choice(100 * count, count, replace=False))
-    noise = float(draw.choice([0.003, 0.02]))
-    height, depth, share = 0.02, 2.0, 0.6
+    noise, floor = float(draw.choice([0.003, 0.02])), float(draw.choice([0.02, 0.1]))
+    height, depth, share, glitch = floor, 2.0, 0.6, 0
     written = []
     for index, step in enumerate(steps):
         if draw.random() < 0.06 or (index == 8 and seed % 3):
-            height = float(draw.choice([0.02, 0.3, 0.5, 0.8]))
+            height = floor + float(draw.uniform(0.08, 0.8) if draw.random() < 0.8 else 0)
         if draw.random() < 0.06:
             depth, share = float(draw.uniform(0.5, 3)), float(draw.uniform(0.3, 1))
-        rate = float(np.clip(height + noise * draw.normal(), 0, 1))
-        half = float(draw.choice([0.0, 0.005, 0.03] if seed % 4 else [0.0, 0.2]))
-        shallow = bool(draw.random() < 0.05)
+        glitch = 2 if draw.random() < 0.03 else max(0, glitch - 1)
+        rate = float(np.clip((0.95 if glitch else height) + noise * draw.normal(), 0, 1))
+        half = float(
+            draw.choice([0.0, 0.2] if seed % 4 == 0 and index < 25 else [0.0, 0.005, 0.03])
+        )
+        shallow = bool(draw.random() < (0.05 if seed % 5 else 0.3))
         written.append(
             {
                 "step": int(step),
@@ -129,14 +132,14 @@ class Rules:
         x, y = self.curve("sink_rate", self.left)
         rise = peak(y) - self.floor
         near = max(0.05, rise / 10)
-        if len(y) > 3 and rise > 2 * near and max(y[-3:]) < self.floor + near:
+        if rise > 2 * near and max(y[-3:]) < self.floor + near:
             self.lost, self.began = True, len(self.seen) - 3
         return self.falls("sink_rate", x, y, rise / 10)
 
     def circuit_moves(self) -> list[Any] | None:
         for name, sign, least in (("first_two_share", 1, 0.05), ("depth", -1, 0.25)):
-            x, y = self.curve(name, max(self.left, self.settled - 8))
-            if len(y) >= 3 and self.seen[-1]["formed"] and self.seen[-1][name] is not None:
+            x, y = self.curve(name, self.settled - 7)
+            if self.seen[-1]["formed"] and self.seen[-1][name] is not None:
                 fell = self.falls(name, x, sign * y, least)
                 if fell:
                     return fell

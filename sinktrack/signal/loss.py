@@ -212,7 +212,7 @@ def _correlation(one: Curve, other: Curve) -> Interval:
 
 def _resamples(count: int) -> NDArray[np.int64]:
     """Rows ``[resamples, count]`` made of runs of neighbouring rows."""
-    size = max(2, count // _RUNS)
+    size = count // _RUNS
     starts = np.random.default_rng(0).integers(
         0, count - size + 1, (_RESAMPLES, -(-count // size), 1)
     )
@@ -315,7 +315,7 @@ def _from_json(path: Path, text: str) -> list[Mapping[str, Any]]:
         found = json.loads(text)["log_history"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(f"{path} is no trainer_state.json: no log_history in it") from error
-    return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+    return found if isinstance(found, list) else []
 
 
 def _from_csv(path: Path, text: str) -> list[dict[str, Any]]:

@@ -210,7 +210,7 @@ class Stages:
         top = highest(y)
         needed = max(LEAST_RISE, (top - self.floor) * MATERIAL)
         back = [point.sink_rate < self.floor + needed for point in recent]
-        if len(y) > LASTING and top - self.floor > 2 * needed and all(back):
+        if top - self.floor > 2 * needed and all(back):
             self.lost, self.began = True, len(self.points) - LASTING
         standing = self.standing.get("sink_rate")
         if standing is not None:
@@ -223,11 +223,11 @@ class Stages:
         """Only once the sink has settled: before, the circuit is still moving."""
         if self.settled is None:
             return None
-        first = max(self.left or 0, self.settled - ENOUGH)
+        first = self.settled - ENOUGH + 1
         for name, sign in (("first_two_share", 1), ("depth", -1)):
             x, y = self.curve(name, first)
             y = sign * y
-            if len(y) < LASTING or math.isnan(getattr(self.points[-1], name)):
+            if math.isnan(getattr(self.points[-1], name)):
                 continue
             standing = self.standing.get(name)
             if standing is not None:
