@@ -242,10 +242,12 @@ def _tokens(stages: Stages, at: Interval | None) -> Interval | None:
 
 
 def _migration(stages: Stages) -> list[Migration]:
+    if stages.left is None:
+        return []
     found = []
     for name in ("first_two_share", "depth"):
-        x, y = stages.curve(name, stages.left or 0)
-        if stages.left is None or len(y) < ENOUGH:
+        x, y = stages.curve(name, stages.left)
+        if len(y) < ENOUGH:
             continue
         tokens = {point.step: point.tokens for point in stages.points}
         counts = np.array([tokens[int(step)] or np.nan for step in x], dtype=np.float64)

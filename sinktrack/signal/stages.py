@@ -296,7 +296,7 @@ class Stages:
         if not len(far):
             return Interval(*[float(x[0])] * 3)
         away = away * np.sign(lasting[far[-1]])
-        side = np.nonzero(lasting[: far[-1] + 1] * np.sign(lasting[far[-1]]) <= 0)[0]
+        side = np.nonzero(lasting[: far[-1]] * np.sign(lasting[far[-1]]) <= 0)[0]
         top = highest(away[side[-1] if len(side) else 0 : far[-1] + LASTING])
         start = int(np.nonzero(away[: far[-1] + LASTING] >= top / 3)[0][-1])
         deviation = np.full(len(y) - start, max(quiet, top / 100))
