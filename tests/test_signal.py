@@ -310,6 +310,8 @@ def test_migration_is_the_slope_since_the_onset(count: int) -> None:
     unknown = analyze(written)
     assert all(one.per_doubling is None for one in unknown.migration)
     assert unknown.onset_tokens is None
+    written[30]["tokens"] = 0
+    assert all(one.per_doubling is None for one in analyze(written).migration)
     for record in written:
         record["tokens"] = 4096
     assert all(one.per_doubling is None for one in analyze(written).migration)

@@ -61,7 +61,7 @@ def of_three(values: Any) -> list[float]:
 
 
 def peak(values: Any) -> float:
-    return max(of_three(values)) if len(values) >= 3 else min(values)
+    return max(of_three(values))
 
 
 def half(record: Record, name: str) -> float:

@@ -391,7 +391,7 @@ def left_behind(places: Iterable[tuple[int, str]]) -> set[int]:
 
 def highest(y: Curve) -> float:
     """The highest level that lasted: of medians of 3 neighbouring records."""
-    return float(_medians(y).max()) if len(y) >= LASTING else float(y.min())
+    return float(_medians(y).max())
 
 
 def _medians(y: Curve) -> Curve:
