@@ -304,3 +304,37 @@ def test_records_that_say_less() -> None:
     assert [f.because for f in Stages.of(bare).found] == [f.because for f in Stages.of(none).found]
     partial = Stages.of([one | {"sink_rate": None} for one in written])
     assert partial.partial == len(written) and partial.stage is None and not partial.points
+
+
+def levels(*parts: tuple[int, float]) -> list[Record]:
+    """So many records at each of these rates, with hardly any noise."""
+    rates = [rate for count, rate in parts for _ in range(count)]
+    draw = np.random.default_rng(4)
+    return [
+        {
+            "step": 100 * index,
+            "sink_rate": rate + 0.002 * float(draw.normal()),
+            "formed": rate > 0.2,
+            "depth": None,
+            "first_two_share": None,
+        }
+        for index, rate in enumerate(rates)
+    ]
+
+
+@pytest.mark.parametrize(("back", "good"), [(0.53, True), (0.47, False)])
+def test_a_fall_is_made_good_above_half_of_it(back: float, good: bool) -> None:
+    stages = Stages.of(levels((20, 0.1), (20, 0.7), (20, 0.3), (4, back)))
+    assert stages.found[59].stage == "displaced"
+    assert (stages.stage == "displaced") != good and bool(stages.standing) != good
+
+
+@pytest.mark.parametrize(("rate", "lost"), [(0.15, True), (0.17, False)])
+def test_lost_is_within_a_tenth_of_the_rise(rate: float, lost: bool) -> None:
+    stages = Stages.of(levels((20, 0.1), (20, 0.7), (3, rate)))
+    assert stages.lost == lost and (stages.stage == "lost") == lost
+
+
+@pytest.mark.parametrize(("height", "lost"), [(0.115, True), (0.095, False)])
+def test_lost_only_after_a_rise_of_twice_five_points(height: float, lost: bool) -> None:
+    assert Stages.of(levels((20, 0.1), (20, 0.1 + height), (3, 0.1))).lost == lost
