@@ -6,17 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from check_signal import Truth, records
-
 HEADS = 4
 EXPERTS = 8
 STEPS = range(0, 2000, 100)
-CLEAR = Truth(
-    onset=2000, width=1000, shape="linear", top=0.7, drop=None, dropped=0.3, noise=0.02,
-    lasting=0.0, probe=0.01, spacing="even", restart=False,
-)  # fmt: skip
-"""A rise and a plateau, what the rules read of 101 records."""
 
 
 def synthetic_records(
@@ -36,11 +28,6 @@ def restarted_records() -> list[dict[str, Any]]:
         for part in steps
         for record in synthetic_records(steps=part)
     ]
-
-
-def curve(truth: Truth = CLEAR, seed: int = 0) -> list[dict[str, Any]]:
-    """The records of a curve of known truth, with what the signal's rules read."""
-    return records(truth, np.random.default_rng(seed))
 
 
 def _record(blocks: int, step: int, progress: float, formed: bool) -> dict[str, Any]:

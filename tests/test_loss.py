@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from curves import CLEAR, curve
 from scipy import stats
-from synthetic import CLEAR, curve
 
 import sinktrack as st
 from sinktrack.signal import analyze, robust

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,8 @@ def test_another_probe_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "probe.safetensors"
     with pytest.raises(RecordError, match=f"{PROBE.digest}, not .* another .*, or remove {path}"):
         Run.open(tmp_path, other)
+    with pytest.raises(RecordError, match=f"record of probe {other.digest}, but .*{PROBE.digest}"):
+        Run.open(tmp_path, PROBE).append(record(1, probe=other.digest))
     path.unlink()
     assert Run.open(tmp_path, other).probe == other
     path.unlink()
@@ -252,6 +256,11 @@ def test_another_model_is_refused(name: str, value: Any, tmp_path: Path) -> None
         run.append(record(3, model=model | {name: value}, source="checkpoint-3"))
     assert run.steps == [1, 2]
     run.append(record(3, model=model, source="checkpoint-3"))
+    run.append(record(4, model=model | {"type": "MixtralModel"}, source="callback"))
+    with pytest.raises(RecordError, match="with type GPTModel, but .* with type MixtralModel"):
+        run.append(record(5, model=model | {"type": "GPTModel"}, source="callback"))
+    with pytest.raises(RecordError, match="with blocks None, heads None, experts None, but"):
+        run.append(record(5, model=None, source="checkpoint-5"))
 
 
 def test_a_record_without_a_model_is_followed_by_any(tmp_path: Path) -> None:
@@ -352,6 +361,8 @@ def test_a_run_without_a_probe_is_described(tmp_path: Path) -> None:
     Run.open(tmp_path / "run")
     described = json.loads((tmp_path / "run" / "run.json").read_text())
     assert described["schema"] == 1 and described["probe"] is None
+    created = datetime.strptime(described["created"], "%Y-%m-%dT%H:%M:%S%z")
+    assert 0 <= time.time() - created.timestamp() < 60
     Run.open(tmp_path / "run", PROBE)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["probe"] == PROBE.digest
 
@@ -360,7 +371,7 @@ def test_a_torn_line_longer_than_the_next_record_leaves_nothing(tmp_path: Path) 
     run = Run.open(tmp_path, PROBE)
     run.append(record(1))
     with (tmp_path / "records.jsonl").open("ab") as file:
-        file.write(b'{"schema": 1, "step": 2, "filler": "' + b"x" * 9000)
+        file.write(b'{"schema": 1, "step": 2, "filler": "' + b"x" * 200_000)
     run.append(record(3))
     assert (tmp_path / "records.jsonl").read_bytes().count(b"x") == 0
     assert run.steps == [1, 3] and Run.read(tmp_path).steps == [1, 3]

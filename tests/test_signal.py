@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import wandb
 from check_signal import judge, table
+from curves import CLEAR, curve
 from hypothesis import given, settings
 from hypothesis import strategies as st_
 from scipy.stats import theilslopes
-from synthetic import CLEAR, curve, synthetic_records
+from synthetic import synthetic_records
 from test_wandb import finished
 from typer.testing import CliRunner
 

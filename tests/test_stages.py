@@ -338,3 +338,11 @@ def test_lost_is_within_a_tenth_of_the_rise(rate: float, lost: bool) -> None:
 @pytest.mark.parametrize(("height", "lost"), [(0.115, True), (0.095, False)])
 def test_lost_only_after_a_rise_of_twice_five_points(height: float, lost: bool) -> None:
     assert Stages.of(levels((20, 0.1), (20, 0.1 + height), (3, 0.1))).lost == lost
+
+
+@pytest.mark.parametrize(("slope", "stage"), [(0.004, "emerging"), (0.0015, "settled")])
+def test_a_settled_rate_that_surely_trends_again_is_not_settled(slope: float, stage: str) -> None:
+    """A tenth of the rise over the last third of the steps counts."""
+    climb = ((1, 0.5 + slope * index) for index in range(30))
+    stages = Stages.of(levels((20, 0.1), (30, 0.5), *climb))
+    assert stages.found[49].stage == "settled" and stages.stage == stage
