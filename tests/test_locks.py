@@ -32,9 +32,33 @@ def test_a_lock_says_who_has_it(tmp_path: Path) -> None:
     os.close(free)
 
 
-def test_a_lock_that_cannot_be_made(tmp_path: Path) -> None:
+def test_a_lock_that_cannot_be_taken_leaves_nothing_open(tmp_path: Path) -> None:
+    held, _ = locks.take(tmp_path / "run.lock")
     before = os.listdir("/proc/self/fd")
     with pytest.raises(FileNotFoundError):
         locks.take(tmp_path / "nowhere" / "run.lock")
+    with pytest.raises(OSError, match="Invalid argument"):
+        locks.take(Path("/dev/full"))  # opens, and cannot hold a word
     assert locks.keep(tmp_path / "nowhere" / "run.lock") is None
+    assert (locks.keep(tmp_path / "run.lock") or "").startswith(f"process {os.getpid()} on ")
     assert os.listdir("/proc/self/fd") == before
+    os.close(held)
+
+
+def test_a_lock_ends_with_its_process_whoever_it_forked(tmp_path: Path) -> None:
+    path = tmp_path / "train.lock"
+    reading, writing = os.pipe()
+    keeper = os.fork()
+    if not keeper:
+        nobody = locks.keep(path)
+        if not os.fork():  # a data loader's worker, which outlives its trainer
+            mine = locks.keep(path)
+            os.read(reading, 1)
+            os._exit(mine is not None)
+        os._exit(nobody is not None)
+    assert os.waitpid(keeper, 0)[1] == 0
+    free, nobody = locks.take(path)
+    os.write(writing, b"x")
+    assert nobody is None
+    for descriptor in (free, reading, writing):
+        os.close(descriptor)
