@@ -367,11 +367,15 @@ def test_a_run_without_a_probe_is_described(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "run.json").read_text())["probe"] == PROBE.digest
 
 
-def test_a_torn_line_longer_than_the_next_record_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [9000, 65535, 65536, 65537, 200_000])
+def test_a_torn_line_longer_than_the_next_record_leaves_nothing(
+    tmp_path: Path, length: int
+) -> None:
+    """Also where its start is just, or just not, in the part of the file that is read at once."""
     run = Run.open(tmp_path, PROBE)
     run.append(record(1))
     with (tmp_path / "records.jsonl").open("ab") as file:
-        file.write(b'{"schema": 1, "step": 2, "filler": "' + b"x" * 200_000)
+        file.write(b'{"schema": 1, "step": 2, "filler": "'.ljust(length, b"x"))
     run.append(record(3))
     assert (tmp_path / "records.jsonl").read_bytes().count(b"x") == 0
     assert run.steps == [1, 3] and Run.read(tmp_path).steps == [1, 3]
