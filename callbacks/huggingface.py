@@ -14,6 +14,9 @@ from sinktrack.probe import Probe
 class SinkTrackCallback(TrainerCallback):  # type: ignore[misc]
     """Probes every ``every`` steps, at each save and at the end of training.
 
+    Where the Trainer loads the best checkpoint at the end, the model no longer is the last step's:
+    that is then probed before, or not at all if an evaluation after it ended the training.
+
     Arguments and errors are those of `sinktrack.callbacks.loop.SinkTracker`.
     """
 
@@ -32,6 +35,12 @@ class SinkTrackCallback(TrainerCallback):  # type: ignore[misc]
         """After the optimizer's step, gradients cleared: probe if the step is due."""
         self._probe(args, state, kwargs["model"], self.tracker.due(state.global_step))
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the last step, before other weights may be loaded."""
+        self._probe(args, state, kwargs["model"], control.should_training_stop)
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -41,8 +50,9 @@ class SinkTrackCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After the last step."""
-        self._probe(args, state, kwargs["model"], True)
+        """After the last step, unless the model holds the weights of the best one by now."""
+        replaced = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        self._probe(args, state, kwargs["model"], not replaced)
 
     def _probe(
         self, args: TrainingArguments, state: TrainerState, model: Any, wanted: bool

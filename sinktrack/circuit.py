@@ -118,12 +118,18 @@ def localize(
         rounding: unit roundoff of the stream's dtype.
 
     Raises:
-        MeasurementError: the shares do not sum to 1 within `SHARE_TOLERANCE` and rounding.
+        MeasurementError: the P0 state is zero, or the shares do not sum to 1 within
+            `SHARE_TOLERANCE` and rounding.
     """
     state = states[reference].double().mean(0)
     direction = state - others[reference].double().mean(0)
     direction = direction / direction.norm()
     total = float(state @ direction)
+    if not abs(total) > 0:  # nan where it has no direction
+        raise MeasurementError(
+            f"the P0 state at the input of block {reference} is zero, or that of all positions, "
+            "and has no shares; is the first token's embedding zero, as a padding token's is?"
+        )
 
     def share(write: Tensor) -> float:
         return float(write.double() @ direction) / total

@@ -55,9 +55,10 @@ class States(Observer):
         self.states[block].append(_row(stream))
         if stream.shape[1] > 1:
             rest = stream[:, 1:]
-            self.others[block].append(rest.mean(1, dtype=torch.float32))
-            norms = torch.linalg.vector_norm(rest, dim=-1, dtype=torch.float32)
-            self.other_norms[block].append(norms.flatten())
+            wide = torch.promote_types(rest.dtype, torch.float32)
+            self.others[block].append(rest.mean(1, dtype=wide).float())
+            norms = torch.linalg.vector_norm(rest, dim=-1, dtype=wide)
+            self.other_norms[block].append(norms.flatten().float())
 
     def stacked(self, of: dict[int, list[Tensor]]) -> Tensor:
         """``[L + 1, ...]`` on the CPU, the batches side by side."""

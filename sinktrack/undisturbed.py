@@ -15,6 +15,7 @@ from sinktrack.errors import MeasurementError
 from sinktrack.probe import Probe
 
 _INTERNAL = {"_parameters", "_buffers", "_modules", "training"}
+_OURS = ("sinktrack.", "transformers.")
 
 
 @contextmanager
@@ -43,7 +44,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Restored, also when the body raises: the random states of Python, numpy, torch and every CUDA
     device, train or eval mode of each module, its buffers and plain attributes, the default dtype,
-    gradients, autocast, compilation and torch's stack of modes. Hooks of ours are removed.
+    gradients, autocast, compilation and torch's stack of modes. Hooks of ours are removed, and
+    those that transformers sets in a model's first forward pass.
     """
     from torch._dynamo import eval_frame  # slow to import
 
@@ -152,10 +154,13 @@ def _attributes(module: nn.Module) -> dict[str, object]:
 
 
 def _unhook(module: nn.Module, before: set[int]) -> None:
-    """Remove hooks of ours that are left; what others set meanwhile is theirs (FSDP does once)."""
+    """Remove new hooks of ours, and of transformers, which notes in an attribute that it set them.
+
+    What others set is theirs: FSDP and Megatron do once, and would not again.
+    """
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for number, hook in list(hooks.items()):
-            if number not in before and str(hook.__module__).startswith("sinktrack."):
+            if number not in before and str(hook.__module__).startswith(_OURS):
                 for name, of in vars(module).items():
                     if name.startswith("_forward_") and isinstance(of, dict):
                         of.pop(number, None)

@@ -17,9 +17,15 @@ import pytest
 import torch
 from test_measure import numpy_state
 from test_record import child
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
-from sinktrack import MeasurementError, Probe, Run
+from sinktrack import MeasurementError, Probe, Run, measure
 from sinktrack.callbacks.huggingface import SinkTrackCallback
 from sinktrack.callbacks.loop import SinkTracker
 
@@ -104,6 +110,10 @@ SETUPS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "gradient accumulation": (models.mixtral, {"gradient_accumulation_steps": 2}),
     "gradient checkpointing": (models.llama, {"gradient_checkpointing": True}),
     "bf16 autocast": (models.mixtral, {"bf16": True}),
+    "outputs of every block": (
+        lambda: models.mixtral(output_router_logits=True, output_hidden_states=True),
+        {},
+    ),
 }
 
 
@@ -116,6 +126,42 @@ def test_training_is_bit_identical(name: str, tmp_path: Path) -> None:
     assert_identical(vars(plain), vars(tracked))
     steps = {0, 1, 2, 4, 7, 14, 20, 21, 28, 35, 40, 42, 49, 50}
     assert Run.read(tmp_path / "run").steps == sorted(steps)
+
+
+@pytest.mark.parametrize("evaluated", ["steps", "epoch"])
+def test_weights_that_are_loaded_at_the_end_are_not_those_of_the_last_step(
+    evaluated: str, tmp_path: Path
+) -> None:
+    """Of an early stop. An evaluation after the epoch's last step leaves no moment to probe it."""
+    steps = 3 if evaluated == "steps" else 16
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        num_train_epochs=9,
+        per_device_train_batch_size=4,
+        learning_rate=3e-3,
+        eval_strategy=evaluated,
+        eval_steps=steps,
+        save_strategy="best",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # so that the first is the best
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    callback = SinkTrackCallback(PROBE, tmp_path / "run", every=7, on_error="raise")
+    stop = EarlyStoppingCallback(early_stopping_patience=1)
+    model, data = models.llama().train(), Data()
+    trainer = Trainer(
+        model, arguments, train_dataset=data, eval_dataset=data, callbacks=[callback, stop]
+    )
+    trainer.train()
+    run, last = Run.read(tmp_path / "run"), 2 * steps
+    assert trainer.state.global_step == last and trainer.state.best_global_step == steps
+    assert run.steps == ([0, 3, 6] if evaluated == "steps" else [0, 7, 14, 16, 21, 28])
+    digests = [record["weights"] for record in run.records]
+    assert len(set(digests)) == len(digests)
+    assert measure(model, PROBE).weights == digests[run.steps.index(steps)]
 
 
 def test_resuming_goes_on_where_it_stopped(tmp_path: Path) -> None:

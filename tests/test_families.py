@@ -153,7 +153,8 @@ def test_a_model_without_softmax_attention_is_refused() -> None:
 
 
 def test_the_table_is_up_to_date() -> None:
-    notes = {"llama4_text": "its routed experts are reported together, as one MLP"}
+    together = "its routed experts are reported together, as one MLP"
+    notes = {"llama4_text": together, "dbrx": together}
     rows = [f"| {family} | exact | {notes.get(family, '')} |" for family in EXACT]
     rows += [f"| {family} | refused | {reason} |" for family, (reason, _) in REFUSED.items()]
     text = "\n".join(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from reference import blocks_of, measured_by_hand
+from transformers import AttentionInterface, GPTNeoConfig
 
 from sinktrack import MeasurementError, Probe, ProbeError, measure
 from sinktrack.circuit import localize
@@ -241,6 +242,72 @@ def test_leaves_no_trace(broken: bool) -> None:
     after = fingerprint(model)
     handle.remove()
     assert [name for name in before if not same(before[name], after[name])] == []
+
+
+def test_what_transformers_captures_is_captured_once() -> None:
+    """Its hooks are set by the first forward pass, which may be the probe's."""
+    model = models.mixtral(output_router_logits=True, output_hidden_states=True)
+    before = fingerprint(model)
+    for _ in range(2):
+        measure(model, PROBE)
+    assert same(before, fingerprint(model))
+    output = model(PROBE.tokens)
+    assert (len(output.router_logits), len(output.hidden_states)) == (4, 5)
+    measure(model, PROBE)
+    assert len(model(PROBE.tokens).router_logits) == 4
+
+
+def test_attention_of_which_nothing_is_known_is_refused() -> None:
+    def of_its_own(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        return torch.sigmoid(query @ key.mT).tril() @ value, None
+
+    model = models.llama(num_key_value_heads=4)
+    AttentionInterface.register("planted", of_its_own)
+    try:
+        model.set_attn_implementation("planted")
+        with pytest.raises(MeasurementError, match="'planted' is a function of test_measure"):
+            measure(model, PROBE)
+        model.set_attn_implementation("sdpa")
+        measure(model, PROBE)
+    finally:
+        del AttentionInterface._global_mapping["planted"]
+
+
+@pytest.mark.parametrize("family", [models.mixtral, models.llama, models.gpt2])
+def test_double_precision_measures_as_single(family: Any) -> None:
+    model = family()
+    model.set_experts_implementation("eager")  # torch groups no products of doubles
+    single, double = measure(model, PROBE), measure(model.double(), PROBE)
+    for name in ("p0_attention", "p0_norm", "norm_ratio"):
+        found = getattr(double, name)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, getattr(single, name), atol=1e-5, rtol=1e-5)
+    assert double.localization.share_sum == pytest.approx(1, abs=1e-6)
+
+
+def test_sliding_blocks_are_named() -> None:
+    assert measure(models.mistral_sliding(), PROBE).block_kinds == ("sliding",) * 4
+    assert measure(models.mixtral(sliding_window=5), PROBE).block_kinds == ("sliding",) * 4
+    assert measure(models.mixtral(), PROBE).block_kinds == ("full",) * 4
+    neo = GPTNeoConfig(
+        vocab_size=models.VOCABULARY, hidden_size=32, num_layers=4, num_heads=4, window_size=6,
+        attention_types=[[["global", "local"], 2]], initializer_range=0.2,
+    )  # fmt: skip
+    found = measure(models.build(neo), PROBE)
+    assert found.block_kinds == ("full", "sliding") * 2
+    assert found.visible_queries == (19, 5, 19, 5)
+
+
+def test_a_first_token_without_an_embedding_is_named() -> None:
+    model, tokens = models.llama(), PROBE.tokens.clone()
+    tokens[:, 0] = 5
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = 0
+        for block in model.model.layers:  # nothing writes at P0
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    with pytest.raises(MeasurementError, match="P0 state at the input of block 0 is zero, or"):
+        measure(model, Probe.from_tokens(tokens))
 
 
 def test_autocast_does_not_change_the_numbers() -> None:

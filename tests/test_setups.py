@@ -179,6 +179,14 @@ def test_low_rank_adapters_measure_as_the_merged_model(target: str) -> None:
         torch.testing.assert_close(write, leaves[1][key], atol=1e-4, rtol=1e-4)
 
 
+def test_a_learned_prompt_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(models.llama(), prompt)
+    with pytest.raises(MeasurementError, match="a prompt that PEFT learned stands before"):
+        measure(model, PROBE)
+
+
 def test_quantized_weights_are_refused() -> None:
     model = models.llama()
     projection = model.model.layers[0].self_attn.o_proj

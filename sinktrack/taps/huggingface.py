@@ -58,7 +58,8 @@ class Decoder:
     def experts(self) -> int | None:
         """Routed experts per block, None for a dense model."""
         names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-        found = [getattr(self.config, name, None) for name in names]
+        configs = (self.config, getattr(self.config, "ffn_config", None))
+        found = [getattr(config, name, None) for config in configs for name in names]
         return next((int(count) for count in found if isinstance(count, int) and count > 1), None)
 
 
@@ -88,6 +89,13 @@ def decoder(model: nn.Module) -> Decoder:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     while not isinstance(model, PreTrainedModel):
+        adapters = getattr(model, "peft_config", None)
+        learned = adapters.values() if isinstance(adapters, dict) else ()
+        if any(getattr(adapter, "is_prompt_learning", False) for adapter in learned):
+            raise MeasurementError(
+                "a prompt that PEFT learned stands before the probe's tokens, and what the model "
+                "does behind it is not measured; not supported"
+            )
         for name in ("module", "_orig_mod", "base_model", "model"):
             inner = getattr(model, name, None)
             if isinstance(inner, nn.Module):
@@ -130,7 +138,7 @@ def _recorded(model: nn.Module, what: str) -> tuple[type, ...]:
 def _kinds(
     config: Any, blocks: Mapping[int, nn.Module], attentions: tuple[type, ...]
 ) -> tuple[str, ...]:
-    declared = getattr(config, "layer_types", None) or ["full_attention"] * len(blocks)
+    declared = _declared(config, len(blocks))
     kinds = []
     for index, (block, name) in enumerate(zip(blocks.values(), declared, strict=False)):
         softmax = any(isinstance(module, attentions) for module in block.modules())
@@ -151,6 +159,16 @@ def _kinds(
                 "attention, so what its MLP writes cannot be told apart; not supported"
             )
     return tuple(kinds)
+
+
+def _declared(config: Any, blocks: int) -> list[str]:
+    """The blocks' kinds in the configuration's words."""
+    if declared := getattr(config, "layer_types", None):
+        return list(declared)
+    if declared := getattr(config, "attention_layers", None):  # GPT-Neo's
+        return ["sliding" if name == "local" else "full" for name in declared]
+    used = getattr(config, "use_sliding_window", True)
+    return ["sliding" if used and getattr(config, "sliding_window", None) else "full"] * blocks
 
 
 def _is_recurrent(module: nn.Module) -> bool:
@@ -195,8 +213,14 @@ def watch(found: Decoder, observer: Observer, start: int = 0) -> Iterator[None]:
 
 @contextmanager
 def prepared(found: Decoder) -> Iterator[None]:
-    """Let the model prepare masks for the attention that `watch` puts in the place of its own."""
+    """Let the model prepare masks for the attention that `watch` puts in the place of its own.
+
+    Raises:
+        MeasurementError: its own is none of transformers'.
+    """
     configs = _configs(found.model) if found.interface else []
+    for config in configs:
+        _known(config._attn_implementation)
     before = [(config, config._attn_implementation) for config in configs]
 
     def undo() -> None:
@@ -257,6 +281,17 @@ def returned(found: Decoder, forms: dict[int, int]) -> Iterator[None]:
         for index, block in found.blocks.items():
             stack.callback(block.register_forward_hook(note(index)).remove)
         yield
+
+
+def _known(name: str) -> None:
+    """Refuse an attention of which nothing is known here."""
+    function = ALL_ATTENTION_FUNCTIONS.get(name)  # none for a model's own, ``eager``
+    module = getattr(function, "__module__", "")
+    if function is not None and not module.startswith(("transformers.", "sinktrack.")):
+        raise MeasurementError(
+            f"attention {name!r} is a function of {module}, and what it computes is not known "
+            "here; if it is softmax attention, call model.set_attn_implementation('sdpa')"
+        )
 
 
 def _configs(model: nn.Module) -> list[Any]:
