@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -140,12 +141,8 @@ def scan(
         said = f"following {archives[0]}, a look every {poll:g} s (Ctrl-C ends it)"
         _err.print(said, markup=False)
 
-    def example() -> Checkpoint:
-        if not follow:
-            return found[0]
-        return next(ready for ready in looks(archives[0], find[0], poll) if ready)[0]
-
-    batch, note = choose_probe(example, Run.open(run), probe)
+    coming = chain.from_iterable(looks(archives[0], find[0], poll))
+    batch, note = choose_probe(coming if follow else found, Run.open(run), probe)
     if note:
         _err.print(note, markup=False)
     opened = Run.open(run, batch)

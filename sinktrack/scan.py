@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import looks
 from sinktrack.archive.source import Checkpoint, open
 from sinktrack.engines import Outcome, attempt, local, ray
-from sinktrack.errors import ArchiveError, SinktrackError
+from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, first_line
 from sinktrack.measure import measure, measure_streamed
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
@@ -67,9 +69,11 @@ def scan(
         ArchiveError: no checkpoint found; or, after all others were measured, some failed, each
             named with its reason.
         RecordError: the run directory cannot be written, holds another probe, or is being scanned.
+        MeasurementError: there is no such device.
     """
     if causal and blocks is not None:
         raise ValueError("causal tests need all blocks; leave out blocks or causal")
+    _check(device, engine)
     if not isinstance(run, Run):
         run = Run.open(run, probe)
     if run.probe is None:
@@ -91,6 +95,17 @@ def scan(
                 yield outcome
     if failed and notify is None:
         raise ArchiveError(f"{len(failed)} checkpoints failed\n" + "\n".join(failed))
+
+
+def _check(device: str, engine: Engine | None) -> None:
+    """Refuse a device that is not here; a Ray cluster's are elsewhere."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise MeasurementError(f"device {device!r}: {first_line(error)}") from error
+    count = torch.cuda.device_count()
+    if found.type == "cuda" and engine != "ray" and (found.index or 0) >= count:
+        raise MeasurementError(f"device {device!r} is not here: torch sees {count} CUDA devices")
 
 
 @dataclass(frozen=True)
@@ -174,24 +189,33 @@ def _outcomes(
 
 
 def choose_probe(
-    example: Callable[[], Checkpoint], run: Run, file: Path | None
+    examples: Iterable[Checkpoint], run: Run, file: Path | None
 ) -> tuple[Probe, str | None]:
     """The probe to scan with, and a line that says so where it had to be made.
 
-    From ``file``; else the run's own; else, from the checkpoint that ``example`` gives, a little
-    prose through the tokenizer beside it, or seeded random tokens of its vocabulary.
+    From ``file``; else the run's own; else, from the first of ``examples`` that can be read, a
+    little prose through the tokenizer beside it, or seeded random tokens of its vocabulary.
 
     Raises:
         ProbeError: the file holds no probe.
-        ArchiveError: the checkpoint's files cannot be read.
+        ArchiveError: the files of none can be read; the first one's error.
     """
-    from sinktrack.archive.huggingface import tokenizer, vocabulary
-
     if file is not None:
         return Probe.load(file), None
     if run.probe is not None:
         return run.probe, None
-    checkpoint = example()
+    failure = None
+    for checkpoint in examples:
+        try:
+            return _probe_for(checkpoint)
+        except ArchiveError as error:  # the scan says which, where another can be read
+            failure = failure or error
+    raise failure or ArchiveError("there is no checkpoint to make a probe for")
+
+
+def _probe_for(checkpoint: Checkpoint) -> tuple[Probe, str]:
+    from sinktrack.archive.huggingface import tokenizer, vocabulary
+
     found = tokenizer(checkpoint.files)
     if found is not None:
         made = Probe.from_texts(found, passages())

@@ -290,6 +290,31 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_a_probe_is_made_from_the_first_checkpoint_that_can_be_read(
+    archive: Path, tmp_path: Path
+) -> None:
+    (archive / "checkpoint-4" / "config.json").write_text("{")
+    done = sinktrack("scan", archive, "--run", tmp_path / "run")
+    assert done.returncode == 1 and "failed: checkpoint-4: " in done.stderr
+    assert Run.read(tmp_path / "run").steps == [30, 200]
+    for step in (30, 200):
+        (archive / f"checkpoint-{step}" / "config.json").write_text("{")
+    none = sinktrack("scan", archive, "--run", tmp_path / "none")
+    assert none.returncode == 2 and "checkpoint-4" in none.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("nonesuch", "device 'nonesuch': Expected one of cpu, cuda"),
+        ("cuda:99", "device 'cuda:99' is not here: torch sees "),
+    ],
+)
+def test_a_device_that_is_not_here(device: str, says: str, archive: Path, tmp_path: Path) -> None:
+    done = sinktrack("scan", archive, "--run", tmp_path / "run", "--device", device)
+    assert done.returncode == 2 and says in done.stderr and "failed:" not in done.stderr
+
+
 def test_the_first_blocks_then_all_of_them(archive: Path, tmp_path: Path) -> None:
     """What is left out is said; a whole scan measures the checkpoints again."""
     probe = Probe.random(models.VOCABULARY, sequences=4, length=8)
