@@ -134,12 +134,15 @@ def scan(
     if follow and len(archives) > 1:
         raise ArchiveError("--follow takes one archive; start a scan for each")
     find = [partial(discover, archive, pattern, hf_config) for archive in archives]
-    found = [] if follow else in_order(checkpoint for one in find for checkpoint in one())
-    if [checkpoint.step for checkpoint in found] == [0]:
-        _err.print(f"{found[0].name} is recorded as step 0", markup=False)
+    each = [] if follow else [one() for one in find]
+    found = in_order(chain.from_iterable(each))
+    for one in each:
+        if [checkpoint.step for checkpoint in one] == [0]:
+            _err.print(f"{one[0].name} is recorded as step 0", markup=False)
     if follow:
-        said = f"following {archives[0]}, a look every {poll:g} s (Ctrl-C ends it)"
-        _err.print(said, markup=False)
+        there = "://" in archives[0] or Path(archives[0]).is_dir()
+        said = f"following {archives[0]}, {'' if there else 'which is not there yet, '}"
+        _err.print(f"{said}a look every {poll:g} s (Ctrl-C ends it)", markup=False)
 
     coming = chain.from_iterable(looks(archives[0], find[0], poll))
     batch, note = choose_probe(coming if follow else found, Run.open(run), probe)
@@ -148,6 +151,12 @@ def scan(
     opened = Run.open(run, batch)
     job = Job(batch, blocks=blocks, causal=causal)
     todo = len(job.lacking(found, opened))
+    if renamed := job.renamed(found, opened):
+        _err.print(
+            f"recorded already, from others than are here: {', '.join(renamed)}; if these are "
+            "of another training, use another run directory",
+            markup=False,
+        )
     told = _Told(as_json=as_json, follow=follow, total=todo)
     try:
         with told.progress:
@@ -169,6 +178,8 @@ def scan(
                     pass
     except KeyboardInterrupt:
         told.summary(len(found) - todo, run)
+        if (left := todo - told.measured - told.failed) > 0:
+            _err.print(f"interrupted, {left} left: the same command goes on with them")
         raise
     told.summary(len(found) - todo, run)
     raise typer.Exit(1 if told.failed else 0)
@@ -259,7 +270,7 @@ def report(
     live: Annotated[
         bool, typer.Option("--live", help="Serve it to this machine while the runs go on.")
     ] = False,
-    port: Annotated[int, typer.Option(help="Of --live; 0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --live; 0 takes a free one.")] = 0,
 ) -> None:
     """One HTML file with the curves of one run or several; it opens without a network."""
     from sinktrack.record import Run

@@ -123,6 +123,15 @@ class Job:
         done = {record["step"] for record in run.records if self._is_in(record)}
         return [checkpoint for checkpoint in checkpoints if checkpoint.step not in done]
 
+    def renamed(self, checkpoints: Sequence[Checkpoint], run: Run) -> list[str]:
+        """Steps that the run holds by scans of checkpoints of other names, as ``name (source)``."""
+        held = {record["step"]: record.get("source") for record in run.records}
+        return [
+            f"{checkpoint.name} ({held[checkpoint.step]})"
+            for checkpoint in checkpoints
+            if held.get(checkpoint.step) not in (None, "callback", checkpoint.name)
+        ]
+
     def _is_in(self, record: Mapping[str, Any]) -> bool:
         if self.causal:
             return "causal" in record

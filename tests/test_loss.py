@@ -360,6 +360,21 @@ def test_the_names_of_steps_and_losses(tmp_path: Path, step: str, loss: str) -> 
     assert read_losses(str(table)) == {5: 2.5, 8: 3.5}
 
 
+def test_a_chart_exported_by_wandb(tmp_path: Path) -> None:
+    """Columns after their run's name; its own ``Step`` counts calls and is no step of training."""
+    table = tmp_path / "losses.csv"
+    table.write_text(
+        '"train/global_step","a - b - train/loss","a - b - train/loss__MIN"\n5,2.5,1\n'
+    )
+    assert read_losses(table) == {5: 2.5}
+    table.write_text('"Step","a - train/loss"\n1,2.5\n')
+    with pytest.raises(st.RecordError, match="under step, global_step, .*holds Step, train/loss$"):
+        read_losses(table)
+    table.write_text('"step","a - train/loss","b - train/loss"\n1,2.5,3\n')
+    with pytest.raises(st.RecordError, match=r"losses.csv holds losses of 2 runs; export one"):
+        read_losses(table)
+
+
 def test_of_two_losses_of_a_row_the_first_name_counts(tmp_path: Path) -> None:
     table = tmp_path / "losses.csv"
     table.write_text("_step,train_loss,step,loss\n1,9,2,3\n1,9,,4\n")

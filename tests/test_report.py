@@ -391,12 +391,16 @@ def test_runs_are_compared(open_report: Open) -> None:
     assert page.locator("#blocks .hm image").count() == 3
     table = page.locator("#compared tbody tr")
     assert [line.split("\t")[0].strip() for line in table.all_inner_texts()] == list(runs)
+    heads = [head.lower() for head in page.locator("#compared thead th").all_inner_texts()]
+    rows = [dict(zip(heads, line.split("\t"), strict=True)) for line in table.all_inner_texts()]
+    for name in ("first-two share", "depth"):
+        assert rows[0][name].strip() != "\u2013" and rows[2][name].strip() == "\u2013", "of no sink"
     assert "0 to 1,900" in page.inner_text("#facts")
     page.locator("input[name=run]").first.press("ArrowDown")
     assert "0 to 2,900" in page.inner_text("#facts")
     assert len([t for t in drawn(page, "norm_ratio") if t["name"]]) == 7
-    [heads] = drawn(page, "heads")
-    assert len(heads["z"]) == 6
+    [shown] = drawn(page, "heads")
+    assert len(shown["z"]) == 6
     page.locator("input[name=run]").nth(2).check()
     assert "No sink has formed" in page.inner_text("#verdict")
 

@@ -73,6 +73,23 @@ def test_what_is_recorded_is_skipped(archive: Path, tmp_path: Path) -> None:
     assert Run.read(tmp_path / "run").steps == [4, 30, 200]
 
 
+def test_steps_of_checkpoints_of_other_names_are_told_of(archive: Path, tmp_path: Path) -> None:
+    """Their weights may be another training's, which only measuring them would show."""
+    list(scan(archive / "checkpoint-4", probe=PROBE, run=tmp_path / "run"))
+    for step in (4, 30):
+        (archive / f"checkpoint-{step}").rename(archive / f"step{step}")
+    done = sinktrack("scan", archive, "--run", tmp_path / "run")
+    assert done.returncode == 0 and "2 measured, 1 already recorded" in done.stderr
+    assert "from others than are here: step4 (checkpoint-4); if these" in done.stderr
+
+
+def test_models_without_a_step_are_told_of(archive: Path, tmp_path: Path) -> None:
+    (archive / "checkpoint-30").rename(tmp_path / "final")
+    command = ("scan", archive, tmp_path / "final", "--run", tmp_path / "run")
+    assert "final is recorded as step 0" in sinktrack(*command).stderr
+    assert Run.read(tmp_path / "run").steps == [0, 4, 200]
+
+
 def test_a_single_model_directory(archive: Path, tmp_path: Path) -> None:
     moved = tmp_path / "model"
     shutil.move(archive / "checkpoint-4", moved)

@@ -191,6 +191,9 @@ def test_what_is_said() -> None:
         "left out: 2 records up to step 11,600, which training has left behind: it went on from "
         "before them",
     ]
+    assert str(replace(signal, missing=("one", "two"))).splitlines() == [
+        *signal.lines(), "not claimed: one", "not claimed: two",
+    ]  # fmt: skip
     bare = replace(
         signal, onset=None, plateau=None, regressions=(), migration=(), abandoned=()
     )  # fmt: skip

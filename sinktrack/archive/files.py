@@ -362,7 +362,8 @@ class _Missing(ArchiveError):
 
 
 def _missing(path: str) -> _Missing:
-    return _Missing(f"{path} is missing; is the checkpoint still being written?")
+    cure = "; or give --hf-config (hf_config)" if path.endswith("/config.json") else ""
+    return _Missing(f"{path} is missing; is the checkpoint still being written?{cure}")
 
 
 class _Meter:

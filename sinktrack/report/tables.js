@@ -70,9 +70,9 @@ const COLUMNS = {
   "sink rate": (record) => percent(record.sink_rate),
   "95 %": (record) => (record.intervals.sink_rate ? record.intervals.sink_rate.map(percent).join(" to ") : "–"),
   "reference block": (record) => (record.formed ? record.reference_block : "no sink"),
-  "first-two share": (record) => percent(record.first_two_share),
+  "first-two share": (record) => percent(record.formed ? record.first_two_share : null),
   "first-two gain": (record) => percent(record.first_two_gain),
-  depth: (record) => fixed(record.depth),
+  depth: (record) => fixed(record.formed ? record.depth : null),
   source: (record) => record.source,
 };
 /** The columns that hold something. */

@@ -87,6 +87,9 @@ class Analysis:
         found: dict[str, Any] = _plain({"stage": self.stage} | asdict(self))
         return found
 
+    def __str__(self) -> str:
+        return "\n".join([*self.lines(), *(f"not claimed: {reason}" for reason in self.missing)])
+
     def lines(self) -> list[str]:
         """What was found, in words."""
         found = []

@@ -32,6 +32,8 @@ _TAILS = ((1 - robust.SURE) / 2, (1 + robust.SURE) / 2)
 _STRETCHES = 8
 _SHORTEST = 5
 _LARGEST = 64 * 2**20
+_STEP = ("step", "global_step", "train/global_step", "_step")
+_LOSS = ("loss", "train/loss", "train_loss")
 _WORDS: dict[tuple[str | None, str | None], str] = {
     ("stands", "falls"): "the loss falls on, the sink rate stands",
     ("falls", "falls"): "the sink weakens while the loss falls",
@@ -119,7 +121,7 @@ def read_losses(path: str | Path) -> dict[int, float]:
     Args:
         path: a ``trainer_state.json``, or a directory that holds one; or a CSV with the columns
             ``step`` (or ``global_step``, ``train/global_step``, ``_step``) and ``loss`` (or
-            ``train/loss``, ``train_loss``), as W&B exports it.
+            ``train/loss``, ``train_loss``); W&B puts a run's name and a dash before it.
 
     Raises:
         RecordError: no such file, or no loss in it; says what was looked for.
@@ -137,14 +139,14 @@ def read_losses(path: str | Path) -> dict[int, float]:
     rows = _from_json(path, text) if path.suffix == ".json" else _from_csv(path, text)
     found = {}
     for row in rows:
-        step = _first(row, ("step", "global_step", "train/global_step", "_step"))
-        loss = _first(row, ("loss", "train/loss", "train_loss"))
+        step, loss = _first(row, _STEP), _first(row, _LOSS)
         if step is not None and loss is not None:
             found[int(step)] = loss
     if not found:
+        there = ", ".join(map(str, rows[0])) if rows and isinstance(rows[0], Mapping) else "nothing"
         raise RecordError(
-            f"no loss in {path}: looked for numbers under step or global_step, and loss or "
-            "train/loss"
+            f"no loss in {path}: looked for numbers under {', '.join(_STEP)}, and under "
+            f"{', '.join(_LOSS)}; its first row holds {there[:200]}"
         )
     return found
 
@@ -319,7 +321,13 @@ def _from_json(path: Path, text: str) -> list[Mapping[str, Any]]:
 
 
 def _from_csv(path: Path, text: str) -> list[dict[str, Any]]:
+    """Of a chart that W&B exports, each column's name begins with its run's and a dash."""
     try:
-        return list(csv.DictReader(text.splitlines()))
+        rows = list(csv.DictReader(text.splitlines()))
     except csv.Error as error:
         raise RecordError(f"{path} is no CSV: {error}") from error
+    parts = {name: str(name).rpartition(" - ") for name in (rows[0] if rows else ())}
+    runs = {run for run, _, plain in parts.values() if plain in _LOSS}
+    if len(runs) > 1:
+        raise RecordError(f"{path} holds losses of {len(runs)} runs; export one by itself")
+    return [{parts[name][2]: value for name, value in row.items()} for row in rows]
