@@ -28,7 +28,7 @@ from sinktrack.callbacks.huggingface import SinkTrackCallback
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.cli import app
 from sinktrack.publish.curves import metrics
-from sinktrack.publish.wandb import Sent, publish
+from sinktrack.publish.wandb import Sent, log, publish
 from sinktrack.publish.workspace import save, view
 from sinktrack.signal import analyze
 
@@ -245,6 +245,25 @@ def test_another_project_gets_a_run_of_its_own(past: Run) -> None:
             app, ["publish", str(past.directory), "--to", to, option, str(past.directory / "x")]
         )
         assert result.exit_code == 2 and f"takes no {option}" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_the_summary_holds_no_value_that_the_last_record_lacks(live: bool, tmp_path: Path) -> None:
+    """W&B's own summary would keep the last one that was logged."""
+    run = Run.open(tmp_path / "run")
+    active = wandb.init(project="test", mode="offline", dir=run.directory) if live else None
+    for record in synthetic_records(steps=[10, 20, 30, 40]):
+        lacking = {"first_two_gain": None} if record["step"] > 20 else {}
+        run.append(record | lacking)
+        if live:
+            log(run.records[-1], {}, run)
+    if active is None:
+        published(run)
+    else:
+        active.finish()
+    found = read_summary(run.directory)
+    assert found["sinktrack/step"] == 40 and found["sinktrack/first_two_gain"] is None
+    assert found["sinktrack/depth"] == pytest.approx(run.records[-1]["depth"])
 
 
 def test_publishing_goes_on_where_it_ended(past: Run) -> None:

@@ -44,6 +44,11 @@ def causal(record: Mapping[str, Any]) -> list[list[Any]]:
     return rows
 
 
+def gone(records: Sequence[Mapping[str, Any]]) -> dict[str, None]:
+    """Curves that the last record has no value of, for a summary that would keep an earlier one."""
+    return dict.fromkeys({key for one in records for key in metrics(one)} - {*metrics(records[-1])})
+
+
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a run comes to so far, by key: its last curves, and when its sink formed."""
     last = records[-1]

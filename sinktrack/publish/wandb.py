@@ -12,7 +12,7 @@ from typing import Any
 from sinktrack import atomic
 from sinktrack.errors import RecordError, require
 from sinktrack.publish import picture
-from sinktrack.publish.curves import CAUSAL, COMPONENT, causal, components, metrics, summary
+from sinktrack.publish.curves import CAUSAL, COMPONENT, causal, components, gone, metrics, summary
 from sinktrack.record import Run
 from sinktrack.signal import analyze
 from sinktrack.signal.stages import living
@@ -46,7 +46,7 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
             **_tables(wandb, [record]),
         }
     )
-    active.summary.update(summary(records))
+    active.summary.update(gone(records[-2:]) | summary(records))
     Sent(run).add(active, record["step"], whole=True)
 
 
@@ -130,7 +130,7 @@ def publish(
                 **_tables(wandb, records),
             }
         )
-        active.summary.update(summary(records) | _signal(run))
+        active.summary.update(gone(records) | summary(records) | _signal(run))
         sent.add(active, records[-1]["step"], whole=True)
         return active.id, len(todo)
 
