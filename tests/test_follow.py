@@ -54,12 +54,17 @@ def test_a_checkpoint_being_written_is_left_until_it_is_whole(saved: Path, tmp_p
     assert names(watch) == []
 
 
-def test_an_index_that_comes_first_waits_for_its_shards(saved: Path, tmp_path: Path) -> None:
+def test_an_index_that_comes_first_waits_for_its_shards(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once said what is waited for, until it stands still again without being whole."""
     target = Path(shutil.copytree(saved, tmp_path / "checkpoint-5"))
     shard = next(target.glob("*.safetensors"))
     shard.rename(tmp_path / "later")
     watch = watch_over(tmp_path)
-    assert [names(watch) for _ in range(3)] == [[], [], []]
+    assert [names(watch) for _ in range(4)] == [[], [], [], []]
+    said = f"waiting for checkpoint-5, which is not complete: {shard} is missing; is the"
+    assert [told.startswith(said) for told in caplog.messages] == [True]
     (tmp_path / "later").rename(shard)
     assert [names(watch) for _ in range(3)] == [[], ["checkpoint-5"], []]
 

@@ -16,7 +16,7 @@ from test_torchtitan import FAMILIES
 
 from sinktrack import Probe, scan
 from sinktrack.archive.discover import discover
-from sinktrack.archive.follow import is_complete
+from sinktrack.archive.follow import lack
 from sinktrack.archive.huggingface import load
 
 CHECKPOINTS = Path(__file__).parent / "data" / "checkpoints"
@@ -27,7 +27,7 @@ def test_logits_are_those_of_the_framework(name: str, tmp_path: Path) -> None:
     place, (kind, _, family) = CHECKPOINTS / name, name.partition("-")
     hf_config = place / "hf" if kind == "torchtitan" else None
     (checkpoint,) = discover(place, hf_config=hf_config)
-    assert (checkpoint.format, checkpoint.step) == (kind, 10) and is_complete(checkpoint)
+    assert (checkpoint.format, checkpoint.step) == (kind, 10) and not lack(checkpoint)
     model, theirs = load(checkpoint), load_file(place / "logits.safetensors")
     assert model.config.model_type == family
     with torch.no_grad():

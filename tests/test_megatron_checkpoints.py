@@ -26,7 +26,7 @@ from sinktrack import ArchiveError, scan
 from sinktrack.archive import dcp, pickles
 from sinktrack.archive.discover import discover
 from sinktrack.archive.files import Files
-from sinktrack.archive.follow import is_complete
+from sinktrack.archive.follow import lack
 from sinktrack.archive.huggingface import load
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.source import open as open_source
@@ -365,14 +365,14 @@ def test_what_is_still_being_written_is_left(archive: Path) -> None:
 
 def test_what_is_still_being_copied_is_left(archive: Path) -> None:
     file = archive / "iter_0000010" / "__0_1.distcp"
-    assert is_complete(only(archive))
+    assert not lack(only(archive))
     data = file.read_bytes()
     file.write_bytes(data[:-10])
-    assert not is_complete(only(archive))
+    assert lack(only(archive))
     with pytest.raises(ArchiveError, match="__0_1.distcp is truncated"):
         load(only(archive))
     file.unlink()
-    assert not is_complete(only(archive))
+    assert lack(only(archive))
 
 
 def test_names_of_transformer_engine(saved: Path, tmp_path: Path) -> None:

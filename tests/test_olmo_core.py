@@ -23,7 +23,7 @@ from sinktrack import ArchiveError, Probe, measure, scan
 from sinktrack.archive import olmo_core_config
 from sinktrack.archive.discover import discover
 from sinktrack.archive.files import Files
-from sinktrack.archive.follow import is_complete
+from sinktrack.archive.follow import lack
 from sinktrack.archive.huggingface import load
 from sinktrack.archive.source import Source
 from sinktrack.archive.source import open as open_source
@@ -121,7 +121,7 @@ def test_steps_of_an_archive(tmp_path: Path) -> None:
     (archive / "step11000" / "model_and_optim" / ".metadata").unlink()
     (archive / "step11000" / "config.json").unlink()
     assert [checkpoint.step for checkpoint in discover(archive)] == [7, 900, 10000]
-    assert all(map(is_complete, discover(archive)))
+    assert not any(map(lack, discover(archive)))
 
 
 def changed(model: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     else:
         file.unlink()
-    assert not is_complete(discover(archive)[0])
+    assert lack(discover(archive)[0])
     with pytest.raises(ArchiveError, match=file.name):
         load(discover(archive)[0])
 

@@ -19,7 +19,7 @@ from transformers import Qwen3Config
 from sinktrack import ArchiveError, Probe, measure, scan
 from sinktrack.archive.discover import discover
 from sinktrack.archive.files import Files
-from sinktrack.archive.follow import is_complete
+from sinktrack.archive.follow import lack
 from sinktrack.archive.huggingface import load
 from sinktrack.archive.source import Source
 from sinktrack.archive.source import open as open_source
@@ -112,7 +112,7 @@ def test_steps_of_an_archive(tmp_path: Path) -> None:
         shutil.copytree(where["archive"] / "step-7", where["archive"] / f"step-{step}")
     (where["archive"] / "step-11" / ".metadata").unlink()
     assert [checkpoint.step for checkpoint in discover(**where)] == [7, 9, 10]
-    assert all(map(is_complete, discover(**where)))
+    assert not any(map(lack, discover(**where)))
 
 
 def test_nothing_but_an_unfinished_checkpoint(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     else:
         file.unlink()
-    assert not is_complete(discover(**where)[0])
+    assert lack(discover(**where)[0])
     with pytest.raises(ArchiveError, match=file.name):
         load(discover(**where)[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from sinktrack.archive.files import Files
 from sinktrack.archive.source import Checkpoint, open
 from sinktrack.errors import ArchiveError
 
+_log = logging.getLogger("sinktrack")
+
 
 class Watch:
     """Looks at an archive again and again."""
@@ -19,11 +22,13 @@ class Watch:
         self._files, self._find = Files(archive), find
         self._seen: dict[Files, dict[str, tuple[Any, ...]]] = {}
         self._given: dict[Files, dict[str, tuple[Any, ...]]] = {}
+        self._awaited: dict[Files, dict[str, tuple[Any, ...]]] = {}
 
     def look(self) -> list[Checkpoint]:
         """Checkpoints that are complete and look as they did at the last look, in step order.
 
-        One that was given before is given again only after its files changed.
+        One that was given before is given again only after its files changed. One that is not
+        complete though its files stand still is told of in the log.
         """
         self._files.refresh()
         try:
@@ -37,23 +42,27 @@ class Watch:
                 seen[files] = files.stamps()
             except ArchiveError:  # deleted meanwhile
                 continue
-            stable = seen[files] == self._seen.get(files)
-            if stable and seen[files] != self._given.get(files) and is_complete(checkpoint):
+            if seen[files] != self._seen.get(files) or seen[files] == self._given.get(files):
+                continue
+            if (reason := lack(checkpoint)) is None:
                 self._given[files] = seen[files]
                 ready.append(checkpoint)
+            elif seen[files] != self._awaited.get(files):
+                self._awaited[files] = seen[files]
+                _log.warning("waiting for %s, which is not complete: %s", checkpoint.name, reason)
         self._seen = seen
         return ready
 
 
-def is_complete(checkpoint: Checkpoint) -> bool:
-    """Whether all that a checkpoint names is there, each file as long as its header says."""
+def lack(checkpoint: Checkpoint) -> str | None:
+    """Why not all that a checkpoint names is there, each file as long as its header says."""
     try:
         source = open(checkpoint)
         for name in source.names():
             source.slice(name)
-    except ArchiveError:
-        return False
-    return True
+    except ArchiveError as error:
+        return str(error)
+    return None
 
 
 def looks(
