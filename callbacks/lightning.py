@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from transformers import PreTrainedModel
 
 from sinktrack.callbacks.loop import SinkTracker
@@ -16,8 +17,11 @@ from sinktrack.probe import Probe
 class SinkTrackLightning(Callback):
     """Probes every ``every`` optimizer steps and at the end of training.
 
-    The model is the one transformers model that the module holds. Arguments and errors are those of
-    `sinktrack.callbacks.loop.SinkTracker`.
+    The model is the one transformers model that the module holds. Where a callback of Lightning
+    puts averaged weights into it at the end, the last step is probed only if it is due or the
+    trainer's ``max_steps``.
+
+    Arguments and errors are those of `sinktrack.callbacks.loop.SinkTracker`.
 
     Raises:
         MeasurementError: at the start of training, the module holds no transformers model, or
@@ -36,11 +40,14 @@ class SinkTrackLightning(Callback):
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """After a batch: probe if it made a step that is due; accumulated batches make none."""
-        self._probe(trainer, self.tracker.due(trainer.global_step))
+        step = trainer.global_step
+        self._probe(trainer, self.tracker.due(step) or step == trainer.max_steps)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the last step."""
-        self._probe(trainer, True)
+        """After the last step, unless the model holds averaged weights by now."""
+        averaging = (StochasticWeightAveraging, WeightAveraging)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._probe(trainer, not any(isinstance(callback, averaging) for callback in callbacks))
 
     def _probe(self, trainer: Trainer, wanted: bool) -> None:
         step = trainer.global_step

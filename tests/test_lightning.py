@@ -9,6 +9,7 @@ import models
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
 from test_callbacks import PROBE, assert_identical
 from torch.utils.data import DataLoader
 
@@ -29,14 +30,14 @@ class Module(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def train(directory: Path, callbacks: list[Any]) -> dict[str, Any]:
+def train(directory: Path, callbacks: list[Any], **changes: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     module = Module()
     data: Any = torch.randint(models.VOCABULARY, (24, 4, 16))
     trainer = Trainer(
-        max_steps=10, accumulate_grad_batches=2, accelerator="cpu", logger=False,
+        accumulate_grad_batches=2, accelerator="cpu", logger=False,
         callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=directory,
+        enable_model_summary=False, default_root_dir=directory, **{"max_steps": 10} | changes,
     )  # fmt: skip
     trainer.fit(module, DataLoader(data, batch_size=None))
     return {
@@ -57,6 +58,24 @@ def test_bit_identical_and_recorded(tmp_path: Path) -> None:
     records = Run.read(tmp_path / "run").records
     assert [record["step"] for record in records] == [0, 4, 8, 10]
     assert records[-1]["weights"] == measure(model.eval(), PROBE).weights
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"),
+    [({"max_steps": 8}, [0, 5, 8]), ({"max_steps": -1, "max_epochs": 1}, [0, 5, 10])],
+)
+def test_averaged_weights_are_not_those_of_the_last_step(
+    length: dict[str, int], steps: list[int], tmp_path: Path
+) -> None:
+    """Of an epoch of 12 steps nothing tells beforehand which is the last."""
+    plain = train(tmp_path, [], **length)
+    callback = SinkTrackLightning(PROBE, tmp_path / "run", every=5, on_error="raise")
+    averaged = train(tmp_path, [WeightAveraging(), callback], **length)
+    digests = {record["step"]: record["weights"] for record in Run.read(tmp_path / "run").records}
+    assert list(digests) == steps
+    last = measure(plain["model"].eval(), PROBE).weights
+    assert (digests[steps[-1]] == last) == (steps[-1] == 8)
+    assert measure(averaged["model"].eval(), PROBE).weights not in {last, *digests.values()}
 
 
 def test_a_module_of_several_models_is_refused(tmp_path: Path) -> None:
