@@ -125,7 +125,7 @@ def scan(
     from sinktrack.archive.discover import discover, in_order
     from sinktrack.archive.follow import looks
     from sinktrack.record import Run
-    from sinktrack.scan import Job, choose_probe
+    from sinktrack.scan import Job, choose_probe, renamed
     from sinktrack.scan import scan as scan_archive
 
     if causal and blocks is not None:
@@ -151,9 +151,9 @@ def scan(
     opened = Run.open(run, batch)
     job = Job(batch, blocks=blocks, causal=causal)
     todo = len(job.lacking(found, opened))
-    if renamed := job.renamed(found, opened):
+    if others := renamed(found, opened):
         _err.print(
-            f"recorded already, from others than are here: {', '.join(renamed)}; if these are "
+            f"recorded already, from others than are here: {', '.join(others)}; if these are "
             "of another training, use another run directory",
             markup=False,
         )

@@ -103,8 +103,9 @@ def _check(device: str, engine: Engine | None) -> None:
         found = torch.device(device)
     except RuntimeError as error:
         raise MeasurementError(f"device {device!r}: {first_line(error)}") from error
-    count = torch.cuda.device_count()
-    if found.type == "cuda" and engine != "ray" and (found.index or 0) >= count:
+    if found.type != "cuda" or engine == "ray":
+        return
+    if (found.index or 0) >= (count := torch.cuda.device_count()):
         raise MeasurementError(f"device {device!r} is not here: torch sees {count} CUDA devices")
 
 
@@ -122,15 +123,6 @@ class Job:
         """Those that the run does not hold, or not with as many blocks or the causal tests."""
         done = {record["step"] for record in run.records if self._is_in(record)}
         return [checkpoint for checkpoint in checkpoints if checkpoint.step not in done]
-
-    def renamed(self, checkpoints: Sequence[Checkpoint], run: Run) -> list[str]:
-        """Steps that the run holds by scans of checkpoints of other names, as ``name (source)``."""
-        held = {record["step"]: record.get("source") for record in run.records}
-        return [
-            f"{checkpoint.name} ({held[checkpoint.step]})"
-            for checkpoint in checkpoints
-            if held.get(checkpoint.step) not in (None, "callback", checkpoint.name)
-        ]
 
     def _is_in(self, record: Mapping[str, Any]) -> bool:
         if self.causal:
@@ -195,6 +187,16 @@ def _outcomes(
         else:
             for checkpoint in checkpoints:
                 yield checkpoint, attempt(job, checkpoint)
+
+
+def renamed(checkpoints: Sequence[Checkpoint], run: Run) -> list[str]:
+    """Those whose steps the run holds by scans of other names, as ``name (source)``."""
+    held = {record["step"]: record.get("source") for record in run.records}
+    return [
+        f"{checkpoint.name} ({held[checkpoint.step]})"
+        for checkpoint in checkpoints
+        if held.get(checkpoint.step) not in (None, "callback", checkpoint.name)
+    ]
 
 
 def choose_probe(

@@ -12,7 +12,7 @@ from typing import Any
 
 import models
 import pytest
-from reference import check_exact
+from reference import TOGETHER, check_exact
 from transformers import CONFIG_MAPPING
 
 from sinktrack import MeasurementError, Probe, measure
@@ -153,8 +153,7 @@ def test_a_model_without_softmax_attention_is_refused() -> None:
 
 
 def test_the_table_is_up_to_date() -> None:
-    together = "its routed experts are reported together, as one MLP"
-    notes = {"llama4_text": together, "dbrx": together}
+    notes = dict.fromkeys(TOGETHER, "its routed experts are reported together, as one MLP")
     rows = [f"| {family} | exact | {notes.get(family, '')} |" for family in EXACT]
     rows += [f"| {family} | refused | {reason} |" for family, (reason, _) in REFUSED.items()]
     text = "\n".join(
