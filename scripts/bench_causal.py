@@ -58,8 +58,8 @@ def compare(blocks: int, writer: int, rounds: int) -> str:
     tokens[:, 0] = 0
     probe = sinktrack.Probe.from_tokens(tokens)
     measured = sinktrack.measure(model, probe)
-    reference = measured.localization.reference_block
-    assert measured.localization.formed and reference == writer + 1
+    reference = measured.reference_block
+    assert reference == writer + 1
     mlp = model.model.layers[writer].mlp
 
     def forward() -> None:

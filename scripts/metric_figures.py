@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig
 
 from sinktrack import Probe, Run, measure
 from sinktrack.attention import uniform
-from sinktrack.circuit import EPSILON
+from sinktrack.metrics.attention import EPSILON
 
 WIDTH, HEIGHT = 760, 320
 INK, FAINT = "#7d8590", "rgba(125, 133, 144, 0.3)"

@@ -15,7 +15,7 @@ of absolute terms ``scale * sum_d |q_d k_d|``, which bounds what rounding can do
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,8 +29,9 @@ _NOTHING = -80.0
 """Log-probability of a masked key at most; float32 has no smaller normal ``exp``."""
 
 
-class Attended(NamedTuple):
-    """Who attends to P0 in one attention call."""
+@dataclass(frozen=True)
+class Attended:
+    """Who attends to P0 in one attention call, of ``H`` heads and ``G`` key heads."""
 
     p0: Tensor
     """``[B, H, T]`` float32: probability of query ``i`` on key 0; 0 where P0 is out of sight."""
@@ -38,6 +39,12 @@ class Attended(NamedTuple):
     """``[B or 1, T]`` bool: may query ``i`` see P0?"""
     sink: Tensor | None
     """``[B, H, T]`` float32: probability on a learned sink logit, which has no position."""
+    keys: Tensor
+    """``[B or 1, T]``: how many keys query ``i`` sees; where heads differ, their harmonic mean."""
+    value: Tensor | None
+    """``[B, G, T, Dv]``: the value vectors; None where they are not shown."""
+    mixing: Callable[[], Tensor]
+    """Computes ``[B, H, T]`` float32: ``sum_j A_ij^2`` of query ``i`` over the keys."""
     also: Attended | None = None
     """The same for another key of each sequence, where one was asked for."""
 
@@ -88,6 +95,13 @@ def attend(
         output, lse = _chunked(query, key, value, scale, mask, softcap, later)
     else:
         output, lse = _fused(query, key, value, scale, mask, later)
+    def mixing() -> Tensor:
+        if softcap is not None:
+            _, doubled = _chunked(query, key, value, scale, mask, softcap, later, power=2)
+        else:
+            _, doubled = _fused(query, key, value, scale, mask, later, power=2)
+        return (doubled - 2 * lse).exp_()
+
     sink = None
     if sinks is not None:  # one more term of the denominator, after the fact
         total = torch.logaddexp(lse, sinks.float()[:, None])
@@ -110,10 +124,13 @@ def attend(
             if column.dtype != torch.bool:
                 score = score + column
         score = score.masked_fill(~visible, -torch.inf)
-        return Attended(score.sub_(lse).exp_(), visible[:, 0], sink)
+        p0 = score.sub_(lse).exp_()
+        return Attended(p0, visible[:, 0], sink, _visible_keys(mask, query), value, mixing)
 
     attended = on(torch.zeros(1, dtype=torch.int64, device=key.device), sink)
-    return output, attended if also is None else attended._replace(also=on(also.to(key.device)))
+    if also is not None:
+        attended = replace(attended, also=on(also.to(key.device)))
+    return output, attended
 
 
 def see(
@@ -139,6 +156,14 @@ def see(
     if wanted is None or mask is None or mask.dtype == torch.bool:
         return mask if wanted is None else wanted
     return mask.masked_fill(~seen, 0.0).masked_fill(~wanted, torch.finfo(mask.dtype).min)
+
+
+def _visible_keys(mask: Tensor | None, like: Tensor) -> Tensor:
+    """``[B or 1, T]``: how many keys each query sees; the heads' harmonic mean."""
+    if mask is None:
+        return torch.arange(1, like.shape[2] + 1, device=like.device)[None]
+    seen = mask if mask.dtype == torch.bool else _is_seen(mask)
+    return 1 / (1 / seen.sum(-1).clamp(min=1)).mean(1)
 
 
 def _is_seen(mask: Tensor) -> Tensor:
@@ -175,16 +200,34 @@ def read_scores(scores: Tensor, also: Tensor | None = None, later: bool = False)
         if not bool((visible == visible[:, :1]).all()):
             raise MeasurementError("its heads differ in which queries see P0; not supported")
         p0 = (column.float() - total).exp_().masked_fill_(~visible, 0.0)
-        return Attended(p0, visible[:, 0], None)
+        keys = _visible_keys(scores, scores)
+        return Attended(p0, visible[:, 0], None, keys, None, mixing)
+
+    def mixing() -> Tensor:
+        return ((2 * wide).logsumexp(-1) - 2 * total).exp_()
 
     attended = on(torch.zeros(len(scores), dtype=torch.int64, device=scores.device))
-    return attended if also is None else attended._replace(also=on(also.to(scores.device)))
+    return attended if also is None else replace(attended, also=on(also.to(scores.device)))
 
 
 def _fused(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None, later: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    later: bool,
+    power: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[B, H, T, Dv]`` and log-sum-exp ``[B, H, T]`` from the device's fused kernel."""
+    """Output ``[B, H, T, Dv]`` and log-sum-exp ``[B, H, T]`` from the device's fused kernel.
+
+    Args:
+        query, key, value, scale, mask, later: as in `attend`.
+        power: what the scores are multiplied by: log-sum-exp is then of probabilities to it.
+    """
+    if power != 1:
+        scale = scale * power
+        mask = mask if mask is None or mask.dtype == torch.bool else mask * power
     device, dtype, width = query.device.type, query.dtype, value.shape[-1]
     half = dtype in (torch.bfloat16, torch.float16)
     wide = value  # latent attention: the kernels want values as wide as the keys
@@ -229,6 +272,7 @@ def _chunked(
     mask: Tensor | None,
     softcap: float | None = None,
     later: bool = False,
+    power: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The same by a few queries at a time, for any device, dtype and soft cap."""
     key, value = _repeat(query, key, value)
@@ -250,6 +294,8 @@ def _chunked(
             scores = scores.masked_fill_(~mask[:, :, start:stop, :last], -torch.inf)
         else:
             scores = scores + mask[:, :, start:stop, :last]
+        if power != 1:
+            scores = scores * power
         total = scores.logsumexp(-1, keepdim=True)
         lse[:, :, start:stop] = total[..., 0]
         weights = (scores - total).exp_().to(value.dtype)

@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from sinktrack.callbacks.huggingface import SinkTrackCallback
-from sinktrack.circuit import EPSILON
+from sinktrack.metrics.attention import EPSILON
 from sinktrack.errors import SinktrackError
 from sinktrack.probe import Probe
 from sinktrack.record import Run

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sinktrack.collect import Collector, States
+from sinktrack.collect import Collector
 from sinktrack.errors import MeasurementError
 from sinktrack.measurement import Measurement, assemble
+from sinktrack.metrics import ALONE, METRICS
 from sinktrack.probe import Probe
 from sinktrack.undisturbed import out_of_memory, undisturbed, untouched
 
@@ -121,11 +122,11 @@ class _Passes:
         self._probe = probe
         self.size = batch_size or probe.sequences
         self.first = probe.first_tokens()
-        self._collected, self._singles = Collector(), States()
+        self._collected, self._singles = Collector(METRICS), Collector(ALONE)
         self._batches = probe.batches(self.size)
 
     @property
-    def both(self) -> list[tuple[States, Sequence[Tensor]]]:
+    def both(self) -> list[tuple[Collector, Sequence[Tensor]]]:
         """Who observes a pass, and its batches ``[b, T]``."""
         singles = self.first[:, None].split(max(self.size, 256))
         return [(self._collected, self._batches), (self._singles, singles)]

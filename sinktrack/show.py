@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sinktrack.attention import uniform
-from sinktrack.circuit import EPSILON
+from sinktrack.metrics.attention import EPSILON
 from sinktrack.errors import RecordError
 from sinktrack.signal import Analysis
 

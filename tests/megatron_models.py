@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import megatron_cpu as megatron_cpu
 
 from sinktrack import Probe, measure
-from sinktrack.circuit import localize
+from sinktrack.metrics.localization import Projections
 
 VOCABULARY = 64
 PROBE = Probe.random(VOCABULARY, sequences=5, length=15, seed=3)
@@ -350,10 +350,10 @@ def measured(chunks: list[Any], **options: Any) -> tuple[Any, dict[Any, torch.Te
     leaves: dict[Any, torch.Tensor] = {}
 
     def spy(*args: Any) -> Any:
-        leaves.update({(x.kind, x.block, x.index): x.write for x in args[5]})
-        return localize(*args)
+        leaves.update({(x.kind, x.block, x.index): x.write for x in args[3]})
+        return Projections(*args)
 
-    with patch("sinktrack.measurement.localize", spy):
+    with patch("sinktrack.metrics.localization.Projections", spy):
         return measure(chunks, PROBE, **options), leaves
 
 

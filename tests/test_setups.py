@@ -22,6 +22,7 @@ from test_callbacks import PROBE, assert_identical, two_processes
 from sinktrack import MeasurementError, Probe, Run, measure
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.collect import Collector
+from sinktrack.metrics import METRICS
 from sinktrack.taps.huggingface import decoder, watch
 
 
@@ -170,10 +171,10 @@ def test_low_rank_adapters_measure_as_the_merged_model(target: str) -> None:
     torch.testing.assert_close(found.p0_norm, whole.p0_norm, atol=0, rtol=1e-5)
     leaves = []
     for model in (adapted.eval(), merged.eval()):
-        inner, collected = decoder(model), Collector()
+        inner, collected = decoder(model), Collector(METRICS)
         with torch.no_grad(), watch(inner, collected):
             inner.model(PROBE.tokens, use_cache=False)
-        leaves.append({(x.kind, x.block, x.index): x.write for x in collected.leaves()})
+        leaves.append({(x.kind, x.block, x.index): x.write for x in collected.writes.contributions()})
     assert leaves[0].keys() == leaves[1].keys()
     for key, write in leaves[0].items():
         torch.testing.assert_close(write, leaves[1][key], atol=1e-4, rtol=1e-4)

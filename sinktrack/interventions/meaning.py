@@ -81,7 +81,7 @@ def meaning(
         measured: the measurement.
         seen: of the probe's `first_tokens`.
     """
-    reference = measured.localization.reference_block
+    reference = measured.reference_block
     assert reference is not None
     unit = float(measured.p0_norm[reference] / measured.norm_ratio[reference])
     ratios = torch.cat(seen.norms[reference]).double() / unit

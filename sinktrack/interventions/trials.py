@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sinktrack.circuit import Component
+from sinktrack.metrics.localization import Component
 from sinktrack.interventions.edits import Change, Nudge, Sight, Term
 from sinktrack.interventions.effects import LEAST_EFFECT, Effect, mean
 from sinktrack.interventions.experts import Profile, table
@@ -48,8 +48,8 @@ def examine(
     """
     started = time.perf_counter()
     found: Found = {
-        "formed": measured.localization.formed,
-        "reference_block": measured.localization.reference_block,
+        "formed": bool(measured.sinks),
+        "reference_block": measured.reference_block,
         "least_effect": LEAST_EFFECT,
         "necessity": [],
         "sufficiency": [],
@@ -114,8 +114,7 @@ def position(
 
 def is_testable(measured: Measurement) -> bool:
     """Has a sink formed that something was written for?"""
-    where = measured.localization
-    return bool(where.formed and where.reference_block)
+    return bool(measured.reference_block)
 
 
 def screen(components: Sequence[Component], kinds: Sequence[str]) -> list[Component]:
@@ -159,9 +158,9 @@ class _Tests:
 
     def __init__(self, replay: Replay, measured: Measurement) -> None:
         self.replay, self.measured = replay, measured
-        where = measured.localization
-        assert where.reference_block is not None
-        self.reference = where.reference_block
+        where = self.sink = measured.main_sink
+        assert where is not None
+        self.reference = where.first_block
         self.random = random.Random(0)
         written = [part for part in (*where.shares, *where.parts) if part.block is not None]
         self.shares = {_term(part): part.share for part in written}
@@ -231,7 +230,7 @@ class _Tests:
         """The parts that carry most of one sublayer's share."""
         own = [
             part
-            for part in self.measured.localization.parts
+            for part in self.sink.parts
             if part.kind not in _SUBLAYERS and part.block is not None
             if _term(part).within(sublayer)
         ]

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from sinktrack.collect import States
 from sinktrack.errors import MeasurementError, require
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.megatron.processes import processes
-from sinktrack.megatron.shards import Shard, merge, merge_states
+from sinktrack.megatron.shards import Shard, merge
+from sinktrack.metrics import ALONE, METRICS
 from sinktrack.probe import Probe
 from sinktrack.undisturbed import undone, untouched
 
@@ -54,7 +54,8 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
     first = list(probe.first_tokens()[:, None].split(max(size, 256)))
     planned = _schedule(found, batches), _schedule(found, first)
     collected, singles = (
-        Shard(layout, [length for _, length in plan], found.count) for plan in planned
+        Shard(layout, [length for _, length in plan], found.count, metrics)
+        for plan, metrics in zip(planned, (METRICS, ALONE), strict=True)
     )
 
     def passes() -> None:
@@ -82,11 +83,9 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
     def whole(shares: list[Any]) -> Measurement | None:
         if not shares:
             return None
-        tokens = States()
-        merge_states([single for _, single in shares], tokens)
         return assemble(
             merge([share for share, _ in shares]),
-            tokens,
+            merge([single for _, single in shares]),
             torch.cat([batch[:, 0] for batch in batches]),
             [kinds[block] for block in range(found.count)],
             model={

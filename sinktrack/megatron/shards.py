@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from sinktrack.attention import Attended
-from sinktrack.collect import Collector, States, Terms
+from sinktrack.collect import Collector, head_parts
 from sinktrack.errors import MeasurementError
+from sinktrack.metrics.base import Held, Kept, Metric, State
+from sinktrack.metrics.localization import WriteAtP0
 from sinktrack.taps import Observer, Write
 from sinktrack.taps.layout import Layout, Routing
 
-
-@dataclass
-class Held:
-    """A batch in a block: what the process holds of it, sums where others hold the rest."""
-
-    dtype: torch.dtype = torch.float32
-    row: Tensor | None = None
-    """``[B, D]``: the P0 state."""
-    others: Tensor | None = None
-    """``[B, D]``: sum of the other states."""
-    norms: Tensor | None = None
-    """Of the other states, one number each."""
-    visible: Tensor | None = None
-    """``[B]``: queries after P0 that see it."""
-    p0: dict[int, Tensor] | None = None
-    """By first head, ``[B, H]``: sum of the attention to P0 of queries after it."""
-    own: dict[int, Tensor] | None = None
-    sink: dict[int, Tensor] | None = None
-    gates: dict[int, Tensor] | None = None
+Key = tuple[str, str]
+"""A metric's name and a state's."""
 
 
 class Shard(Observer):
@@ -43,28 +27,34 @@ class Shard(Observer):
         layout: what it holds.
         lengths: of the batches of sequences to come, without what pads them; 0 for one to ignore.
         blocks: of the whole model.
+        metrics: those that look at the pass, by name.
     """
 
-    def __init__(self, layout: Layout, lengths: Sequence[int], blocks: int) -> None:
+    def __init__(
+        self, layout: Layout, lengths: Sequence[int], blocks: int, metrics: Mapping[str, Metric]
+    ) -> None:
         self.layout, self.lengths, self.blocks = layout, lengths, blocks
-        self.held: defaultdict[tuple[int, int], Held] = defaultdict(Held)
-        """By block and batch."""
-        self.terms: defaultdict[tuple[int, int], dict[str, Terms]] = defaultdict(dict)
+        self.metrics = metrics
+        self.kept: defaultdict[tuple[int, int], dict[Key, Tensor]] = defaultdict(dict)
+        """By block and batch, partial states on the CPU."""
+        self.terms: defaultdict[tuple[int, int], dict[str, WriteAtP0]] = defaultdict(dict)
         """By block and batch, then by sublayer."""
         self.routed: dict[tuple[int, int], Routing] = {}
+        self.dtype = torch.float32
         self._seen: defaultdict[int, int] = defaultdict(int)
+        self._attended: set[tuple[int, int]] = set()
 
     def batch(self, block: int) -> int | None:
         """Which batch is in the block; None for one that only fills a schedule."""
         number = self._seen[block] - 1
         return number if self.lengths[number] else None
 
-    def batches(self) -> list[tuple[int, int]]:
-        """Number and length of the batches that count."""
-        return [(number, length) for number, length in enumerate(self.lengths) if length]
+    def batches(self) -> list[int]:
+        """Numbers of the batches that count."""
+        return [number for number, length in enumerate(self.lengths) if length]
 
     def state(self, block: int, stream: Tensor) -> None:
-        """Keep of ``stream`` ``[B, positions here, D]`` P0's row, and of the others sum and norms.
+        """Show ``stream`` ``[B, positions here, D]`` to the metrics.
 
         Raises:
             MeasurementError: another number of positions than the layout gives this process.
@@ -73,24 +63,13 @@ class Shard(Observer):
         number = self.batch(block)
         if number is None or not self.layout.reports_stream:
             return
-        positions = self.layout.stream(self._padded(number))
-        if len(positions) != stream.shape[1]:
-            raise MeasurementError(
-                f"block {block}: this process holds {stream.shape[1]} positions where "
-                f"{len(positions)} were expected"
-            )
-        held = self.held[block, number]
-        held.dtype = stream.dtype
-        if self.layout.holds_p0:
-            held.row = _kept(stream[:, 0])
-        kept = ((positions > 0) & (positions < self.lengths[number])).to(stream.device)
-        rest = stream[:, kept]
-        held.others = rest.sum(1, dtype=torch.float32).cpu()
-        norms = torch.linalg.vector_norm(rest, dim=-1, dtype=torch.float32)
-        held.norms = norms.flatten().cpu()
+        self.dtype = stream.dtype
+        held = self._held(block, number, stream)
+        for name, metric in self.metrics.items():
+            self._keep(block, number, name, metric.on_state(stream, held))
 
     def attention(self, block: int, attended: Attended) -> None:
-        """Keep the sums over the queries after P0; all queries of some heads are given.
+        """Show an attention of all queries and of some heads.
 
         Raises:
             MeasurementError: a block attends a second time.
@@ -98,36 +77,37 @@ class Shard(Observer):
         number = self.batch(block)
         if number is None or not self.layout.dense or self.layout.cp:
             return
-        held = self.held[block, number]
-        if held.visible is not None:
+        if (block, number) in self._attended:
             raise MeasurementError(f"block {block} attends more than once; not supported")
-        sequences, heads = attended.p0.shape[:2]
-        first = self.layout.tp * heads
-        held.visible = attended.visible.expand(sequences, -1)[:, 1:].sum(-1).cpu()
-        held.p0 = {first: attended.p0[..., 1:].sum(-1).cpu()}
-        held.own = {first: _kept(attended.p0[..., 0])}
-        if attended.sink is not None:
-            held.sink = {first: attended.sink[..., 1:].sum(-1).cpu()}
+        self._attended.add((block, number))
+        for name, metric in self.metrics.items():
+            self._keep(block, number, name, metric.on_attention(attended), same=True)
 
     def gate(self, block: int, gate: Tensor) -> None:
-        """Keep the sum of a gate ``[B, positions here, heads here]`` over the queries after P0."""
+        """Show a gate ``[B, positions here, heads here]``."""
         number = self.batch(block)
         if number is None or not self.layout.dense:
             return
         positions = self.layout.queries(self._padded(number))
-        kept = ((positions > 0) & (positions < self.lengths[number])).to(gate.device)
-        first = self.layout.tp * gate.shape[2]
-        self.held[block, number].gates = {first: gate[:, kept].sum(1).cpu()}
+        held = Held(self.layout.cp == 0, self._others(number, positions))
+        for name, metric in self.metrics.items():
+            self._keep(block, number, name, metric.on_gate(gate, held), same=True)
 
     def write(self, block: int, write: Write) -> None:
-        """Keep P0's row and the heads' parts of it."""
+        """Show a write, and keep P0's row and the heads' parts of it."""
         number = self.batch(block)
-        if number is None or not self.layout.dense or self.layout.cp:
+        if number is None:
+            return
+        if self.layout.reports_stream:
+            held = self._held(block, number, write.added)
+            for name, metric in self.metrics.items():
+                self._keep(block, number, name, metric.on_write(write, held))
+        if not self.layout.dense or self.layout.cp:
             return
         row = _kept(write.added[:, 0]) if self.layout.holds_p0 else torch.zeros(0)
-        terms = Terms(write.sublayer, row, None, write.added.dtype)
+        terms = WriteAtP0(write.sublayer, row, None, write.added.dtype, {})
         if write.projection is not None:
-            terms.add_heads(write.projection, self.layout.tp * write.projection.heads)
+            terms.parts |= head_parts(write.projection, self.layout.tp * write.projection.heads)
             if self.layout.tp:  # the bias is the same on each
                 terms.parts.pop(("attention_bias", -1), None)
         terms.parts = {name: part.cpu() for name, part in terms.parts.items()}
@@ -151,91 +131,92 @@ class Shard(Observer):
     def add_experts(self, block: int, number: int, writes: dict[int, Tensor]) -> None:
         """Add what the experts of this process write at P0, ``[D]`` each over the sequences."""
         gates = self.routed[block, number].gates.cpu()
-        empty = Terms("mlp", torch.zeros(0), None, torch.float32)
+        empty = WriteAtP0("mlp", torch.zeros(0), None, torch.float32, {})
         terms = self.terms[block, number].setdefault("mlp", empty)
         terms.gates = {}
         for expert, write in writes.items():
             terms.parts["expert", expert] = write.cpu()
             terms.gates[expert] = gates[gates[:, expert] != 0, expert].tolist()
 
+    def _keep(self, block: int, number: int, name: str, kept: Kept, same: bool = False) -> None:
+        """Keep partial states; of the ``same`` positions on all heads' processes those of one."""
+        states = self.metrics[name].states
+        for state, value in kept.items():
+            if value is not None and (states[state].heads or not (same and self.layout.tp)):
+                self.kept[block, number][name, state] = value.cpu()
+
+    def _held(self, block: int, number: int, stream: Tensor) -> Held:
+        positions = self.layout.stream(self._padded(number))
+        if len(positions) != stream.shape[1]:
+            raise MeasurementError(
+                f"block {block}: this process holds {stream.shape[1]} positions where "
+                f"{len(positions)} were expected"
+            )
+        return Held(self.layout.holds_p0, self._others(number, positions))
+
+    def _others(self, number: int, positions: Tensor) -> Tensor:
+        return (positions > 0) & (positions < self.lengths[number])
+
     def _padded(self, number: int) -> int:
         length = self.lengths[number]
         return length + -length % self.layout.multiple
 
 
-def _kept(row: Tensor) -> Tensor:
-    """A copy on the CPU: a view would keep the whole stream alive."""
-    return row.to("cpu", torch.float32, copy=True)
-
-
-def merge_states(shards: Sequence[Shard], into: States) -> None:
-    """Put the shares of the states together.
-
-    Raises:
-        MeasurementError: the shares do not make a whole.
-    """
-    first = shards[0]
-    for block in range(first.blocks + 1):
-        for number, length in first.batches():
-            found = [s.held[block, number] for s in shards if (block, number) in s.held]
-            rows = [held.row for held in found if held.row is not None]
-            others = [held.others for held in found if held.others is not None]
-            norms = [held.norms for held in found if held.norms is not None]
-            wanted = len(rows[0]) * (length - 1) if rows else 0
-            if len(rows) != 1 or sum(map(len, norms)) != wanted:
-                raise MeasurementError(
-                    f"the processes together hold P0 of block {block} {len(rows)} times and "
-                    f"{sum(map(len, norms))} other states where {wanted} were expected"
-                )
-            into.states[block].append(rows[0])
-            into.dtype = found[0].dtype
-            if length > 1:
-                into.others[block].append(torch.stack(others).sum(0) / (length - 1))
-                into.other_norms[block].append(torch.cat(norms))
-
-
 def merge(shards: Sequence[Shard]) -> Collector:
-    """One process' collection of the whole model.
-
-    Raises:
-        MeasurementError: the shares do not make a whole.
-    """
-    whole = Collector()
-    merge_states(shards, whole)
+    """One process' collection of the whole model."""
     first = shards[0]
-    for block in range(first.blocks):
-        for place, (number, length) in enumerate(first.batches()):
-            found = [s.held[block, number] for s in shards if (block, number) in s.held]
-            p0 = _heads([held.p0 for held in found])
-            if p0 is not None:
-                visible = next(held.visible for held in found if held.visible is not None)
-                whole.visible[block].append(visible)
-                whole.p0[block].append(p0 / visible[:, None])
-                for of, into in (("own", whole.own), ("sink", whole.sink), ("gates", whole.gates)):
-                    heads = _heads([getattr(held, of) for held in found])
-                    if heads is not None:
-                        into[block].append(heads if of == "own" else heads / (length - 1))
-            whole.begin(block, len(whole.states[block][place]))
+    whole = Collector(dict(first.metrics))
+    whole.dtype = next(s.dtype for s in shards if s.layout.reports_stream)
+    for block in range(first.blocks + 1):
+        for number in first.batches():
+            keys = dict.fromkeys(key for s in shards for key in s.kept[block, number])
+            for name, state in keys:
+                parts = [
+                    (s.layout.tp, s.kept[block, number][name, state])
+                    for s in shards
+                    if (name, state) in s.kept[block, number]
+                ]
+                joined = join(first.metrics[name].states[state], parts)
+                whole.keep(name, block, {state: joined})
+                if (name, state) == ("state", "row"):
+                    whole.writes.begin(block, len(joined))
             for terms in _writes([s.terms[block, number] for s in shards]):
-                whole.keep(block, terms)
+                whole.writes.add(block, terms)
     return whole
 
 
-def _heads(shares: Sequence[dict[int, Tensor] | None]) -> Tensor | None:
-    """``[B, H]``: heads side by side, sums over the processes that hold the same heads."""
-    summed: dict[int, Tensor] = {}
-    for share in shares:
-        for first, values in (share or {}).items():
-            summed[first] = summed[first] + values if first in summed else values
-    return torch.cat([summed[first] for first in sorted(summed)], -1) if summed else None
+def join(state: State, parts: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """One value of several processes' partial ones, as the state says.
+
+    Args:
+        state: how they join.
+        parts: of each process its tensor parallel rank and its value.
+    """
+    by_rank: defaultdict[int, list[Tensor]] = defaultdict(list)
+    for rank, value in parts:
+        by_rank[rank if state.heads else 0].append(value)
+    joined = []
+    for rank in sorted(by_rank):
+        values = by_rank[rank]
+        if state.positions == "sum":
+            joined.append(torch.stack(values).sum(0))
+        elif state.positions == "cat":
+            joined.append(torch.cat(values, 1))
+        elif state.positions == "max":
+            stacked = torch.stack(values)
+            chosen = stacked[..., 0].argmax(0)
+            joined.append(stacked[chosen, torch.arange(stacked.shape[1])])
+        else:
+            joined.append(values[0])
+    return torch.cat(joined, -1)
 
 
-def _writes(shares: Sequence[dict[str, Terms]]) -> list[Terms]:
+def _writes(shares: Sequence[dict[str, WriteAtP0]]) -> list[WriteAtP0]:
     """The writes of a batch in a block, the MLP's last, with the parts of every process."""
-    whole: dict[str, Terms] = {}
+    whole: dict[str, WriteAtP0] = {}
     for share in shares:
         for sublayer, terms in share.items():
-            into = whole.setdefault(sublayer, Terms(sublayer, terms.row, None, terms.dtype))
+            into = whole.setdefault(sublayer, WriteAtP0(sublayer, terms.row, None, terms.dtype, {}))
             if len(terms.row):
                 into.row = terms.row
             for name, part in terms.parts.items():
@@ -243,3 +224,8 @@ def _writes(shares: Sequence[dict[str, Terms]]) -> list[Terms]:
             if terms.gates is not None:
                 into.gates = (into.gates or {}) | terms.gates
     return sorted(whole.values(), key=lambda terms: terms.sublayer == "mlp")
+
+
+def _kept(row: Tensor) -> Tensor:
+    """A copy on the CPU: a view would keep the whole stream alive."""
+    return row.to("cpu", torch.float32, copy=True)

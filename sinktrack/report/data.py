@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sinktrack.circuit import EPSILON
+from sinktrack.metrics.attention import EPSILON
 from sinktrack.errors import RecordError
 from sinktrack.publish.curves import causal
 from sinktrack.signal import analyze
