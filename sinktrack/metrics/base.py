@@ -8,7 +8,7 @@ a whole is declared with each (`State`), so one piece of code serves batches and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     from sinktrack.collect import Collector
     from sinktrack.taps import Write
 
-Axis = Literal["block", "boundary", "head", "kv_head", "level", "part", "phase"]
+Row = dict[str, Any]
+"""One number of a record: ``value``, and those of ``metric`` (appended to the field's name), ``block``,
+``kind``, ``index`` and ``level`` that apply."""
+
+Axis = Literal["block", "boundary", "head", "kv_head", "level", "part", "channel", "phase"]
 """What a field has one value of, or one row of:
 
 ``block`` 0 to L - 1; ``boundary`` 0 to L, the inputs of the blocks and the last one's output;
-``head`` and ``kv_head`` within a block; ``level``, a threshold or quantile by its name; ``part`` of
-the P0 state and ``phase``, rows of several numbers.
+``head`` and ``kv_head`` within a block; ``level``, a threshold by its name; ``part`` of the P0 state,
+``channel`` and ``phase``, rows of several numbers.
 """
 
 
@@ -50,6 +54,8 @@ class Field:
     """How the number is written, in Python's format language."""
     curve: bool = False
     """Does every dashboard draw it over training? A field by head as the mean over the heads."""
+    rows: Callable[[Any], Iterable[Row]] | None = None
+    """Long-form rows of a value that its axes do not describe."""
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ many first tokens at next to no cost.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sinktrack.metrics.base import Field, Metric, Seen
+from sinktrack.metrics.base import Field, Metric, Row, Seen
 from sinktrack.metrics.state import consistency
 
 QUANTILES = (5, 50, 95)
@@ -41,12 +41,21 @@ class FirstToken:
         }
 
 
+def _rows(value: Mapping[str, Any]) -> Iterator[Row]:
+    for quantile, ratios in value["norm_ratio"].items():
+        for block, ratio in enumerate(ratios):
+            level = int(quantile) / 100
+            yield {"metric": ".norm_ratio", "block": block, "level": level, "value": ratio}
+    for block, cosine in enumerate(value["direction_consistency"]):
+        yield {"metric": ".direction_consistency", "block": block, "value": cosine}
+
+
 class FirstTokens(Metric):
     """P0 states of single tokens beside those of the probe."""
 
     fields = (
         Field("first_token", "P0 state of single first tokens", "Norm ratio (quantiles) and "
-              "consistency of direction over single-token sequences.", ("level", "boundary")),
+              "consistency of direction over single-token sequences.", rows=_rows),
         Field("position_share", "first tokens that make a sink", "Share of distinct first tokens "
               "whose norm at the main phase's peak is at least half of the probe's P0 norm: 1 "
               "where position decides, 0 where one token does.", (), "share", form=".0%",

@@ -7,14 +7,14 @@ headline shares weight every block by how much it reads P0: no threshold decides
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sinktrack.metrics.base import Field, Metric, Seen, Unmeasured, number
+from sinktrack.metrics.base import Field, Metric, Row, Seen, Unmeasured, number
 from sinktrack.metrics.bootstrap import interval, weights
 from sinktrack.metrics.phases import Phase
 
@@ -110,13 +110,21 @@ class Sink(Phase):
         }
 
 
+def component_rows(parts: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    """Long-form rows of components as records hold them: their shares, and experts' gates."""
+    for part in parts:
+        where = {key: part[key] for key in ("kind", "block", "index")}
+        yield {**where, "value": part["share"]}
+        yield {"metric": ".gate", **where, "value": part.get("gate")}
+
+
 class Localize(Metric):
     """Shares of the P0 state, in the headline and by phase."""
 
     fields = (
         Field("shares", "shares of the P0 state", "Share of the embedding, and of every block's "
               "attention and MLP, in the P0 state, weighted by the blocks that read it.",
-              ("part",), "share", form="z.1%"),
+              ("part",), "share", form="z.1%", rows=component_rows),
         Field("share_sum", "sum of the shares", "Sum of the shares: 1 but for rounding."),
         Field("first_two_share", "first-two share", "Share of blocks 0 and 1 in the P0 state that "
               "later blocks read.", (), "share", form=".1%", curve=True),
@@ -125,7 +133,7 @@ class Localize(Metric):
         Field("effective_blocks", "effective blocks", "Over how many blocks the shares spread: the "
               "exponential of their entropy.", (), "blocks", form=".2f"),
         Field("top_components", "largest parts", "The 16 heads, experts and the like with the "
-              "largest absolute share.", ("part",), "share", form="z.1%"),
+              "largest absolute share.", ("part",), "share", form="z.1%", rows=component_rows),
     )  # fmt: skip
 
     def compute(self, seen: Seen, found: Mapping[str, Any]) -> dict[str, Any]:

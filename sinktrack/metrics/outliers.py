@@ -6,15 +6,26 @@ times the median.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sinktrack.metrics.base import Field, Held, Kept, Metric, Seen, State, median
+from sinktrack.metrics.base import Field, Held, Kept, Metric, Row, Seen, State, median
 
 _CHANNELS = 3
+
+
+def _activations(value: Mapping[str, Sequence[float | None]]) -> Iterator[Row]:
+    for name, values in value.items():
+        for block, number in enumerate(values):
+            yield {"metric": f".{name}", "block": block, "value": number}
+
+
+def _channels(value: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    for channel in value:
+        yield {"kind": "channel", "index": channel["channel"], "value": channel["share"]}
 
 
 class Outliers(Metric):
@@ -23,10 +34,11 @@ class Outliers(Metric):
     fields = (
         Field("max_activation", "largest activation", "Largest absolute value of the stream at P0 "
               "and elsewhere, their channels, and the ratio of the larger to the median: that over "
-              "the other positions of each one's median over channels.", ("part", "boundary"), "",
-              "log"),
+              "the other positions of each one's median over channels.", ("boundary",), "",
+              "log", rows=_activations),
         Field("p0_channels", "channels of the P0 state", "The three channels with the largest "
-              "share of P0's squared norm at the main phase's peak.", ("part",), "share"),
+              "share of P0's squared norm at the main phase's peak.", ("channel",), "share", form=".1%",
+              rows=_channels),
     )  # fmt: skip
     states = {"p0": State("p0"), "others": State("max"), "medians": State("cat")}
 

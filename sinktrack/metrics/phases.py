@@ -7,7 +7,7 @@ again in blocks 12 to 29 on what MLP 11 writes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sinktrack.metrics.attention import EPSILON
-from sinktrack.metrics.base import Field, Metric, Seen, number
+from sinktrack.metrics.base import Field, Metric, Row, Seen, number
 
 GOES_ON = EPSILON / 2
 """Concentration with which a phase that began goes on."""
@@ -42,6 +42,17 @@ class Phase:
         return {name: getattr(self, name) for name in Phase.__dataclass_fields__}
 
 
+def _rows(phases: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    """Numbers of a phase, ``index`` its place; of its writers and erasers their shares."""
+    for index, phase in enumerate(phases):
+        for name in Phase.__dataclass_fields__:
+            yield {"metric": f".{name}", "kind": "phase", "index": index, "value": phase[name]}
+        for name in ("writers", "erasers"):
+            for part in phase.get(name, ()):
+                place = {"kind": part["kind"], "block": part["block"]}
+                yield {"metric": f".{name}", **place, "index": index, "value": part["share"]}
+
+
 class Phases(Metric):
     """The phases, and the one of largest mass, of which the story is told first."""
 
@@ -50,7 +61,7 @@ class Phases(Metric):
         Field("reference_block", "first block of the main phase", "The first block of the sink "
               "phase of largest mass.", (), "block", form=".0f", curve=True),
         Field("sinks", "sink phases", "Stretches of consecutive blocks that rest on P0: they begin "
-              "at a concentration of 0.3 and go on down to 0.15.", ("phase",)),
+              "at a concentration of 0.3 and go on down to 0.15.", ("phase",), rows=_rows),
         Field("gain", "gain", "Log of the growth of the norm ratio over a block.", ("block",), "",
               form="+z.2f"),
         Field("peak_block", "peak of the norm ratio", "The block at whose input the norm ratio is "
