@@ -43,7 +43,6 @@ def show(
             f"{title} holds no records yet: train with a callback, or scan an archive"
         )
     last = records[-1]
-    reference = last["reference_block"]
     console.print(Text(title, style="bold"))
     console.print(_summary(records))
     console.print()
@@ -53,9 +52,9 @@ def show(
     if evenly := _evenly(last):
         console.print(Text(f"Attention spread evenly would give P0 {evenly}.", style="dim"))
     console.print()
-    if reference is not None:
-        console.print(Text(f"Largest parts of the P0 state at the input of block {reference}:"))
-    for part in last["top_components"][:_TOP]:
+    if last["top_components"]:
+        console.print(Text("Largest parts of the P0 state, weighted by the blocks that read it:"))
+    for part in (last["top_components"] or ())[:_TOP]:
         gate = "" if part.get("gate") is None else f", gate {part['gate']:.2f}"
         console.print(Text(f"  {_percent(part['share']):>8}  {_name(part)}{gate}"))
     tested = next((record for record in reversed(records) if record.get("causal")), None)
@@ -148,14 +147,24 @@ def _meaning(tests: Mapping[str, Any], console: Console) -> None:
 
 
 def _sink(record: Mapping[str, Any]) -> str:
-    reference = record["reference_block"]
-    if reference is None:
-        return f"no sink in the first {record['measured_blocks']} blocks; others were not measured"
-    if not record["formed"]:
-        return f"no block has formed a sink; judged at block {reference}, of the highest norm"
-    if reference == 0:
-        return "in block 0: it precedes any write"
-    return f"starts in block {reference}"
+    """Where blocks rest on P0, the main phase first."""
+    phases = record.get("sinks")
+    if phases is None:  # a record of schema 1
+        reference = record["reference_block"]
+        return f"starts in block {reference}" if record["formed"] else "no block has formed a sink"
+    if not phases:
+        measured = record.get("measured_blocks")
+        where = "" if measured is None else f" in the first {measured} blocks; others not measured"
+        return f"no block rests on P0{where}"
+    main = max(phases, key=lambda phase: phase["mass"])
+    others = [phase for phase in phases if phase is not main]
+    told = f"blocks {main['first_block']} to {main['last_block']}"
+    if main["first_block"] == 0:
+        told += ": it precedes any write"
+    if others:
+        spans = ", ".join(f"{phase['first_block']} to {phase['last_block']}" for phase in others)
+        told += f"; weaker in {spans}"
+    return told
 
 
 def _blocks(records: Sequence[Mapping[str, Any]], width: int) -> Table:
@@ -178,7 +187,7 @@ def _blocks(records: Sequence[Mapping[str, Any]], width: int) -> Table:
         ("\ngain", True),
     ):
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
-    shares = {(part["kind"], part["block"]): part["share"] for part in last["shares"]}
+    shares = {(part["kind"], part["block"]): part["share"] for part in last["shares"] or ()}
     for block, kind in enumerate(last["block_kinds"]):
         table.add_row(
             str(block),

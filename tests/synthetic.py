@@ -43,11 +43,11 @@ def _record(blocks: int, step: int, progress: float, formed: bool) -> dict[str, 
         for block in range(blocks + 1)
     ]
     reached = [block for block, value in enumerate(concentration) if value >= 0.3]
-    reference = reached[0] if reached else norm_ratio.index(max(norm_ratio[:-1]))
-    shares, parts = _shares(reference, centre, progress)
+    reference = reached[0] if reached else None
+    shares, parts = _shares(reference, centre, progress) if reached else (None, None)
     by_block = [
-        sum(abs(part["share"]) for part in shares if part["block"] == block)
-        for block in range(reference)
+        sum(abs(part["share"]) for part in shares or () if part["block"] == block)
+        for block in range(reference or 0)
     ]
     total = sum(by_block)
     peak = norm_ratio.index(max(norm_ratio))
@@ -60,6 +60,7 @@ def _record(blocks: int, step: int, progress: float, formed: bool) -> dict[str, 
     sink_rate = sum(rates["0.3"]) / blocks
     first_two_share = sum(by_block[:2]) if reference else None
     depth = sum(i * value for i, value in enumerate(by_block)) / total if reference else None
+    span = {name: part for name, part in (("first", reached[:1]), ("last", reached[-1:])) if part}
     first_two_gain = (logs[min(2, peak)] - logs[0]) / grown if grown >= math.log(2) else None
     consistency = [None] + [0.5 + 0.4 * progress] * blocks
     return {
@@ -76,11 +77,20 @@ def _record(blocks: int, step: int, progress: float, formed: bool) -> dict[str, 
         "visible_queries": [63] * blocks,
         "p0_attention": [[value] * HEADS for value in concentration],
         "concentration": concentration,
+        "uniform": [0.06] * blocks,
         "sink_rate": sink_rate,
+        "sink_rate_from_2": sum(rates["0.3"][2:]) / max(1, blocks - 2),
         "sink_rate_by_block": rates,
+        "sink_heads": {
+            str(eps): [HEADS * (value > eps) for value in concentration] for eps in (0.1, 0.3)
+        },
+        "sink_sequences": [[value] * HEADS for value in rates["0.3"]],
+        "first_sink_block": next((b for b, v in enumerate(concentration) if v > 0.3), None),
         "p0_norm": norm_ratio,
         "norm_ratio": norm_ratio,
         "direction_consistency": consistency,
+        "direction_to_mean": consistency,
+        "rivals": [0.1] * (blocks + 1),
         "first_token": {
             "tokens": 64,
             "norm_ratio": {
@@ -91,26 +101,63 @@ def _record(blocks: int, step: int, progress: float, formed: bool) -> dict[str, 
         },
         "formed": bool(reached),
         "reference_block": reference,
+        "sinks": [_sink(span, concentration, norm_ratio, shares, parts)] if reached else [],
         "shares": shares,
-        "share_sum": sum(part["share"] for part in shares),
+        "share_sum": None if shares is None else sum(part["share"] for part in shares),
         "first_two_share": first_two_share,
         "depth": depth,
         "effective_blocks": (
             math.exp(-sum(v / total * math.log(v / total) for v in by_block)) if reference else None
         ),
         "top_components": parts,
-        "gain": [
-            logs[block + 1] - logs[block] if block < peak else None for block in range(blocks)
-        ],
+        "gain": [logs[block + 1] - logs[block] for block in range(blocks)],
         "peak_block": peak,
         "first_two_gain": first_two_gain,
+        "position_share": 0.9 if reached else None,
+        "mixing": [[0.3] * HEADS] * blocks,
+        "attention_write_ratio": [1.5] * blocks,
+        "mlp_write_ratio": [12.0 * progress] * blocks,
+        "value_ratio": [[0.4] * HEADS] * blocks,
+        "max_activation": {
+            "p0": [30.0] * (blocks + 1),
+            "others": [3.0] * (blocks + 1),
+            "p0_channel": [7] * (blocks + 1),
+            "others_channel": [1] * (blocks + 1),
+            "ratio": [60.0] * (blocks + 1),
+        },
+        "p0_channels": [{"channel": 7, "share": 0.8}] if reached else None,
         "intervals": {
             "sink_rate": _interval(sink_rate, 0.04),
+            "sink_rate_from_2": _interval(sum(rates["0.3"][2:]) / max(1, blocks - 2), 0.05),
             "concentration": [_interval(value, 0.02) for value in concentration],
             "first_two_share": _interval(first_two_share, 0.03),
             "depth": _interval(depth, 0.1),
             "first_two_gain": _interval(first_two_gain, 0.02),
         },
+    }
+
+
+def _sink(
+    span: dict[str, list[int]],
+    concentration: list[float],
+    norm_ratio: list[float],
+    shares: list[dict[str, Any]] | None,
+    parts: list[dict[str, Any]] | None,
+) -> dict[str, Any]:
+    """The one phase, from the first block that reached the threshold to the last."""
+    (first,), (last,) = span["first"], span["last"]
+    inside = norm_ratio[first : last + 1]
+    peak = first + inside.index(max(inside))
+    return {
+        "first_block": first,
+        "last_block": last,
+        "mass": sum(concentration[first : last + 1]),
+        "peak_block": peak,
+        "step_up_block": peak - 1 if peak else None,
+        "step_down_block": None,
+        "writers": sorted(shares or (), key=lambda part: -part["share"])[:16],
+        "erasers": [],
+        "top_components": parts or [],
     }
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-SCALARS = ("sink_rate", "first_two_share", "first_two_gain", "reference_block", "depth")
-BY_BLOCK = ("concentration", "norm_ratio")
+from sinktrack.metrics import FIELDS
+from sinktrack.metrics.base import Field
+
+SCALARS = tuple(name for name, field in FIELDS.items() if field.curve and not field.axes)
+BY_BLOCK = tuple(name for name, field in FIELDS.items() if field.curve and field.axes)
 COMPONENT = ("kind", "block", "index", "share", "gate")
 CAUSAL = ("test", "kind", "block", "index", "share", "effect", "low", "high", "verdict")
 TESTS = ("necessity", "sufficiency", "position")
@@ -18,7 +21,7 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
         f"sinktrack/{name}": record.get(name) for name in ("step", "tokens", *SCALARS)
     }
     for name in BY_BLOCK:
-        for block, value in enumerate(record.get(name, [])[: record["model"]["blocks"]]):
+        for block, value in enumerate(by_block(record, FIELDS[name])):
             found[f"sinktrack/{name}/block_{block:02d}"] = value
     for test in TESTS:
         for row in record.get("causal", {}).get(test, ()):
@@ -28,9 +31,19 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def by_block(record: Mapping[str, Any], field: Field) -> Iterator[float | None]:
+    """A field's value of each block: of one by head the mean, of one at boundaries the inputs'."""
+    for value in (record.get(field.name) or [])[: record["model"]["blocks"]]:
+        if isinstance(value, list):
+            known = [number for number in value if number is not None]
+            yield sum(known) / len(known) if known else None
+        else:
+            yield value
+
+
 def components(record: Mapping[str, Any]) -> list[list[Any]]:
     """The largest parts of the P0 state, a row for each; the columns are `COMPONENT`."""
-    return [[part.get(name) for name in COMPONENT] for part in record["top_components"]]
+    return [[part.get(name) for name in COMPONENT] for part in record["top_components"] or ()]
 
 
 def causal(record: Mapping[str, Any]) -> list[list[Any]]:
@@ -57,7 +70,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found["sinktrack/first_formed_at_step"] = next(
         (record["step"] for record in records if record["formed"]), None
     )
-    for top in last["top_components"][:1]:
+    for top in (last["top_components"] or ())[:1]:
         where = [f"block {top['block']}"] if top["block"] is not None else []
         index = [str(top["index"])] if top["index"] is not None else []
         found["sinktrack/largest_component"] = " ".join([*where, top["kind"], *index])

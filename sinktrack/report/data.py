@@ -91,10 +91,10 @@ def _drawn(record: Mapping[str, Any]) -> dict[str, Any]:
     drawn = {name: record.get(name) for name in _FIELDS} | {
         "intervals": {name: record["intervals"].get(name) for name in _INTERVALS},
         "sink_rate_by_block": record["sink_rate_by_block"][str(EPSILON)],
-        "shares": [[part["kind"], part["block"], part["share"]] for part in record["shares"]],
+        "shares": [[part["kind"], part["block"], part["share"]] for part in record["shares"] or ()],
         "top_components": [
             [part["kind"], part["block"], part["index"], part["share"], part.get("gate")]
-            for part in record["top_components"]
+            for part in record["top_components"] or ()
         ],
     }
     quantiles = record["first_token"]["norm_ratio"]
