@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -14,12 +15,12 @@ from sinktrack.metrics.base import WHOLE, Held, Kept, Metric
 from sinktrack.metrics.localization import WriteAtP0, Writes
 from sinktrack.taps import Observer, Projection, Write
 
-_CHUNK = 64 * 2**20
-"""Bytes that are asked of the system at a time: more than glibc ever keeps in its heap."""
+_CHUNK = 4 * 2**20
+"""Bytes that are mapped at a time."""
 
 
 class Arena:
-    """Room for tensors that outlast a pass, apart from the temporaries between them.
+    """Room for tensors that outlast a pass, mapped apart from the heap of the temporaries.
 
     Small rows that are kept among large temporaries would pin the holes that these leave.
     """
@@ -31,7 +32,8 @@ class Arena:
         """A copy on the CPU."""
         size = -(-value.numel() * value.element_size() // 64) * 64
         if size > len(self._chunk) - self._used:
-            self._chunk = torch.empty(max(_CHUNK, size), dtype=torch.uint8)
+            mapped = mmap.mmap(-1, max(_CHUNK, size))
+            self._chunk = torch.frombuffer(mapped, dtype=torch.uint8)
             self._used = 0
         room = self._chunk[self._used : self._used + value.numel() * value.element_size()]
         self._used += size

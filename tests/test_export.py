@@ -39,10 +39,13 @@ def run(tmp_path: Path) -> Run:
 
 
 def numbers(value: Any) -> list[float]:
-    """All numbers in a piece of a record; booleans count as 0 and 1, blocks and indices not."""
+    """All numbers in a piece of a record; booleans count as 0 and 1, places do not."""
     if isinstance(value, dict):
         return [
-            n for key, item in value.items() if key not in ("block", "index") for n in numbers(item)
+            n
+            for key, item in value.items()
+            if key not in ("block", "index", "channel")
+            for n in numbers(item)
         ]
     if isinstance(value, list):
         return [n for item in value for n in numbers(item)]

@@ -193,16 +193,14 @@ def test_the_first_blocks_alone(tmp_path: Path) -> None:
     assert record["norm_ratio"][3:] == [None, None]
     for name in ("sink_rate", "peak_block", "first_two_gain", "weights"):
         assert record[name] is None
-    assert record["reference_block"] is None and record["shares"] == []
+    assert record["reference_block"] is None and record["shares"] is None
+    assert record["missing"]["shares"] == "only the first 2 blocks were measured"
     assert record["formed"] is False
 
 
 def test_the_first_blocks_alone_with_a_sink_in_them(tmp_path: Path) -> None:
-    """What is localized among them is what it is in the whole."""
-    source = saved("llama", tmp_path)
-    whole = streamed(source)
-    part = streamed(source, blocks=whole.localization.reference_block or 1)
-    assert part.localization.reference_block is None  # it was the highest norm, not a sink
+    """A phase among them is told; who writes what all blocks read is not."""
+    saved("llama", tmp_path)
     # Queries and keys of nothing: attention is uniform, so of three tokens each gets a third.
     tensors = load_file(tmp_path / "model.safetensors")
     for name in tensors:
@@ -211,9 +209,10 @@ def test_the_first_blocks_alone_with_a_sink_in_them(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     probe = Probe.random(models.VOCABULARY, sequences=4, length=3, seed=0)
     whole = streamed(Recorded(tmp_path), probe)
-    assert whole.localization.formed and whole.localization.reference_block == 0
-    part = streamed(Recorded(tmp_path), probe, blocks=1)
-    assert part.localization == whole.localization
+    assert [(sink.first_block, sink.last_block) for sink in whole.sinks] == [(0, 3)]
+    part = streamed(Recorded(tmp_path), probe, blocks=2)
+    assert [(sink.first_block, sink.last_block) for sink in part.sinks] == [(0, 1)]
+    assert part.reference_block == 0 and part.localization.shares == ()
 
 
 def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:

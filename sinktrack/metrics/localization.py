@@ -7,16 +7,16 @@ headline shares weight every block by how much it reads P0: no threshold decides
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sinktrack.metrics.base import Field, Metric, Row, Seen, Unmeasured, number
+from sinktrack.metrics.base import Field, Metric, Seen, Unmeasured, number
 from sinktrack.metrics.bootstrap import interval, weights
-from sinktrack.metrics.phases import Phase
+from sinktrack.metrics.phases import Phase, component_rows
 
 SHARE_TOLERANCE = 1e-3
 READ = 0.01
@@ -108,14 +108,6 @@ class Sink(Phase):
         return super().to_record() | {
             name: [part.to_record() for part in parts] for name, parts in several.items()
         }
-
-
-def component_rows(parts: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
-    """Long-form rows of components as records hold them: their shares, and experts' gates."""
-    for part in parts:
-        where = {key: part[key] for key in ("kind", "block", "index")}
-        yield {**where, "value": part["share"]}
-        yield {"metric": ".gate", **where, "value": part.get("gate")}
 
 
 class Localize(Metric):

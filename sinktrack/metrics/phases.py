@@ -43,14 +43,21 @@ class Phase:
 
 
 def _rows(phases: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
-    """Numbers of a phase, ``index`` its place; of its writers and erasers their shares."""
-    for index, phase in enumerate(phases):
+    """Numbers of each phase and of its components, ``level`` the phase's place."""
+    for place, phase in enumerate(phases):
         for name in Phase.__dataclass_fields__:
-            yield {"metric": f".{name}", "kind": "phase", "index": index, "value": phase[name]}
-        for name in ("writers", "erasers"):
-            for part in phase.get(name, ()):
-                place = {"kind": part["kind"], "block": part["block"]}
-                yield {"metric": f".{name}", **place, "index": index, "value": part["share"]}
+            yield {"metric": f".{name}", "level": place, "value": phase[name]}
+        for name in ("writers", "erasers", "top_components"):
+            for row in component_rows(phase.get(name, ())):
+                yield {**row, "metric": f".{name}{row.get('metric', '')}", "level": place}
+
+
+def component_rows(parts: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    """Long-form rows of components as records hold them: their shares, and experts' gates."""
+    for part in parts:
+        where = {key: part[key] for key in ("kind", "block", "index")}
+        yield {**where, "value": part["share"]}
+        yield {"metric": ".gate", **where, "value": part.get("gate")}
 
 
 class Phases(Metric):
