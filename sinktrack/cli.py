@@ -91,6 +91,10 @@ def scan(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences at a time; by default the whole probe.")
     ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="What to compute in; by default what the weights are stored in."),
+    ] = None,
     hf_config: Annotated[
         str | None,
         typer.Option(
@@ -149,7 +153,7 @@ def scan(
     if note:
         _err.print(note, markup=False)
     opened = Run.open(run, batch)
-    job = Job(batch, blocks=blocks, causal=causal)
+    job = Job(batch, blocks=blocks, causal=causal, dtype=dtype)
     todo = len(job.lacking(found, opened))
     if others := renamed(found, opened):
         _err.print(
@@ -167,6 +171,7 @@ def scan(
                     device=device,
                     blocks=blocks,
                     batch_size=batch_size,
+                    dtype=dtype,
                     hf_config=hf_config,
                     pattern=pattern,
                     engine=engine,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+_LONGEST = 2000
+"""Characters of what another library says."""
+
 
 class SinktrackError(Exception):
     """Base of all errors raised on purpose; the message says what was found and what to do."""
@@ -33,6 +36,13 @@ class MissingExtra(SinktrackError, ImportError):
 def first_line(error: BaseException) -> str:
     """What an error says, in short; its type where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error says, its lines joined; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines) or type(error).__name__
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,9 @@ class Measurement:
 
     model: dict[str, Any]
     """Type, blocks, heads and experts of the model."""
+    dtype: str
+    """Of the weights as they are measured, such as ``bfloat16``; of the residual stream where the
+    weights are of several."""
     probe: str
     """Digest of the probe."""
     weights: str | None
@@ -160,6 +163,7 @@ class Measurement:
             "weights": self.weights,
             "probe": self.probe,
             "model": self.model,
+            "dtype": self.dtype,
             "versions": versions,
             "seconds": self.seconds,
             "block_kinds": list(self.block_kinds),
@@ -204,6 +208,7 @@ def assemble(
     singles: States,
     first_tokens: Tensor,
     kinds: Sequence[str],
+    dtypes: Collection[torch.dtype],
     **identity: Any,
 ) -> Measurement:
     """Compute everything from what the two passes left.
@@ -213,6 +218,7 @@ def assemble(
         singles: of the first-token pass, one sequence per distinct first token.
         first_tokens: ``[B]`` int64, token 0 of each of the probe's sequences.
         kinds: the kinds of all L blocks; where the passes saw fewer, the first were measured.
+        dtypes: of the parameters.
         identity: ``model``, ``probe``, ``weights`` and ``seconds`` of the Measurement.
 
     Raises:
@@ -239,6 +245,7 @@ def assemble(
     points = torch.tensor(_QUANTILES, dtype=single_ratio.dtype) / 100
     quantiles = torch.quantile(single_ratio, points, dim=-1)
 
+    found = set(dtypes)
     concentration = p0[:, :measured].mean(0).nanmean(-1)
     reference, formed = reference_block(concentration, norm_ratio)
     writes = [
@@ -293,6 +300,7 @@ def assemble(
         first_two_gain=None if partial else two_gain,
         intervals={},
         measured_blocks=measured,
+        dtype=str(next(iter(found)) if len(found) == 1 else collected.dtype).removeprefix("torch."),
         **identity,
     )
     measurement.intervals.update(_intervals(measurement, states, others, writes, norms, median))

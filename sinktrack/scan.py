@@ -24,6 +24,7 @@ from sinktrack.record import Run, to_json, versions
 
 _log = logging.getLogger("sinktrack")
 Engine = Literal["local", "ray"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Notify = Callable[[Checkpoint, dict[str, Any] | SinktrackError], None]
 
 
@@ -35,6 +36,7 @@ def scan(
     device: str = "cpu",
     blocks: int | None = None,
     batch_size: int | None = None,
+    dtype: Dtype | None = None,
     hf_config: str | Path | None = None,
     pattern: str | None = None,
     engine: Engine | None = None,
@@ -52,6 +54,7 @@ def scan(
         device: where to compute.
         blocks: measure the first blocks only; see `Measurement.measured_blocks`.
         batch_size: sequences per forward pass of a block; all at once by default.
+        dtype: compute in this one; by default in the one that the weights are stored in.
         hf_config: see `discover`.
         pattern: how checkpoints are named, where `discover` does not know.
         engine: ``local``, worker processes of this machine; ``ray``, tasks of a Ray cluster; by
@@ -78,7 +81,7 @@ def scan(
         run = Run.open(run, probe)
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
-    job = Job(run.probe, device, batch_size, blocks, causal)
+    job = Job(run.probe, device, batch_size, blocks, causal, dtype)
     find = partial(discover, archive, pattern, hf_config)
     failed = []
     with run.claimed():
@@ -118,13 +121,16 @@ class Job:
     batch_size: int | None = None
     blocks: int | None = None
     causal: bool = False
+    dtype: Dtype | None = None
 
     def lacking(self, checkpoints: Sequence[Checkpoint], run: Run) -> list[Checkpoint]:
-        """Those that the run does not hold, or not with as many blocks or the causal tests."""
+        """Those that the run does not hold, or not with as many blocks, the dtype or the tests."""
         done = {record["step"] for record in run.records if self._is_in(record)}
         return [checkpoint for checkpoint in checkpoints if checkpoint.step not in done]
 
     def _is_in(self, record: Mapping[str, Any]) -> bool:
+        if self.dtype is not None and record.get("dtype", self.dtype) != self.dtype:
+            return False
         if self.causal:
             return "causal" in record
         if "measured_blocks" not in record:
@@ -137,6 +143,9 @@ class Job:
         Raises:
             ArchiveError, ProbeError, MeasurementError: it cannot be measured.
         """
+        from sinktrack.archive.beside import tell
+
+        tell(checkpoint)
         tests: dict[str, Any] = {}
         if self.causal:
             measured, tests["causal"] = self._with_tests(checkpoint)
@@ -154,7 +163,7 @@ class Job:
         from sinktrack.taps.walk import CannotWalk
 
         try:
-            streamed = Streamed(open(checkpoint), self.device)
+            streamed = Streamed(open(checkpoint), self.device, self.dtype)
             return measure_streamed(
                 streamed, self.probe, blocks=self.blocks, batch_size=self.batch_size
             )
@@ -162,14 +171,14 @@ class Job:
             if self.blocks is not None:
                 raise ArchiveError(f"{error}; scan all of it, without --blocks") from error
             _log.warning("%s: %s; loading it whole", checkpoint.name, error)
-            model = load(checkpoint, self.device)
+            model = load(checkpoint, self.device, self.dtype, head=False)
             return measure(model, self.probe, batch_size=self.batch_size)
 
     def _with_tests(self, checkpoint: Checkpoint) -> tuple[Measurement, dict[str, Any]]:
         from sinktrack.archive.huggingface import load
         from sinktrack.interventions import examine
 
-        model = load(checkpoint, self.device)
+        model = load(checkpoint, self.device, self.dtype)
         measured = measure(model, self.probe, batch_size=self.batch_size)
         found = examine(model, self.probe, measured, batch_size=self.batch_size)
         return measured, found

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sinktrack.errors import ArchiveError, SinktrackError, first_line, require
+from sinktrack.errors import ArchiveError, SinktrackError, one_line, require
 
 _LARGEST_JSON = 64 * 2**20
 _MOST_JSON_VALUES = 4_000_000
@@ -33,6 +33,9 @@ _PART = 16 * 2**20
 """A larger remote read is split into parts of this size, a few in flight at a time."""
 _IN_FLIGHT = 4
 _ATTEMPTS = 4
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_SHORTEST_POINTER, _LONGEST_POINTER = 80, 1024
+"""Bytes of what Git LFS leaves in the place of a file."""
 _STORES = {"s3", "gs", "gcs", "az", "abfs"}
 T = TypeVar("T")
 
@@ -135,8 +138,20 @@ class Files:
         """Bytes in a file.
 
         Raises:
-            ArchiveError: missing, no ordinary file, or not to be read.
+            ArchiveError: missing, no ordinary file, not to be read, or a Git LFS pointer.
         """
+        size = self._size(name)
+        if (
+            _SHORTEST_POINTER <= size <= _LONGEST_POINTER
+            and self.read(name, 0, len(_POINTER)) == _POINTER
+        ):
+            raise ArchiveError(
+                f"{self.path(name)} is a Git LFS pointer, not the file itself: run `git lfs pull` "
+                "in its repository"
+            )
+        return size
+
+    def _size(self, name: str) -> int:
         if self.local:
             with self._opened(name) as descriptor:
                 return os.fstat(descriptor.number).st_size
@@ -294,7 +309,7 @@ class Files:
             for (kept, begin), data in self._windows.items():
                 if kept == name and begin <= start and start + length <= begin + len(data):
                     return data[start - begin :]
-            data = self._fetch(name, start, min(start + _AHEAD, self.size(name)))
+            data = self._fetch(name, start, min(start + _AHEAD, self._size(name)))
             self._windows[name, start] = data
             while len(self._windows) > _KEPT:
                 self._windows.popitem(last=False)
@@ -335,7 +350,7 @@ class Files:
                 raise ArchiveError(f"cannot read {path}: {error}") from error
             except (Exception, asyncio.CancelledError) as error:  # each store has its own
                 if attempt == _ATTEMPTS or _refused(error):
-                    raise ArchiveError(f"cannot read {path}: {first_line(error)}") from error
+                    raise ArchiveError(f"cannot read {path}: {one_line(error)}") from error
                 time.sleep(0.1 * 4**attempt)
         raise AssertionError
 

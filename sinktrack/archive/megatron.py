@@ -101,7 +101,6 @@ def open(checkpoint: Checkpoint) -> PieceSource:
         found = pieces(stored, config)
     except (ArchiveError, TypeError, ValueError, KeyError) as error:
         raise ArchiveError(f"{files.location}: {error}") from error
-    config.dtype = stored["embedding.word_embeddings.weight"].dtype
     return PieceSource(files, config, files, found)
 
 
