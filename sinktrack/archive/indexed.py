@@ -56,7 +56,8 @@ class Indexed(ABC, Generic[T]):
         if explicit is not None:
             name = _inside(files, "config.json", explicit, (".safetensors", _JSON))
         elif name is None:
-            name = self.WEIGHTS if files.exists(self.WEIGHTS) else self.INDEX
+            alone = files.exists(self.WEIGHTS) or not files.exists(self.INDEX)
+            name = self.WEIGHTS if alone else self.INDEX
         self.name = name
         """The file with the weights, or the index."""
         self._map: dict[str, str] = {}
