@@ -12,9 +12,9 @@ from typing import Any
 import models
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from sinktrack import ArchiveError, Probe, measure, scan
@@ -414,7 +414,7 @@ def test_a_prefix_that_only_some_carry_is_no_wrappers(tmp_path: Path) -> None:
 def sharded(weights: Weights, directory: Path) -> None:
     """As FSDP saves it."""
     named = {f"model.{name}": value.clone() for name, value in weights.items()}
-    dcp.save(named, checkpoint_id=directory / "pytorch_model_fsdp_0")
+    save(named, checkpoint_id=directory / "pytorch_model_fsdp_0")
 
 
 def test_sharded_checkpoints_of_fsdp(tmp_path: Path) -> None:
