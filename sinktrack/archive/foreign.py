@@ -104,21 +104,24 @@ def refuse(left: Collection[str], family: str, blocks: int | None = None) -> Non
             f"quantized weights are not supported: the checkpoint holds {some(quantized)}; scan "
             "the model before quantization, or save it dequantized"
         )
-    held = f"the checkpoint holds {count(len(left), 'tensor')} that {family} has no place for"
-    if adapters := [name for name in left if _ADAPTER.search(name)]:
+    first, *others = sorted(left)
+    held = f"the checkpoint holds {first}, and {len(others)} more tensors"
+    if others:
+        held += f" ({some(others)})"
+    held += f" that {family} has no place for"
+    if any(_ADAPTER.search(name) for name in left):
         raise ArchiveError(
-            f"{held}: {some(adapters)}; these are of an adapter: merge it into the weights and "
-            "save the model again"
+            f"{held}; some are of an adapter: merge it into the weights and save the model again"
         )
     numbers = [int(found[1]) for name in left if (found := _BLOCK.search(name))]
     if blocks is not None and (more := [number for number in numbers if number >= blocks]):
         raise ArchiveError(
-            f"{held}: {some(left)}; the configuration has {blocks} blocks, the checkpoint block "
+            f"{held}; the configuration has {blocks} blocks, the checkpoint block "
             f"{max(more)}, too: give the right configuration with --hf-config"
         )
     raise ArchiveError(
-        f"{held}: {some(left)}; it is of another model than its configuration says: give the "
-        "right one with --hf-config"
+        f"{held}; it is of another model than its configuration says: give the right configuration "
+        "with --hf-config"
     )
 
 
