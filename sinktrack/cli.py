@@ -140,7 +140,7 @@ def scan(
     each = [] if follow else [one() for one in find]
     found = in_order(chain.from_iterable(each))
     for one in each:
-        if [checkpoint.step for checkpoint in one] == [0]:
+        if [checkpoint.step for checkpoint in one] == [0] and one[0].reason is None:
             _err.print(f"{one[0].name} is recorded as step 0", markup=False)
     if follow:
         there = "://" in archives[0] or Path(archives[0]).is_dir()

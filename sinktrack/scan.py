@@ -16,7 +16,7 @@ from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import looks
 from sinktrack.archive.names import Pattern
 from sinktrack.archive.source import Checkpoint, open
-from sinktrack.engines import Outcome, attempt, local, ray
+from sinktrack.engines import Outcome, attempt, local, not_measured, ray
 from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, in_one_line
 from sinktrack.measure import measure, measure_streamed
 from sinktrack.measurement import Measurement
@@ -222,19 +222,21 @@ def choose_probe(
         return Probe.load(file), None
     if run.probe is not None:
         return run.probe, None
-    failures = []
+    failures: list[tuple[Checkpoint, SinktrackError]] = []
     for checkpoint in examples:
         try:
             return _probe_for(checkpoint)
-        except ArchiveError as error:  # the scan says which, where another can be read
+        except SinktrackError as error:  # the scan says which, where another can be read
             failures.append((checkpoint, error))
+        except Exception as error:  # a stranger's config can break transformers anywhere
+            failures.append((checkpoint, not_measured(error)))
     raise NoExample(failures)
 
 
 class NoExample(ArchiveError):
     """No checkpoint can be read to make a probe for; ``failures`` has the error of each."""
 
-    def __init__(self, failures: list[tuple[Checkpoint, ArchiveError]]) -> None:
+    def __init__(self, failures: list[tuple[Checkpoint, SinktrackError]]) -> None:
         self.failures = failures
         said = "".join(f"\n{checkpoint.name}: {error}" for checkpoint, error in failures)
         super().__init__(f"there is no checkpoint to make a probe for; give one{said}")

@@ -123,7 +123,8 @@ def _known_by_name(files: Files) -> list[Checkpoint]:
         stages[named.stage] = place.label
     if len(stages) > 1:
         raise _several_stages(files, stages)
-    if all(remains.of_deepspeed(checkpoint.files) for checkpoint in found):  # or none
+    own = names.known(files.name) is not None
+    if all((own and one.reason) or remains.of_deepspeed(one.files) for one in found):  # or none
         if not found and revisions and (others := _others(passed)):
             raise _unknown_revisions(files, others)
         found = _alone(files, passed, named=bool(found)) or found

@@ -30,8 +30,12 @@ def attempt(work: Work, checkpoint: Checkpoint) -> Outcome:
         return error
     except Exception as error:  # a stranger's config can break transformers anywhere
         _log.debug("%s", checkpoint.name, exc_info=True)
-        name, said = type(error).__name__, in_one_line(error)
-        return ArchiveError(f"it cannot be measured: {name}: {said}")
+        return not_measured(error)
+
+
+def not_measured(error: Exception) -> ArchiveError:
+    """What came of a checkpoint for which nobody foresaw this error."""
+    return ArchiveError(f"it cannot be measured: {type(error).__name__}: {in_one_line(error)}")
 
 
 def died(times: int) -> ArchiveError:
