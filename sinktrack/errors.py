@@ -33,7 +33,7 @@ class MissingExtra(SinktrackError, ImportError):
     """An optional dependency is not installed."""
 
 
-def in_one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """All that an error says, in one line; its type where it says nothing.
 
     Of what is longer than a screen the middle is left out: what was found stands at the beginning,

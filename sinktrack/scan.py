@@ -17,7 +17,7 @@ from sinktrack.archive.follow import looks
 from sinktrack.archive.names import Pattern
 from sinktrack.archive.source import Checkpoint, open
 from sinktrack.engines import Outcome, attempt, local, not_measured, ray
-from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, in_one_line
+from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, one_line
 from sinktrack.measure import measure, measure_streamed
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
@@ -109,7 +109,7 @@ def _check(device: str, engine: Engine | None) -> None:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise MeasurementError(f"device {device!r}: {in_one_line(error)}") from error
+        raise MeasurementError(f"device {device!r}: {one_line(error)}") from error
     if found.type != "cuda" or engine == "ray":
         return
     if (found.index or 0) >= (count := torch.cuda.device_count()):

@@ -24,7 +24,7 @@ from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.source import open as open_checkpoint
 from sinktrack.cli import main
 from sinktrack.engines import attempt
-from sinktrack.errors import in_one_line
+from sinktrack.errors import one_line
 
 PROBE = Probe.random(models.VOCABULARY, sequences=2, length=6)
 WEIGHTS = "model.safetensors"
@@ -46,7 +46,7 @@ def adapters(path: Path, saved: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = models.llama(num_hidden_layers=2)
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(path)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(str(path))
 
 
 def write(path: Path, *names: str) -> None:
@@ -287,7 +287,12 @@ def test_a_state_of_any_length(
         trainers(tmp_path / name, entries)
     read: list[int] = []
     files_read = Files.read
-    monkeypatch.setattr(Files, "read", lambda *a: (read.append(a[3] - a[2]), files_read(*a))[1])
+
+    def counted(files: Files, name: str, start: int, stop: int) -> memoryview:
+        read.append(stop - start)
+        return files_read(files, name, start, stop)
+
+    monkeypatch.setattr(Files, "read", counted)
     assert [steps(tmp_path / "model")[0][1:] for _ in range(3)] == [(1200, 77)] * 3
     assert [steps(tmp_path)[0][1:] for _ in range(3)] == [(7, 77)] * 3
     assert sum(read) <= 2 * 2**17 and len(read) <= 4
@@ -309,6 +314,6 @@ def test_no_line_of_a_reason_is_lost() -> None:
     assert str(outcome) == (
         "it cannot be measured: RuntimeError: two things are wrong: - this - that; do so"
     )
-    assert in_one_line(KeyError()) == "KeyError"
-    long = in_one_line(ValueError("begin " + "middle " * 10_000 + "do so"))
+    assert one_line(KeyError()) == "KeyError"
+    long = one_line(ValueError("begin " + "middle " * 10_000 + "do so"))
     assert long.startswith("begin ") and long.endswith(" do so") and len(long) < 3000

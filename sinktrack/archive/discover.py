@@ -196,8 +196,17 @@ def _read_by_a_format(files: Files) -> list[Checkpoint]:
         if found:
             return found
     if files.exists("config.json"):  # weights to come, or lost: opening it says so
-        return [checkpoint_at(files, FORMATS[0], remains.known(files))]
+        reason = None if files.once(_names_its_weights, "config.json") else remains.known(files)
+        return [checkpoint_at(files, FORMATS[0], reason)]
     return []
+
+
+def _names_its_weights(files: Files) -> bool:
+    """Whether the configuration says which file holds them, as transformers lets it."""
+    try:
+        return "transformers_weights" in files.read_json("config.json")
+    except ArchiveError:
+        return False
 
 
 def _alone(files: Files, passed: Sequence[str], named: bool) -> list[Checkpoint]:
@@ -289,7 +298,7 @@ def _main(files: Files) -> _Place:
     if files.exists("refs/main"):
         return _reference(files, "refs/main")
     snapshots = [entry.name for entry in files.at("snapshots").entries() if entry.directory]
-    if len(snapshots) == 1:
+    if len(snapshots) == 1 and _COMMIT.fullmatch(snapshots[0]):
         return _Place(snapshots[0], files.at(f"snapshots/{snapshots[0]}"))
     return itself
 

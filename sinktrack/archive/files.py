@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sinktrack.errors import ArchiveError, SinktrackError, in_one_line, require
+from sinktrack.errors import ArchiveError, SinktrackError, one_line, require
 
 _LARGEST_JSON = 64 * 2**20
 _MOST_JSON_VALUES = 4_000_000
@@ -33,8 +33,9 @@ _PART = 16 * 2**20
 """A larger remote read is split into parts of this size, a few in flight at a time."""
 _IN_FLIGHT = 4
 _ATTEMPTS = 4
-_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
-_SIZES_OF_POINTERS = range(len(_POINTER), 1024)
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_SHORTEST_POINTER, _LONGEST_POINTER = 80, 1024
+"""Bytes of what Git LFS leaves in the place of a file."""
 _READ: dict[tuple[str, str, str], tuple[tuple[Any, ...], Any]] = {}
 """What `Files.once` keeps, by what was read and where."""
 _MOST_READ = 100_000
@@ -70,8 +71,6 @@ class Files:
         self._meter = _Meter()
         self._windows: OrderedDict[tuple[str, int], bytes] = OrderedDict()
         self._infos: dict[str, dict[str, Any]] = {}
-        self._real: set[str] = set()
-        """Files of a pointer's size that are none."""
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -148,13 +147,24 @@ class Files:
             ArchiveError: missing, no ordinary file, not to be read, or a Git LFS pointer.
         """
         size = self._size(name)
-        if name not in self._real and size in _SIZES_OF_POINTERS:
-            if bytes(self.read(name, 0, len(_POINTER))) == _POINTER:
-                raise ArchiveError(
-                    f"{self.path(name)} is a Git LFS pointer, not the file that it stands for; run "
-                    "git lfs pull where the repository was cloned"
-                )
-            self._real.add(name)
+        if (
+            _SHORTEST_POINTER <= size <= _LONGEST_POINTER
+            and self.read(name, 0, len(_POINTER)) == _POINTER
+        ):
+            raise ArchiveError(
+                f"{self.path(name)} is a Git LFS pointer, not the file itself: run `git lfs pull` "
+                "in its repository"
+            )
+        return size
+
+    def _size(self, name: str) -> int:
+        if self.local:
+            with self._opened(name) as descriptor:
+                return os.fstat(descriptor.number).st_size
+        info = self._info(name)
+        size = info.get("size")
+        if info.get("type") != "file" or not isinstance(size, int):
+            raise ArchiveError(f"{self.path(name)} is not a file of known size")
         return size
 
     def stamp(self, name: str) -> tuple[Any, ...] | None:
@@ -257,28 +267,13 @@ class Files:
             _filesystem(self.location).invalidate_cache()
             self._windows.clear()
             self._infos.clear()
-            self._real.clear()
 
     def real_path(self, name: str) -> str:
         """Where a local file is once links are followed.
 
         Raises:
-            ArchiveError: missing, no ordinary file, or outside the boundary.
+            ArchiveError: outside the boundary.
         """
-        self.size(name)
-        return self._inside(name)
-
-    def _size(self, name: str) -> int:
-        if self.local:
-            with self._opened(name) as descriptor:
-                return os.fstat(descriptor.number).st_size
-        info = self._info(name)
-        size = info.get("size")
-        if info.get("type") != "file" or not isinstance(size, int):
-            raise ArchiveError(f"{self.path(name)} is not a file of known size")
-        return size
-
-    def _inside(self, name: str) -> str:
         path = self.path(name)
         real = os.path.realpath(path)
         if os.path.commonpath([self.boundary, real]) != self.boundary:
@@ -286,7 +281,7 @@ class Files:
         return real
 
     def _opened(self, name: str) -> _Descriptor:
-        path, real = self.path(name), self._inside(name)
+        path, real = self.path(name), self.real_path(name)
         try:
             number = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -387,7 +382,7 @@ class Files:
                 raise ArchiveError(f"cannot read {path}: {error}") from error
             except (Exception, asyncio.CancelledError) as error:  # each store has its own
                 if attempt == _ATTEMPTS or _refused(error):
-                    raise ArchiveError(f"cannot read {path}: {in_one_line(error)}") from error
+                    raise ArchiveError(f"cannot read {path}: {one_line(error)}") from error
                 time.sleep(0.1 * 4**attempt)
         raise AssertionError
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sinktrack.archive.files import Files
 from sinktrack.archive.source import DTYPES, Checkpoint, Source, fitting, open
-from sinktrack.errors import ArchiveError, in_one_line
+from sinktrack.errors import ArchiveError, one_line
 
 _LARGEST = 64 * 2**20
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -40,7 +40,7 @@ def load(checkpoint: Checkpoint, device: str = "cpu") -> Any:
     except ArchiveError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ArchiveError(f"{where} cannot be loaded: {in_one_line(error)}") from error
+        raise ArchiveError(f"{where} cannot be loaded: {one_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, found[kind])):
             listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
@@ -131,4 +131,4 @@ def _made(auto: Any, files: Files, names: list[str], failure: str) -> Any:
         try:
             return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise ArchiveError(f"{failure}: {in_one_line(error)}") from error
+            raise ArchiveError(f"{failure}: {one_line(error)}") from error

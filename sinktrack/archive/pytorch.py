@@ -57,10 +57,10 @@ class PytorchSource(Indexed[Tensor]):
         return TensorSlice(found)
 
     def _local(self, file: str) -> str:
+        size = self.files.size(file)
         if self._copies is None:
             return self.files.real_path(file)
         path = Path(self._copies.name) / file
-        size = self.files.size(file)
         with path.open("wb") as copy:
             for start in range(0, size, _PART):
                 copy.write(self.files.read(file, start, min(start + _PART, size)))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sinktrack.archive.source import Checkpoint
-from sinktrack.errors import ArchiveError, SinktrackError, in_one_line
+from sinktrack.errors import ArchiveError, SinktrackError, one_line
 
 Outcome = dict[str, Any] | SinktrackError
 Work = Callable[[Checkpoint], dict[str, Any]]
@@ -35,7 +35,7 @@ def attempt(work: Work, checkpoint: Checkpoint) -> Outcome:
 
 def not_measured(error: Exception) -> ArchiveError:
     """What came of a checkpoint for which nobody foresaw this error."""
-    return ArchiveError(f"it cannot be measured: {type(error).__name__}: {in_one_line(error)}")
+    return ArchiveError(f"it cannot be measured: {type(error).__name__}: {one_line(error)}")
 
 
 def died(times: int) -> ArchiveError:
