@@ -293,9 +293,13 @@ def test_a_state_of_any_length(
         return files_read(files, name, start, stop)
 
     monkeypatch.setattr(Files, "read", counted)
-    assert [steps(tmp_path / "model")[0][1:] for _ in range(3)] == [(1200, 77)] * 3
-    assert [steps(tmp_path)[0][1:] for _ in range(3)] == [(7, 77)] * 3
-    assert sum(read) <= 2 * 2**17 and len(read) <= 4
+    assert steps(tmp_path / "model")[0][1:] == (1200, 77)
+    assert steps(tmp_path)[0][1:] == (7, 77)
+    assert 0 < sum(read) <= 2 * 2**17
+    read.clear()
+    assert steps(tmp_path / "model")[0][1:] == (1200, 77)
+    assert steps(tmp_path)[0][1:] == (7, 77)
+    assert not read
     trainers(tmp_path / "model", entries, tokens=88)
     assert steps(tmp_path / "model")[0][1:] == (1200, 88)
     path = tmp_path / "model/trainer_state.json"
