@@ -105,8 +105,8 @@ def scan(
         str | None,
         typer.Option(
             metavar="REGEX",
-            help="Whole paths of checkpoints below the archive, with a group (?P<step>\\d+) and "
-            "maybe (?P<tokens>\\d+[KMBT]?).",
+            help="Whole paths of checkpoints below the archive, with a group (?P<step>[0-9]+) and "
+            "maybe (?P<tokens>[0-9.]+[KMBT]?).",
         ),
     ] = None,
     engine: Annotated[
@@ -128,8 +128,9 @@ def scan(
     """Measure every checkpoint that the run does not hold yet."""
     from sinktrack.archive.discover import discover, in_order
     from sinktrack.archive.follow import looks
+    from sinktrack.archive.names import Pattern
     from sinktrack.record import Run
-    from sinktrack.scan import Job, choose_probe, renamed
+    from sinktrack.scan import Job, NoExample, choose_probe, renamed
     from sinktrack.scan import scan as scan_archive
 
     if causal and blocks is not None:
@@ -137,11 +138,13 @@ def scan(
     _quiet()
     if follow and len(archives) > 1:
         raise ArchiveError("--follow takes one archive; start a scan for each")
+    if pattern is not None:
+        Pattern(pattern)  # wrong use is said at once, also where a scan waits
     find = [partial(discover, archive, pattern, hf_config) for archive in archives]
     each = [] if follow else [one() for one in find]
     found = in_order(chain.from_iterable(each))
     for one in each:
-        if [checkpoint.step for checkpoint in one] == [0]:
+        if [checkpoint.step for checkpoint in one] == [0] and one[0].reason is None:
             _err.print(f"{one[0].name} is recorded as step 0", markup=False)
     if follow:
         there = "://" in archives[0] or Path(archives[0]).is_dir()
@@ -149,7 +152,14 @@ def scan(
         _err.print(f"{said}a look every {poll:g} s (Ctrl-C ends it)", markup=False)
 
     coming = chain.from_iterable(looks(archives[0], find[0], poll))
-    batch, note = choose_probe(coming if follow else found, Run.open(run), probe)
+    try:
+        batch, note = choose_probe(coming if follow else found, Run.open(run), probe)
+    except NoExample as error:
+        told = _Told(as_json=as_json, follow=follow, total=len(error.failures))
+        for checkpoint, failure in error.failures:
+            told(checkpoint, failure)
+        told.summary(0, run)
+        raise typer.Exit(1) from error
     if note:
         _err.print(note, markup=False)
     opened = Run.open(run, batch)

@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import torch
 
+from sinktrack import twins
 from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import looks
+from sinktrack.archive.names import Pattern
 from sinktrack.archive.source import Checkpoint, open
-from sinktrack.engines import Outcome, attempt, local, ray
-from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, first_line
+from sinktrack.engines import Outcome, attempt, local, not_measured, ray
+from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, one_line
 from sinktrack.measure import measure, measure_streamed
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
@@ -82,6 +84,8 @@ def scan(
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
     job = Job(run.probe, device, batch_size, blocks, causal, dtype)
+    if pattern is not None:
+        Pattern(pattern)  # wrong use is said at once, also where a scan waits
     find = partial(discover, archive, pattern, hf_config)
     failed = []
     with run.claimed():
@@ -90,6 +94,9 @@ def scan(
         for checkpoint, outcome in _outcomes(rounds, job, engine, workers):
             if isinstance(outcome, dict):
                 run.append(outcome)
+                for steps in twins.equal_weights(run.records):
+                    if outcome["step"] in steps:
+                        _log.warning("%s", twins.told(steps))
             else:
                 failed.append(f"{checkpoint.name}: {outcome}")
             if notify is not None:
@@ -105,7 +112,7 @@ def _check(device: str, engine: Engine | None) -> None:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise MeasurementError(f"device {device!r}: {first_line(error)}") from error
+        raise MeasurementError(f"device {device!r}: {one_line(error)}") from error
     if found.type != "cuda" or engine == "ray":
         return
     if (found.index or 0) >= (count := torch.cuda.device_count()):
@@ -218,24 +225,37 @@ def choose_probe(
 
     Raises:
         ProbeError: the file holds no probe.
-        ArchiveError: the files of none can be read; the first one's error.
+        NoExample: the files of none can be read.
     """
     if file is not None:
         return Probe.load(file), None
     if run.probe is not None:
         return run.probe, None
-    failure = None
+    failures: list[tuple[Checkpoint, SinktrackError]] = []
     for checkpoint in examples:
         try:
             return _probe_for(checkpoint)
-        except ArchiveError as error:  # the scan says which, where another can be read
-            failure = failure or error
-    raise failure or ArchiveError("there is no checkpoint to make a probe for")
+        except SinktrackError as error:  # the scan says which, where another can be read
+            failures.append((checkpoint, error))
+        except Exception as error:  # a stranger's config can break transformers anywhere
+            failures.append((checkpoint, not_measured(error)))
+    raise NoExample(failures)
+
+
+class NoExample(ArchiveError):
+    """No checkpoint can be read to make a probe for; ``failures`` has the error of each."""
+
+    def __init__(self, failures: list[tuple[Checkpoint, SinktrackError]]) -> None:
+        self.failures = failures
+        said = "".join(f"\n{checkpoint.name}: {error}" for checkpoint, error in failures)
+        super().__init__(f"there is no checkpoint to make a probe for; give one{said}")
 
 
 def _probe_for(checkpoint: Checkpoint) -> tuple[Probe, str]:
     from sinktrack.archive.huggingface import tokenizer, vocabulary
 
+    if checkpoint.reason is not None:
+        raise ArchiveError(checkpoint.reason)
     found = tokenizer(checkpoint.files)
     if found is not None:
         made = Probe.from_texts(found, passages())

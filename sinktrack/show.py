@@ -15,6 +15,7 @@ from sinktrack.attention import uniform
 from sinktrack.circuit import EPSILON
 from sinktrack.errors import RecordError
 from sinktrack.signal import Analysis
+from sinktrack.twins import equal_weights, told
 
 _BARS = "▁▂▃▄▅▆▇█"
 _LONGEST = 24
@@ -46,6 +47,8 @@ def show(
     reference = last["reference_block"]
     console.print(Text(title, style="bold"))
     console.print(_summary(records))
+    for steps in equal_weights(records):
+        console.print(Text(told(steps).capitalize() + "."))
     console.print()
     _signal(signal, console)
     console.print()

@@ -36,6 +36,9 @@ _ATTEMPTS = 4
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SHORTEST_POINTER, _LONGEST_POINTER = 80, 1024
 """Bytes of what Git LFS leaves in the place of a file."""
+_READ: dict[tuple[str, str, str], tuple[tuple[Any, ...], Any]] = {}
+"""What `Files.once` keeps, by what was read and where."""
+_MOST_READ = 100_000
 _STORES = {"s3", "gs", "gcs", "az", "abfs"}
 T = TypeVar("T")
 
@@ -46,6 +49,8 @@ class Entry:
 
     name: str
     directory: bool
+    dangling: bool = False
+    """Whether it is a link to what is not there."""
 
 
 class Files:
@@ -114,7 +119,8 @@ class Files:
         try:
             with os.scandir(self.location) as found:
                 for entry in found:
-                    yield Entry(entry.name, entry.is_dir())
+                    dangling = entry.is_symlink() and not os.path.exists(entry.path)
+                    yield Entry(entry.name, not dangling and entry.is_dir(), dangling)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ArchiveError(f"{self.location} is not a directory") from error
         except OSError as error:
@@ -161,6 +167,36 @@ class Files:
             raise ArchiveError(f"{self.path(name)} is not a file of known size")
         return size
 
+    def stamp(self, name: str) -> tuple[Any, ...] | None:
+        """What changes when a file does: its size, and when or as what it was written.
+
+        None where there is no such file.
+
+        Raises:
+            ArchiveError: a remote place cannot be asked.
+        """
+        if self.local:
+            try:
+                return _stamp(os.stat(self.path(name)))
+            except (OSError, ValueError):
+                return None
+        try:
+            return _remote_stamp(self._info(name))
+        except _Missing:
+            return None
+
+    def once(self, read: Callable[[Files], T], *names: str) -> T:
+        """What ``read`` makes of this directory; kept until one of these files changes."""
+        stamps = tuple(map(self.stamp, names))
+        key = read.__module__, read.__qualname__, self.location
+        kept = _READ.get(key)
+        if kept is None or kept[0] != stamps:
+            _READ[key] = kept = stamps, read(self)
+            while len(_READ) > _MOST_READ:
+                _READ.pop(next(iter(_READ)), None)
+        found: T = kept[1]
+        return found
+
     def stamps(self) -> dict[str, tuple[Any, ...]]:
         """Of each file here, what changes when it does: size, and when or as what it was written.
 
@@ -172,13 +208,9 @@ class Files:
             for entry in self.entries():
                 if not entry.directory and len(found) < _MOST_STAMPS:
                     with suppress(OSError):  # deleted meanwhile
-                        status = os.stat(self.path(entry.name))
-                        found[entry.name] = (status.st_size, status.st_mtime_ns, status.st_ino)
+                        found[entry.name] = _stamp(os.stat(self.path(entry.name)))
             return found
-        return {
-            str(info["name"]): tuple(str(info.get(key)) for key in ("size", "e_tag", "blob_id"))
-            for info in self._listed()
-        }
+        return {str(info["name"]): _remote_stamp(info) for info in self._listed()}
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Exactly the bytes ``start`` to ``stop`` of a file, in memory of their own.
@@ -370,6 +402,15 @@ def parse_json(data: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None
         return json.loads(data, object_pairs_hook=pairs)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+
+
+def _stamp(status: os.stat_result) -> tuple[Any, ...]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _remote_stamp(info: dict[str, Any]) -> tuple[Any, ...]:
+    keys = ("size", "e_tag", "ETag", "blob_id", "last_modified", "LastModified")
+    return tuple(str(info.get(key)) for key in keys)
 
 
 class _Missing(ArchiveError):

@@ -93,6 +93,8 @@ class Checkpoint:
     name: str
     config: Files | None = None
     """Where the ``config.json`` is that describes the model, if not in the checkpoint."""
+    reason: str | None = None
+    """Why it cannot be measured, where that was seen before it is opened."""
 
 
 def open(checkpoint: Checkpoint) -> Source:
@@ -101,6 +103,8 @@ def open(checkpoint: Checkpoint) -> Source:
     Raises:
         ArchiveError: what it needs is missing, damaged, or not known to transformers.
     """
+    if checkpoint.reason is not None:
+        raise ArchiveError(checkpoint.reason)
     module = importlib.import_module(f"sinktrack.archive.{checkpoint.format}")
     source: Source = module.open(checkpoint)
     sizes = source.config.get_text_config(decoder=True).to_dict()
