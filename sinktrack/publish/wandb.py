@@ -148,8 +148,8 @@ def publish(
             dir=run.directory,
             settings=wandb.Settings(console="off", **quiet),
         )
-    except wandb.errors.Error as error:
-        raise RecordError(f"W&B: {error}") from error
+    except (wandb.errors.Error, OSError) as error:
+        raise RecordError(f"W&B: {error}; nothing was sent") from error
     with active:
         _refuse_lost(active, run.directory)
         _define(active)
