@@ -377,6 +377,7 @@ def probe(
     ] = None,
 ) -> None:
     """Make a probe from texts and a tokenizer, or from random tokens."""
+    from sinktrack import text
     from sinktrack.archive.files import Files
     from sinktrack.archive.huggingface import tokenizer as load_tokenizer
     from sinktrack.errors import ProbeError
@@ -390,9 +391,11 @@ def probe(
         if found is None:
             raise ProbeError(f"no tokenizer.json in {tokenizer}")
         try:
-            lines = texts.read_text().splitlines()
+            lines = text.lines(texts)
         except OSError as error:
             raise ProbeError(f"cannot read {texts}: {error.strerror}") from error
+        except ValueError as error:
+            raise ProbeError(str(error)) from error
         if first_token is not None:
             raise ProbeError("--first-token is of random tokens; texts begin as the tokenizer does")
         made = Probe.from_texts(found, lines, length)
