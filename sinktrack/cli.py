@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 some checkpoints failed, 2 wrong use, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -432,6 +433,9 @@ def _quiet() -> None:
 def main() -> None:
     """Entry point."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):  # names that it cannot write are no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except SinktrackError as error:
