@@ -130,9 +130,7 @@ def test_no_records() -> None:
         shown([])
 
 
-@pytest.mark.parametrize(
-    "encoding", ["ascii", "latin-1", "cp1252", "utf-8", "C", "ascii:strict", "latin-1:strict"]
-)
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "C", "utf-8"])
 def test_any_encoding_of_the_output(encoding: str, tmp_path: Path) -> None:
     """As in the logs of a scheduler: bars of ASCII where there are no others."""
     run = Run.open(tmp_path / "caf\xe9 \u2581")
@@ -140,18 +138,16 @@ def test_any_encoding_of_the_output(encoding: str, tmp_path: Path) -> None:
         run.append(record)
     own = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     environment = os.environ | (own if encoding == "C" else {"PYTHONIOENCODING": encoding})
-    environment |= {"COLUMNS": "80"}
-    for arguments in (["show", str(run.directory)], ["--help"], ["show", "--help"]):
-        done = subprocess.run(
-            [sys.executable, "-c", "from sinktrack.cli import main; main()", *arguments],
-            capture_output=True, env=environment,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr.decode()
-        text = done.stdout.decode("utf-8" if encoding == "utf-8" else "latin-1")
-        if "--help" not in arguments:
-            bars = "\u2581" if encoding == "utf-8" else "."
-            assert row(text, 0).split()[3].startswith(bars)
-            assert "\\u2581" in text or encoding == "utf-8"
+    done = subprocess.run(
+        [sys.executable, "-c", "from sinktrack.cli import main; main()", "show",
+         str(run.directory)],
+        capture_output=True, env=environment | {"COLUMNS": "80"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    text = done.stdout.decode("utf-8" if encoding == "utf-8" else "latin-1")
+    name = {"utf-8": "\u2581", "C": "\\udce2"}.get(encoding, "\\u2581")
+    assert name in text.splitlines()[0]
+    assert row(text, 0).split()[3].startswith("\u2581" if encoding == "utf-8" else ".")
 
 
 def test_plain_bars_rise_and_gaps_are_blank(tmp_path: Path) -> None:
