@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -242,7 +244,7 @@ class Probe:
             ProbeError: missing, damaged, or not a probe.
         """
         try:
-            with safe_open(path, framework="pt") as file:
+            with _named(path) as name, safe_open(name, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError as error:
@@ -271,6 +273,18 @@ class Probe:
         packed = "" if self.documents is None else f" in {self.sequences} documents"
         rows = len(self.tokens)
         return f"Probe({rows} x {self.length} tokens{packed}, {self.digest[:12]})"
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[str | Path]:
+    """A name that safetensors takes: it knows none that is not UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield path
 
 
 def _refuse_no_text(number: int, text: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sinktrack import atomic, locks
+from sinktrack import atomic, locks, text
 from sinktrack.errors import RecordError, require
 from sinktrack.probe import Probe
 
@@ -333,6 +333,8 @@ class Run:
 def to_json(value: Any, name: str = "record") -> Any:
     """Plain JSON values: tensors and arrays become lists, nan becomes None.
 
+    Text is UTF-8; of a name, a byte that is not becomes four letters behind a backslash: ``udcXX``.
+
     Raises:
         RecordError: an infinity; names the field.
     """
@@ -342,6 +344,8 @@ def to_json(value: Any, name: str = "record") -> Any:
         value = value.tolist()
     if isinstance(value, list | tuple):
         return [to_json(item, name) for item in value]
+    if isinstance(value, str):
+        return text.printable(value)
     if isinstance(value, float):
         if math.isnan(value):
             return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sinktrack.errors import RecordError
+
 _MARKS = {
     b"\xff\xfe\x00\x00": "UTF-32LE",
     b"\x00\x00\xfe\xff": "UTF-32BE",
@@ -54,6 +56,24 @@ def lines(path: Path) -> list[str]:
     if not found[-1]:
         del found[-1]
     return [line.removesuffix("\r").removeprefix("\ufeff") for line in found]
+
+
+def printable(name: str) -> str:
+    r"""A name with ``\udcXX`` for each byte that is not UTF-8, so that all can write it."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def refuse_unencodable(path: Path, who: str) -> None:
+    """Refuse a path that others than Python cannot take.
+
+    Raises:
+        RecordError: its name is not UTF-8.
+    """
+    if printable(str(path)) != str(path):
+        raise RecordError(
+            f"{who} takes no path whose name is not UTF-8, as {printable(str(path))}; rename the "
+            "directory, or give another"
+        )
 
 
 def _line(data: bytes, at: int) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sinktrack import atomic
+from sinktrack import atomic, text
 from sinktrack.errors import RecordError, require
 from sinktrack.publish import picture
 from sinktrack.publish.curves import CAUSAL, COMPONENT, causal, components, gone, metrics, summary
@@ -75,11 +75,11 @@ def settle() -> None:
         active.log({}, commit=True)
 
 
-def alert(title: str, text: str) -> None:
+def alert(title: str, words: str) -> None:
     """Raise an alert in the active W&B run; without one, do nothing."""
     active = _active()
     if active is not None:
-        active.alert(title=title, text=text, level="WARN", wait_duration=0)
+        active.alert(title=title, text=text.printable(words), level="WARN", wait_duration=0)
 
 
 def stage(name: str | None) -> None:
@@ -132,6 +132,7 @@ def publish(
     todo = [record for record in records if record["step"] not in known["steps"]]
     if target is not None and not todo and known["whole"] == records[-1]["step"]:
         return target, 0
+    text.refuse_unencodable(run.directory.resolve(), "W&B")
     sent.check()
     quiet = {
         name: True
