@@ -417,9 +417,8 @@ def test_losses_are_read_as_utf8_or_refused_at_the_byte(tmp_path: Path) -> None:
     for path, content in ((table, rows.encode()), (state, history + b"\n")):
         path.write_bytes(content + b" caf\xe9\n")
         line, at = content.count(b"\n") + 1, len(content) + 4
-        with pytest.raises(
-            st.RecordError, match=f"{path}, line {line}: byte {at} .* 0xe9, is not UTF"
-        ):
+        told = f"{path}, line {line}: byte {at} .* 0xe9, is not UTF-8"
+        with pytest.raises(st.RecordError, match=told):
             read_losses(path)
         path.write_text(content.decode(), encoding="utf-16")
         with pytest.raises(st.RecordError, match=f"{path} is UTF-16LE text"):

@@ -533,8 +533,8 @@ def test_a_trainer_and_its_users_own_steps(
     callbacks = {"none": [ours], "before": [Logs(), ours], "after": [ours, Logs()]}[own]
     for most in (5, 8):
         run_trainer(
-            models.llama(num_hidden_layers=2).train(), tmp_path / "out", callbacks, most == 8 or None,
-            max_steps=most, logging_steps=2, report_to=["wandb"], save_steps=5,
+            models.llama(num_hidden_layers=2).train(), tmp_path / "out", callbacks,
+            most == 8 or None, max_steps=most, logging_steps=2, report_to=["wandb"], save_steps=5,
         )  # fmt: skip
     wanted = [{"mine": step / 8} for step in range(1, 9)] if own != "none" else []
     rows = rows_of(active, tmp_path)
