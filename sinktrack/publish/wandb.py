@@ -35,7 +35,7 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
     """Log a record to the active W&B run; without one, or with a disabled one, do nothing.
 
     The record joins the row that W&B has open and leaves it open: the run's own step does not move,
-    so no later row of the training's is behind it, whatever ``step=`` it passes. Only where a
+    so that of a later row with ``step=`` is not behind it. Only where a
     record is in that row already does this one go into the next. The axis is the key
     ``sinktrack/step``. Values that were not measured are left out.
 
@@ -51,6 +51,7 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
     records = living(run.written)
     _define(active)
     settle()
+    shared = active.settings.mode == "shared"  # by several processes, so without a step of its own
     active.log(
         {
             **metrics(record),
@@ -58,9 +59,10 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
             **_pictures(wandb, record, records),
             **_tables(wandb, [record]),
         },
-        commit=False,
+        commit=shared,
     )
-    _open[active.id] = active.step
+    if not shared:
+        _open[active.id] = active.step
     active.summary.update(gone(records[-2:]) | summary(records))
     Sent(run).add(active, record["step"], whole=True)
 
