@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 some checkpoints failed, 2 wrong use, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -387,6 +388,7 @@ def probe(
     ] = None,
 ) -> None:
     """Make a probe from texts and a tokenizer, or from random tokens."""
+    from sinktrack import text
     from sinktrack.archive.files import Files
     from sinktrack.archive.huggingface import tokenizer as load_tokenizer
     from sinktrack.errors import ProbeError
@@ -400,9 +402,11 @@ def probe(
         if found is None:
             raise ProbeError(f"no tokenizer.json in {tokenizer}")
         try:
-            lines = texts.read_text().splitlines()
+            lines = text.lines(texts)
         except OSError as error:
             raise ProbeError(f"cannot read {texts}: {error.strerror}") from error
+        except ValueError as error:
+            raise ProbeError(str(error)) from error
         if first_token is not None:
             raise ProbeError("--first-token is of random tokens; texts begin as the tokenizer does")
         made = Probe.from_texts(found, lines, length)
@@ -420,9 +424,11 @@ def probe(
 
 def _named(runs: list[Path]) -> dict[str, Path]:
     """The runs by the shortest end of their paths that tells them apart."""
+    from sinktrack.text import printable
+
     paths = [run.absolute() for run in dict.fromkeys(runs)]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
+        names = [printable("/".join(path.parts[-depth:])) for path in paths]
         if len(set(names)) == len(paths):
             break
     return dict(zip(names, paths, strict=True))
@@ -439,6 +445,9 @@ def _quiet() -> None:
 def main() -> None:
     """Entry point."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):  # names that it cannot write are no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except SinktrackError as error:

@@ -23,6 +23,7 @@ from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
 from sinktrack.prose import passages
 from sinktrack.record import Run, to_json, versions
+from sinktrack.text import printable
 
 _log = logging.getLogger("sinktrack")
 Engine = Literal["local", "ray"]
@@ -211,7 +212,7 @@ def renamed(checkpoints: Sequence[Checkpoint], run: Run) -> list[str]:
     return [
         f"{checkpoint.name} ({held[checkpoint.step]})"
         for checkpoint in checkpoints
-        if held.get(checkpoint.step) not in (None, "callback", checkpoint.name)
+        if held.get(checkpoint.step) not in (None, "callback", printable(checkpoint.name))
     ]
 
 
