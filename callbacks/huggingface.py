@@ -29,6 +29,12 @@ class SinkTrackCallback(TrainerCallback):  # type: ignore[misc]
         """Before the first step, or the first after a resume: probe if the step is due."""
         self._probe(args, state, kwargs["model"], self.tracker.due(state.global_step))
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the next step's logs: end the W&B row of the last step's record."""
+        self.tracker.settle()
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

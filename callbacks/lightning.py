@@ -29,18 +29,27 @@ class SinkTrackLightning(Callback):
     """
 
     def __init__(self, probe: Probe, run: str | Path, every: int = 100, **options: Any) -> None:
-        self.tracker = SinkTracker(probe, run, every, **options)
+        self.tracker = _Tracker(probe, run, every, **options)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the first step, or the first after a resume: probe if the step is due."""
         self._model = _model(pl_module)
         self._probe(trainer, self.tracker.due(trainer.global_step))
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Lightning has logged the batch before: now the record made after it."""
+        self.tracker.settle()
+        self.tracker.catch_up()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
     ) -> None:
         """After a batch: probe if it made a step that is due; accumulated batches make none."""
         step = trainer.global_step
+        if step > (self.tracker.measured or 0) + 1:  # of several optimizers Lightning counts one
+            self.tracker.settle()
         self._probe(trainer, self.tracker.due(step) or step == trainer.max_steps)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,12 +57,42 @@ class SinkTrackLightning(Callback):
         averaging = (StochasticWeightAveraging, WeightAveraging)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._probe(trainer, not any(isinstance(callback, averaging) for callback in callbacks))
+        self.tracker.catch_up()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """What is not in W&B yet."""
+        self.tracker.catch_up()
 
     def _probe(self, trainer: Trainer, wanted: bool) -> None:
         step = trainer.global_step
         if wanted and self.tracker.measured != step:
             self.tracker.axes = {"trainer/global_step": step}
             self.tracker.probe_now(step, self._model)
+
+
+class _Tracker(SinkTracker):  # type: ignore[misc]
+    """Logs a record to W&B once Lightning has logged the batch before it.
+
+    Lightning counts that batch's step one lower, and would put its count over the record's.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._waiting: list[tuple[dict[str, Any], dict[str, int]]] = []
+
+    def catch_up(self) -> None:
+        """Log what waits."""
+        while self._waiting:
+            record, self.axes = self._waiting.pop(0)
+            try:
+                super()._log(record)
+            except Exception as error:
+                self._failed("W&B log", record["step"], error)
+
+    def _log(self, record: dict[str, Any]) -> None:
+        self._waiting.append((record, self.axes))
 
 
 def _model(module: LightningModule) -> PreTrainedModel:

@@ -114,6 +114,13 @@ class SinkTracker:
                 self._failed(what, step, error)
         return measurement
 
+    def settle(self) -> None:
+        """End W&B's row of the last record, before a trainer logs a later step."""
+        try:
+            wandb.settle()
+        except Exception as error:
+            self._failed("W&B log", self.measured or 0, error)
+
     def _log(self, record: dict[str, Any]) -> None:
         assert self._run is not None
         wandb.log(record, self.axes, self._run)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+_UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What a file system answers that has no fsync, or none of directories."""
 
 
 def write(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -25,8 +29,9 @@ def write(path: Path, data: bytes, *, durable: bool = True) -> None:
             file.write(data)
             file.flush()
             if durable:
-                os.fsync(descriptor)
-        os.chmod(name, 0o644)
+                flush(descriptor)
+        with suppress(OSError):  # some file systems have no modes
+            os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         with suppress(OSError):
@@ -38,8 +43,19 @@ def write(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 def sync(directory: Path) -> None:
     """Flush the names in a directory to disk."""
+    if os.name == "nt":  # where a directory cannot be opened
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush(descriptor: int) -> None:
+    """Flush to disk, where the file system knows how to."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise

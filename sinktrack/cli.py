@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 some checkpoints failed, 2 wrong use, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -91,6 +92,10 @@ def scan(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Sequences at a time; by default the whole probe.")
     ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="What to compute in; by default what the weights are stored in."),
+    ] = None,
     hf_config: Annotated[
         str | None,
         typer.Option(
@@ -101,8 +106,8 @@ def scan(
         str | None,
         typer.Option(
             metavar="REGEX",
-            help="Whole paths of checkpoints below the archive, with a group (?P<step>\\d+) and "
-            "maybe (?P<tokens>\\d+[KMBT]?).",
+            help="Whole paths of checkpoints below the archive, with a group (?P<step>[0-9]+) and "
+            "maybe (?P<tokens>[0-9.]+[KMBT]?).",
         ),
     ] = None,
     engine: Annotated[
@@ -124,8 +129,9 @@ def scan(
     """Measure every checkpoint that the run does not hold yet."""
     from sinktrack.archive.discover import discover, in_order
     from sinktrack.archive.follow import looks
+    from sinktrack.archive.names import Pattern
     from sinktrack.record import Run
-    from sinktrack.scan import Job, choose_probe, renamed
+    from sinktrack.scan import Job, NoExample, choose_probe, renamed
     from sinktrack.scan import scan as scan_archive
 
     if causal and blocks is not None:
@@ -133,11 +139,13 @@ def scan(
     _quiet()
     if follow and len(archives) > 1:
         raise ArchiveError("--follow takes one archive; start a scan for each")
+    if pattern is not None:
+        Pattern(pattern)  # wrong use is said at once, also where a scan waits
     find = [partial(discover, archive, pattern, hf_config) for archive in archives]
     each = [] if follow else [one() for one in find]
     found = in_order(chain.from_iterable(each))
     for one in each:
-        if [checkpoint.step for checkpoint in one] == [0]:
+        if [checkpoint.step for checkpoint in one] == [0] and one[0].reason is None:
             _err.print(f"{one[0].name} is recorded as step 0", markup=False)
     if follow:
         there = "://" in archives[0] or Path(archives[0]).is_dir()
@@ -145,11 +153,18 @@ def scan(
         _err.print(f"{said}a look every {poll:g} s (Ctrl-C ends it)", markup=False)
 
     coming = chain.from_iterable(looks(archives[0], find[0], poll))
-    batch, note = choose_probe(coming if follow else found, Run.open(run), probe)
+    try:
+        batch, note = choose_probe(coming if follow else found, Run.open(run), probe)
+    except NoExample as error:
+        told = _Told(as_json=as_json, follow=follow, total=len(error.failures))
+        for checkpoint, failure in error.failures:
+            told(checkpoint, failure)
+        told.summary(0, run)
+        raise typer.Exit(1) from error
     if note:
         _err.print(note, markup=False)
     opened = Run.open(run, batch)
-    job = Job(batch, blocks=blocks, causal=causal)
+    job = Job(batch, blocks=blocks, causal=causal, dtype=dtype)
     todo = len(job.lacking(found, opened))
     if others := renamed(found, opened):
         _err.print(
@@ -167,6 +182,7 @@ def scan(
                     device=device,
                     blocks=blocks,
                     batch_size=batch_size,
+                    dtype=dtype,
                     hf_config=hf_config,
                     pattern=pattern,
                     engine=engine,
@@ -372,6 +388,7 @@ def probe(
     ] = None,
 ) -> None:
     """Make a probe from texts and a tokenizer, or from random tokens."""
+    from sinktrack import text
     from sinktrack.archive.files import Files
     from sinktrack.archive.huggingface import tokenizer as load_tokenizer
     from sinktrack.errors import ProbeError
@@ -385,9 +402,11 @@ def probe(
         if found is None:
             raise ProbeError(f"no tokenizer.json in {tokenizer}")
         try:
-            lines = texts.read_text().splitlines()
+            lines = text.lines(texts)
         except OSError as error:
             raise ProbeError(f"cannot read {texts}: {error.strerror}") from error
+        except ValueError as error:
+            raise ProbeError(str(error)) from error
         if first_token is not None:
             raise ProbeError("--first-token is of random tokens; texts begin as the tokenizer does")
         made = Probe.from_texts(found, lines, length)
@@ -405,9 +424,11 @@ def probe(
 
 def _named(runs: list[Path]) -> dict[str, Path]:
     """The runs by the shortest end of their paths that tells them apart."""
+    from sinktrack.text import printable
+
     paths = [run.absolute() for run in dict.fromkeys(runs)]
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
+        names = [printable("/".join(path.parts[-depth:])) for path in paths]
         if len(set(names)) == len(paths):
             break
     return dict(zip(names, paths, strict=True))
@@ -424,6 +445,9 @@ def _quiet() -> None:
 def main() -> None:
     """Entry point."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):  # names that it cannot write are no reason to end
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except SinktrackError as error:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+_HALF = 1000
+"""Characters."""
+
 
 class SinktrackError(Exception):
     """Base of all errors raised on purpose; the message says what was found and what to do."""
@@ -30,9 +33,16 @@ class MissingExtra(SinktrackError, ImportError):
     """An optional dependency is not installed."""
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in short; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def one_line(error: BaseException) -> str:
+    """All that an error says, in one line; its type where it says nothing.
+
+    Of what is longer than a screen the middle is left out: what was found stands at the beginning,
+    what to do mostly at the end.
+    """
+    said = " ".join(str(error).split())
+    if len(said) > 2 * _HALF:
+        said = f"{said[:_HALF]} [...] {said[-_HALF:]}"
+    return said or type(error).__name__
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -37,7 +37,7 @@ def export(
     schema = _schema(arrow)
     count = 0
     try:
-        with _writer(path, schema, form) as writer:
+        with path.open("wb") as file, _writer(file, schema, form) as writer:
             for record in records:
                 found = list(rows(record))
                 writer.write_batch(arrow.RecordBatch.from_pylist(found, schema=schema))
@@ -54,7 +54,7 @@ def _schema(arrow: Any) -> Any:
     return arrow.schema([(name, types.get(name, number)) for name in COLUMNS])
 
 
-def _writer(path: Path, schema: Any, form: str) -> Any:
+def _writer(file: Any, schema: Any, form: str) -> Any:
     if form == "csv":
-        return require("pyarrow.csv", "export").CSVWriter(path, schema)
-    return require("pyarrow.parquet", "export").ParquetWriter(path, schema, compression="zstd")
+        return require("pyarrow.csv", "export").CSVWriter(file, schema)
+    return require("pyarrow.parquet", "export").ParquetWriter(file, schema, compression="zstd")

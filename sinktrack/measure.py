@@ -138,6 +138,7 @@ class _Passes:
             self._singles,
             torch.cat([tokens[:, 0] for tokens in self._batches]),
             found.kinds,
+            {value.dtype for value in found.model.parameters() if value.is_floating_point()},
             model={
                 "type": found.type,
                 "blocks": len(found.blocks),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,9 @@ class Measurement:
 
     model: dict[str, Any]
     """Type, blocks, heads and experts of the model."""
+    dtype: str
+    """Of the weights as they are measured, such as ``bfloat16``; of the residual stream where the
+    weights are of several."""
     probe: str
     """Digest of the probe."""
     weights: str | None
@@ -158,6 +161,7 @@ class Measurement:
             "weights": self.weights,
             "probe": self.probe,
             "model": self.model,
+            "dtype": self.dtype,
             "versions": versions,
             "seconds": self.seconds,
             "block_kinds": list(self.block_kinds),
@@ -189,6 +193,7 @@ def assemble(
     alone: Collector,
     first_tokens: Tensor,
     kinds: Sequence[str],
+    dtypes: Collection[torch.dtype],
     **identity: Any,
 ) -> Measurement:
     """Compute everything from what the two passes left.
@@ -198,6 +203,7 @@ def assemble(
         alone: of the first-token pass, one sequence per distinct first token.
         first_tokens: ``[B]`` int64, token 0 of each of the probe's sequences.
         kinds: the kinds of all L blocks; where the passes saw fewer, the first were measured.
+        dtypes: of the parameters.
         identity: ``model``, ``probe``, ``weights`` and ``seconds`` of the Measurement.
 
     Raises:
@@ -219,7 +225,9 @@ def assemble(
         missing |= computed.pop("missing", {})
         found |= computed
     found["intervals"] = _intervals(seen, found)
+    stored = set(dtypes)
     return Measurement(
+        dtype=str(next(iter(stored)) if len(stored) == 1 else collected.dtype).removeprefix("torch."),
         block_kinds=tuple(kinds),
         measured_blocks=seen.measured,
         visible_queries_by_sequence=found["visible_queries"],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,10 +88,14 @@ class Probe:
             length: T.
 
         Raises:
-            ProbeError: no text is long enough.
+            ProbeError: no text is long enough, or one is no text: not a string, half of a character
+                (a lone surrogate), or begun by a byte order mark, which would be P0.
         """
-        if isinstance(texts, str):
+        if isinstance(texts, str | bytes):
             raise ProbeError("texts is one string; give a list of strings")
+        texts = list(texts)
+        for number, text in enumerate(texts):
+            _refuse_no_text(number, text)
         rows = [tokenizer(text)["input_ids"] for text in texts]
         kept = [row[:length] for row in rows if len(row) >= length]
         if not kept:
@@ -238,7 +244,7 @@ class Probe:
             ProbeError: missing, damaged, or not a probe.
         """
         try:
-            with safe_open(path, framework="pt") as file:
+            with _named(path) as name, safe_open(name, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError as error:
@@ -267,6 +273,35 @@ class Probe:
         packed = "" if self.documents is None else f" in {self.sequences} documents"
         rows = len(self.tokens)
         return f"Probe({rows} x {self.length} tokens{packed}, {self.digest[:12]})"
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[str | Path]:
+    """A name that safetensors takes: it knows none that is not UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        with open(path, "rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield path
+
+
+def _refuse_no_text(number: int, text: Any) -> None:
+    if not isinstance(text, str):
+        raise ProbeError(f"text {number} is {type(text).__name__}, wanted a string")
+    if text.startswith("\ufeff"):
+        raise ProbeError(
+            f"text {number} begins with a byte order mark, which would be its P0; read the file "
+            "with encoding='utf-8-sig'"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ProbeError(
+            f"text {number} holds half of a character (a lone surrogate, {text[error.start]!a}) at "
+            f"position {error.start}; read its file with errors='strict'"
+        ) from error
 
 
 def _integers(values: Any, what: str) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
+import logging
 import math
 import os
 import tempfile
@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sinktrack import atomic, locks
+from sinktrack import atomic, locks, text
 from sinktrack.errors import RecordError, require
 from sinktrack.probe import Probe
 
+_log = logging.getLogger("sinktrack")
+_unlocked: set[Path] = set()
+"""Run directories of which this process has said that they cannot be locked."""
 SCHEMA = 1
 _SCALARS = (
     "tokens", "source", "sink_rate", "formed", "reference_block", "share_sum", "first_two_share",
@@ -62,7 +65,7 @@ class Run:
             run._check_schema()
             if probe is not None:
                 run._adopt(probe)
-            tempfile.TemporaryFile(dir=directory).close()  # says why, where one cannot write
+            run._try_to_append()
             if not (directory / "run.json").exists():
                 run._describe()
         except OSError as error:
@@ -142,7 +145,7 @@ class Run:
         try:
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                locks.lock(descriptor)
                 known = _version(os.fstat(descriptor)) == self._seen
                 end = _whole(descriptor)
                 self._refuse_another(record, _last(descriptor, end))
@@ -151,7 +154,7 @@ class Run:
                 try:
                     if os.write(descriptor, line) != len(line):
                         raise OSError(28, os.strerror(28))
-                    os.fsync(descriptor)
+                    atomic.flush(descriptor)
                 except OSError:
                     os.ftruncate(descriptor, end)
                     raise
@@ -215,6 +218,29 @@ class Run:
             rows.append(row)
         columns = None if rows else ["step", *_SCALARS]
         return pandas.DataFrame(rows, columns=columns).set_index("step")
+
+    def _try_to_append(self) -> None:
+        """Do what `append` does, on a file without a name; say so once where nothing can be locked.
+
+        Raises:
+            OSError: one of it cannot be done here, so no record could be kept.
+        """
+        if self._file.exists():
+            os.close(os.open(self._file, os.O_RDWR))
+        with tempfile.TemporaryFile(dir=self.directory) as file:
+            descriptor = file.fileno()
+            locked = locks.lock(descriptor)
+            os.write(descriptor, b"\n")
+            atomic.flush(descriptor)
+            _whole(descriptor)
+            os.ftruncate(descriptor, 0)
+        directory = self.directory.resolve()
+        if not locked and directory not in _unlocked:
+            _unlocked.add(directory)
+            _log.warning(
+                "the file system of %s has no locks: records are appended without; let one process "
+                "at a time write into this run", self.directory,
+            )  # fmt: skip
 
     def _line(self, record: Mapping[str, Any]) -> bytes:
         if record.get("schema") != SCHEMA:
@@ -307,6 +333,8 @@ class Run:
 def to_json(value: Any, name: str = "record") -> Any:
     """Plain JSON values: tensors and arrays become lists, nan becomes None.
 
+    Text is UTF-8; of a name, a byte that is not becomes four letters behind a backslash: ``udcXX``.
+
     Raises:
         RecordError: an infinity; names the field.
     """
@@ -316,6 +344,8 @@ def to_json(value: Any, name: str = "record") -> Any:
         value = value.tolist()
     if isinstance(value, list | tuple):
         return [to_json(item, name) for item in value]
+    if isinstance(value, str):
+        return text.printable(value)
     if isinstance(value, float):
         if math.isnan(value):
             return None
@@ -338,7 +368,7 @@ def _last(descriptor: int, end: int) -> dict[str, Any]:
     """The record that ends there; empty where there is none."""
     start = _whole(descriptor, max(0, end - 1))
     try:
-        record = json.loads(os.pread(descriptor, end - start, start))
+        record = json.loads(_read(descriptor, end - start, start))
     except ValueError:  # the start of the file, or a damaged line, which reading tells of
         return {}
     return record if isinstance(record, dict) else {}
@@ -350,8 +380,13 @@ def _whole(descriptor: int, end: int | None = None) -> int:
         end = os.lseek(descriptor, 0, os.SEEK_END)
     while end:
         start = max(0, end - 65536)
-        newline = os.pread(descriptor, end - start, start).rfind(b"\n")
+        newline = _read(descriptor, end - start, start).rfind(b"\n")
         if newline >= 0:
             return start + newline + 1
         end = start
     return 0
+
+
+def _read(descriptor: int, size: int, start: int) -> bytes:
+    os.lseek(descriptor, start, os.SEEK_SET)
+    return os.read(descriptor, size)

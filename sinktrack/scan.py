@@ -11,19 +11,23 @@ from typing import Any, Literal
 
 import torch
 
+from sinktrack import twins
 from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import looks
+from sinktrack.archive.names import Pattern
 from sinktrack.archive.source import Checkpoint, open
-from sinktrack.engines import Outcome, attempt, local, ray
-from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, first_line
+from sinktrack.engines import Outcome, attempt, local, not_measured, ray
+from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, one_line
 from sinktrack.measure import measure, measure_streamed
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
 from sinktrack.prose import passages
 from sinktrack.record import Run, to_json, versions
+from sinktrack.text import printable
 
 _log = logging.getLogger("sinktrack")
 Engine = Literal["local", "ray"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Notify = Callable[[Checkpoint, dict[str, Any] | SinktrackError], None]
 
 
@@ -35,6 +39,7 @@ def scan(
     device: str = "cpu",
     blocks: int | None = None,
     batch_size: int | None = None,
+    dtype: Dtype | None = None,
     hf_config: str | Path | None = None,
     pattern: str | None = None,
     engine: Engine | None = None,
@@ -52,6 +57,7 @@ def scan(
         device: where to compute.
         blocks: measure the first blocks only; see `Measurement.measured_blocks`.
         batch_size: sequences per forward pass of a block; all at once by default.
+        dtype: compute in this one; by default in the one that the weights are stored in.
         hf_config: see `discover`.
         pattern: how checkpoints are named, where `discover` does not know.
         engine: ``local``, worker processes of this machine; ``ray``, tasks of a Ray cluster; by
@@ -78,7 +84,9 @@ def scan(
         run = Run.open(run, probe)
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
-    job = Job(run.probe, device, batch_size, blocks, causal)
+    job = Job(run.probe, device, batch_size, blocks, causal, dtype)
+    if pattern is not None:
+        Pattern(pattern)  # wrong use is said at once, also where a scan waits
     find = partial(discover, archive, pattern, hf_config)
     failed = []
     with run.claimed():
@@ -87,6 +95,9 @@ def scan(
         for checkpoint, outcome in _outcomes(rounds, job, engine, workers):
             if isinstance(outcome, dict):
                 run.append(outcome)
+                for steps in twins.equal_weights(run.records):
+                    if outcome["step"] in steps:
+                        _log.warning("%s", twins.told(steps))
             else:
                 failed.append(f"{checkpoint.name}: {outcome}")
             if notify is not None:
@@ -102,7 +113,7 @@ def _check(device: str, engine: Engine | None) -> None:
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise MeasurementError(f"device {device!r}: {first_line(error)}") from error
+        raise MeasurementError(f"device {device!r}: {one_line(error)}") from error
     if found.type != "cuda" or engine == "ray":
         return
     if (found.index or 0) >= (count := torch.cuda.device_count()):
@@ -118,13 +129,16 @@ class Job:
     batch_size: int | None = None
     blocks: int | None = None
     causal: bool = False
+    dtype: Dtype | None = None
 
     def lacking(self, checkpoints: Sequence[Checkpoint], run: Run) -> list[Checkpoint]:
-        """Those that the run does not hold, or not with as many blocks or the causal tests."""
+        """Those that the run does not hold, or not with as many blocks, the dtype or the tests."""
         done = {record["step"] for record in run.records if self._is_in(record)}
         return [checkpoint for checkpoint in checkpoints if checkpoint.step not in done]
 
     def _is_in(self, record: Mapping[str, Any]) -> bool:
+        if self.dtype is not None and record.get("dtype", self.dtype) != self.dtype:
+            return False
         if self.causal:
             return "causal" in record
         if "measured_blocks" not in record:
@@ -137,6 +151,9 @@ class Job:
         Raises:
             ArchiveError, ProbeError, MeasurementError: it cannot be measured.
         """
+        from sinktrack.archive.beside import tell
+
+        tell(checkpoint)
         tests: dict[str, Any] = {}
         if self.causal:
             measured, tests["causal"] = self._with_tests(checkpoint)
@@ -154,7 +171,7 @@ class Job:
         from sinktrack.taps.walk import CannotWalk
 
         try:
-            streamed = Streamed(open(checkpoint), self.device)
+            streamed = Streamed(open(checkpoint), self.device, self.dtype)
             return measure_streamed(
                 streamed, self.probe, blocks=self.blocks, batch_size=self.batch_size
             )
@@ -162,14 +179,14 @@ class Job:
             if self.blocks is not None:
                 raise ArchiveError(f"{error}; scan all of it, without --blocks") from error
             _log.warning("%s: %s; loading it whole", checkpoint.name, error)
-            model = load(checkpoint, self.device)
+            model = load(checkpoint, self.device, self.dtype, head=False)
             return measure(model, self.probe, batch_size=self.batch_size)
 
     def _with_tests(self, checkpoint: Checkpoint) -> tuple[Measurement, dict[str, Any]]:
         from sinktrack.archive.huggingface import load
         from sinktrack.interventions import examine
 
-        model = load(checkpoint, self.device)
+        model = load(checkpoint, self.device, self.dtype)
         measured = measure(model, self.probe, batch_size=self.batch_size)
         found = examine(model, self.probe, measured, batch_size=self.batch_size)
         return measured, found
@@ -195,7 +212,7 @@ def renamed(checkpoints: Sequence[Checkpoint], run: Run) -> list[str]:
     return [
         f"{checkpoint.name} ({held[checkpoint.step]})"
         for checkpoint in checkpoints
-        if held.get(checkpoint.step) not in (None, "callback", checkpoint.name)
+        if held.get(checkpoint.step) not in (None, "callback", printable(checkpoint.name))
     ]
 
 
@@ -209,24 +226,37 @@ def choose_probe(
 
     Raises:
         ProbeError: the file holds no probe.
-        ArchiveError: the files of none can be read; the first one's error.
+        NoExample: the files of none can be read.
     """
     if file is not None:
         return Probe.load(file), None
     if run.probe is not None:
         return run.probe, None
-    failure = None
+    failures: list[tuple[Checkpoint, SinktrackError]] = []
     for checkpoint in examples:
         try:
             return _probe_for(checkpoint)
-        except ArchiveError as error:  # the scan says which, where another can be read
-            failure = failure or error
-    raise failure or ArchiveError("there is no checkpoint to make a probe for")
+        except SinktrackError as error:  # the scan says which, where another can be read
+            failures.append((checkpoint, error))
+        except Exception as error:  # a stranger's config can break transformers anywhere
+            failures.append((checkpoint, not_measured(error)))
+    raise NoExample(failures)
+
+
+class NoExample(ArchiveError):
+    """No checkpoint can be read to make a probe for; ``failures`` has the error of each."""
+
+    def __init__(self, failures: list[tuple[Checkpoint, SinktrackError]]) -> None:
+        self.failures = failures
+        said = "".join(f"\n{checkpoint.name}: {error}" for checkpoint, error in failures)
+        super().__init__(f"there is no checkpoint to make a probe for; give one{said}")
 
 
 def _probe_for(checkpoint: Checkpoint) -> tuple[Probe, str]:
     from sinktrack.archive.huggingface import tokenizer, vocabulary
 
+    if checkpoint.reason is not None:
+        raise ArchiveError(checkpoint.reason)
     found = tokenizer(checkpoint.files)
     if found is not None:
         made = Probe.from_texts(found, passages())

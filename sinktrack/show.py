@@ -15,8 +15,11 @@ from sinktrack.attention import uniform
 from sinktrack.metrics.attention import EPSILON
 from sinktrack.errors import RecordError
 from sinktrack.signal import Analysis
+from sinktrack.twins import equal_weights, told
 
 _BARS = "▁▂▃▄▅▆▇█"
+_PLAIN_BARS = ".:-=+*%#"
+"""Where the output's encoding has no such bars, as in the logs of a scheduler."""
 _LONGEST = 24
 _SHORTEST = 4
 _BESIDE_SPARKLINES = 58
@@ -45,10 +48,12 @@ def show(
     last = records[-1]
     console.print(Text(title, style="bold"))
     console.print(_summary(records))
+    for steps in equal_weights(records):
+        console.print(Text(told(steps).capitalize() + "."))
     console.print()
     _signal(signal, console)
     console.print()
-    console.print(_blocks(records, console.width))
+    console.print(_blocks(records, console.width, _bars(console.encoding)))
     if evenly := _evenly(last):
         console.print(Text(f"Attention spread evenly would give P0 {evenly}.", style="dim"))
     console.print()
@@ -167,7 +172,7 @@ def _sink(record: Mapping[str, Any]) -> str:
     return told
 
 
-def _blocks(records: Sequence[Mapping[str, Any]], width: int) -> Table:
+def _blocks(records: Sequence[Mapping[str, Any]], width: int, bars: str) -> Table:
     last = records[-1]
     room = min(_LONGEST, max(_SHORTEST, (width - _BESIDE_SPARKLINES) // 2))
     norms = [[_log(value) for value in record["norm_ratio"]] for record in records]
@@ -193,10 +198,10 @@ def _blocks(records: Sequence[Mapping[str, Any]], width: int) -> Table:
             str(block),
             kind,
             _number(last["concentration"][block], ".2f"),
-            _sparkline([record["concentration"][block] for record in records], 0, 1, room),
+            _sparkline([record["concentration"][block] for record in records], 0, 1, room, bars),
             _number(last["sink_rate_by_block"][str(EPSILON)][block], ".0%"),
             _number(last["norm_ratio"][block], ".3g"),
-            _sparkline([row[block] for row in norms], low, high, room),
+            _sparkline([row[block] for row in norms], low, high, room, bars),
             _number(shares.get(("attention", block)), "z.0%"),
             _number(shares.get(("mlp", block)), "z.0%"),
             _number(last["gain"][block], "+z.2f"),
@@ -212,13 +217,23 @@ def _evenly(record: Mapping[str, Any]) -> str:
     return f"{uniform(int(count)):.2f}"
 
 
-def _sparkline(values: Sequence[float | None], low: float, high: float, width: int) -> str:
+def _bars(encoding: str) -> str:
+    try:
+        _BARS.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return _PLAIN_BARS
+    return _BARS
+
+
+def _sparkline(
+    values: Sequence[float | None], low: float, high: float, width: int, bars: str
+) -> str:
     """Bars between ``low`` and ``high``, at most ``width``; a space where there is no value."""
     if len(values) > width:
         values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
-    scale = len(_BARS) / (high - low) if high > low else 0.0
+    scale = len(bars) / (high - low) if high > low else 0.0
     return "".join(
-        " " if value is None else _BARS[min(len(_BARS) - 1, max(0, int((value - low) * scale)))]
+        " " if value is None else bars[min(len(bars) - 1, max(0, int((value - low) * scale)))]
         for value in values
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -25,10 +26,12 @@ from test_measure import fingerprint, same
 from test_record import child
 from test_scan import COMMAND, sinktrack
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typer.testing import CliRunner
 
-from sinktrack import ArchiveError, MeasurementError, Probe, Run, measure, scan
+from sinktrack import ArchiveError, MeasurementError, Probe, RecordError, Run, measure, scan
 from sinktrack.attention import attend
 from sinktrack.callbacks.loop import SinkTracker
+from sinktrack.cli import app, main
 from sinktrack.record import to_json
 from sinktrack.taps.huggingface import _ACTIVE
 
@@ -437,3 +440,45 @@ def test_the_log_says_each_failure_once(tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING, "sinktrack"):
         assert all(tracker.step(step, broken) is None for step in range(2, 6))
     assert len(warnings(caplog)) == 1
+
+
+def test_paths_that_are_not_utf8(tmp_path: Path) -> None:
+    """Written and read back, shown, reported and exported; refused where others take none."""
+    odd = os.fsdecode(b"caf\xe9")
+    archive = save_archive(tmp_path / "plain", steps=range(2))
+    (tmp_path / odd).mkdir()
+    archive = archive.rename(tmp_path / odd / odd)
+    for checkpoint in list(archive.iterdir()):
+        checkpoint.rename(checkpoint.with_name(f"{odd}-{checkpoint.name}"))
+    probe, directory = tmp_path / odd / "probe", tmp_path / odd / "run"
+    SCANNED.save(probe)
+    assert Probe.load(probe) == SCANNED
+    pattern = r".*-(?P<step>\d+)"
+    for left in (2, 0):
+        found = list(scan(archive, probe=Probe.load(probe), run=directory, pattern=pattern))
+        assert len(found) == left
+    run = Run.read(directory)
+    assert run.probe == SCANNED and run.steps == [0, 1]
+    assert [record["source"][:10] for record in run.records] == ["caf\\udce9-"] * 2
+    for arguments in (
+        ["show", directory],
+        ["show", directory, "--json"],
+        ["report", directory, "-o", tmp_path / odd / "report.html"],
+        ["export", directory, "--format", "csv", "-o", tmp_path / odd / "out.csv"],
+        ["export", directory, "--format", "parquet", "-o", tmp_path / odd / "out.parquet"],
+        ["scan", archive, "--run", directory, "--pattern", pattern],
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["sinktrack", *map(str, arguments)])
+            patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+            with pytest.raises(SystemExit) as ended:
+                main()
+            assert ended.value.code == 0, arguments
+    assert (tmp_path / odd / "out.csv").read_text().startswith('"step"')
+    (tmp_path / odd / "report.html").read_text(encoding="utf-8")
+    for to in ("wandb", "tensorboard"):
+        refused = CliRunner().invoke(app, ["publish", str(directory), "--to", to])
+        assert isinstance(refused.exception, RecordError)
+        assert "takes no path whose name is not UTF-8" in str(refused.exception)
+        assert r"caf\udce9" in str(refused.exception)
+    assert not (directory / "wandb.json").exists()

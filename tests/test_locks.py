@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
+import models
 import pytest
+from test_callbacks import PROBE, warnings
+from test_record import record
 
-from sinktrack import locks
+from sinktrack import RecordError, Run, locks
+from sinktrack.callbacks.loop import SinkTracker
 
 
 def test_a_lock_says_who_has_it(tmp_path: Path) -> None:
@@ -62,3 +72,81 @@ def test_a_lock_ends_with_its_process_whoever_it_forked(tmp_path: Path) -> None:
     assert nobody is None
     for descriptor in (free, reading, writing):
         os.close(descriptor)
+
+
+def refuse(number: int) -> Any:
+    """A call that the file system does not know."""
+
+    def call(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lustre answers so: records are kept, it is told once, and a scanner may work too."""
+    monkeypatch.setattr(fcntl, "flock", refuse(number))
+    tracker = SinkTracker(PROBE, tmp_path / "run", every=1, on_error="raise")
+    model = models.llama(num_hidden_layers=2)
+    for step in (1, 2):
+        assert tracker.step(step, model) is not None
+    with Run.open(tmp_path / "run").claimed():
+        pass
+    assert Run.read(tmp_path / "run").steps == [1, 2]
+    (told,) = warnings(caplog)
+    assert "has no locks: records are appended without; let one process" in told
+
+
+def test_another_answer_to_a_lock_is_an_error_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refuse(errno.EIO))
+    with pytest.raises(RecordError, match="cannot write to the run directory .* give another"):
+        Run.open(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["ftruncate", "fsync"])
+def test_what_appending_needs_is_tried_at_the_start(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.open(tmp_path / "run")
+    run.append(record(1))
+    monkeypatch.setattr(os, name, refuse(errno.EIO))
+    with pytest.raises(RecordError, match="cannot write to the run directory .*output error; give"):
+        Run.open(tmp_path / "run")
+    assert Run.read(tmp_path / "run").steps == [1]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_without_fsync_or_modes(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", refuse(number))
+    monkeypatch.setattr(os, "chmod", refuse(errno.EPERM))
+    run = Run.open(tmp_path / "run", PROBE)
+    run.append(record(1, probe=PROBE.digest))
+    assert Run.read(tmp_path / "run").steps == [1] and Run.read(tmp_path / "run").probe == PROBE
+
+
+def test_a_system_without_locks_or_forks(tmp_path: Path) -> None:
+    """As Windows is: the package is imported, and records are kept."""
+    code = """
+        import asyncio, os, sys, torch
+        sys.modules["fcntl"] = None
+        for name in ("register_at_fork", "pread", "pwrite"):
+            delattr(os, name)
+        import sinktrack
+        run = sinktrack.Run.open(sys.argv[1])
+        run.append({"schema": 1, "step": 5})
+        with run.claimed():
+            assert sinktrack.Run.open(sys.argv[1]).steps == [5]
+        assert run.also_recorded_by() is None
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("has no locks") == 1

@@ -403,3 +403,23 @@ def test_as_many_losses_as_are_needed() -> None:
     assert analyze(still, loss={0: 2.0, 3000: 1.0}).missing[-1] == (
         "loss: the sink rate or the loss is the same at every record"
     )
+
+
+def test_losses_are_read_as_utf8_or_refused_at_the_byte(tmp_path: Path) -> None:
+    table, state = tmp_path / "loss.csv", tmp_path / "trainer_state.json"
+    rows = 'step,note,loss\n1,"a\u2028b\x0cc\x85d\ne",2.5\n2,f,1.5\n'
+    for written in (rows, rows.replace("\n", "\r\n"), "\ufeff" + rows):
+        table.write_bytes(written.encode())
+        assert read_losses(table) == {1: 2.5, 2: 1.5}
+    history = json.dumps({"log_history": [{"step": 1, "loss": 2.5}]}).encode()
+    state.write_bytes(b"\xef\xbb\xbf" + history)
+    assert read_losses(tmp_path) == {1: 2.5}
+    for path, content in ((table, rows.encode()), (state, history + b"\n")):
+        path.write_bytes(content + b" caf\xe9\n")
+        line, at = content.count(b"\n") + 1, len(content) + 4
+        told = f"{path}, line {line}: byte {at} .* 0xe9, is not UTF-8"
+        with pytest.raises(st.RecordError, match=told):
+            read_losses(path)
+        path.write_text(content.decode(), encoding="utf-16")
+        with pytest.raises(st.RecordError, match=f"{path} is UTF-16LE text"):
+            read_losses(path)

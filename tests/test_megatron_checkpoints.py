@@ -360,7 +360,9 @@ def test_what_is_still_being_written_is_left(archive: Path) -> None:
     shutil.copytree(archive / "iter_0000010", archive / "iter_0000020")
     (archive / "iter_0000020" / "metadata.json").unlink()
     (archive / "iter_0000020" / ".metadata").unlink()
-    assert [checkpoint.step for checkpoint in discover(archive)] == [10]
+    whole, last = discover(archive)
+    assert (whole.step, whole.reason, last.step) == (10, None, 20)
+    assert "without .metadata, which is written last" in str(last.reason)
 
 
 def test_what_is_still_being_copied_is_left(archive: Path) -> None:

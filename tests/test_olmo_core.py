@@ -120,8 +120,10 @@ def test_steps_of_an_archive(tmp_path: Path) -> None:
         shutil.copytree(archive / "step7", archive / f"step{step}")
     (archive / "step11000" / "model_and_optim" / ".metadata").unlink()
     (archive / "step11000" / "config.json").unlink()
-    assert [checkpoint.step for checkpoint in discover(archive)] == [7, 900, 10000]
-    assert not any(map(lack, discover(archive)))
+    *whole, last = discover(archive)
+    assert [checkpoint.step for checkpoint in whole] == [7, 900, 10000]
+    assert not any(map(lack, whole))
+    assert last.step == 11000 and "model_and_optim/) without .metadata" in str(last.reason)
 
 
 def changed(model: dict[str, Any], path: str, value: Any) -> dict[str, Any]:

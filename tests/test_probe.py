@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import models
 import numpy as np
@@ -185,3 +186,76 @@ def test_the_command_makes_probes_of_texts(tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, ["probe", str(tmp_path / "q"), *given])
     assert isinstance(refused.exception, ProbeError)
     assert "cannot read" in str(refused.exception) and not (tmp_path / "q").exists()
+
+
+def of_texts(content: bytes, directory: Path, length: int = 2) -> Probe:
+    """By the command, with a word a token."""
+    words = ["?", "to", "be", "or", "caf\xe9"]
+    models.save_tokenizer(words, directory / "tokenizer")
+    (directory / "texts").write_bytes(content)
+    (directory / "p").unlink(missing_ok=True)
+    done = CliRunner().invoke(
+        app,
+        ["probe", str(directory / "p"), "--tokenizer", str(directory / "tokenizer"),
+         "--texts", str(directory / "texts"), "--length", str(length)],
+    )  # fmt: skip
+    if done.exception is not None:
+        raise done.exception
+    return Probe.load(directory / "p")
+
+
+@pytest.mark.parametrize(
+    ("content", "tokens"),
+    [
+        (b"to be\nbe or\n", [[1, 2], [2, 3]]),
+        (b"to be\r\nbe or", [[1, 2], [2, 3]]),
+        (b"\n\nto be\n\nbe or\n\n", [[1, 2], [2, 3]]),
+        (b"\xef\xbb\xbfto be\nbe or\n", [[1, 2], [2, 3]]),
+        (b"to be\n\xef\xbb\xbfbe or\n", [[1, 2], [2, 3]]),  # of two files that were joined
+        ("to \u2028 be\nto \x0c be\nto \x85 be\n".encode(), [[1, 2]] * 3),
+        ("to caf\xe9\n".encode(), [[1, 4]]),
+    ],
+)  # fmt: skip
+def test_sequences_end_at_newlines_alone(
+    content: bytes, tokens: list[list[int]], tmp_path: Path
+) -> None:
+    assert of_texts(content, tmp_path, len(tokens[0])).tokens.tolist() == tokens
+    for between in ("\x0b", "\x1c", "\x1d", "\x1e", "\u2029", "\r"):  # no token of their own
+        joined = content.strip() + f"{between}to\n".encode()
+        lines = len(of_texts(joined, tmp_path, len(tokens[0])).tokens)
+        assert lines == len(tokens), repr(between)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"to be\nto caf\xe9\n", "texts, line 2: byte 12 of the file, 0xe9, is not UTF-8"),
+        (b"\xef\xbb\xbfto be\nto \xff", "texts, line 2: byte 12 of the file, 0xff, is not"),
+        (b"to be \xed\xa0\x80\n", "texts, line 1: byte 6 of the file, 0xed, is not UTF-8"),
+        ("to be\n".encode("utf-16"), "texts is UTF-16LE text, .* iconv -f UTF-16 -t UTF-8"),
+        ("to be\n".encode("utf-32"), "texts is UTF-32LE text"),
+        (b"\xfe\xff" + "to be".encode("utf-16-be"), "texts is UTF-16BE text"),
+        ("to be\n".encode("utf-16-le"), "texts, line 1: byte 1 of the file is NUL"),
+        (b"to be\nto \0be\n", "texts, line 2: byte 9 of the file is NUL"),
+    ],
+)
+def test_what_is_not_utf8_is_named_by_line_and_byte(
+    content: bytes, told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ProbeError, match=told):
+        of_texts(content, tmp_path)
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("\ufeffto be", "text 1 begins with a byte order mark, which would be its P0"),
+        ("to \ud83d be", r"text 1 holds half of a character .*'.ud83d'.* at position 3"),
+        (b"to be", "text 1 is bytes, wanted a string"),
+        (None, "text 1 is NoneType, wanted a string"),
+    ],
+)
+def test_texts_that_are_none(text: Any, told: str) -> None:
+    with pytest.raises(ProbeError, match=told):
+        Probe.from_texts(lambda text: {"input_ids": [*text.encode()]}, ["to be", text], length=2)

@@ -454,6 +454,14 @@ def test_what_is_not_claimed_yet_is_said(open_report: Open) -> None:
     assert all(line in missing for line in analyze(records).missing)
 
 
+def test_steps_that_hold_the_same_weights_are_said(open_report: Open) -> None:
+    records = synthetic_records(steps=[0, 100, 200])
+    assert not open_report(records).is_visible("#same_weights")
+    records[2]["weights"] = records[1]["weights"]
+    said = open_report(records).inner_text("#same_weights")
+    assert said == "Steps 100 and 200 hold the same weights, by their digest."
+
+
 def test_a_restart_from_an_older_checkpoint(open_report: Open) -> None:
     """Records in the order of writing; of two of one step the last counts."""
     records = synthetic_records(steps=range(0, 3000, 100))

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +128,33 @@ def test_titles_are_not_markup() -> None:
 def test_no_records() -> None:
     with pytest.raises(RecordError, match="train with a callback, or scan"):
         shown([])
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "C", "utf-8"])
+def test_any_encoding_of_the_output(encoding: str, tmp_path: Path) -> None:
+    """As in the logs of a scheduler: bars of ASCII where there are no others."""
+    run = Run.open(tmp_path / "caf\xe9 \u2581")
+    for record in synthetic_records():
+        run.append(record)
+    own = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment = os.environ | (own if encoding == "C" else {"PYTHONIOENCODING": encoding})
+    done = subprocess.run(
+        [sys.executable, "-c", "from sinktrack.cli import main; main()", "show",
+         str(run.directory)],
+        capture_output=True, env=environment | {"COLUMNS": "80"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    text = done.stdout.decode("utf-8" if encoding == "utf-8" else "latin-1")
+    name = {"utf-8": "\u2581", "C": "\\udce2"}.get(encoding, "\\u2581")
+    assert name in text.splitlines()[0]
+    assert row(text, 0).split()[3].startswith("\u2581" if encoding == "utf-8" else ".")
+
+
+def test_plain_bars_rise_and_gaps_are_blank(tmp_path: Path) -> None:
+    records = synthetic_records(steps=range(9))
+    for record, value in zip(records, (None, *(i / 8 for i in range(8))), strict=True):
+        record["concentration"][0] = value
+    with (tmp_path / "out").open("w+", encoding="ascii") as file:
+        show(records, analyze(records), "run", Console(width=100, color_system=None, file=file))
+        file.seek(0)
+        assert " .:-=+*%#" in row(file.read(), 0)

@@ -111,15 +111,18 @@ def test_steps_of_an_archive(tmp_path: Path) -> None:
     for step in (9, 10, 11):
         shutil.copytree(where["archive"] / "step-7", where["archive"] / f"step-{step}")
     (where["archive"] / "step-11" / ".metadata").unlink()
-    assert [checkpoint.step for checkpoint in discover(**where)] == [7, 9, 10]
-    assert not any(map(lack, discover(**where)))
+    *whole, last = discover(**where)
+    assert [checkpoint.step for checkpoint in whole] == [7, 9, 10]
+    assert not any(map(lack, whole))
+    assert last.step == 11 and ".distcp" in str(last.reason) and ".metadata" in str(last.reason)
 
 
 def test_nothing_but_an_unfinished_checkpoint(tmp_path: Path) -> None:
     where = saved(models.llama(), tmp_path)
     (where["archive"] / "step-7" / ".metadata").unlink()
-    with pytest.raises(ArchiveError, match="no checkpoint in"):
-        discover(**where)
+    (checkpoint,) = discover(**where)
+    with pytest.raises(ArchiveError, match="step-7 holds shards .* without .metadata, which is"):
+        open_source(checkpoint)
 
 
 def test_without_a_configuration_the_way_out_is_named(tmp_path: Path) -> None:

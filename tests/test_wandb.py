@@ -9,6 +9,7 @@ import shutil
 import struct
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,21 @@ import planted
 import pytest
 import torch
 import wandb
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from synthetic import synthetic_records
 from test_callbacks import PROBE, run_trainer
+from test_faults import on_a_disk
+from test_lightning import Module
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from typer.testing import CliRunner
 from wandb.proto import wandb_internal_pb2
 
 from sinktrack import RecordError, Run
 from sinktrack.callbacks.huggingface import SinkTrackCallback
+from sinktrack.callbacks.lightning import SinkTrackLightning
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.cli import app
 from sinktrack.publish.curves import metrics
@@ -343,6 +351,59 @@ def test_what_the_callback_logged_is_not_published_again(
     assert publish(Run.read(tmp_path / "run")) == (training.id, 0)
 
 
+@pytest.mark.parametrize("how", ["variable", "settings", "wandb disabled"])
+def test_what_goes_nowhere_is_not_noted_as_sent(
+    how: str, past: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if how == "variable":
+        monkeypatch.setenv("WANDB_MODE", "disabled")
+    else:
+        monkeypatch.delenv("WANDB_MODE")
+        (tmp_path / "wandb").mkdir()
+        (tmp_path / "wandb" / "settings").write_text("[default]\nmode = disabled\n")
+        if how == "settings":
+            monkeypatch.setattr(wandb, "Settings", partial(wandb.Settings, mode="disabled"))
+    wandb.teardown()
+    with pytest.raises(RecordError, match="W&B is disabled, so nothing was sent and nothing is"):
+        publish(past, "sinks")
+    assert not (past.directory / "wandb.json").exists()
+    monkeypatch.undo()
+    wandb.teardown()
+    assert publish(past, "sinks")[1] == 20
+
+
+def test_what_no_directory_keeps_is_not_noted_as_sent(past: Run) -> None:
+    """W&B offline, and its directory is a file, read-only, or on a disk that gets full."""
+    where = past.directory / "wandb"
+    where.write_text("a file")
+    with pytest.raises(RecordError, match="W&B: .*Not a directory.*; nothing was sent"):
+        publish(past)
+    assert not (past.directory / "wandb.json").exists()
+    where.unlink()
+    script = """
+        mkdir run/wandb
+        mount --bind run/wandb run/wandb
+        mount -o remount,bind,ro run/wandb
+        sinktrack publish run --to wandb
+        umount run/wandb
+        mount -t tmpfs -o size=512k none run/wandb
+        head -c 400k /dev/zero > run/wandb/filler
+        sinktrack publish run --to wandb
+        umount run/wandb
+        mount --bind run run
+        mount -o remount,bind,ro run
+        sinktrack publish run --to wandb
+    """
+    done = on_a_disk(past.directory.parent, script.replace("run", past.directory.name))
+    told = [line for line in done.stderr.splitlines() if re.match("sinktrack: |exit ", line)]
+    assert told[1::2] == ["exit 2"] * 3, done.stderr
+    assert "Read-only file system" in told[0] and "nothing was sent" in told[0]
+    assert "No space left on device; step 0 is not noted as sent" in told[2]
+    assert "cannot note in" in told[4] and "nothing was sent" in told[4]
+    assert not (past.directory / "wandb.json").exists()
+
+
 def test_a_disabled_run_counts_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with wandb.init(project="training", mode="disabled"):
@@ -374,3 +435,157 @@ def test_a_workspace_needs_a_connection(past: Run) -> None:
     published(past)
     with pytest.raises(RecordError, match="without a connection"):
         save(past)
+
+
+def rows_of(active: wandb.Run, directory: Path) -> list[dict[str, Any]]:
+    """End a run and read its rows, without W&B's own keys."""
+    active.finish()
+    return [
+        {key: value for key, value in row.items() if not key.startswith("_")}
+        for row in read_back(directory)[0]
+    ]
+
+
+def assert_kept(rows: list[dict[str, Any]], own: list[dict[str, Any]], run: Path) -> None:
+    """Each of the training's rows arrived whole and once, and each of our records with its keys."""
+    for wanted in own:
+        assert sum(wanted.items() <= row.items() for row in rows) == 1, wanted
+    ours = [row for row in rows if "sinktrack/step" in row]
+    records = Run.read(run).records
+    assert [row["sinktrack/step"] for row in ours] == [record["step"] for record in records]
+    for row, record in zip(ours, records, strict=True):
+        assert metrics(record).items() <= row.items()
+        assert row["sinktrack/heads/_type"] == row["sinktrack/blocks/_type"] == "image-file"
+        assert row["sinktrack/top_components/_type"] == "table-file"
+
+
+ORDERS = {
+    "before, step=": "L T",
+    "after, step=": "T L",
+    "before": "l T",
+    "after": "T l",
+    "around, step=": "L T M",
+    "around": "l T m",
+    "around, mixed": "L T m",
+    "two before": "L M T",
+    "two after": "T L M",
+    "commit=False before": "p T m",
+    "commit=False after": "T p m",
+    "commit=False around": "p T q m",
+    "step= and commit": "T C",
+    "step=, then commit": "L T D",
+    "none": "T",
+}
+"""What a step does: T is ours, the others log. Capital letters pass ``step=``, p and q
+``commit=False``, C and D ``commit=True``."""
+KEYS = {"L": "loss", "M": "rate", "p": "part", "q": "rest", "C": "loss", "D": "rate"}
+
+
+@pytest.mark.parametrize(("start", "every"), [(0, 1), (40, 3)])
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+def test_no_order_of_logs_loses_a_row(
+    start: int, order: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    active = wandb.init(project="test", mode="offline", dir=tmp_path)
+    run = Run.open(tmp_path / "run")
+    records = synthetic_records(steps=range(start, start + 9))
+    own: list[dict[str, Any]] = []
+    for record in records:
+        step = record["step"]
+        row: dict[str, Any] = {}
+        for letter in order.split():
+            if letter == "T":
+                if step % every == 0:
+                    run.append(record)
+                    log(run.records[-1], {}, run)
+                continue
+            data = {KEYS.get(letter, KEYS.get(letter.upper(), "")): step + ord(letter) / 1000}
+            options: dict[str, Any] = {"step": step} if letter.isupper() else {}
+            if letter in "pqCD":
+                options["commit"] = letter.isupper()
+            active.log(data, **options)
+            row |= data
+            if letter in "lmCD":  # it ends the row
+                own.append(row)
+                row = {}
+        if row:
+            own.append(row)
+    assert_kept(rows_of(active, tmp_path), own, tmp_path / "run")
+
+
+class Logs(TrainerCallback):  # type: ignore[misc]
+    """A user's own log after each step of the Trainer, with ``step=``."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wandb.log({"mine": state.global_step / 8}, step=state.global_step)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("own", ["none", "before", "after"])
+def test_a_trainer_and_its_users_own_steps(
+    own: str, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Trainer logs every second step, the user each with ``step=``; then training goes on."""
+    monkeypatch.chdir(tmp_path)
+    active = wandb.init(project="test", mode="offline", dir=tmp_path)
+    ours = SinkTrackCallback(PROBE, tmp_path / "run", every=every, on_error="raise")
+    callbacks = {"none": [ours], "before": [Logs(), ours], "after": [ours, Logs()]}[own]
+    for most in (5, 8):
+        run_trainer(
+            models.llama(num_hidden_layers=2).train(), tmp_path / "out", callbacks,
+            most == 8 or None, max_steps=most, logging_steps=2, report_to=["wandb"], save_steps=5,
+        )  # fmt: skip
+    wanted = [{"mine": step / 8} for step in range(1, 9)] if own != "none" else []
+    rows = rows_of(active, tmp_path)
+    assert_kept(rows, wanted, tmp_path / "run")
+    losses = [row["train/global_step"] for row in rows if "train/loss" in row]
+    assert losses == [2, 4, 6, 8]
+    steps = {row["sinktrack/step"]: row for row in rows if "sinktrack/step" in row}
+    assert [row["train/global_step"] for row in steps.values()] == [*steps]
+
+
+class Logged(Module):
+    """A module that logs by Lightning, and by W&B itself with ``step=``."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def mine(self, where: str) -> None:
+        if self.where == where:
+            wandb.log({"mine": self.global_step / 8}, step=self.global_step)
+
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        self.mine("in the step")
+        loss = super().training_step(batch, index)
+        self.log("loss", loss)
+        return loss
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.mine("after the batch")
+
+
+@pytest.mark.parametrize("each", [1, 3])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("own", ["nowhere", "in the step", "after the batch"])
+def test_lightning_and_its_users_own_steps(
+    own: str, every: int, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    logger = WandbLogger(project="test", offline=True, save_dir=tmp_path)
+    data: Any = torch.randint(models.VOCABULARY, (9, 2, 8))
+    trainer = Trainer(
+        accelerator="cpu", logger=logger, max_steps=9, log_every_n_steps=each,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[SinkTrackLightning(PROBE, tmp_path / "run", every=every, on_error="raise")],
+    )  # fmt: skip
+    trainer.fit(Logged(own), DataLoader(data, batch_size=None))
+    steps = range(9) if own == "in the step" else range(1, 10)
+    wanted = [{"mine": step / 8} for step in steps] if own != "nowhere" else []
+    rows = rows_of(logger.experiment, tmp_path)
+    assert_kept(rows, wanted, tmp_path / "run")
+    losses = [row["trainer/global_step"] for row in rows if "loss" in row]
+    assert losses == list(range(each - 1, 9, each))
+    found = {row["sinktrack/step"]: row for row in rows if "sinktrack/step" in row}
+    assert [row["trainer/global_step"] for row in found.values()] == [*found]

@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import quote
 
+from sinktrack.archive import names, remains, trainer_state
 from sinktrack.archive.files import Files
 from sinktrack.archive.source import FORMATS, Checkpoint
 from sinktrack.errors import ArchiveError, require
 
-_NAME = re.compile(
-    r"(?P<stage>(?:stage\d+-)?(?:ingredient\d+-)?)(?:checkpoint-|global_step|iter_|step[-_]?)"
-    r"(?P<step>\d{1,18})(?:-tokens(?P<tokens>\d{1,15}[KMBT]?))?(?:-hf|-unsharded)?"
-)
-_STEP_IN_NAME = re.compile(r"(?:checkpoint|step|iter)[-_]?(\d{1,18})")
 _COMMIT = re.compile(r"[0-9a-f]{6,64}")
-_UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _DEEPEST = 3
 _MOST_CHECKPOINTS = 100_000
+_log = logging.getLogger("sinktrack")
+_told: set[str] = set()
+"""What was passed over and has been told of."""
+
+
+class NoCheckpoint(ArchiveError):
+    """An archive holds none, or none yet."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a checkpoint may be."""
+
+    label: str
+    files: Files
+    lost: str | None = None
+    """Why there is nothing, where that is known."""
 
 
 def discover(
     archive: str | Path, pattern: str | None = None, hf_config: str | Path | None = None
 ) -> list[Checkpoint]:
     """The checkpoints of an archive in step order.
+
+    A directory or revision whose name says that it is one, but of which nothing can be read, is
+    among them: its ``reason`` says why, and to open it raises that.
 
     Args:
         archive: a directory of checkpoints, a model's directory in a Hugging Face cache, a
@@ -41,38 +57,16 @@ def discover(
             checkpoints do not say it.
 
     Raises:
-        ArchiveError: there is none, two have the same step, steps begin anew in each of several
-            stages, or the pattern is no regular expression with a group ``step``.
+        NoCheckpoint: there is none.
+        ArchiveError: two have the same step, steps begin anew in each of several stages, the names
+            of several revisions tell no step, or the pattern is no regular expression with a group
+            ``step``, or finds there what is no number.
     """
     files = Files(archive)
-    names = _compile(pattern) if pattern is not None else _NAME
-    found: list[Checkpoint] = []
-    passed: list[str] = []
-    stages: dict[str, str] = {}
-    for label, place in _places(files, _DEEPEST if pattern is not None else 1):
-        named = names.fullmatch(label)
-        if named is None:
-            passed.append(label)
-            continue
-        for checkpoint in _known(place):
-            found.append(_named(checkpoint, label, named))
-        if len(found) > _MOST_CHECKPOINTS:
-            raise ArchiveError(f"{files.location} holds more than {_MOST_CHECKPOINTS} checkpoints")
-        if pattern is None and found and found[-1].files == place:
-            stages[named["stage"]] = label
-    if len(stages) > 1:
-        raise _several_stages(files, stages)
-    if not found and pattern is None:
-        found = _known(_snapshot(files))
-    if not found:
-        wanted = (
-            f"looked for paths that {pattern} matches from beginning to end"
-            if pattern is not None
-            else "looked for directories like checkpoint-N, stepN or iter_N, and for a config.json "
-            "with model.safetensors; --pattern finds other names"
-        )
-        seen = f" (there are {', '.join(passed[:3])}, ...)" if passed else ""
-        raise ArchiveError(f"no checkpoint in {files.location}: {wanted}{seen}")
+    if pattern is not None:
+        found = _matching(files, names.Pattern(pattern))
+    else:
+        found = _known_by_name(files)
     if hf_config is not None:
         found = [replace(checkpoint, config=Files(hf_config)) for checkpoint in found]
     return in_order(found)
@@ -82,10 +76,10 @@ def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     """By step.
 
     Raises:
-        ArchiveError: two have the same step.
+        ArchiveError: two that can be measured have the same step.
     """
     found = sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
-    for one, other in pairwise(found):
+    for one, other in pairwise([one for one in found if one.reason is None]):
         if one.step == other.step:
             raise ArchiveError(
                 f"{one.files.location} and {other.files.location} are both of step {one.step}; "
@@ -94,76 +88,219 @@ def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     return found
 
 
-def checkpoint_at(files: Files, format: str) -> Checkpoint:
-    """The checkpoint that a directory is; step and tokens from its name or trainer_state.json."""
+def checkpoint_at(files: Files, format: str, reason: str | None = None) -> Checkpoint:
+    """The checkpoint that a directory is, with step and tokens.
+
+    Its name counts where all of it is known, such as ``checkpoint-500``; then
+    ``trainer_state.json``; then the end of the name.
+    """
+    whole, end = names.known(files.name), names.at_end(files.name)
+    step, tokens = (whole.step, whole.tokens) if whole else (None, None)
+    if step is None or tokens is None:
+        state = trainer_state.read(files)
+        step = state[0] if step is None else step
+        tokens = state[1] if tokens is None else tokens
+    if step is None and end is not None:
+        step, tokens = end.step, end.tokens if tokens is None else tokens
+    return Checkpoint(files, step or 0, tokens, format, files.name, reason=reason)
+
+
+def _known_by_name(files: Files) -> list[Checkpoint]:
+    """What the names that are known say, else the archive as one checkpoint."""
+    if names.known(files.name) and (alone := _read_by_a_format(files)):
+        return alone  # what lies in it, such as DeepSpeed's global_stepN, is a part of it
+    revisions, places = _places(files, 1)
+    found: list[Checkpoint] = []
+    passed: list[str] = []
+    stages: dict[str, str] = {}
+    for place in places:
+        named = names.known(place.label)
+        if named is None:
+            passed.append(place.label)
+            continue
+        found.extend(_at(place, named))
+        _check_number(files, found)
+        stages[named.stage] = place.label
+    if len(stages) > 1:
+        raise _several_stages(files, stages)
+    own = names.known(files.name) is not None
+    if all((own and one.reason) or remains.of_deepspeed(one.files) for one in found):  # or none
+        if not found and revisions and (others := _others(passed)):
+            raise _unknown_revisions(files, others)
+        found = _alone(files, passed, named=bool(found)) or found
+    if not found:
+        raise _none(
+            files,
+            "looked for directories like checkpoint-N, stepN or iter_N, and for a config.json "
+            "with model.safetensors; --pattern finds other names",
+            passed,
+        )
+    _tell(files, [label for label in _others(passed) if names.alike(label)])
+    return found
+
+
+def _matching(files: Files, pattern: names.Pattern) -> list[Checkpoint]:
+    """What a pattern says of paths or revisions."""
+    found: list[Checkpoint] = []
+    passed: list[str] = []
+    for place in _places(files, _DEEPEST)[1]:
+        if (named := pattern.read(place.label)) is None:
+            passed.append(place.label)
+            continue
+        found.extend(_at(place, named))
+        _check_number(files, found)
+    measured = {checkpoint.name for checkpoint in found if checkpoint.reason is None}
+    around = {path for name in measured for path in _above(name)}
+    found = [
+        checkpoint for checkpoint in found
+        if checkpoint.reason is None
+        or (checkpoint.name not in around and not measured.intersection(_above(checkpoint.name)))
+    ]  # fmt: skip
+    if not found:
+        raise _none(files, f"looked for paths that {pattern} matches from beginning to end", passed)
+    return found
+
+
+def _above(path: str) -> list[str]:
+    """The directories that a path leads through."""
+    parts = path.split("/")
+    return ["/".join(parts[:depth]) for depth in range(1, len(parts))]
+
+
+def _at(place: _Place, named: names.Named) -> list[Checkpoint]:
+    """What is at a place whose name gives the step: a checkpoint, or why there is none."""
     try:
-        state = files.read_json("trainer_state.json") if files.exists("trainer_state.json") else {}
-    except ArchiveError:  # weights do not depend on it
-        state = {}
-    step, tokens = state.get("global_step"), state.get("num_input_tokens_seen")
-    if inside := _STEP_IN_NAME.search(files.name):
-        step = int(inside[1])
-    return Checkpoint(
-        files,
-        step if type(step) is int and step >= 0 else 0,
-        tokens if type(tokens) is int and tokens > 0 else None,
-        format,
-        files.name,
-    )
+        found = [] if place.lost else _read_by_a_format(place.files)
+        if not found:
+            reason = place.lost or remains.of(place.files)
+            found = [Checkpoint(place.files, 0, None, FORMATS[0], "", reason=reason)]
+    except ArchiveError as error:  # no permission, or damaged: the others go on
+        found = [Checkpoint(place.files, 0, None, FORMATS[0], "", reason=str(error))]
+    return [
+        replace(
+            checkpoint,
+            step=named.step,
+            tokens=checkpoint.tokens if named.tokens is None else named.tokens,
+            name=place.label,
+        )
+        for checkpoint in found
+    ]
 
 
-def _known(files: Files) -> list[Checkpoint]:
+def _read_by_a_format(files: Files) -> list[Checkpoint]:
     """What the first format that knows a directory finds there."""
     for name in FORMATS:
         found: list[Checkpoint] = importlib.import_module(f"sinktrack.archive.{name}").find(files)
+        if found and name == "megatron" and remains.of_deepspeed(files):
+            found = [replace(checkpoint, reason=remains.known(files)) for checkpoint in found]
         if found:
             return found
     if files.exists("config.json"):  # weights to come, or lost: opening it says so
-        return [checkpoint_at(files, FORMATS[0])]
+        reason = None if files.once(_names_its_weights, "config.json") else remains.known(files)
+        return [checkpoint_at(files, FORMATS[0], reason)]
     return []
 
 
-def _places(files: Files, depth: int) -> Iterator[tuple[str, Files]]:
-    """Where checkpoints may be: revisions under their names, else directories below ``files``."""
+def _names_its_weights(files: Files) -> bool:
+    """Whether the configuration says which file holds them, as transformers lets it."""
+    try:
+        return "transformers_weights" in files.read_json("config.json")
+    except ArchiveError:
+        return False
+
+
+def _alone(files: Files, passed: Sequence[str], named: bool) -> list[Checkpoint]:
+    """The archive as one checkpoint; empty where it is none.
+
+    Args:
+        files: the archive.
+        passed: what lies in it under names that are not known.
+        named: whether there is something under a name that is known.
+    """
+    place = _main(files)
+    if place.lost:
+        return [Checkpoint(place.files, 0, None, FORMATS[0], place.label, reason=place.lost)]
+    files = place.files
+    if found := _read_by_a_format(files):
+        return found
+    reason = None
+    if names.known(files.name):
+        reason = remains.of(files)
+    elif not named and not any(map(names.alike, passed)):
+        reason = remains.known(files)
+    return [checkpoint_at(files, FORMATS[0], reason)] if reason else []
+
+
+def _places(files: Files, depth: int) -> tuple[bool, Iterator[_Place]]:
+    """Whether the archive has revisions; and these, else the directories below it."""
     if _is_repository(files):
-        for branch in _branches(files):
-            yield branch, Files(f"{files.location}@{quote(branch, safe='')}")
-        return
-    names = {entry.name for entry in files.entries() if entry.directory}
-    if {"refs", "snapshots"} <= names:
-        for label, commit in _references(files):
-            yield label, files.at(f"snapshots/{commit}")
-        return
-    yield from _below(files, "", names, depth)
+        return True, (
+            _Place(branch, Files(f"{files.location}@{quote(branch, safe='')}"))
+            for branch in _branches(files)
+        )
+    below = _directories(files)
+    if {"refs", "snapshots"} <= set(below):
+        return True, _references(files)
+    return False, _below(files, "", below, depth)
 
 
-def _below(files: Files, path: str, names: set[str], depth: int) -> Iterator[tuple[str, Files]]:
-    for name in sorted(names):
+def _directories(files: Files) -> dict[str, bool]:
+    """Names of directories, and whether each is a link to what is not there."""
+    return {
+        entry.name: entry.dangling
+        for entry in files.entries()
+        if entry.directory or (entry.dangling and names.alike(entry.name))
+    }
+
+
+def _below(files: Files, path: str, below: dict[str, bool], depth: int) -> Iterator[_Place]:
+    for name, dangling in sorted(below.items()):
         place = files.at(name)
-        yield path + name, place
-        if depth > 1:
-            inner = {entry.name for entry in place.entries() if entry.directory}
+        lost = f"{place.location} is a link to what is not there" if dangling else None
+        yield _Place(path + name, place, lost)
+        if depth > 1 and not dangling:
+            try:
+                inner = _directories(place)
+            except ArchiveError as error:
+                _say_once(f"{error}; what lies there is passed over")
+                continue
             yield from _below(place, f"{path}{name}/", inner, depth - 1)
 
 
-def _references(files: Files, path: str = "refs", depth: int = 3) -> Iterator[tuple[str, str]]:
-    """Revisions that a cache holds, and the commit of each."""
+def _references(files: Files, path: str = "refs", depth: int = 3) -> Iterator[_Place]:
+    """Revisions whose names a cache holds, each with its snapshot."""
     for entry in files.at(path).entries():
         below = f"{path}/{entry.name}"
         if entry.directory and depth > 1:
             yield from _references(files, below, depth - 1)
-        elif not entry.directory and files.size(below) <= 64:
-            commit = files.whole(below, 64).decode("ascii", "replace")
-            if _COMMIT.fullmatch(commit.strip()):
-                yield below.removeprefix("refs/"), commit.strip()
+        elif not entry.directory:
+            yield _reference(files, below)
 
 
-def _snapshot(files: Files) -> Files:
-    """Of a cache whose revisions have no steps in their names: the main one."""
-    if not files.local or not files.exists("refs/main"):
-        return files
-    commits = dict(_references(files))
-    return files.at(f"snapshots/{commits['main']}") if "main" in commits else files
+def _reference(files: Files, path: str) -> _Place:
+    label, again = path.removeprefix("refs/"), "download this revision again"
+    try:
+        commit = files.whole(path, 64).decode("ascii", "replace").strip()
+    except ArchiveError as error:
+        return _Place(label, files.at(path), f"{error}; {again}")
+    if not _COMMIT.fullmatch(commit):
+        return _Place(label, files.at(path), f"{files.path(path)} names no commit; {again}")
+    snapshot = f"snapshots/{commit}"
+    lost = None if files.exists(snapshot) else f"{files.path(snapshot)} is missing; {again}"
+    return _Place(label, files.at(snapshot), lost)
+
+
+def _main(files: Files) -> _Place:
+    """The archive itself; of a cache whose revisions tell no step, the main one or the only one."""
+    itself = _Place(files.name, files)
+    if not files.local or not files.exists("snapshots"):
+        return itself
+    if files.exists("refs/main"):
+        return _reference(files, "refs/main")
+    snapshots = [entry.name for entry in files.at("snapshots").entries() if entry.directory]
+    if len(snapshots) == 1 and _COMMIT.fullmatch(snapshots[0]):
+        return _Place(snapshots[0], files.at(f"snapshots/{snapshots[0]}"))
+    return itself
 
 
 def _is_repository(files: Files) -> bool:
@@ -176,36 +313,60 @@ def _branches(files: Files) -> list[str]:
         refs = api.list_repo_refs(files.location.removeprefix("hf://"))
     except Exception as error:
         raise ArchiveError(f"cannot read {files.location}: {error}") from error
-    return [str(ref.name) for ref in [*refs.branches, *refs.tags]]
+    return list(dict.fromkeys(str(ref.name) for ref in [*refs.branches, *refs.tags]))
 
 
-def _named(checkpoint: Checkpoint, label: str, named: re.Match[str]) -> Checkpoint:
-    """With the step, and where they are told the tokens, that a name gives."""
-    groups = named.groupdict()
-    checkpoint = replace(checkpoint, step=int(named["step"]), name=label)
-    if not groups.get("tokens"):
-        return checkpoint
-    number, unit = groups["tokens"].rstrip("KMBT"), groups["tokens"][-1]
-    return replace(checkpoint, tokens=int(number) * _UNITS.get(unit, 1))
+def _others(passed: Sequence[str]) -> list[str]:
+    """Of names that are not known, those that may well be a checkpoint's."""
+    usual = ("pr/", "refs/", "tmp-", ".")
+    return [label for label in passed if label != "main" and not label.startswith(usual)]
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ArchiveError(f"--pattern {pattern} is no regular expression: {error}") from error
-    if "step" not in compiled.groupindex:
-        raise ArchiveError(
-            f"--pattern {pattern} has no group named step; write the number as (?P<step>\\d+)"
-        )
-    return compiled
+def _tell(files: Files, passed: Sequence[str]) -> None:
+    """Say once of each name that it was passed over."""
+    fresh = [label for label in passed if files.path(label) not in _told]
+    _told.update(map(files.path, fresh))
+    if fresh:
+        _log.warning(
+            "%s: passed over %s: the names tell no step that is known; --pattern reads others",
+            files.location, remains.few(fresh),
+        )  # fmt: skip
+
+
+def _say_once(text: str) -> None:
+    if text not in _told:
+        _told.add(text)
+        _log.warning("%s", text)
+
+
+def _check_number(files: Files, found: Sequence[Checkpoint]) -> None:
+    if len(found) > _MOST_CHECKPOINTS:
+        raise ArchiveError(f"{files.location} holds more than {_MOST_CHECKPOINTS} checkpoints")
+
+
+def _none(files: Files, wanted: str, passed: Sequence[str]) -> NoCheckpoint:
+    seen = f" (there is {remains.few(passed)})" if passed else ""
+    return NoCheckpoint(f"no checkpoint in {files.location}: {wanted}{seen}")
+
+
+def _unknown_revisions(files: Files, others: Sequence[str]) -> ArchiveError:
+    example = re.sub(r"[0-9]+(?!.*[0-9])", "(?P<step>[0-9]+)", others[0])
+    if "step>" not in example:
+        example = "...(?P<step>[0-9]+)"
+    main = "snapshots/COMMIT" if files.local else "@main"
+    return ArchiveError(
+        f"{files.location} holds revisions whose names tell no step that is known: "
+        f"{remains.few(others)}; give --pattern, for example --pattern '{example}' where that "
+        f"number counts steps, or one revision as the archive: {files.location}"
+        f"{'/' if files.local else ''}{main}"
+    )
 
 
 def _several_stages(files: Files, stages: dict[str, str]) -> ArchiveError:
     example = next(iter(stages))
-    tokens = r"-tokens(?P<tokens>\d+[KMBT])" if "-tokens" in stages[example] else ""
+    tokens = r"(?:-tokens(?P<tokens>[0-9.]+[KMBT]?))?" if "-tokens" in stages[example] else ""
     return ArchiveError(
         f"{files.location} holds several stages ({', '.join(sorted(stages.values()))}), whose "
         "steps begin anew; scan each into a run of its own, for example with --pattern "
-        f"'{example}step(?P<step>\\d+){tokens}'"
+        f"'{example}step[-_]?(?P<step>[0-9]+){tokens}'"
     )

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from sinktrack.errors import ArchiveError, SinktrackError, first_line, require
+from sinktrack.errors import ArchiveError, SinktrackError, one_line, require
 
 _LARGEST_JSON = 64 * 2**20
 _MOST_JSON_VALUES = 4_000_000
@@ -33,6 +33,12 @@ _PART = 16 * 2**20
 """A larger remote read is split into parts of this size, a few in flight at a time."""
 _IN_FLIGHT = 4
 _ATTEMPTS = 4
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_SHORTEST_POINTER, _LONGEST_POINTER = 80, 1024
+"""Bytes of what Git LFS leaves in the place of a file."""
+_READ: dict[tuple[str, str, str], tuple[tuple[Any, ...], Any]] = {}
+"""What `Files.once` keeps, by what was read and where."""
+_MOST_READ = 100_000
 _STORES = {"s3", "gs", "gcs", "az", "abfs"}
 T = TypeVar("T")
 
@@ -43,6 +49,8 @@ class Entry:
 
     name: str
     directory: bool
+    dangling: bool = False
+    """Whether it is a link to what is not there."""
 
 
 class Files:
@@ -111,7 +119,8 @@ class Files:
         try:
             with os.scandir(self.location) as found:
                 for entry in found:
-                    yield Entry(entry.name, entry.is_dir())
+                    dangling = entry.is_symlink() and not os.path.exists(entry.path)
+                    yield Entry(entry.name, not dangling and entry.is_dir(), dangling)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ArchiveError(f"{self.location} is not a directory") from error
         except OSError as error:
@@ -135,8 +144,20 @@ class Files:
         """Bytes in a file.
 
         Raises:
-            ArchiveError: missing, no ordinary file, or not to be read.
+            ArchiveError: missing, no ordinary file, not to be read, or a Git LFS pointer.
         """
+        size = self._size(name)
+        if (
+            _SHORTEST_POINTER <= size <= _LONGEST_POINTER
+            and self.read(name, 0, len(_POINTER)) == _POINTER
+        ):
+            raise ArchiveError(
+                f"{self.path(name)} is a Git LFS pointer, not the file itself: run `git lfs pull` "
+                "in its repository"
+            )
+        return size
+
+    def _size(self, name: str) -> int:
         if self.local:
             with self._opened(name) as descriptor:
                 return os.fstat(descriptor.number).st_size
@@ -145,6 +166,36 @@ class Files:
         if info.get("type") != "file" or not isinstance(size, int):
             raise ArchiveError(f"{self.path(name)} is not a file of known size")
         return size
+
+    def stamp(self, name: str) -> tuple[Any, ...] | None:
+        """What changes when a file does: its size, and when or as what it was written.
+
+        None where there is no such file.
+
+        Raises:
+            ArchiveError: a remote place cannot be asked.
+        """
+        if self.local:
+            try:
+                return _stamp(os.stat(self.path(name)))
+            except (OSError, ValueError):
+                return None
+        try:
+            return _remote_stamp(self._info(name))
+        except _Missing:
+            return None
+
+    def once(self, read: Callable[[Files], T], *names: str) -> T:
+        """What ``read`` makes of this directory; kept until one of these files changes."""
+        stamps = tuple(map(self.stamp, names))
+        key = read.__module__, read.__qualname__, self.location
+        kept = _READ.get(key)
+        if kept is None or kept[0] != stamps:
+            _READ[key] = kept = stamps, read(self)
+            while len(_READ) > _MOST_READ:
+                _READ.pop(next(iter(_READ)), None)
+        found: T = kept[1]
+        return found
 
     def stamps(self) -> dict[str, tuple[Any, ...]]:
         """Of each file here, what changes when it does: size, and when or as what it was written.
@@ -157,13 +208,9 @@ class Files:
             for entry in self.entries():
                 if not entry.directory and len(found) < _MOST_STAMPS:
                     with suppress(OSError):  # deleted meanwhile
-                        status = os.stat(self.path(entry.name))
-                        found[entry.name] = (status.st_size, status.st_mtime_ns, status.st_ino)
+                        found[entry.name] = _stamp(os.stat(self.path(entry.name)))
             return found
-        return {
-            str(info["name"]): tuple(str(info.get(key)) for key in ("size", "e_tag", "blob_id"))
-            for info in self._listed()
-        }
+        return {str(info["name"]): _remote_stamp(info) for info in self._listed()}
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
         """Exactly the bytes ``start`` to ``stop`` of a file, in memory of their own.
@@ -294,7 +341,7 @@ class Files:
             for (kept, begin), data in self._windows.items():
                 if kept == name and begin <= start and start + length <= begin + len(data):
                     return data[start - begin :]
-            data = self._fetch(name, start, min(start + _AHEAD, self.size(name)))
+            data = self._fetch(name, start, min(start + _AHEAD, self._size(name)))
             self._windows[name, start] = data
             while len(self._windows) > _KEPT:
                 self._windows.popitem(last=False)
@@ -335,7 +382,7 @@ class Files:
                 raise ArchiveError(f"cannot read {path}: {error}") from error
             except (Exception, asyncio.CancelledError) as error:  # each store has its own
                 if attempt == _ATTEMPTS or _refused(error):
-                    raise ArchiveError(f"cannot read {path}: {first_line(error)}") from error
+                    raise ArchiveError(f"cannot read {path}: {one_line(error)}") from error
                 time.sleep(0.1 * 4**attempt)
         raise AssertionError
 
@@ -355,6 +402,15 @@ def parse_json(data: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None
         return json.loads(data, object_pairs_hook=pairs)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+
+
+def _stamp(status: os.stat_result) -> tuple[Any, ...]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _remote_stamp(info: dict[str, Any]) -> tuple[Any, ...]:
+    keys = ("size", "e_tag", "ETag", "blob_id", "last_modified", "LastModified")
+    return tuple(str(info.get(key)) for key in keys)
 
 
 class _Missing(ArchiveError):

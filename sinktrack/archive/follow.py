@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sinktrack.archive.discover import NoCheckpoint
 from sinktrack.archive.files import Files
 from sinktrack.archive.source import Checkpoint, open
 from sinktrack.errors import ArchiveError
 
+_Key = tuple[Files, str]
+_Stamps = dict[str, tuple[Any, ...]]
 _log = logging.getLogger("sinktrack")
 
 
@@ -20,38 +23,50 @@ class Watch:
 
     def __init__(self, archive: str | Path, find: Callable[[], list[Checkpoint]]) -> None:
         self._files, self._find = Files(archive), find
-        self._seen: dict[Files, dict[str, tuple[Any, ...]]] = {}
-        self._given: dict[Files, dict[str, tuple[Any, ...]]] = {}
-        self._awaited: dict[Files, dict[str, tuple[Any, ...]]] = {}
+        self._seen: dict[_Key, _Stamps] = {}
+        self._given: dict[_Key, _Stamps] = {}
+        self._awaited: dict[_Key, _Stamps] = {}
+        self._said = ""
 
     def look(self) -> list[Checkpoint]:
         """Checkpoints that are complete and look as they did at the last look, in step order.
 
         One that was given before is given again only after its files changed. One that is not
-        complete though its files stand still is told of in the log.
+        complete though its files stand still is told of in the log, once, and so is why an archive
+        cannot be read.
         """
         self._files.refresh()
-        try:
-            found = self._find()
-        except ArchiveError:  # nothing there yet, or not for the moment
-            found = []
-        ready, seen = [], {}
-        for checkpoint in found:
-            files = checkpoint.files
+        ready: list[Checkpoint] = []
+        seen: dict[_Key, _Stamps] = {}
+        for checkpoint in self._found():
+            key = checkpoint.files, checkpoint.name  # several revisions may be one directory
             try:
-                seen[files] = files.stamps()
-            except ArchiveError:  # deleted meanwhile
-                continue
-            if seen[files] != self._seen.get(files) or seen[files] == self._given.get(files):
+                seen[key] = checkpoint.files.stamps()
+            except ArchiveError:
+                if checkpoint.reason is None:  # deleted meanwhile
+                    continue
+                seen[key] = {}
+            if seen[key] != self._seen.get(key) or seen[key] == self._given.get(key):
                 continue
             if (reason := lack(checkpoint)) is None:
-                self._given[files] = seen[files]
+                self._given[key] = seen[key]
                 ready.append(checkpoint)
-            elif seen[files] != self._awaited.get(files):
-                self._awaited[files] = seen[files]
+            elif seen[key] != self._awaited.get(key):
+                self._awaited[key] = seen[key]
                 _log.warning("waiting for %s, which is not complete: %s", checkpoint.name, reason)
         self._seen = seen
         return ready
+
+    def _found(self) -> list[Checkpoint]:
+        try:
+            return self._find()
+        except NoCheckpoint:
+            return []
+        except ArchiveError as error:  # not there yet, not for the moment, or for the user to mend
+            if str(error) != self._said:
+                self._said = str(error)
+                _log.warning("waiting: %s", error)
+            return []
 
 
 def lack(checkpoint: Checkpoint) -> str | None:

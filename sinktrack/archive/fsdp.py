@@ -10,7 +10,8 @@ from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.files import Files
 from sinktrack.archive.huggingface import config_of
 from sinktrack.archive.pieces import Piece, PieceSource, metadata
-from sinktrack.archive.source import NAMES, Checkpoint
+from sinktrack.archive.source import NAMES, Checkpoint, unwrapped
+from sinktrack.errors import ArchiveError
 
 FOLDER = "pytorch_model_fsdp_0"
 _MODEL = "model."
@@ -29,9 +30,9 @@ def open(checkpoint: Checkpoint) -> PieceSource:
         ArchiveError: ``.metadata`` or ``config.json`` is missing, damaged or unknown.
     """
     config, weights = config_of(checkpoint), checkpoint.files.at(FOLDER)
-    pieces = {
-        name: Piece(stored)
-        for name, stored in metadata(weights, _MODEL).items()
-        if stored.dtype in NAMES
-    }
+    stored = metadata(weights, _MODEL)
+    for name, tensor in stored.items():
+        if tensor.dtype not in NAMES:
+            raise ArchiveError(f"{weights.location}: {name} is stored as {tensor.dtype}")
+    pieces = {own: Piece(stored[name]) for own, name in unwrapped(stored).items()}
     return PieceSource(checkpoint.files, config, weights, pieces)

@@ -1,22 +1,40 @@
-"""Weights in one file, or in several that an index lists."""
+"""Weights in one file, or in several that an index lists.
+
+Which of the files of a directory are the model is decided as transformers decides it: a single file
+before an index, safetensors before pickles, and of an index all that its files hold.
+"""
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import PurePosixPath
 from threading import Lock
 from typing import ClassVar, Generic, TypeVar
 
 from sinktrack.archive.files import Files
+from sinktrack.archive.foreign import count, some
 from sinktrack.archive.huggingface import config
-from sinktrack.archive.source import Checkpoint, Slice
+from sinktrack.archive.source import Checkpoint, Slice, unwrapped
 from sinktrack.errors import ArchiveError
 
+_log = logging.getLogger("sinktrack")
+_ADAPTER = "adapter_config.json"
 T = TypeVar("T")
 
 
 class Indexed(ABC, Generic[T]):
-    """Tensors by name; each file is looked into when the first of its tensors is asked for."""
+    """Tensors by name; files are looked into when a name is asked for.
+
+    Args:
+        checkpoint: the directory.
+        name: the file with the weights, or the index; by default as transformers chooses.
+
+    Raises:
+        ArchiveError: ``config.json`` or the index is missing, damaged or unknown, or transformers
+            would load an adapter too.
+    """
 
     WEIGHTS: ClassVar[str]
     """The file, where there is but one."""
@@ -24,19 +42,52 @@ class Indexed(ABC, Generic[T]):
     SUFFIX: ClassVar[str]
     """Of every file with weights."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str | None = None) -> None:
         self.files = files = checkpoint.files
         self.config = config(checkpoint.config or files)
         self._lock = Lock()
         self._inside: dict[str, dict[str, T]] = {}
-        if files.exists(self.INDEX):
-            self._files = weight_map(files, self.INDEX, self.SUFFIX)
+        explicit = getattr(self.config, "transformers_weights", None)
+        if files.exists(_ADAPTER):
+            raise ArchiveError(
+                f"{files.path(_ADAPTER)} is of an adapter, which transformers adds to the weights "
+                "beside it: merge it into them and save the model, or move it away"
+            )
+        if explicit is not None:
+            name = _inside(files, "config.json", explicit, (".safetensors", _JSON))
+        elif name is None:
+            alone = files.exists(self.WEIGHTS) or not files.exists(self.INDEX)
+            name = self.WEIGHTS if alone else self.INDEX
+        self.name = name
+        """The file with the weights, or the index."""
+        self._map: dict[str, str] = {}
+        if name.endswith(_JSON):
+            self._map = weight_map(files, name, self.SUFFIX)
+            self._shards = sorted(set(self._map.values()))
         else:
-            self._files = dict.fromkeys(self._in(self.WEIGHTS), self.WEIGHTS)
+            self._shards = [name]
+
+    @cached_property
+    def _files(self) -> dict[str, str]:
+        """The file of each tensor: of several the last, which transformers takes."""
+        found = {name: shard for shard in self._shards for name in self._in(shard)}
+        if self._map and (wrong := [n for n, f in found.items() if self._map.get(n) != f]):
+            _log.warning(
+                "%s does not list %s as the files hold them (%s); they are read as transformers "
+                "reads them",
+                self.files.path(self.name),
+                count(len(wrong), "tensor"),
+                some(wrong),
+            )
+        return self._map | found
+
+    @cached_property
+    def _stored(self) -> dict[str, str]:
+        return unwrapped(self._files)
 
     def names(self) -> list[str]:
-        """Of all tensors."""
-        return list(self._files)
+        """Of all tensors, as the bare model calls them."""
+        return list(self._stored)
 
     def slice(self, name: str) -> Slice:
         """One tensor; its data are read when it is indexed.
@@ -44,10 +95,11 @@ class Indexed(ABC, Generic[T]):
         Raises:
             ArchiveError: there is no such tensor, or its file is missing or damaged.
         """
-        file = self._files.get(name)
-        found = self._in(file).get(name) if file is not None else None
+        stored = self._stored.get(name, name)
+        file = self._files.get(stored)
+        found = self._in(file).get(stored) if file is not None else None
         if file is None or found is None:
-            raise ArchiveError(f"{self.files.path(file or self.INDEX)} holds no tensor {name!r}")
+            raise ArchiveError(f"{self.files.path(file or self.name)} holds no tensor {stored!r}")
         return self._slice(file, found)
 
     def _in(self, file: str) -> dict[str, T]:
@@ -65,6 +117,9 @@ class Indexed(ABC, Generic[T]):
         """Access to what `_look` found."""
 
 
+_JSON = ".index.json"
+
+
 def weight_map(files: Files, index: str, suffix: str) -> dict[str, str]:
     """The file of each tensor, by a sharded checkpoint's index.
 
@@ -75,8 +130,15 @@ def weight_map(files: Files, index: str, suffix: str) -> dict[str, str]:
     if not isinstance(found, dict) or not found:
         raise ArchiveError(f"{files.path(index)} has no weight_map; the checkpoint is damaged")
     for shard in set(map(str, found.values())):
-        if PurePosixPath(shard).name != shard or "\0" in shard or not shard.endswith(suffix):
-            raise ArchiveError(
-                f"{files.path(index)} names {shard[:200]!r}, which is not a file of its directory"
-            )
+        _inside(files, index, shard, (suffix,))
     return {str(name): str(shard) for name, shard in found.items()}
+
+
+def _inside(files: Files, by: str, name: object, suffixes: tuple[str, ...]) -> str:
+    """A file that another one names, if it is one of the same directory."""
+    text = str(name)
+    if PurePosixPath(text).name != text or "\0" in text or not text.endswith(suffixes):
+        raise ArchiveError(
+            f"{files.path(by)} names {text[:200]!r}, which is not a file of its directory"
+        )
+    return text

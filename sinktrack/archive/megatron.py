@@ -66,7 +66,8 @@ def find(files: Files) -> list[Checkpoint]:
     else:
         is_ours = "metadata.json" in names or _other_format(names) is not None
     if is_ours:
-        return [replace(checkpoint_at(files, "megatron"), tokens=_tokens(files))]
+        tokens = files.once(_tokens, "common.pt", "train_state.pt", "run_config.yaml")
+        return [replace(checkpoint_at(files, "megatron"), tokens=tokens)]
     return []
 
 
@@ -101,7 +102,6 @@ def open(checkpoint: Checkpoint) -> PieceSource:
         found = pieces(stored, config)
     except (ArchiveError, TypeError, ValueError, KeyError) as error:
         raise ArchiveError(f"{files.location}: {error}") from error
-    config.dtype = stored["embedding.word_embeddings.weight"].dtype
     return PieceSource(files, config, files, found)
 
 

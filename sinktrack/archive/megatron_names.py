@@ -11,8 +11,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from sinktrack.archive import foreign
 from sinktrack.archive.dcp import Span, Stored
-from sinktrack.archive.pieces import Piece, refuse_left
+from sinktrack.archive.pieces import Piece
 from sinktrack.errors import ArchiveError
 
 DENSE = ("llama", "qwen2", "qwen3")
@@ -34,7 +35,7 @@ def pieces(stored: Mapping[str, Stored], config: Any) -> dict[str, Piece]:
         for name in set(stored) - used
         if name.startswith(_MODEL) and not name.endswith("_extra_state")
     }
-    refuse_left(left, config.model_type)
+    foreign.refuse(left, config.model_type)
     return found
 
 

@@ -59,7 +59,6 @@ def open(checkpoint: Checkpoint) -> PieceSource:
         finder.nothing_left(config.model_type)
     except ArchiveError as error:
         raise ArchiveError(f"{files.location}: {error}") from error
-    config.dtype = stored["embeddings.weight"].dtype
     return PieceSource(files, config, weights, pieces)
 
 

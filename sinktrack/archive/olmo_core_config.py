@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from sinktrack.archive.files import Files
-from sinktrack.errors import ArchiveError, first_line
+from sinktrack.errors import ArchiveError, one_line
 
 _LARGEST = {"n_layers": 2**14, "block.attention.n_heads": 2**14}
 """More than any model has; other sizes are below 2^26."""
@@ -104,7 +104,7 @@ def read(files: Files) -> Any:
     try:
         return AutoConfig.for_model(**_fields(dict(_flat(model))))
     except Exception as error:
-        raise ArchiveError(f"{files.path('config.json')}: {first_line(error)}") from error
+        raise ArchiveError(f"{files.path('config.json')}: {one_line(error)}") from error
 
 
 def _flat(tree: Mapping[str, Any], path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinktrack.archive import dcp
+from sinktrack.archive import dcp, foreign
 from sinktrack.archive.files import Files
 from sinktrack.archive.source import NAMES, Index
 from sinktrack.errors import ArchiveError
@@ -83,7 +83,7 @@ class Finder:
     def nothing_left(self, family: str, *others: str) -> None:
         """Raise an ArchiveError if a tensor was not taken whose name begins with none of others."""
         left = set(self._stored) - self._taken
-        refuse_left({name for name in left if not name.startswith(others)}, family)
+        foreign.refuse({name for name in left if not name.startswith(others)}, family)
 
 
 class PieceSource:
@@ -137,7 +137,7 @@ class PieceSlice:
 
     def get_dtype(self) -> str:
         """As safetensors names it."""
-        return NAMES[self.piece.stored.dtype]
+        return NAMES.get(self.piece.stored.dtype, str(self.piece.stored.dtype))
 
     def __getitem__(self, index: Index) -> Tensor:
         """A part of the tensor, or with ``...`` all of it.
@@ -171,15 +171,6 @@ def metadata(files: Files, prefix: str = "") -> dict[str, dcp.Stored]:
         for name, stored in found.items()
         if name.startswith(prefix)
     }
-
-
-def refuse_left(left: set[str], family: str) -> None:
-    """Raise an ArchiveError if a checkpoint holds tensors that a model has no place for."""
-    if left:
-        raise ArchiveError(
-            f"the checkpoint holds {min(left)}, and {len(left) - 1} more tensors that {family} "
-            "has no place for; give the right configuration with --hf-config"
-        )
 
 
 def _cut(rows: list[dcp.Span], low: int, high: int) -> list[dcp.Span]:

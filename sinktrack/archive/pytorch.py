@@ -15,7 +15,8 @@ from torch import Tensor
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.files import Files
 from sinktrack.archive.indexed import Indexed
-from sinktrack.archive.source import NAMES, Checkpoint, Index
+from sinktrack.archive.safetensors import SafetensorsSource
+from sinktrack.archive.source import NAMES, Checkpoint, Index, Source
 from sinktrack.errors import ArchiveError
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -30,13 +31,15 @@ def find(files: Files) -> list[Checkpoint]:
     return []
 
 
-def open(checkpoint: Checkpoint) -> PytorchSource:
+def open(checkpoint: Checkpoint) -> Source:
     """A checkpoint's weights.
 
     Raises:
         ArchiveError: ``config.json`` or the weights are missing, damaged or unknown, or hold
             anything but tensors.
     """
+    if "transformers_weights" in (checkpoint.config or checkpoint.files).read_json("config.json"):
+        return SafetensorsSource(checkpoint)  # names the file, always of that kind
     return PytorchSource(checkpoint)
 
 
@@ -45,10 +48,10 @@ class PytorchSource(Indexed[Tensor]):
 
     WEIGHTS, INDEX, SUFFIX = WEIGHTS, INDEX, ".bin"
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str | None = None) -> None:
         local = checkpoint.files.local
         self._copies = None if local else tempfile.TemporaryDirectory()
-        super().__init__(checkpoint)
+        super().__init__(checkpoint, name)
 
     def _look(self, file: str) -> dict[str, Tensor]:
         return load_tensors(self.files, file, self._local(file))
@@ -57,10 +60,10 @@ class PytorchSource(Indexed[Tensor]):
         return TensorSlice(found)
 
     def _local(self, file: str) -> str:
+        size = self.files.size(file)
         if self._copies is None:
             return self.files.real_path(file)
         path = Path(self._copies.name) / file
-        size = self.files.size(file)
         with path.open("wb") as copy:
             for start in range(0, size, _PART):
                 copy.write(self.files.read(file, start, min(start + _PART, size)))
@@ -107,11 +110,23 @@ def load_tensors(files: Files, name: str, path: str) -> dict[str, Tensor]:
             f"{files.path(name)} is truncated or damaged ({type(error).__name__}); copy the "
             "checkpoint again"
         ) from error
+    values = found.items() if isinstance(found, dict) else ()
+    if packed := {key: v for key, v in values if isinstance(v, Tensor) and _is_packed(v)}:
+        key, value = min(packed.items(), key=lambda item: str(item[0]))
+        raise ArchiveError(
+            f"quantized weights are not supported: {files.path(name)} holds {key} as "
+            f"{value.dtype}; scan the model before quantization"
+        )
     if not isinstance(found, dict) or not all(
         isinstance(key, str) and _is_plain(value) for key, value in found.items()
     ):
         raise ArchiveError(f"{files.path(name)} does not hold tensors by name, and nothing else")
     return found
+
+
+def _is_packed(value: Tensor) -> bool:
+    """Whether its dtype is one that only quantized weights have, and safetensors has no name of."""
+    return value.is_quantized or (value.dtype not in NAMES and value.dtype.itemsize == 1)
 
 
 def _is_plain(value: Any) -> bool:

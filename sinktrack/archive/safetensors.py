@@ -8,6 +8,7 @@ from strangers: nothing in one is believed before it is checked.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from sinktrack.errors import ArchiveError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST_HEADER = 100 * 10**6
 _MOST_DIMENSIONS = 32
+_SMALL = re.compile(r"[FIU][1-8](?:_[A-Z0-9_]{1,16})?")
+"""Dtypes of so few bits that only quantized weights have them."""
 
 
 def find(files: Files) -> list[Checkpoint]:
@@ -145,6 +148,7 @@ def parse_header(header: bytes, room: int) -> dict[str, Place]:
         room: bytes of data behind it.
 
     Raises:
+        ArchiveError: a tensor is stored in a dtype of quantized weights that torch lacks.
         ValueError: not JSON, a dtype that is not known, a shape that does not fit its bytes, a name
             twice, or tensors that do not fill the data exactly, one behind the other.
     """
@@ -185,6 +189,11 @@ def _place(name: str, entry: Any, base: int) -> tuple[Place, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _Damage(f"{name!r} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if isinstance(dtype, str) and _SMALL.fullmatch(dtype) and dtype not in DTYPES:
+        raise ArchiveError(
+            f"quantized weights are not supported: {name!r} is stored as {dtype}; scan the model "
+            "before quantization"
+        )
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _Damage(f"{name!r} has dtype {str(dtype)[:20]!r}, which is not known")
     if not _counts(shape) or len(shape) > _MOST_DIMENSIONS:

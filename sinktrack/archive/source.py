@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sinktrack.archive.files import Files
+from sinktrack.archive.foreign import is_head
 from sinktrack.errors import ArchiveError
 
 FORMATS = ("safetensors", "pytorch", "fsdp", "olmo_core", "torchtitan", "megatron")
@@ -35,6 +37,11 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SIZES = ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "vocab_size")
 _LARGEST_SIZE = 2**26
 """Larger than any model's; what is built from these takes memory before a weight is read."""
+
+_WITHIN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, FSDP and activation checkpointing put into names, at any depth."""
+_BEFORE = ("module.", "base_model.model.", "pretrained_model.", "_forward_module.")
+"""What DDP, PEFT, TRL and Lightning put before the names of all weights."""
 
 Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
 
@@ -86,6 +93,8 @@ class Checkpoint:
     name: str
     config: Files | None = None
     """Where the ``config.json`` is that describes the model, if not in the checkpoint."""
+    reason: str | None = None
+    """Why it cannot be measured, where that was seen before it is opened."""
 
 
 def open(checkpoint: Checkpoint) -> Source:
@@ -94,6 +103,8 @@ def open(checkpoint: Checkpoint) -> Source:
     Raises:
         ArchiveError: what it needs is missing, damaged, or not known to transformers.
     """
+    if checkpoint.reason is not None:
+        raise ArchiveError(checkpoint.reason)
     module = importlib.import_module(f"sinktrack.archive.{checkpoint.format}")
     source: Source = module.open(checkpoint)
     sizes = source.config.get_text_config(decoder=True).to_dict()
@@ -101,13 +112,34 @@ def open(checkpoint: Checkpoint) -> Source:
         size = sizes.get(name)
         if isinstance(size, int) and not 0 <= size <= _LARGEST_SIZE:
             raise ArchiveError(f"{checkpoint.files.location}: config.json has {name} {size}")
-    blocks, tensors = sizes.get("num_hidden_layers"), len(source.names())
-    if isinstance(blocks, int) and blocks > tensors:
-        raise ArchiveError(
-            f"{checkpoint.files.location}: config.json has {blocks} blocks, of which {tensors} "
-            "tensors cannot be the weights"
-        )
     return source
+
+
+def unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """The names under which weights are stored, by those that the bare model gives them.
+
+    A prefix that all names carry is a wrapper's, and so are certain words within. A value head
+    may stand beside the wrapped model.
+
+    Raises:
+        ArchiveError: two tensors would have one name.
+    """
+    bare = {
+        name: ".".join(part for part in name.split(".") if part not in _WITHIN) for name in names
+    }
+    while prefix := next((p for p in _BEFORE if _all_begin(bare.values(), p)), None):
+        bare = {name: own.removeprefix(prefix) for name, own in bare.items()}
+    found: dict[str, str] = {}
+    for name, own in bare.items():
+        if own in found:
+            raise ArchiveError(f"{found[own]} and {name} are both {own} without their wrappers")
+        found[own] = name
+    return found
+
+
+def _all_begin(names: Iterable[str], prefix: str) -> bool:
+    others = [name for name in names if not is_head(name)]
+    return bool(others) and all(name.startswith(prefix) for name in others)
 
 
 def fitting(source: Source, name: str, largest: int) -> Slice:

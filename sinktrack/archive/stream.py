@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import mmap
 import re
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -21,17 +21,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    dot_natural_key,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from sinktrack.archive.huggingface import empty
+from sinktrack.archive.foreign import some
+from sinktrack.archive.huggingface import empty, prefix_of
 from sinktrack.archive.source import Slice, Source, fitting
 from sinktrack.errors import ArchiveError
 from sinktrack.taps.huggingface import Decoder, decoder, is_experts
@@ -46,14 +41,15 @@ class Streamed:
     Args:
         source: the checkpoint.
         device: where to compute.
+        dtype: such as ``bfloat16``; by default one in which no stored weight is rounded.
 
     Raises:
-        ArchiveError: transformers does not know the architecture, or a weight is missing, damaged
-            or of another shape.
+        ArchiveError: transformers does not know the architecture, or a weight is missing, damaged,
+            quantized, of another shape, or has no place in the model.
         MeasurementError: not a decoder whose blocks can be found.
     """
 
-    def __init__(self, source: Source, device: str = "cpu") -> None:
+    def __init__(self, source: Source, device: str = "cpu", dtype: str | None = None) -> None:
         self._source, self._device = source, device
         self.read_ahead = torch.device(device).type != "cpu"
         """Read the following block's weights, but for routed experts, while this one computes. On
@@ -61,8 +57,9 @@ class Streamed:
         self._ahead: Future[dict[str, Tensor]] | None = None
         self.reader = ThreadPoolExecutor(1)
         """Reads while others convert or compute."""
-        self.model = empty(source)
-        self.decoder: Decoder = decoder(self.model)
+        found = empty(source, dtype)
+        self.model, self._names, self._text = found.model, found.names, found.prefix
+        self.decoder: Decoder = replace(decoder(found.text), model=self.model)
         self._targets = dict(self.model.state_dict())
         self._largest = max(weight.numel() for weight in self._targets.values())
         self._load_config = LoadStateDictConfig(
@@ -71,9 +68,8 @@ class Streamed:
             device_map={"": device},
             weight_mapping=get_model_conversion_mapping(self.model),
         )
-        self._names = self._by_target()
         self._prefixes = {
-            index: _prefix(self.model, block) for index, block in self.decoder.blocks.items()
+            index: prefix_of(self.model, block) for index, block in self.decoder.blocks.items()
         }
 
     @property
@@ -83,7 +79,7 @@ class Streamed:
         return base
 
     def load_surroundings(self, tokens: Tensor) -> None:
-        """Read what the base model has outside of its blocks.
+        """Read what the text decoder has outside of its blocks.
 
         Args:
             tokens: int64, the token ids whose embedding is wanted.
@@ -99,11 +95,11 @@ class Streamed:
                 buffer = torch.full_like(buffer, unset, device=self._device)
             self._put(name, buffer.to(self._device))
         self.model.initialize_weights()  # for the first time: a second call does nothing
-        base, blocks = _prefix(self.model, self.base), tuple(self._prefixes.values())
+        text, blocks = self._text, tuple(self._prefixes.values())
         own = {
-            name for name in self._targets if name.startswith(base) and not name.startswith(blocks)
+            name for name in self._targets if name.startswith(text) and not name.startswith(blocks)
         }
-        table = f"{_prefix(self.model, self.base.get_input_embeddings())}weight"
+        table = f"{prefix_of(self.model, self.base.get_input_embeddings())}weight"
         self._load(own - self._load_rows(table, tokens))
 
     @contextmanager
@@ -156,21 +152,6 @@ class Streamed:
     def _sources(self, targets: Collection[str]) -> list[str]:
         return [name for t in targets for group in self._names.get(t, []) for name in group]
 
-    def _by_target(self) -> dict[str, list[list[str]]]:
-        """Per weight of the model the checkpoint's tensors that make it, like ones together."""
-        mapping = self._load_config.weight_mapping or []
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        prefix = self.model.base_model_prefix
-        found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
-        for name in sorted(self._source.names(), key=dot_natural_key):
-            target, pattern = rename_source_key(name, renamings, converters, prefix, self._targets)
-            if target not in self._targets and name in self._targets:
-                target, pattern = rename_source_key(name, [], [], prefix, self._targets)
-            if target in self._targets:
-                found[target][pattern].append(name)
-        return {target: list(by_pattern.values()) for target, by_pattern in found.items()}
-
     def _load_rows(self, table: str, tokens: Tensor) -> set[str]:
         """Of an embedding table the rows of these tokens, if it can be read by rows."""
         names = self._names.get(table, [])
@@ -197,7 +178,7 @@ class Streamed:
         ]
         if missing:
             raise ArchiveError(
-                f"{len(missing)} weights missing ({_some(missing)}); the checkpoint does not fit "
+                f"{len(missing)} weights missing ({some(missing)}); the checkpoint does not fit "
                 "its config.json"
             )
 
@@ -220,7 +201,7 @@ class Streamed:
                 logging.enable_progress_bar()
         if info.conversion_errors or info.error_msgs:
             errors = [*map(str, info.conversion_errors.values()), *info.error_msgs]
-            raise ArchiveError(f"{_some(list(tensors))} cannot be converted: {errors[0]}")
+            raise ArchiveError(f"{some(list(tensors))} cannot be converted: {errors[0]}")
         if info.mismatched_keys:
             name, found, wanted = min(info.mismatched_keys)
             raise ArchiveError(
@@ -346,15 +327,5 @@ def _later(experts: Mapping[nn.Module, _Experts]) -> set[str]:
     return {name for weights in experts.values() for name in weights.targets}
 
 
-def _prefix(model: nn.Module, module: nn.Module) -> str:
-    """What the names of the module's weights begin with in the model."""
-    path = next(path for path, found in model.named_modules() if found is module)
-    return f"{path}." if path else ""
-
-
 def _matches(patterns: Collection[str] | None, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns or ())
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")

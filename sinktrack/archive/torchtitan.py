@@ -67,7 +67,6 @@ def open(checkpoint: Checkpoint) -> PieceSource:
                 f"{files.location}: experts were chosen with the bias {name}, which "
                 f"{config.model_type} has no place for"
             )
-    config.dtype = stored[_EMBEDDING].dtype
     return PieceSource(files, config, files, pieces)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sinktrack.archive.source import Checkpoint
-from sinktrack.errors import ArchiveError, SinktrackError, first_line
+from sinktrack.errors import ArchiveError, SinktrackError, one_line
 
 Outcome = dict[str, Any] | SinktrackError
 Work = Callable[[Checkpoint], dict[str, Any]]
@@ -30,8 +30,12 @@ def attempt(work: Work, checkpoint: Checkpoint) -> Outcome:
         return error
     except Exception as error:  # a stranger's config can break transformers anywhere
         _log.debug("%s", checkpoint.name, exc_info=True)
-        name, said = type(error).__name__, first_line(error)
-        return ArchiveError(f"it cannot be measured: {name}: {said}")
+        return not_measured(error)
+
+
+def not_measured(error: Exception) -> ArchiveError:
+    """What came of a checkpoint for which nobody foresaw this error."""
+    return ArchiveError(f"it cannot be measured: {type(error).__name__}: {one_line(error)}")
 
 
 def died(times: int) -> ArchiveError:

@@ -17,7 +17,7 @@ import torch
 
 from sinktrack.archive.source import Checkpoint
 from sinktrack.engines import ATTEMPTS, Outcome, Work, attempt, died
-from sinktrack.engines.memory import available, footprint
+from sinktrack.engines.memory import available, footprint_of_one
 
 
 def spread(
@@ -63,7 +63,7 @@ def sensible(checkpoints: Sequence[Checkpoint]) -> int:
     if not checkpoints:
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores or 1, len(checkpoints), available() // footprint(checkpoints[0])))
+    return max(1, min(cores or 1, len(checkpoints), available() // footprint_of_one(checkpoints)))
 
 
 def _pool(size: int) -> ProcessPoolExecutor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +17,12 @@ _PROCESS = 2**30
 """Bytes that a process takes beside the weights: torch, transformers, a probe's states."""
 _BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _BITS = re.compile(r"(?<=[A-Z])\d+")
+
+
+def footprint_of_one(checkpoints: Sequence[Checkpoint]) -> int:
+    """Bytes for each of several: what the first takes that is not known to be unreadable."""
+    readable = (checkpoint for checkpoint in checkpoints if checkpoint.reason is None)
+    return footprint(next(readable, checkpoints[0]))
 
 
 def footprint(checkpoint: Checkpoint) -> int:

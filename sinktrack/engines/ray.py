@@ -9,7 +9,7 @@ from typing import Any
 
 from sinktrack.archive.source import Checkpoint
 from sinktrack.engines import ATTEMPTS, Outcome, Work, attempt, died, local
-from sinktrack.engines.memory import footprint
+from sinktrack.engines.memory import footprint_of_one
 from sinktrack.errors import require
 
 _log = logging.getLogger("sinktrack")
@@ -43,7 +43,7 @@ def spread(
     if not checkpoints:
         return
     task = ray.remote(attempt).options(
-        max_retries=ATTEMPTS - 1, num_gpus=gpus, memory=_memory(ray, checkpoints[0])
+        max_retries=ATTEMPTS - 1, num_gpus=gpus, memory=_memory(ray, checkpoints)
     )
     limit = count or max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
     waiting = deque(checkpoints)
@@ -64,7 +64,7 @@ def spread(
             yield checkpoint, outcome
 
 
-def _memory(ray: Any, checkpoint: Checkpoint) -> int:
+def _memory(ray: Any, checkpoints: Sequence[Checkpoint]) -> int:
     """Bytes to ask for: what a task needs, and no more than some node has."""
     largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-    return int(min(footprint(checkpoint), largest))
+    return int(min(footprint_of_one(checkpoints), largest))

@@ -88,6 +88,7 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
             merge([single for _, single in shares]),
             torch.cat([batch[:, 0] for batch in batches]),
             [kinds[block] for block in range(found.count)],
+            {value.dtype for value in bare.parameters() if value.is_floating_point()},
             model={
                 "type": type(found.bare[0]).__name__.removeprefix("FSDP"),
                 "blocks": found.count,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sinktrack import text
 from sinktrack.errors import RecordError, require
 from sinktrack.publish import picture
 from sinktrack.publish.curves import COMPONENT, components, metrics
@@ -54,6 +55,7 @@ def publish(run: Run, directory: Path) -> int:
     require("tensorboard", "tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
+    text.refuse_unencodable(directory, "TensorBoard")
     try:
         done = _steps(directory)
         todo = [record for record in records if record["step"] not in done]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sinktrack import atomic
+from sinktrack import atomic, text
 from sinktrack.errors import RecordError, require
 from sinktrack.publish import picture
 from sinktrack.publish.curves import CAUSAL, COMPONENT, causal, components, gone, metrics, summary
@@ -17,51 +21,80 @@ from sinktrack.record import Run
 from sinktrack.signal import analyze
 from sinktrack.signal.stages import living
 
+_ROOM = 16 * 2**20
+"""Bytes left on a disk, below which what W&B keeps there does not count as kept."""
 _MOST_POINTS = 10_000
 """What W&B draws of a table in a chart."""
+
+
+_open: dict[str, int] = {}
+"""By W&B run: the step of its row that was left open with a record of ours in it."""
 
 
 def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
     """Log a record to the active W&B run; without one, or with a disabled one, do nothing.
 
-    No ``step=`` is passed, so neither this row nor any of the trainer's own is dropped; the axis is
-    the key ``sinktrack/step``. Values that were not measured are left out.
+    The record joins the row that W&B has open and leaves it open: the run's own step does not move,
+    so that of a later row with ``step=`` is not behind it. Only where a
+    record is in that row already does this one go into the next. The axis is the key
+    ``sinktrack/step``. Values that were not measured are left out.
 
     Args:
         record: as written to the run directory.
-        axes: further axes to put beside, such as ``train/global_step``.
+        axes: further axes to put beside, such as ``train/global_step``; see `settle`.
         run: the run that holds the record.
     """
-    wandb = sys.modules.get("wandb")
-    active = getattr(wandb, "run", None)
-    if wandb is None or active is None or active.disabled:
+    active = _active()
+    if active is None:
         return
+    wandb = sys.modules["wandb"]
     records = living(run.written)
     _define(active)
+    settle()
+    shared = active.settings.mode == "shared"  # by several processes, so without a step of its own
     active.log(
         {
             **metrics(record),
             **axes,
             **_pictures(wandb, record, records),
             **_tables(wandb, [record]),
-        }
+        },
+        commit=shared,
     )
+    if not shared:
+        _open[active.id] = active.step
     active.summary.update(gone(records[-2:]) | summary(records))
     Sent(run).add(active, record["step"], whole=True)
 
 
-def alert(title: str, text: str) -> None:
+def settle() -> None:
+    """End the active W&B run's row if a record of ours is in it and it is still open.
+
+    Before a trainer logs another value of an axis that stands beside the record.
+    """
+    active = _active()
+    if active is not None and active.id in _open and _open.pop(active.id) == active.step:
+        active.log({}, commit=True)
+
+
+def alert(title: str, words: str) -> None:
     """Raise an alert in the active W&B run; without one, do nothing."""
-    active = getattr(sys.modules.get("wandb"), "run", None)
+    active = _active()
     if active is not None:
-        active.alert(title=title, text=text, level="WARN", wait_duration=0)
+        active.alert(title=title, text=text.printable(words), level="WARN", wait_duration=0)
 
 
 def stage(name: str | None) -> None:
     """Put the run's stage into the summary of the active W&B run; without one, do nothing."""
-    active = getattr(sys.modules.get("wandb"), "run", None)
+    active = _active()
     if active is not None and name is not None:
         active.summary["sinktrack/stage"] = name
+
+
+def _active() -> Any:
+    """This process's W&B run, if it keeps what it is given; else None."""
+    active = getattr(sys.modules.get("wandb"), "run", None)
+    return None if active is None or active.disabled else active
 
 
 def publish(
@@ -87,7 +120,8 @@ def publish(
         The W&B run's id, and the number of records logged.
 
     Raises:
-        RecordError: the run holds no records, or there is no W&B run of that id.
+        RecordError: the run holds no records, W&B is disabled or cannot keep what it is given, or
+            there is no W&B run of that id.
         MissingExtra: wandb is not installed.
     """
     records = living(run.written)
@@ -100,6 +134,8 @@ def publish(
     todo = [record for record in records if record["step"] not in known["steps"]]
     if target is not None and not todo and known["whole"] == records[-1]["step"]:
         return target, 0
+    text.refuse_unencodable(run.directory.resolve(), "W&B")
+    sent.check()
     quiet = {
         name: True
         for name in ("x_disable_stats", "x_disable_meta", "x_disable_machine_info", "disable_git",
@@ -115,9 +151,10 @@ def publish(
             dir=run.directory,
             settings=wandb.Settings(console="off", **quiet),
         )
-    except wandb.errors.Error as error:
-        raise RecordError(f"W&B: {error}") from error
+    except (wandb.errors.Error, OSError) as error:
+        raise RecordError(f"W&B: {error}; nothing was sent") from error
     with active:
+        _refuse_lost(active, run.directory)
         _define(active)
         for record in todo:
             active.log({**metrics(record), **_pictures(wandb, record, None)})
@@ -133,6 +170,25 @@ def publish(
         active.summary.update(gone(records) | summary(records) | _signal(run))
         sent.add(active, records[-1]["step"], whole=True)
         return active.id, len(todo)
+
+
+def _refuse_lost(active: Any, directory: Path) -> None:
+    """Refuse a W&B run that keeps nothing, or keeps it where nobody looks.
+
+    Raises:
+        RecordError: it is disabled, or offline and not below ``directory``.
+    """
+    if active.disabled:
+        raise RecordError(
+            "W&B is disabled, so nothing was sent and nothing is noted as sent; set WANDB_MODE to "
+            "online or offline, or run: wandb online"
+        )
+    kept = Path(active.settings.sync_dir).resolve()
+    if active.offline and not kept.is_relative_to(directory.resolve()):
+        raise RecordError(
+            f"W&B is offline and cannot write below {directory / 'wandb'}: it would keep the "
+            f"records in {kept}; nothing was sent. Make the directory writable"
+        )
 
 
 def _signal(run: Run) -> dict[str, Any]:
@@ -226,6 +282,20 @@ class Sent:
         nothing: dict[str, Any] = {"project": None, "entity": None, "steps": [], "whole": None}
         return self._runs.get(target or "", nothing)
 
+    def check(self) -> None:
+        """Try to write, before W&B is given anything that could not be noted.
+
+        Raises:
+            RecordError: it cannot be written.
+        """
+        try:
+            tempfile.TemporaryFile(dir=self._file.parent).close()
+        except OSError as error:
+            raise RecordError(
+                f"cannot note in {self._file} what W&B was given: {error.strerror}; nothing was "
+                "sent"
+            ) from error
+
     def add(self, active: Any, step: int, whole: bool = False) -> None:
         """Note a step, in the file before the next.
 
@@ -233,7 +303,11 @@ class Sent:
             active: the W&B run.
             step: the record's.
             whole: were the charts over all records given, too?
+
+        Raises:
+            RecordError: W&B has no room left to keep it, or it cannot be noted.
         """
+        kept = active.settings.sync_dir
         known = self._runs.pop(active.id, self.of(None))
         self._runs[active.id] = {
             "project": active.project,
@@ -241,4 +315,13 @@ class Sent:
             "steps": sorted({*known["steps"], step}),
             "whole": step if whole else known["whole"],
         }
-        atomic.write(self._file, json.dumps(self._runs).encode(), durable=False)
+        try:
+            # its process says nothing of a disk that is full, and writes a little behind
+            if active.offline and shutil.disk_usage(kept).free < _ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), kept)
+            atomic.write(self._file, json.dumps(self._runs).encode(), durable=False)
+        except OSError as error:
+            raise RecordError(
+                f"{error.filename}: {error.strerror}; step {step} is not noted as sent to W&B, and "
+                "may be lost there; mend that, then publish again"
+            ) from error

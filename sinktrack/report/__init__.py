@@ -33,7 +33,7 @@ def write_report(
     """
     text = page(runs, losses)
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
         raise RecordError(f"cannot write {path}: {error.strerror}") from error
 

@@ -16,6 +16,7 @@ from sinktrack.publish.curves import causal
 from sinktrack.signal import analyze
 from sinktrack.signal.loss import Losses
 from sinktrack.signal.stages import living
+from sinktrack.twins import equal_weights, told
 
 BUDGET = 9_700_000
 """Bytes that all records together may take; the page's code takes 5 MB."""
@@ -75,6 +76,7 @@ def _run(name: str, written: Records, losses: Losses | None, stride: int) -> dic
         "probe": last["probe"],
         "versions": last["versions"],
         "total": len(records),
+        "same_weights": [told(steps) for steps in equal_weights(records)],
         "signal": found.lines(),
         "missing": found.missing,
         "onset": {axis: at and _rounded([at.value, at.low, at.high]) for axis, at in onset.items()},

@@ -56,6 +56,8 @@ const describe = () => {
   for (const line of run.signal) element("li", line, $("signal"));
   $("probes").hidden = new Set(runs.map((one) => one.probe)).size === 1;
   $("missing").textContent = run.missing.length ? `Not claimed yet: ${run.missing.join("; ")}.` : "";
+  $("same_weights").textContent = run.same_weights.map((line) => `${line[0].toUpperCase()}${line.slice(1)}.`).join(" ");
+  $("same_weights").hidden = !run.same_weights.length;
   $("verdict").parentElement.classList.toggle("warn", !last.formed);
   $("versions").textContent = Object.entries(run.versions).map((pair) => pair.join(" ")).join(", ") + ".";
   for (const place of document.querySelectorAll(".epsilon")) place.textContent = epsilon;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from sinktrack import text
 from sinktrack.errors import RecordError
 from sinktrack.signal import robust
 from sinktrack.signal.robust import Curve, Interval
@@ -132,11 +134,11 @@ def read_losses(path: str | Path) -> dict[int, float]:
     try:
         if path.stat().st_size > _LARGEST:
             raise RecordError(f"{path} is larger than {_LARGEST // 2**20} MiB")
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        content = text.read(path)
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RecordError(f"cannot read losses from {path}: {reason}") from error
-    rows = _from_json(path, text) if path.suffix == ".json" else _from_csv(path, text)
+    rows = _from_json(path, content) if path.suffix == ".json" else _from_csv(path, content)
     found = {}
     for row in rows:
         step, loss = _first(row, _STEP), _first(row, _LOSS)
@@ -312,18 +314,18 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
     return None
 
 
-def _from_json(path: Path, text: str) -> list[Mapping[str, Any]]:
+def _from_json(path: Path, content: str) -> list[Mapping[str, Any]]:
     try:
-        found = json.loads(text)["log_history"]
+        found = json.loads(content)["log_history"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(f"{path} is no trainer_state.json: no log_history in it") from error
     return found if isinstance(found, list) else []
 
 
-def _from_csv(path: Path, text: str) -> list[dict[str, Any]]:
+def _from_csv(path: Path, content: str) -> list[dict[str, Any]]:
     """Of a chart that W&B exports, each column's name begins with its run's and a dash."""
     try:
-        rows = list(csv.DictReader(text.splitlines()))
+        rows = list(csv.DictReader(io.StringIO(content, newline="")))
     except csv.Error as error:
         raise RecordError(f"{path} is no CSV: {error}") from error
     parts = {name: str(name).rpartition(" - ") for name in (rows[0] if rows else ())}
