@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "cpmant": ("attention that is not causal", {}),
     "rwkv": ("its output is not its input plus writes", {}),
     "hy_v4": ("no residual stream", {}),
-    "hrm_text": ("attends more than once", {}),
+    "hrm_text": ("runs more than once in a pass of the model", {}),
     "inkling2_text": ("learned position biases", {}),
     "zaya": ("is added to its residual stream", {"num_experts_per_tok": 1}),
     "zamba": ("ZambaMambaMixer beside its attention", {}),
