@@ -417,6 +417,7 @@ class _Tap:
             if not isinstance(stream, Tensor) or stream.ndim != 3:
                 raise MeasurementError(f"{self.name()}: no residual stream [B, T, D] at its input")
             self.lineage.following = False
+            self.lineage.forget()
             changed = self.observer.state(index, stream)
             if changed is not None:
                 stream = changed
@@ -437,6 +438,7 @@ class _Tap:
     def leave(self, index: int, last: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.lineage.following = False
+            self.lineage.forget()
             self.routed = None
             stream = output[0] if isinstance(output, tuple) else output
             found = mark_of(stream)
@@ -559,6 +561,18 @@ class _Tap:
             attended = read_scores(changed, self.observer.also, changed is not scores)
         self._attended(attended)
         return changed, Mark("weights", heads=scores.shape[1])
+
+    def reweighted(self) -> None:
+        raise MeasurementError(
+            f"{self.name()}: its attention's probabilities are changed after the softmax, so what "
+            "meets the values is not softmax attention; not supported"
+        )
+
+    def joined(self) -> None:
+        raise MeasurementError(
+            f"{self.name()}: something is added to what its heads attend to, beside the softmax; "
+            "not supported"
+        )
 
     def scaled_dot_product_attention(
         self,
