@@ -30,10 +30,12 @@ def measure(
     """Measure the P0 sink of a live model with one forward pass of the probe.
 
     The model is evaluated in its own dtype without dropout, autocast or gradients, and left as it
-    was found: hooks, attention implementation, modes, gradients, random states, buffers.
+    was found: hooks, attention implementation, modes, gradients, random states, buffers, and what
+    hangs on the attributes of its modules.
 
     Args:
-        model: a transformers decoder, bare or wrapped (DDP, torch.compile, PEFT); or a
+        model: a transformers decoder, bare or wrapped (DDP, torch.compile, PEFT, a module of your
+            own that holds no other), or the text decoder of a vision-language model; or a
             Megatron-Core model, bare, wrapped or as the list of chunks of ``get_model``: then every
             process must call, and each gets the measurement.
         probe: the fixed batch.

@@ -196,7 +196,9 @@ def test_probabilities_changed_after_the_softmax_are_refused(change: str) -> Non
 
 
 def test_a_second_path_beside_the_attention_is_refused() -> None:
-    with pytest.raises(MeasurementError, match="block 0 .*something is added to what its heads attend to"):
+    with pytest.raises(
+        MeasurementError, match="block 0 .*something is added to what its heads attend to"
+    ):
         measure(with_class(Twofold), PROBE)
 
 

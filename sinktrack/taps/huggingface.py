@@ -81,6 +81,11 @@ def decoder(model: nn.Module) -> Decoder:
         )
     blocks = dict(enumerate(_blocks(bare, config)))
     _refuse_shared(blocks)
+    if hasattr(bare.base_model, "_rescale_layers"):  # and our putting back would undo its note
+        raise MeasurementError(
+            f"block 0 ({type(blocks[0]).__name__}): no softmax attention, and in eval mode "
+            f"{type(bare).__name__} divides its weights; not supported"
+        )
     attentions = _recorded(bare, "attentions")
     kinds = _kinds(config, blocks, attentions)
     interface = bare._can_set_attn_implementation()
@@ -104,12 +109,12 @@ def _unwrap(model: nn.Module) -> PreTrainedModel:
             model = _only(model)
     for module in outer.modules():
         adapters = getattr(module, "peft_config", None)
-        if isinstance(adapters, dict) and any(_is_prompt(one) for one in adapters.values()):
-            if any(inner is model for inner in module.modules()) or module in model.modules():
-                raise MeasurementError(
-                    "a prompt that PEFT learned stands before the probe's tokens, and what the "
-                    "model does behind it is not measured; not supported"
-                )
+        learned = adapters.values() if isinstance(adapters, dict) else ()
+        if any(map(_is_prompt, learned)) and any(inner is model for inner in module.modules()):
+            raise MeasurementError(
+                "a prompt that PEFT learned stands before the probe's tokens, and what the model "
+                "does behind it is not measured; not supported"
+            )
     return model
 
 

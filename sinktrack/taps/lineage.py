@@ -19,7 +19,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _ADD = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-_JOIN = {"sub", "sub_", "__sub__", "__rsub__", "__isub__", "rsub", "subtract", "lerp", "lerp_", "where"}
+_JOIN = {
+    "sub",
+    "sub_",
+    "__sub__",
+    "__rsub__",
+    "__isub__",
+    "rsub",
+    "subtract",
+    "lerp",
+    "lerp_",
+    "where",
+}
 _MULTIPLY = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
 _SAME = {
     "view", "reshape", "contiguous", "to", "float", "clone", "flatten", "unflatten",
@@ -218,7 +229,6 @@ class Lineage(TorchFunctionMode):
         if found.raw is None and args and isinstance(args[0], Tensor):
             return replace(found, raw=args[0])
         return found
-
 
     def _is_softmax(self, weights: Tensor) -> bool:
         """Are these the probabilities that the softmax gave, perhaps of another shape or dtype?"""

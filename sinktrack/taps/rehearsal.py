@@ -117,10 +117,14 @@ class Rehearsal(Observer):
         with ExitStack() as stack:
             for index, block in self._found.blocks.items():
                 if begin is not None:
-                    hook = block.register_forward_pre_hook(_entering(index, begin), with_kwargs=True)
+                    hook = block.register_forward_pre_hook(
+                        _entering(index, begin), with_kwargs=True
+                    )
                     stack.callback(hook.remove)
                 attentions = [
-                    module for module in block.modules() if isinstance(module, self._found.attentions)
+                    module
+                    for module in block.modules()
+                    if isinstance(module, self._found.attentions)
                 ]
                 for module in attentions:
                     hook = module.register_forward_hook(_leaving(into[index]))
