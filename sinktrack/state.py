@@ -139,7 +139,7 @@ class Kept:
                 self._walk(f"{name}.{key}", buffer)
             for key, parameter in value.named_parameters(recurse=False):
                 self._watch(f"{name}.{key}", parameter)
-        elif _root(type(value)) not in _FRAMEWORKS:
+        elif not any(_root(kind) in _FRAMEWORKS for kind in type(value).__mro__):
             self._members(name, value)
 
     def _module(self, name: str, module: nn.Module) -> None:
@@ -331,7 +331,7 @@ def _equal(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor):
         return torch.equal(_bits(left), _bits(right))
     if isinstance(left, np.ndarray):
-        return left.shape == right.shape and left.tobytes() == right.tobytes()
+        return bool(left.shape == right.shape and left.tobytes() == right.tobytes())
     if isinstance(left, dict):
         return all(_equal(left[key], right[key]) for key in left)
     if isinstance(left, tuple):

@@ -180,7 +180,7 @@ def test_the_table_is_up_to_date() -> None:
             "refused by name where they do not.",
             "",
             "Vision-language models (Gemma 3, Llava, Mistral 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL and",
-            "its MoE) are exact live, by their text decoder and on text alone. PaliGemma reads text",
+            "its MoE) are exact live, by their text decoder and on text alone. PaliGemma reads",
             "both ways and is refused.",
             "",
             "| family | | why |",

@@ -92,6 +92,34 @@ def test_torchs_attention_is_overwritten_in_transformers_table(dress: Any) -> No
     measure(model, PROBE)
 
 
+def test_torchs_own_function_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models.llama()
+    model.set_attn_implementation("sdpa")
+    monkeypatch.setattr(
+        nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **kwargs: scaled_dot_product_attention(*args, **kwargs),
+    )
+    with pytest.raises(MeasurementError, match=r"scaled_dot_product_attention of torch.nn.func"):
+        measure(model, PROBE)
+    model.set_attn_implementation("eager")
+    check_exact(model, PROBE)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_torchs_softmax_is_replaced(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one of the same name with one more term in its denominator."""
+    own, model = softmax, tiny(family, EXACT[family])
+
+    def one_more(scores: Tensor, dim: int = -1, dtype: Any = None, **_: Any) -> Tensor:
+        padded = torch.cat([scores, torch.zeros_like(scores[..., :1])], -1)
+        return own(padded, dim, dtype=dtype)[..., :-1]
+
+    monkeypatch.setattr(nn.functional, "softmax", one_more)
+    with pytest.raises(MeasurementError, match=r"block 0 .*(what its attention|was not seen)"):
+        measure(model, PROBE)
+
+
 def test_torchs_attention_is_overwritten_by_one_of_transformers() -> None:
     """Of the right origin and another meaning: only the values tell."""
     from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward

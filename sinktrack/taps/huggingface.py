@@ -143,9 +143,9 @@ def _is_prompt(adapter: Any) -> bool:
     return any(getattr(adapter, name, False) for name in names)
 
 
-def _text(model: PreTrainedModel) -> nn.Module:
+def _text(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a model that reads text; the model itself where it reads nothing else."""
-    found = model.get_decoder()
+    found: Any = model.get_decoder()
     return found if isinstance(found, PreTrainedModel) else model
 
 

@@ -62,8 +62,7 @@ class Rehearsal(Observer):
             for config, implementation in before:
                 if implementation != "sdpa":
                     config._attn_implementation_internal = "eager"
-            if any(implementation != "sdpa" for _, implementation in before):
-                self._refuse_foreign()
+            self._refuse_foreign({implementation for _, implementation in before})
             with self._noting(self._own, self._note_input):
                 yield
 
@@ -96,15 +95,20 @@ class Rehearsal(Observer):
                     "transformers' own attention"
                 )
 
-    def _refuse_foreign(self) -> None:
-        """Refuse eager attention that somebody replaced in the family's module."""
-        for kind in self._found.attentions:
-            function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+    def _refuse_foreign(self, implementations: set[str]) -> None:
+        """Refuse functions that somebody replaced, if the model runs them."""
+        runs: list[tuple[str, str]] = []
+        if "sdpa" in implementations:
+            runs.append(("torch.nn.functional", "scaled_dot_product_attention"))
+        if implementations - {"sdpa"}:
+            eager = "eager_attention_forward"
+            runs += [(kind.__module__, eager) for kind in self._found.attentions]
+        for module, name in runs:
+            function = getattr(sys.modules.get(module), name, None)
             if function is not None and (origin := foreign(function)):
                 raise MeasurementError(
-                    f"eager_attention_forward of {kind.__module__} is a function of {origin}, and "
-                    "what it computes is not known here; put transformers' own back, or call "
-                    "model.set_attn_implementation('sdpa') if the model is to be trained with that"
+                    f"{name} of {module} is a function of {origin}, and what it computes is not "
+                    "known here; put the original back"
                 )
 
     def _note_input(self, block: int, stream: Tensor) -> None:
