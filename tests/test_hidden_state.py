@@ -23,7 +23,7 @@ from sinktrack import MeasurementError, Run, measure, state
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.undisturbed import undisturbed
 
-Step = Callable[[], float]
+Step = Callable[[], Any]
 """Goes on with the state, and tells what is added to the stream."""
 
 
@@ -51,10 +51,10 @@ class Shared:
     history: list[int] = []  # noqa: RUF012
 
 
-def in_a_dict(module: nn.Module) -> Step:
+def in_a_dict(module: Any) -> Step:
     module.kept = {"calls": 0, "mean": torch.zeros(3)}
 
-    def step() -> float:
+    def step() -> Any:
         module.kept["calls"] += 1
         module.kept["mean"].mul_(0.9).add_(0.1)
         module.kept[f"call {module.kept['calls']}"] = 1
@@ -63,10 +63,10 @@ def in_a_dict(module: nn.Module) -> Step:
     return step
 
 
-def in_a_list(module: nn.Module) -> Step:
+def in_a_list(module: Any) -> Step:
     module.kept = [torch.zeros(2), [0], deque([1, 2, 3], maxlen=3), {5}]
 
-    def step() -> float:
+    def step() -> Any:
         module.kept[0].add_(1)
         module.kept[1][0] += 1
         module.kept[2].append(module.kept[1][0])
@@ -77,23 +77,23 @@ def in_a_list(module: nn.Module) -> Step:
     return step
 
 
-def in_a_tensor(module: nn.Module) -> Step:
+def in_a_tensor(module: Any) -> Step:
     module.mean = torch.zeros(4, dtype=torch.bfloat16)
 
-    def step() -> float:
+    def step() -> Any:
         module.mean.data.add_(0.5)  # which torch does not count
         return 1e-3 * float(module.mean.sum())
 
     return step
 
 
-def by_generators(module: nn.Module) -> Step:
+def by_generators(module: Any) -> Step:
     module.own = torch.Generator().manual_seed(1)
     module.nested = {"numpy": [np.random.default_rng(2)], "old": np.random.RandomState(3)}
     module.python = random.Random(4)
     module.bits = np.random.Philox(5)
 
-    def step() -> float:
+    def step() -> Any:
         drawn = float(torch.rand(1, generator=module.own)) + module.python.gauss(0, 1)
         drawn += module.nested["numpy"][0].normal() + module.nested["old"].normal()
         return 1e-2 * (drawn + module.bits.random_raw() / 2**64)
@@ -101,11 +101,11 @@ def by_generators(module: nn.Module) -> Step:
     return step
 
 
-def in_objects(module: nn.Module) -> Step:
+def in_objects(module: Any) -> Step:
     module.meter, module.slots, module.space = Meter(), Slots(), SimpleNamespace(calls=0, on={})
     module.frozen = Frozen(torch.zeros(2), (torch.zeros(2), [0]))
 
-    def step() -> float:
+    def step() -> Any:
         module.meter.calls += 1
         module.meter.seen.append(0.5)
         module.slots.calls += 1
@@ -121,12 +121,12 @@ def in_objects(module: nn.Module) -> Step:
     return step
 
 
-def in_dictionaries_of_all_kinds(module: nn.Module) -> Step:
+def in_dictionaries_of_all_kinds(module: Any) -> Step:
     module.ordered, module.counter = OrderedDict(a=1, b=2), Counter()
     module.default = defaultdict(lambda: torch.zeros(2))
     module.array, module.bytes = np.zeros(3), bytearray(3)
 
-    def step() -> float:
+    def step() -> Any:
         module.ordered.move_to_end(next(iter(module.ordered)))
         module.counter["calls"] += 1
         module.default["sum"].add_(1)
@@ -139,7 +139,7 @@ def in_dictionaries_of_all_kinds(module: nn.Module) -> Step:
     return step
 
 
-def in_a_closure(module: nn.Module) -> Step:
+def in_a_closure(module: Any) -> Step:
     calls, log = 0, []
 
     def count(*_: Any, more: list[int] = []) -> None:  # noqa: B006
@@ -153,10 +153,10 @@ def in_a_closure(module: nn.Module) -> Step:
     return lambda: 1e-3 * (calls + sum(log) + getattr(count, "calls", 0))
 
 
-def on_a_class(module: nn.Module) -> Step:
+def on_a_class(module: Any) -> Step:
     module.shared = Shared()
 
-    def step() -> float:
+    def step() -> Any:
         Shared.calls += 1
         Shared.history.append(1)
         return 1e-3 * (Shared.calls + len(Shared.history))
@@ -166,10 +166,10 @@ def on_a_class(module: nn.Module) -> Step:
     return step
 
 
-def in_a_module_that_is_none_of_its_own(module: nn.Module) -> Step:
+def in_a_module_that_is_none_of_its_own(module: Any) -> Step:
     module.aside = [nn.BatchNorm1d(2)]
 
-    def step() -> float:
+    def step() -> Any:
         norm = module.aside[0]
         norm.running_mean.add_(1)
         norm.num_batches_tracked += 1
@@ -178,10 +178,10 @@ def in_a_module_that_is_none_of_its_own(module: nn.Module) -> Step:
     return step
 
 
-def in_a_cache(module: nn.Module) -> Step:
+def in_a_cache(module: Any) -> Step:
     module.cache = DynamicCache()
 
-    def step() -> float:
+    def step() -> Any:
         keys, _ = module.cache.update(torch.ones(1, 1, 1, 2), torch.ones(1, 1, 1, 2), 0)
         return 1e-3 * float(keys.sum())
 
@@ -194,7 +194,7 @@ KINDS = [
 ]  # fmt: skip
 
 
-def stateful(kind: Callable[[nn.Module], Step], of: Any = models.llama) -> Any:
+def stateful(kind: Callable[[Any], Step], of: Any = models.llama) -> Any:
     """A model whose second MLP goes on with its state in every pass, in eval mode too."""
     model = of(attention_dropout=0.1).train()
     mlp = model.model.layers[1].mlp
@@ -248,20 +248,20 @@ def test_it_is_put_back_after_a_failure_too() -> None:
     assert not hasattr(mlp.slots, "later") and not mlp.frozen.mean.any()
 
 
-def itertools_count(module: nn.Module) -> Step:
+def itertools_count(module: Any) -> Step:
     module.count = itertools.count()
     return lambda: 1e-3 * next(module.count)
 
 
-def a_python_generator(module: nn.Module) -> Step:
+def a_python_generator(module: Any) -> Step:
     module.numbers = (1e-3 * number for number in range(10**6))
     return lambda: next(module.numbers)
 
 
-def a_parameter(module: nn.Module) -> Step:
+def a_parameter(module: Any) -> Step:
     module.bias = nn.Parameter(torch.zeros(2), requires_grad=False)
 
-    def step() -> float:
+    def step() -> Any:
         with torch.no_grad():
             module.bias.add_(1)
         return 1e-3 * float(module.bias.sum())
@@ -269,10 +269,10 @@ def a_parameter(module: nn.Module) -> Step:
     return step
 
 
-def a_tensor_that_is_resized(module: nn.Module) -> Step:
+def a_tensor_that_is_resized(module: Any) -> Step:
     module.rows = torch.ones(1)
 
-    def step() -> float:
+    def step() -> Any:
         module.rows.resize_(len(module.rows) + 1).fill_(1)
         return 1e-3 * float(module.rows.sum())
 

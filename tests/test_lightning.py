@@ -67,7 +67,7 @@ def test_bit_identical_and_recorded(tmp_path: Path) -> None:
     [({"max_steps": 8}, [0, 5, 8]), ({"max_steps": -1, "max_epochs": 1}, [0, 5, 10])],
 )
 def test_averaged_weights_are_not_those_of_the_last_step(
-    length: dict[str, int], steps: list[int], tmp_path: Path
+    length: dict[str, Any], steps: list[int], tmp_path: Path
 ) -> None:
     """Of an epoch of 12 steps nothing tells beforehand which is the last."""
     plain = train(tmp_path, [], **length)

@@ -127,7 +127,7 @@ def test_torchs_attention_is_overwritten_by_one_of_transformers() -> None:
     model = models.llama()
     model.set_attn_implementation("sdpa")
     capped = functools.partial(eager_attention_forward, softcap=0.5)
-    capped.__module__ = eager_attention_forward.__module__  # type: ignore[attr-defined]
+    capped.__module__ = eager_attention_forward.__module__
     ALL_ATTENTION_FUNCTIONS["sdpa"] = capped
     try:
         with pytest.raises(MeasurementError, match=r"block 0 \(LlamaDecoderLayer\): what its att"):
@@ -151,7 +151,7 @@ def test_a_soft_cap_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
         measure(model, PROBE)
 
 
-class Own(llama.LlamaAttention):
+class Own(llama.LlamaAttention):  # type: ignore[misc]
     """A forward of its own; ``weights`` tells what becomes of its scores."""
 
     weights: Weights
@@ -190,7 +190,7 @@ class Twofold(Fused):
 
 def with_class(kind: type[Own], of: Weights = lambda scores: softmax(scores, -1)) -> Any:
     """A Llama of that attention, which puts out what it used for probabilities."""
-    kind.weights = staticmethod(of)  # type: ignore[assignment]
+    kind.weights = staticmethod(of)
     model = models.llama()
     for layer in model.model.layers:
         layer.self_attn.__class__ = kind
