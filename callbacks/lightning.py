@@ -95,7 +95,8 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
         self._waiting.append((record, self.axes))
 
 
-def _model(module: LightningModule) -> PreTrainedModel:
+def _model(module: LightningModule) -> LightningModule:
+    """The module whole: what stands around the model in it is looked at where it is measured."""
     found: list[PreTrainedModel] = []
     for inner in module.modules():
         within = any(inner in outer.modules() for outer in found)
@@ -106,4 +107,4 @@ def _model(module: LightningModule) -> PreTrainedModel:
             f"{type(module).__name__} holds {len(found)} transformers models, wanted one; call "
             "sinktrack.callbacks.loop.SinkTracker.step from its on_train_batch_end instead"
         )
-    return found[0]
+    return module

@@ -95,6 +95,7 @@ def attend(
         output, lse = _chunked(query, key, value, scale, mask, softcap, later)
     else:
         output, lse = _fused(query, key, value, scale, mask, later)
+
     def mixing() -> Tensor:
         if softcap is not None:
             _, doubled = _chunked(query, key, value, scale, mask, softcap, later, power=2)

@@ -125,9 +125,7 @@ class Collector(Observer):
                     self._refuse(f"the attention of block {block}, head {head} is not finite")
 
     def _refuse(self, what: str) -> None:
-        raise MeasurementError(
-            f"{what}: NaN or infinite weights, or an overflow in {self.dtype}"
-        )
+        raise MeasurementError(f"{what}: NaN or infinite weights, or an overflow in {self.dtype}")
 
 
 def at_p0(write: Write, arena: Arena, first_head: int = 0) -> WriteAtP0:

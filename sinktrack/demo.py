@@ -29,8 +29,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from sinktrack.callbacks.huggingface import SinkTrackCallback
-from sinktrack.metrics.attention import EPSILON
 from sinktrack.errors import SinktrackError
+from sinktrack.metrics.attention import EPSILON
 from sinktrack.probe import Probe
 from sinktrack.record import Run
 from sinktrack.report import write_report

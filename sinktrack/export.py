@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sinktrack.errors import RecordError, require
 from sinktrack.rows import COLUMNS, rows
 
+
 def export(
     records: Sequence[Mapping[str, Any]], path: Path, form: Literal["parquet", "csv"]
 ) -> int:

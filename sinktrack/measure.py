@@ -31,10 +31,12 @@ def measure(
     """Measure the P0 sink of a live model with one forward pass of the probe.
 
     The model is evaluated in its own dtype without dropout, autocast or gradients, and left as it
-    was found: hooks, attention implementation, modes, gradients, random states, buffers.
+    was found: hooks, attention implementation, modes, gradients, random states, buffers, and what
+    hangs on the attributes of its modules.
 
     Args:
-        model: a transformers decoder, bare or wrapped (DDP, torch.compile, PEFT); or a
+        model: a transformers decoder, bare or wrapped (DDP, torch.compile, PEFT, a module of your
+            own that holds no other), or the text decoder of a vision-language model; or a
             Megatron-Core model, bare, wrapped or as the list of chunks of ``get_model``: then every
             process must call, and each gets the measurement.
         probe: the fixed batch.
@@ -56,6 +58,7 @@ def measure(
     passes = _Passes(probe, batch_size)
     found = readable(model, probe)  # type: ignore[arg-type]  # refuses a list by name
     device = found.model.get_input_embeddings().weight.device
+    refuse_another_model(found, probe)
     with untouched(found.model, passes.size, probe):
         for observer, batches in passes.both:
             with watch(found, observer):
@@ -159,6 +162,23 @@ def readable(model: nn.Module, probe: Probe) -> Decoder:
     _refuse_unreadable(found.model)
     _check(probe, found)
     return found
+
+
+def refuse_another_model(found: Decoder, probe: Probe) -> None:
+    """Refuse a model that computes something else in training than under taps.
+
+    Raises:
+        MeasurementError: names the block, or the function that somebody replaced.
+    """
+    from sinktrack.taps.rehearsal import TOKENS, Rehearsal
+
+    device = found.model.get_input_embeddings().weight.device
+    tokens = probe.batches(1)[0][:, :TOKENS].to(device)
+    rehearsal = Rehearsal(found)
+    for way in (rehearsal.as_in_training, rehearsal.under_taps):
+        with untouched(found.model, 1, probe), way():
+            forward(found.model, tokens)
+    rehearsal.check()
 
 
 def _check(probe: Probe, found: Decoder) -> None:

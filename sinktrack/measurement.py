@@ -227,7 +227,9 @@ def assemble(
     found["intervals"] = _intervals(seen, found)
     stored = set(dtypes)
     return Measurement(
-        dtype=str(next(iter(stored)) if len(stored) == 1 else collected.dtype).removeprefix("torch."),
+        dtype=str(next(iter(stored)) if len(stored) == 1 else collected.dtype).removeprefix(
+            "torch."
+        ),
         block_kinds=tuple(kinds),
         measured_blocks=seen.measured,
         visible_queries_by_sequence=found["visible_queries"],

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sinktrack.attention import uniform
-from sinktrack.metrics.attention import EPSILON
 from sinktrack.errors import RecordError
+from sinktrack.metrics.attention import EPSILON
 from sinktrack.signal import Analysis
 from sinktrack.twins import equal_weights, told
 

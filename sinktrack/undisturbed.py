@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -13,9 +14,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from sinktrack.errors import MeasurementError
 from sinktrack.probe import Probe
+from sinktrack.state import Kept
 
 _INTERNAL = {"_parameters", "_buffers", "_modules", "training"}
 _OURS = ("sinktrack.", "transformers.")
+_SPOILT: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+"""Models with state that a probe changed for good, and its places."""
 
 
 @contextmanager
@@ -43,12 +47,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluate without gradients, autocast, compilation or dropout; then restore everything.
 
     Restored, also when the body raises: the random states of Python, numpy, torch and every CUDA
-    device, train or eval mode of each module, its buffers and plain attributes, the default dtype,
-    gradients, autocast, compilation and torch's stack of modes. Hooks of ours are removed, and
-    those that transformers sets in a model's first forward pass.
+    device, train or eval mode of each module, its buffers and plain attributes with all that hangs
+    on them (see `sinktrack.state`), the default dtype, gradients, autocast, compilation and torch's
+    stack of modes. Hooks of ours are removed, and those that transformers sets in a model's first
+    forward pass.
+
+    Raises:
+        MeasurementError: after the body, something changed that cannot be put back, which is named;
+            from then on before it, for that model.
     """
     from torch._dynamo import eval_frame  # slow to import
 
+    _refuse_spoilt(model)
+    kept = Kept(model)
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     devices = {"cpu"} | {parameter.device.type for parameter in model.parameters()}
     python, numpy = random.getstate(), np.random.get_state()
@@ -90,6 +101,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if not torch.equal(_bits(buffer), _bits(saved)):
                     buffer.copy_(saved)
+            if failed := kept.undo():
+                _SPOILT[model] = failed
         torch.set_default_dtype(dtype)
         random.setstate(python)
         np.random.set_state(numpy)
@@ -107,6 +120,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             if "_original_forward" in attributes:  # Accelerate wraps forward in autocast
                 module.forward = attributes["_original_forward"]  # type: ignore[assignment]
         yield
+    _refuse_spoilt(model)
+
+
+def _refuse_spoilt(model: nn.Module) -> None:
+    if failed := _SPOILT.get(model):
+        raise MeasurementError(
+            f"a forward pass of the probe changed {', '.join(failed[:5])}, which cannot be put "
+            "back, so training has been disturbed; this model is not probed again. Keep the state "
+            "in a buffer, or do not change it in eval mode"
+        )
 
 
 @contextmanager

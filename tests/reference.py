@@ -7,7 +7,6 @@ import sys
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from sinktrack import Measurement, Probe, measure

@@ -12,6 +12,7 @@ from typing import Any
 
 import models
 import pytest
+import torch
 from reference import TOGETHER, check_exact
 from transformers import CONFIG_MAPPING
 
@@ -103,7 +104,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "openai-gpt": ("its output is not its input plus writes", {}),
     "doge": ("its output is not its input plus writes", {}),
     "xglm": ("its attention was not seen", {}),
-    "diffllama": ("attends more than once", {}),
+    "diffllama": ("something is added to what its heads attend to", {}),
     "longcat_flash": ("attends more than once", LATENT | {
         "num_layers": 4, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "moe_topk": 2,
         "zero_expert_num": 2, "head_dim": 4}),
@@ -113,9 +114,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v4": ("no residual stream", {}),
     "bert": ("attention that is not causal", {}),
     "cpmant": ("attention that is not causal", {}),
-    "rwkv": ("its output is not its input plus writes", {}),
+    "rwkv": ("in eval mode RwkvForCausalLM divides its weights", {}),
     "hy_v4": ("no residual stream", {}),
-    "hrm_text": ("attends more than once", {}),
+    "hrm_text": ("runs more than once in a pass of the model", {}),
     "inkling2_text": ("learned position biases", {}),
     "zaya": ("is added to its residual stream", {"num_experts_per_tok": 1}),
     "zamba": ("ZambaMambaMixer beside its attention", {}),
@@ -146,6 +147,17 @@ def test_refused(family: str) -> None:
         measure(tiny(family, changes), PROBE)
 
 
+def test_a_refused_model_keeps_its_weights() -> None:
+    """In eval mode RWKV divides some of them, and notes that it did."""
+    model = tiny("rwkv", {}).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MeasurementError):
+        measure(model, PROBE)
+    model(PROBE.tokens)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_a_model_without_softmax_attention_is_refused() -> None:
     model = tiny("jamba", {})  # of its first four blocks none attends
     with pytest.raises(MeasurementError, match="no block has softmax attention"):
@@ -166,6 +178,10 @@ def test_the_table_is_up_to_date() -> None:
             "2e-5 of the P0 norm).",
             "Families that are not listed are measured where the same checks hold at run time, and",
             "refused by name where they do not.",
+            "",
+            "Vision-language models (Gemma 3, Llava, Mistral 3, Qwen2-VL, Qwen2.5-VL, Qwen3-VL and",
+            "its MoE) are exact live, by their text decoder and on text alone. PaliGemma reads",
+            "both ways and is refused.",
             "",
             "| family | | why |",
             "|---|---|---|",

@@ -30,21 +30,23 @@ class Module(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-def train(directory: Path, callbacks: list[Any], **changes: Any) -> dict[str, Any]:
+def train(
+    directory: Path, callbacks: list[Any], module: type[Module] = Module, **changes: Any
+) -> dict[str, Any]:
     torch.manual_seed(0)
-    module = Module()
+    made = module()
     data: Any = torch.randint(models.VOCABULARY, (24, 4, 16))
     trainer = Trainer(
         accumulate_grad_batches=2, accelerator="cpu", logger=False,
         callbacks=callbacks, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=directory, **{"max_steps": 10} | changes,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(data, batch_size=None))
+    trainer.fit(made, DataLoader(data, batch_size=None))
     return {
-        "weights": module.inner.state_dict(),
+        "weights": made.inner.state_dict(),
         "optimizer": trainer.optimizers[0].state_dict(),
         "random": torch.get_rng_state(),
-        "model": module.inner,
+        "model": made.inner,
     }
 
 
@@ -65,7 +67,7 @@ def test_bit_identical_and_recorded(tmp_path: Path) -> None:
     [({"max_steps": 8}, [0, 5, 8]), ({"max_steps": -1, "max_epochs": 1}, [0, 5, 10])],
 )
 def test_averaged_weights_are_not_those_of_the_last_step(
-    length: dict[str, int], steps: list[int], tmp_path: Path
+    length: dict[str, Any], steps: list[int], tmp_path: Path
 ) -> None:
     """Of an epoch of 12 steps nothing tells beforehand which is the last."""
     plain = train(tmp_path, [], **length)
@@ -76,6 +78,25 @@ def test_averaged_weights_are_not_those_of_the_last_step(
     last = measure(plain["model"].eval(), PROBE).weights
     assert (digests[steps[-1]] == last) == (steps[-1] == 8)
     assert measure(averaged["model"].eval(), PROBE).weights not in {last, *digests.values()}
+
+
+def test_a_learned_prompt_is_refused_and_training_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peft = pytest.importorskip("peft")
+
+    class Prompted(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+            self.inner = peft.get_peft_model(self.inner, prompt)
+
+    callback = SinkTrackLightning(PROBE, tmp_path / "run", every=4)
+    train(tmp_path, [callback], module=Prompted)
+    assert Run.read(tmp_path / "run").records == []
+    assert caplog.text.count("a prompt that PEFT learned stands before") == 1
+    with pytest.raises(MeasurementError, match="a prompt that PEFT learned stands before"):
+        measure(Prompted(), PROBE)
 
 
 def test_a_module_of_several_models_is_refused(tmp_path: Path) -> None:

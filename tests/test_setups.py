@@ -17,11 +17,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import check_exact
 from test_callbacks import PROBE, assert_identical, two_processes
 
 from sinktrack import MeasurementError, Probe, Run, measure
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.collect import Collector
+from sinktrack.interventions.replay import replaying
 from sinktrack.metrics import METRICS
 from sinktrack.taps.huggingface import decoder, watch
 
@@ -174,17 +176,100 @@ def test_low_rank_adapters_measure_as_the_merged_model(target: str) -> None:
         inner, collected = decoder(model), Collector(METRICS)
         with torch.no_grad(), watch(inner, collected):
             inner.model(PROBE.tokens, use_cache=False)
-        leaves.append({(x.kind, x.block, x.index): x.write for x in collected.writes.contributions()})
+        leaves.append(
+            {(x.kind, x.block, x.index): x.write for x in collected.writes.contributions()}
+        )
     assert leaves[0].keys() == leaves[1].keys()
     for key, write in leaves[0].items():
         torch.testing.assert_close(write, leaves[1][key], atol=1e-4, rtol=1e-4)
 
 
-def test_a_learned_prompt_is_refused() -> None:
+class Around(torch.nn.Module):
+    """A wrapper of somebody's own, under a name of its own."""
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.policy = policy
+
+
+WRAPPED: dict[str, Callable[[Any], Any]] = {
+    "bare": lambda model: model,
+    "in a module": Around,
+    "in modules": lambda model: Around(torch.nn.ModuleDict({"first": Around(model)})),
+    "in parallel": torch.nn.DataParallel,
+    "compiled": torch.compile,
+    "compiled in a module": lambda model: Around(torch.compile(model)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_a_model_is_found_in_what_is_around_it(wrap: str) -> None:
+    wanted, found = measure(models.llama(), PROBE), measure(WRAPPED[wrap](models.llama()), PROBE)
+    assert torch.equal(found.p0_attention, wanted.p0_attention)
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+@pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning", "PromptEncoder"])
+def test_a_learned_prompt_is_refused(kind: str, wrap: str) -> None:
     peft = pytest.importorskip("peft")
-    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    prompt = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = WRAPPED[wrap](peft.get_peft_model(models.llama(), prompt))
+    with pytest.raises(MeasurementError, match="a prompt that PEFT learned stands before"):
+        measure(model, PROBE)
+    with pytest.raises(MeasurementError, match="a prompt that PEFT learned stands before"):
+        decoder(model)
+    with (
+        pytest.raises(MeasurementError, match="a prompt that PEFT learned stands before"),
+        replaying(model, PROBE),
+    ):
+        pass
+
+
+def test_a_prompt_in_every_block_is_refused() -> None:
+    peft = pytest.importorskip("peft")
+    prompt = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2)
     model = peft.get_peft_model(models.llama(), prompt)
     with pytest.raises(MeasurementError, match="a prompt that PEFT learned stands before"):
+        measure(Around(model), PROBE)
+
+
+def test_a_module_of_several_models_is_refused() -> None:
+    several = torch.nn.ModuleDict({"policy": models.llama(), "reference": models.llama()})
+    with pytest.raises(MeasurementError, match="ModuleDict holds 2 transformers models"):
+        measure(several, PROBE)
+    with pytest.raises(MeasurementError, match="Linear is not a transformers model"):
+        measure(torch.nn.Linear(2, 2), PROBE)
+
+
+@pytest.mark.parametrize("pattern", [[0] * 4, [0, 1, 0, 1], [0, 1, 2, 2]])
+def test_one_module_at_several_depths_is_refused(pattern: list[int]) -> None:
+    model = models.llama()
+    layers = [model.model.layers[index] for index in pattern]
+    model.model.layers = torch.nn.ModuleList(layers)
+    with pytest.raises(MeasurementError, match=r"blocks \d.* are one module \(LlamaDecoderLayer"):
+        measure(model, PROBE)
+
+
+def test_depths_that_share_their_parameters_are_exact() -> None:
+    model = models.llama()
+    first = dict(model.model.layers[0].named_parameters())
+    for layer in model.model.layers[1:]:
+        for name, module in layer.named_modules():
+            for key in module._parameters:
+                module._parameters[key] = first.get(f"{name}.{key}")
+    check_exact(model, PROBE)
+
+
+def test_blocks_that_run_in_a_loop_are_refused() -> None:
+    model = models.llama()
+    block = model.model.layers[1]
+
+    class Twice(torch.nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return block(block(*args, **kwargs), *args[1:], **kwargs)
+
+    model.model.layers[2].forward = Twice().forward
+    with pytest.raises(MeasurementError, match="block 1 .*runs more than once in a pass"):
         measure(model, PROBE)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sinktrack.attention import Attended
-from sinktrack.measure import forward, readable
+from sinktrack.measure import forward, readable, refuse_another_model
 from sinktrack.probe import Probe
 from sinktrack.taps import Observer, Write
 from sinktrack.taps.huggingface import Decoder, resume, returned, watch
@@ -194,6 +194,7 @@ def replaying(model: nn.Module, probe: Probe, batch_size: int | None = None) -> 
         ProbeError, MeasurementError: as `sinktrack.measure.measure` does.
     """
     found = readable(model, probe)
+    refuse_another_model(found, probe)
     replay = Replay(found, probe, batch_size)
     with untouched(found.model, len(replay.batches[0]), probe):
         yield replay

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sinktrack.metrics.localization import Component
 from sinktrack.interventions.edits import Change, Nudge, Sight, Term
 from sinktrack.interventions.effects import LEAST_EFFECT, Effect, mean
 from sinktrack.interventions.experts import Profile, table
 from sinktrack.interventions.meaning import FirstTokens, first_tokens, meaning
 from sinktrack.interventions.replay import Outcome, Replay, replaying
 from sinktrack.measurement import Measurement
+from sinktrack.metrics.localization import Component
 from sinktrack.probe import Probe
 
 SCREENED = 0.95

@@ -143,9 +143,7 @@ class SinkLogits(Metric):
     def compute(self, seen: Seen, found: Mapping[str, Any]) -> dict[str, Any]:
         """None where no block has sink logits."""
         kept = seen.collected.of("sink_logits", "mass")
-        return {
-            "sink_logit_mass": seen.by_block("sink_logits", "mass").mean(0) if kept else None
-        }
+        return {"sink_logit_mass": seen.by_block("sink_logits", "mass").mean(0) if kept else None}
 
 
 class Gates(Metric):

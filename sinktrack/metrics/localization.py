@@ -157,9 +157,7 @@ class Localize(Metric):
             headline = shares.localization(readers)
         sinks = [
             shares.sink(phase, later, readers)
-            for phase, later in zip(
-                found["sinks"], [*found["sinks"][1:], None], strict=False
-            )
+            for phase, later in zip(found["sinks"], [*found["sinks"][1:], None], strict=False)
         ]
         return {
             "localization": headline,

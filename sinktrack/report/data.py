@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from sinktrack.metrics.attention import EPSILON
 from sinktrack.errors import RecordError
+from sinktrack.metrics.attention import EPSILON
 from sinktrack.publish.curves import causal
 from sinktrack.signal import analyze
 from sinktrack.signal.loss import Losses

@@ -32,6 +32,10 @@ _INERT = {
 are part of the mask."""
 
 
+_LIBRARIES = ("transformers.", "torch.", "peft.", "kernels.", "sinktrack.")
+"""Whose functions and classes are what they are called."""
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A Hugging Face decoder and what we need to know of it."""
@@ -70,47 +74,100 @@ def decoder(model: nn.Module) -> Decoder:
         MeasurementError: not a decoder of transformers, or none whose blocks can be found.
     """
     bare = _unwrap(model)
-    if not isinstance(bare, PreTrainedModel):
-        raise MeasurementError(
-            f"{type(bare).__name__} is not a transformers model; sinktrack measures "
-            "transformers decoders (AutoModelForCausalLM and the like)"
-        )
     config = bare.config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise MeasurementError(
             f"{type(bare).__name__} is an encoder-decoder; only decoders have P0"
         )
     blocks = dict(enumerate(_blocks(bare, config)))
+    _refuse_shared(blocks)
+    if hasattr(bare.base_model, "_rescale_layers"):  # and our putting back would undo its note
+        raise MeasurementError(
+            f"block 0 ({type(blocks[0]).__name__}): no softmax attention, and in eval mode "
+            f"{type(bare).__name__} divides its weights; not supported"
+        )
     attentions = _recorded(bare, "attentions")
     kinds = _kinds(config, blocks, attentions)
     interface = bare._can_set_attn_implementation()
     return Decoder(bare, config, blocks, kinds, attentions, interface)
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def _unwrap(model: nn.Module) -> PreTrainedModel:
+    """The one transformers model in a module, whatever the names on the way to it.
+
+    Raises:
+        MeasurementError: there is none, or several; or PEFT has put a learned prompt before it.
+    """
+    outer = model
     while not isinstance(model, PreTrainedModel):
-        adapters = getattr(model, "peft_config", None)
-        learned = adapters.values() if isinstance(adapters, dict) else ()
-        if any(getattr(adapter, "is_prompt_learning", False) for adapter in learned):
-            raise MeasurementError(
-                "a prompt that PEFT learned stands before the probe's tokens, and what the model "
-                "does behind it is not measured; not supported"
-            )
         for name in ("module", "_orig_mod", "base_model", "model"):
             inner = getattr(model, name, None)
             if isinstance(inner, nn.Module):
                 model = inner
                 break
         else:
-            break
+            model = _only(model)
+    for module in outer.modules():
+        adapters = getattr(module, "peft_config", None)
+        learned = adapters.values() if isinstance(adapters, dict) else ()
+        if any(map(_is_prompt, learned)) and any(inner is model for inner in module.modules()):
+            raise MeasurementError(
+                "a prompt that PEFT learned stands before the probe's tokens, and what the model "
+                "does behind it is not measured; not supported"
+            )
     return model
+
+
+def _only(outer: nn.Module) -> PreTrainedModel:
+    found: list[PreTrainedModel] = []
+    for module in outer.modules():  # the outer one of two comes first
+        within = any(module in other.modules() for other in found)
+        if isinstance(module, PreTrainedModel) and not within:
+            found.append(module)
+    name = type(outer).__name__
+    if not found:
+        raise MeasurementError(
+            f"{name} is not a transformers model; sinktrack measures "
+            "transformers decoders (AutoModelForCausalLM and the like)"
+        )
+    if len(found) > 1:
+        raise MeasurementError(
+            f"{name} holds {len(found)} transformers models; give the one that is to be measured"
+        )
+    return found[0]
+
+
+def _is_prompt(adapter: Any) -> bool:
+    """Prompts and prefixes, and LLaMA-Adapter's, which every block attends to apart."""
+    names = ("is_prompt_learning", "is_adaption_prompt")
+    return any(getattr(adapter, name, False) for name in names)
+
+
+def _text(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that reads text; the model itself where it reads nothing else."""
+    found: Any = model.get_decoder()
+    return found if isinstance(found, PreTrainedModel) else model
+
+
+def _refuse_shared(blocks: Mapping[int, nn.Module]) -> None:
+    """Refuse one module at several depths: hooks cannot tell which of them runs."""
+    depths: dict[int, list[int]] = {}
+    for index, block in blocks.items():
+        depths.setdefault(id(block), []).append(index)
+    for at in depths.values():
+        if len(at) > 1:
+            raise MeasurementError(
+                f"blocks {', '.join(map(str, at))} are one module "
+                f"({type(blocks[at[0]]).__name__}): blocks that share all of their weights are "
+                "not supported; give each depth a module of its own, whose parameters may be shared"
+            )
 
 
 def _blocks(model: PreTrainedModel, config: Any) -> nn.ModuleList:
     """The list of the blocks that transformers names; else the one as long as the config says."""
     named = _recorded(model, "hidden_states")
     count = getattr(config, "num_hidden_layers", None)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in _text(model).modules() if isinstance(module, nn.ModuleList)]
     for found in lists:
         if len(found) and named and all(isinstance(block, named) for block in found):
             return found
@@ -145,6 +202,8 @@ def _kinds(
         if name in ("mlp", "moe"):
             kinds.append("mlp")
         elif attentions and not softmax:
+            if name in ("full_attention", "sliding_attention", "chunked_attention", "attention"):
+                _refuse_foreign(index, block)
             kinds.append("linear")
         elif "sliding" in name or "chunked" in name:
             kinds.append("sliding")
@@ -161,6 +220,17 @@ def _kinds(
     return tuple(kinds)
 
 
+def _refuse_foreign(index: int, block: nn.Module) -> None:
+    """Refuse a block that should attend, but whose attention gave way to another class."""
+    for module in block.modules():
+        if not type(module).__module__.startswith(_LIBRARIES):
+            raise MeasurementError(
+                f"block {index} ({type(block).__name__}): {type(module).__name__} is in the place "
+                "of its attention, and what it computes is not known here; derive it from the "
+                "class that it replaces"
+            )
+
+
 def _declared(config: Any, blocks: int) -> list[str]:
     """The blocks' kinds in the configuration's words."""
     if declared := getattr(config, "layer_types", None):
@@ -168,7 +238,8 @@ def _declared(config: Any, blocks: int) -> list[str]:
     if declared := getattr(config, "attention_layers", None):  # GPT-Neo's
         return ["sliding" if name == "local" else "full" for name in declared]
     used = getattr(config, "use_sliding_window", True)
-    return ["sliding" if used and getattr(config, "sliding_window", None) else "full"] * blocks
+    window = used and getattr(config, "sliding_window", None)
+    return ["sliding_attention" if window else "full_attention"] * blocks
 
 
 def _is_recurrent(module: nn.Module) -> bool:
@@ -196,6 +267,7 @@ def watch(found: Decoder, observer: Observer, start: int = 0) -> Iterator[None]:
 
     with prepared(found), undone(undo):
         last = max(found.blocks)
+        stack.callback(found.model.register_forward_pre_hook(tap.begin).remove)
         for index, block in found.blocks.items():
             if index < start:
                 continue
@@ -218,17 +290,17 @@ def prepared(found: Decoder) -> Iterator[None]:
     Raises:
         MeasurementError: its own is none of transformers'.
     """
-    configs = _configs(found.model) if found.interface else []
-    for config in configs:
+    own = configs(found.model) if found.interface else []
+    for config in own:
         _known(config._attn_implementation)
-    before = [(config, config._attn_implementation) for config in configs]
+    before = [(config, config._attn_implementation) for config in own]
 
     def undo() -> None:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
 
     with undone(undo):
-        for config in configs:
+        for config in own:
             config._attn_implementation_internal = _STANDS_FOR
         yield
 
@@ -286,15 +358,21 @@ def returned(found: Decoder, forms: dict[int, int]) -> Iterator[None]:
 def _known(name: str) -> None:
     """Refuse an attention of which nothing is known here."""
     function = ALL_ATTENTION_FUNCTIONS.get(name)  # none for a model's own, ``eager``
-    module = getattr(function, "__module__", "")
-    if function is not None and not module.startswith(("transformers.", "sinktrack.")):
+    if function is not None and (origin := foreign(function)):
         raise MeasurementError(
-            f"attention {name!r} is a function of {module}, and what it computes is not known "
+            f"attention {name!r} is a function of {origin}, and what it computes is not known "
             "here; if it is softmax attention, call model.set_attn_implementation('sdpa')"
         )
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def foreign(function: Any) -> str | None:
+    """The module that a function comes from, if none of transformers'; wrapped ones included."""
+    names = [getattr(function, "__module__", "")]
+    names.append(getattr(function, "__globals__", {}).get("__name__", names[0]))
+    return next((name for name in names if not f"{name}.".startswith(_LIBRARIES)), None)
+
+
+def configs(model: nn.Module) -> list[Any]:
     """Every distinct configuration object that a module of the model reads."""
     found = {}
     for module in model.modules():
@@ -320,7 +398,13 @@ class _Tap:
         self.written = False
         self.shape: tuple[int, ...] = ()
         self.routed: Routed | None = None
+        self.entered: set[int] | None = None
+        """The blocks that ran in this pass of the model; None where they run by themselves."""
         self.lineage = Lineage(self)
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        """A pass of the whole model begins."""
+        self.entered = set()
 
     def name(self) -> str:
         return f"block {self.block} ({type(self.found.blocks[self.block]).__name__})"
@@ -329,9 +413,16 @@ class _Tap:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             stream = args[0] if args else kwargs.get("hidden_states")
             self.block = index
+            if self.entered is not None:
+                if index in self.entered:
+                    raise MeasurementError(
+                        f"{self.name()}: runs more than once in a pass of the model; not supported"
+                    )
+                self.entered.add(index)
             if not isinstance(stream, Tensor) or stream.ndim != 3:
                 raise MeasurementError(f"{self.name()}: no residual stream [B, T, D] at its input")
             self.lineage.following = False
+            self.lineage.forget()
             changed = self.observer.state(index, stream)
             if changed is not None:
                 stream = changed
@@ -352,6 +443,7 @@ class _Tap:
     def leave(self, index: int, last: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             self.lineage.following = False
+            self.lineage.forget()
             self.routed = None
             stream = output[0] if isinstance(output, tuple) else output
             found = mark_of(stream)
@@ -366,6 +458,11 @@ class _Tap:
                     "transformers' attention interface nor torch's softmax over [B, H, T, T] or "
                     "scaled_dot_product_attention; load the model with "
                     "attn_implementation='eager' or 'sdpa'"
+                )
+            if self.attended and self.found.kinds[index] not in ("full", "sliding"):
+                raise MeasurementError(
+                    f"{self.name()}: it attends by softmax, in no class that transformers names "
+                    "for its attention; derive that class from the one that it replaces"
                 )
             if self.attended and not self.attention_writes:
                 raise MeasurementError(
@@ -469,6 +566,18 @@ class _Tap:
             attended = read_scores(changed, self.observer.also, changed is not scores)
         self._attended(attended)
         return changed, Mark("weights", heads=scores.shape[1])
+
+    def reweighted(self) -> None:
+        raise MeasurementError(
+            f"{self.name()}: its attention's probabilities are changed after the softmax, so what "
+            "meets the values is not softmax attention; not supported"
+        )
+
+    def joined(self) -> None:
+        raise MeasurementError(
+            f"{self.name()}: something is added to what its heads attend to, beside the softmax; "
+            "not supported"
+        )
 
     def scaled_dot_product_attention(
         self,

@@ -19,6 +19,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _ADD = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+_JOIN = {
+    "sub",
+    "sub_",
+    "__sub__",
+    "__rsub__",
+    "__isub__",
+    "rsub",
+    "subtract",
+    "lerp",
+    "lerp_",
+    "where",
+}
 _MULTIPLY = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
 _SAME = {
     "view", "reshape", "contiguous", "to", "float", "clone", "flatten", "unflatten",
@@ -70,6 +82,12 @@ class Watcher(Protocol):
     def gate(self, mixed: Tensor, gate: Tensor, heads: int) -> None:
         """Before the heads' outputs are multiplied with ``gate``, which does not stem from them."""
 
+    def reweighted(self) -> None:
+        """The probabilities that meet the values are not those of the softmax."""
+
+    def joined(self) -> None:
+        """Something is added to the heads' outputs."""
+
     def softmax(self, scores: Tensor) -> tuple[Tensor, Mark] | None:
         """Before a softmax over the last dimension; what enters it, and the mark of its result."""
 
@@ -84,6 +102,13 @@ class Lineage(TorchFunctionMode):
         super().__init__()
         self._watcher = watcher
         self.following = False
+        self._softmax: tuple[Tensor, int] | None = None
+        """The last one's result, and how often that had been changed in place. Not in its mark,
+        which would keep it alive by itself."""
+
+    def forget(self) -> None:
+        """Let go of what was kept of a block."""
+        self._softmax = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -110,6 +135,8 @@ class Lineage(TorchFunctionMode):
             for value in _tensors((result,), {}):
                 if value.is_floating_point():
                     mark(value, after)
+            if name == "softmax" and after.origin == "weights":
+                self._softmax = (result, result._version)
         elif name.endswith("_") and mark_of(result):
             delattr(result, _MARK)
         return result
@@ -154,6 +181,8 @@ class Lineage(TorchFunctionMode):
         if {found.origin for found in (a, b) if found} <= {"experts"}:
             return a or b  # a shared expert joins the routed ones
         if any(found and found.origin in ("weights", "mixed") for found in (a, b)):
+            if any(found and found.origin == "mixed" for found in (a, b)):
+                self._watcher.joined()
             return a or b
         # Sublayers side by side: keep the terms, which an addition in place would overwrite.
         terms = [*_terms(a, left.clone()), *_terms(b, right.clone())]
@@ -178,7 +207,13 @@ class Lineage(TorchFunctionMode):
             return Mark("attention", operands=(args[0], first.heads, args[1].T, None))
         found = first or marks[0]
         if found.origin == "weights":
-            return replace(found, origin="mixed") if name in _PRODUCT else found
+            if name not in _PRODUCT:
+                return found
+            if not self._is_softmax(next(v for v in _tensors(args, kwargs) if mark_of(v) is found)):
+                self._watcher.reweighted()
+            return replace(found, origin="mixed")
+        if found.origin == "mixed" and name in _JOIN:
+            self._watcher.joined()
         if found.origin == "mixed" and name in _MULTIPLY:
             for mixed, gate in (args[:2], args[1::-1]):
                 if _is_gate(gate) and mark_of(mixed):
@@ -194,6 +229,18 @@ class Lineage(TorchFunctionMode):
         if found.raw is None and args and isinstance(args[0], Tensor):
             return replace(found, raw=args[0])
         return found
+
+    def _is_softmax(self, weights: Tensor) -> bool:
+        """Are these the probabilities that the softmax gave, perhaps of another shape or dtype?"""
+        if self._softmax is None:
+            return False
+        before, version = self._softmax
+        if before._version != version or before.numel() != weights.numel():
+            return False
+        before, weights = before.to(weights.dtype), weights.reshape(before.shape)
+        return torch.equal(before, weights) or torch.equal(
+            before.nan_to_num(), weights.nan_to_num()
+        )
 
 
 def _biased(found: Mark, added: Tensor) -> Mark:
