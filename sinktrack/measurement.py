@@ -226,10 +226,9 @@ def assemble(
         found |= computed
     found["intervals"] = _intervals(seen, found)
     stored = set(dtypes)
+    dtype = next(iter(stored)) if len(stored) == 1 else collected.dtype
     return Measurement(
-        dtype=str(next(iter(stored)) if len(stored) == 1 else collected.dtype).removeprefix(
-            "torch."
-        ),
+        dtype=str(dtype).removeprefix("torch."),
         block_kinds=tuple(kinds),
         measured_blocks=seen.measured,
         visible_queries_by_sequence=found["visible_queries"],
@@ -244,7 +243,7 @@ def assemble(
 
 
 def _intervals(seen: Seen, found: Mapping[str, Any]) -> dict[str, Any]:
-    """95 % over sequences of the headline numbers; directions, peak and medians stay as measured."""
+    """95 % over sequences of the headline numbers; directions, peak, medians stay as measured."""
     weight = weights(seen.sequences)
     alpha = alphas(found["visible_queries"], found["p0_attention"], found["own_attention"])
     over = torch.where(alpha.isnan(), torch.nan, (alpha > EPSILON).double())

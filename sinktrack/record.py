@@ -19,18 +19,17 @@ from torch import Tensor
 
 from sinktrack import atomic, locks, text
 from sinktrack.errors import RecordError, require
+from sinktrack.metrics import FIELDS
 from sinktrack.probe import Probe
 
 _log = logging.getLogger("sinktrack")
 _unlocked: set[Path] = set()
 """Run directories of which this process has said that they cannot be locked."""
-SCHEMA = 1
-_SCALARS = (
-    "tokens", "source", "sink_rate", "formed", "reference_block", "share_sum", "first_two_share",
-    "depth", "effective_blocks", "first_two_gain", "peak_block", "seconds", "weights", "probe",
-)  # fmt: skip
-_INTERVALS = ("sink_rate", "first_two_share", "depth", "first_two_gain")
-_BY_BLOCK = ("concentration", "norm_ratio", "gain")
+SCHEMA = 2
+"""Of the records that are written; 2 weights shares by readers, where 1 took one block's."""
+READABLE = (1, SCHEMA)
+_ABOUT = ("tokens", "source", "seconds", "dtype", "weights", "probe")
+"""What a table shows of a record beside what was measured."""
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -49,6 +48,7 @@ class Run:
         self.directory, self.probe = directory, probe
         self._file = directory / "records.jsonl"
         self._seen: tuple[int, ...] = ()
+        self._told = False
         self._written: list[dict[str, Any]] = []
 
     @classmethod
@@ -206,17 +206,23 @@ class Run:
             MissingExtra: pandas is not installed.
         """
         pandas = require("pandas", "report")
+        scalars = [*_ABOUT, *(name for name, field in FIELDS.items() if not field.axes)]
+        by_block = [
+            name
+            for name, field in FIELDS.items()
+            if field.axes in (("block",), ("boundary",)) and field.rows is None
+        ]
         rows = []
         for record in self.records:
-            row = {"step": record["step"]} | {name: record.get(name) for name in _SCALARS}
-            for name in _INTERVALS:
+            row = {"step": record["step"]} | {name: record.get(name) for name in scalars}
+            for name in record.get("intervals", {}).keys() & FIELDS.keys() & {*scalars}:
                 low, high = record.get("intervals", {}).get(name) or (None, None)
                 row |= {f"{name}_low": low, f"{name}_high": high}
-            for name in _BY_BLOCK:
+            for name in by_block:
                 for block, value in enumerate(record.get(name) or []):
                     row[f"{name}_{block:02d}"] = value
             rows.append(row)
-        columns = None if rows else ["step", *_SCALARS]
+        columns = None if rows else ["step", *scalars]
         return pandas.DataFrame(rows, columns=columns).set_index("step")
 
     def _try_to_append(self) -> None:
@@ -258,6 +264,13 @@ class Run:
                 f"record of probe {record.get('probe')}, but {self.directory} holds probe {probe}; "
                 "use another run directory"
             )
+        if last.get("schema", SCHEMA) != SCHEMA and not self._told:
+            self._told = True
+            _log.warning(
+                "%s holds records of schema %s, to which one of schema %s is added: depth and the "
+                "first-two share of the two cannot be compared",
+                self.directory, last["schema"], SCHEMA,
+            )  # fmt: skip
         model, before = record.get("model") or {}, last.get("model") or {}
         names = ["blocks", "heads", "experts"]
         if (record.get("source") == "callback") == (last.get("source") == "callback"):
@@ -284,9 +297,10 @@ class Run:
                     f"{self._file}, line {number} is not a record ({type(error).__name__}); remove "
                     "that line to go on with the others"
                 ) from error
-            if schema != SCHEMA:
+            if schema not in READABLE:
                 raise RecordError(
-                    f"{self._file}, line {number} has schema {schema}, this version reads {SCHEMA}"
+                    f"{self._file}, line {number} has schema {schema}, this version reads "
+                    f"{READABLE[0]} and {SCHEMA}; it was written by a newer one"
                 )
             found.append(record)
         return found
@@ -326,8 +340,11 @@ class Run:
             schema = json.loads(path.read_bytes())["schema"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RecordError(f"{path} is damaged; remove it to have it written again") from error
-        if schema != SCHEMA:
-            raise RecordError(f"{path} has schema {schema}, this version reads {SCHEMA}")
+        if schema not in READABLE:
+            raise RecordError(
+                f"{path} has schema {schema}, this version reads {READABLE[0]} and {SCHEMA}; it "
+                "was written by a newer one"
+            )
 
 
 def to_json(value: Any, name: str = "record") -> Any:

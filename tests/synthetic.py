@@ -64,7 +64,8 @@ def _record(blocks: int, step: int, progress: float, formed: bool) -> dict[str, 
     first_two_gain = (logs[min(2, peak)] - logs[0]) / grown if grown >= math.log(2) else None
     consistency = [None] + [0.5 + 0.4 * progress] * blocks
     return {
-        "schema": 1,
+        "schema": 2,
+        "dtype": "float32",
         "step": step,
         "tokens": step * 2048,
         "source": "callback",

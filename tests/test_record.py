@@ -28,7 +28,7 @@ PROBE = Probe.random(9, sequences=2, length=4)
 
 
 def record(step: int, **changes: object) -> dict[str, object]:
-    return {"schema": 1, "step": step, "probe": PROBE.digest, "sink_rate": 0.5} | changes
+    return {"schema": 2, "step": step, "probe": PROBE.digest, "sink_rate": 0.5} | changes
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_torn_last_line_is_dropped_and_overwritten(kept: int) -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"schema": 2}, "record of schema 2; this run has 1"),
+        ({"schema": 1}, "record of schema 1; this run has 2"),
         ({"probe": "feed"}, "record of probe feed, but .* another run directory"),
         ({"step": -1}, "step -1"),
         ({"step": 1.5}, "step 1.5"),
@@ -160,7 +160,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         file.write_bytes(good + bad)
         with pytest.raises(RecordError, match="line 2 is not a record"):
             _ = Run.read(tmp_path).records
-    file.write_bytes(good + good.replace(b'"schema": 1', b'"schema": 7'))
+    file.write_bytes(good + good.replace(b'"schema": 2', b'"schema": 7'))
     with pytest.raises(RecordError, match="line 2 has schema 7, this version reads 1"):
         _ = Run.read(tmp_path).records
     (tmp_path / "run.json").write_text('{"schema": 3}')
@@ -360,7 +360,7 @@ def test_versions_of_what_is_installed() -> None:
 def test_a_run_without_a_probe_is_described(tmp_path: Path) -> None:
     Run.open(tmp_path / "run")
     described = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert described["schema"] == 1 and described["probe"] is None
+    assert described["schema"] == 2 and described["probe"] is None
     created = datetime.strptime(described["created"], "%Y-%m-%dT%H:%M:%S%z")
     assert 0 <= time.time() - created.timestamp() < 60
     Run.open(tmp_path / "run", PROBE)
@@ -375,7 +375,7 @@ def test_a_torn_line_longer_than_the_next_record_leaves_nothing(
     run = Run.open(tmp_path, PROBE)
     run.append(record(1))
     with (tmp_path / "records.jsonl").open("ab") as file:
-        file.write(b'{"schema": 1, "step": 2, "filler": "'.ljust(length, b"x"))
+        file.write(b'{"schema": 2, "step": 2, "filler": "'.ljust(length, b"x"))
     run.append(record(3))
     assert (tmp_path / "records.jsonl").read_bytes().count(b"x") == 0
     assert run.steps == [1, 3] and Run.read(tmp_path).steps == [1, 3]
@@ -397,11 +397,11 @@ def test_a_run_is_read_by_its_records_alone(tmp_path: Path) -> None:
     run.append(record(1200))
     (tmp_path / "run.json").unlink()
     assert repr(Run.read(tmp_path)) == f"Run({str(tmp_path)!r}: 2 records, steps 5 to 1,200)"
-    (tmp_path / "run.json").write_text('{"schema": 2}')
+    (tmp_path / "run.json").write_text('{"schema": 4}')
     for opening in (Run.read, Run.open, lambda path: Run.open(path, PROBE)):
         with pytest.raises(RecordError, match="run.json has schema 2, this version reads 1"):
             opening(tmp_path)
-        assert (tmp_path / "run.json").read_text() == '{"schema": 2}'
+        assert (tmp_path / "run.json").read_text() == '{"schema": 4}'
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RecordError, match="run.json is damaged; remove it"):
         Run.read(tmp_path)

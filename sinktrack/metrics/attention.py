@@ -7,7 +7,7 @@ mean attention to P0, query 0 included, exceeds a threshold.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Attention(Metric):
               "head is a sink in at least half of the sequences.", (), "block", form=".0f",
               curve=True),
     )  # fmt: skip
-    states = {
+    states: ClassVar = {
         "visible": State("whole"),
         "uniform": State("whole"),
         "p0": State("whole", heads=True),
@@ -134,7 +134,7 @@ class SinkLogits(Metric):
         Field("sink_logit_mass", "on sink logits", "Mean probability on a head's learned sink "
               "logit.", ("block", "head"), "probability", form=".3f"),
     )  # fmt: skip
-    states = {"mass": State("whole", heads=True)}
+    states: ClassVar = {"mass": State("whole", heads=True)}
 
     def on_attention(self, attended: Attended) -> Kept:
         """Average over the queries after the first."""
@@ -153,7 +153,7 @@ class Gates(Metric):
         Field("attention_gate", "gate", "Mean gate on a head's output after the first query; "
               "attention to P0 is that before the gate.", ("block", "head"), "share", form=".2f"),
     )  # fmt: skip
-    states = {"sum": State("sum", heads=True), "count": State("sum")}
+    states: ClassVar = {"sum": State("sum", heads=True), "count": State("sum")}
 
     def on_gate(self, gate: Tensor, held: Held) -> Kept:
         """Add up over the queries after the first."""

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from sinktrack.taps import Write
 
 Row = dict[str, Any]
-"""One number of a record: ``value``, and those of ``metric`` (appended to the field's name), ``block``,
-``kind``, ``index`` and ``level`` that apply."""
+"""One number of a record: ``value``, and those that apply of ``metric`` (appended to the field's
+name), ``block``, ``kind``, ``index`` and ``level``."""
 
 Axis = Literal["block", "boundary", "head", "kv_head", "level", "part", "channel", "phase"]
 """What a field has one value of, or one row of:
 
 ``block`` 0 to L - 1; ``boundary`` 0 to L, the inputs of the blocks and the last one's output;
-``head`` and ``kv_head`` within a block; ``level``, a threshold by its name; ``part`` of the P0 state,
-``channel`` and ``phase``, rows of several numbers.
+``head`` and ``kv_head`` within a block; ``level``, a threshold by its name; ``part`` of the P0
+state, ``channel`` and ``phase``, rows of several numbers.
 """
 
 

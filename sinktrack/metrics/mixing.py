@@ -7,7 +7,7 @@ The source (arXiv 2603.06591) takes the expected squared norm of an attention ou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -24,7 +24,7 @@ class Mixing(Metric):
               "of the sum of their squared attention probabilities; 1 at P0 by construction.",
               ("block", "head"), "probability", form=".3f"),
     )  # fmt: skip
-    states = {"squares": State("whole", heads=True)}
+    states: ClassVar = {"squares": State("whole", heads=True)}
 
     def on_attention(self, attended: Attended) -> Kept:
         """Average over the queries after the first."""
@@ -43,7 +43,7 @@ class WriteRatios(Metric):
               "writes at P0, over the median at the other positions.", ("block",), "", "log")
         for name in ("attention", "mlp")
     )  # fmt: skip
-    states = {
+    states: ClassVar = {
         f"{name}_{part}": State(positions)  # type: ignore[arg-type]
         for name in ("attention", "mlp")
         for part, positions in (("p0", "p0"), ("others", "cat"))

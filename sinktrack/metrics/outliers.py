@@ -7,7 +7,7 @@ times the median.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,10 +37,10 @@ class Outliers(Metric):
               "the other positions of each one's median over channels.", ("boundary",), "",
               "log", rows=_activations),
         Field("p0_channels", "channels of the P0 state", "The three channels with the largest "
-              "share of P0's squared norm at the main phase's peak.", ("channel",), "share", form=".1%",
-              rows=_channels),
+              "share of P0's squared norm at the main phase's peak.", ("channel",), "share",
+              form=".1%", rows=_channels),
     )  # fmt: skip
-    states = {"p0": State("p0"), "others": State("max"), "medians": State("cat")}
+    states: ClassVar = {"p0": State("p0"), "others": State("max"), "medians": State("cat")}
 
     def on_state(self, stream: Tensor, held: Held) -> Kept:
         """Largest value and its channel, ``[b, 2]``, at P0 and elsewhere; medians ``[b, t]``."""

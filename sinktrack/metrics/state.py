@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class P0State(Metric):
         Field("rivals", "rivals of P0", "Share of the other positions whose norm is at least half "
               "of that at their sequence's P0.", ("boundary",), "share", form=".1%"),
     )  # fmt: skip
-    states = {"row": State("p0"), "sum": State("sum"), "norms": State("cat")}
+    states: ClassVar = {"row": State("p0"), "sum": State("sum"), "norms": State("cat")}
 
     def on_state(self, stream: Tensor, held: Held) -> Kept:
         """P0's row, and of the others the sum and the norms."""

@@ -1,4 +1,4 @@
-"""Value drain: a sink whose value vector is small does nothing, one whose value is large broadcasts.
+"""Value drain: a sink of small value vectors does nothing, one of large ones broadcasts.
 
 Guo et al. 2024 (arXiv 2410.13835) name heads whose sink has a small value dormant.
 """
@@ -6,7 +6,7 @@ Guo et al. 2024 (arXiv 2410.13835) name heads whose sink has a small value dorma
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,7 +21,7 @@ class Values(Metric):
         Field("value_ratio", "value ratio", "Norm of P0's value vector over the median norm of "
               "the other positions' values.", ("block", "kv_head"), "", "log"),
     )  # fmt: skip
-    states = {"p0": State("whole", heads=True), "others": State("whole", heads=True)}
+    states: ClassVar = {"p0": State("whole", heads=True), "others": State("whole", heads=True)}
 
     def on_attention(self, attended: Attended) -> Kept:
         """Norms of the values; nothing where the values are not shown."""
