@@ -211,6 +211,7 @@ def cut(model: Any) -> None:
 def fewer_experts(model: Any) -> None:
     for block in model.model.layers:
         experts = block.mlp.experts
+        experts.num_experts = 4
         experts.gate_up_proj = nn.Parameter(experts.gate_up_proj[:4])
         experts.down_proj = nn.Parameter(experts.down_proj[:4])
         block.mlp.gate.weight = nn.Parameter(block.mlp.gate.weight[:4])
