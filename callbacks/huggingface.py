@@ -64,6 +64,7 @@ class SinkTrackCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, model: Any, wanted: bool
     ) -> None:
         step = state.global_step
+        self.tracker.by_framework(state.is_world_process_zero, step)
         if wanted and self.tracker.measured != step:
             self.tracker.axes = {"train/global_step": step}
             counted = args.include_num_input_tokens_seen != "no"

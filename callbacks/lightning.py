@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from sinktrack.callbacks.loop import SinkTracker
@@ -33,7 +35,10 @@ class SinkTrackLightning(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the first step, or the first after a resume: probe if the step is due."""
-        self._model = _model(pl_module)
+        self._model: nn.Module = _model(pl_module)
+        wrapped = trainer.strategy.model
+        if isinstance(wrapped, FullyShardedDataParallel):  # its outermost unit holds parameters
+            self._model = wrapped
         self._probe(trainer, self.tracker.due(trainer.global_step))
 
     def on_train_batch_start(
@@ -67,6 +72,7 @@ class SinkTrackLightning(Callback):
 
     def _probe(self, trainer: Trainer, wanted: bool) -> None:
         step = trainer.global_step
+        self.tracker.by_framework(trainer.is_global_zero, step)
         if wanted and self.tracker.measured != step:
             self.tracker.axes = {"trainer/global_step": step}
             self.tracker.probe_now(step, self._model)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from sinktrack.errors import MeasurementError
 from sinktrack.interventions import examine
 from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
+from sinktrack.parts import is_apart, takes_every_process
 from sinktrack.probe import Probe
 from sinktrack.publish import wandb
 from sinktrack.record import Run, to_json, versions
@@ -22,12 +23,18 @@ from sinktrack.signal import Stages, alarm
 from sinktrack.taps.megatron import is_megatron
 
 _log = logging.getLogger("sinktrack")
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+"""Variables of the environment by which a process may be one of several, or be told nothing."""
 Model = nn.Module | list[nn.Module]
 """A model, or the chunks of one."""
 
 
 class SinkTracker:
     """Measures the model every ``every`` steps, writes a record and logs it to W&B.
+
+    Of the processes of one training the first records, by torch.distributed or the framework; the
+    others say so. A process that is in neither records for itself. What is known at construction
+    may change until the first probe, as processes are often joined in between.
 
     Args:
         probe: the fixed batch; it must be the same on every process.
@@ -40,7 +47,8 @@ class SinkTracker:
             They cost some tens of probes, see docs/causal.md.
 
     Raises:
-        RecordError: the run directory cannot be written, or holds another probe.
+        RecordError: the run directory cannot be written, or holds another probe; by the first probe
+            where the environment numbers this process and it cannot be known yet if it records.
     """
 
     def __init__(
@@ -64,13 +72,14 @@ class SinkTracker:
         """More axes to log beside ``sinktrack/step``, by W&B key."""
         self.measured: int | None = None
         """The last step that was measured."""
-        self._run = Run.open(run, probe) if _main() else None
-        if self._run is not None and (other := self._run.also_recorded_by()):
-            _log.warning(
-                "%s records into %s too: of two records of one step the last counts", other, run
-            )
+        self._main: bool | None = None
+        self._directory = run
+        self._run: Run | None = None
+        self._silent = False
         self._reported: set[str] = set()
         self._stages: Stages | None = None
+        if _joined() is not None or not any(_number(name) for name in _RANKS):
+            self._records()
 
     def due(self, step: int) -> bool:
         """Is this one of the steps to probe?"""
@@ -85,16 +94,18 @@ class SinkTracker:
             model: the model in training, as it is wrapped.
             tokens: tokens seen so far, for the record.
         """
+        self._decide(step)
         return self.probe_now(step, model, tokens) if self.due(step) else None
 
     def probe_now(self, step: int, model: Model, tokens: int | None = None) -> Measurement | None:
         """Probe whatever the step; None on a process that does not write, or after a failure."""
         self.measured = step
         spread = is_megatron(model)
-        if self._run is None and not spread and not _sharded(model):
+        everyone = spread or _takes_every_process(model)
+        if not self._decide(step, again=True) and not everyone:
             return None
         try:
-            if not spread and _sharded(model):
+            if everyone and not spread:
                 _agree(self.probe)
             measurement = measure(model, self.probe, batch_size=self.probe_batch_size)
             tested = self._causal(step, model, measurement)
@@ -121,6 +132,48 @@ class SinkTracker:
         except Exception as error:
             self._failed("W&B log", self.measured or 0, error)
 
+    def by_framework(self, main: bool, step: int) -> None:
+        """The framework that trains says whether this process is the one that records.
+
+        torch.distributed, where it is set up, decides alone.
+        """
+        self._main = main
+        self._decide(step)
+
+    def _decide(self, step: int, again: bool = False) -> bool:
+        """Does this process record? Once it is known, ask only ``again`` before a probe."""
+        if not again and (self._run is not None or self._silent or self._reported):
+            return self._run is not None
+        try:
+            return self._records()
+        except Exception as error:
+            self._failed("run directory", step, error)
+            return False
+
+    def _records(self) -> bool:
+        """Does this process record? What it needs for that is opened; if it does not, it is said.
+
+        Raises:
+            RecordError: as for the tracker.
+        """
+        joined = _joined()
+        first = self._main if joined is None else joined[0] == 0
+        if first is False:
+            self._run = None
+            if not self._silent:
+                self._silent = True
+                which = "this process" if joined is None else f"process {joined[0]} of {joined[1]}"
+                _log.info("%s records nothing into %s: process 0 does", which, self._directory)
+            return False
+        if self._run is None:
+            self._run = Run.open(self._directory, self.probe)
+            if other := self._run.also_recorded_by():
+                _log.warning(
+                    "%s records into %s too: of two records of one step the last counts",
+                    other, self._directory,
+                )  # fmt: skip
+        return True
+
     def _log(self, record: dict[str, Any]) -> None:
         assert self._run is not None
         wandb.log(record, self.axes, self._run)
@@ -133,6 +186,11 @@ class SinkTracker:
             if isinstance(model, list) or is_megatron(model):
                 raise MeasurementError(
                     "causal tests do not run on Megatron-Core models; run them on the checkpoints"
+                )
+            if is_apart(model):
+                raise MeasurementError(
+                    "causal tests do not run on a model that no process holds whole (FSDP1, tensor "
+                    "parallelism); run them on the checkpoints"
                 )
             found = examine(model, self.probe, measurement, batch_size=self.probe_batch_size)
         except Exception as error:
@@ -168,10 +226,22 @@ class SinkTracker:
             _log.warning("the %s at step %d failed, training goes on: %s", what, step, reason)
 
 
-def _main() -> bool:
+def _joined() -> tuple[int, int] | None:
+    """This process' number and how many train together; None if nothing but the environment says.
+
+    Accelerate is asked too: it joins processes of some devices without torch.distributed.
+    """
     if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() == 0
-    return int(os.environ.get("RANK", "0")) == 0
+        return dist.get_rank(), dist.get_world_size()
+    state = getattr(sys.modules.get("accelerate.state"), "PartialState", None)
+    shared = getattr(state, "_shared_state", None) or {}
+    count = int(shared.get("num_processes", 1))
+    return (int(shared["process_index"]), count) if count > 1 else None
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "")
+    return int(value) if value.isdecimal() else 0
 
 
 def _agree(probe: Probe) -> None:
@@ -183,6 +253,8 @@ def _agree(probe: Probe) -> None:
     Raises:
         MeasurementError: the processes hold different probes.
     """
+    if not dist.is_initialized():
+        return
     digests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, probe.digest)
     if len(set(digests)) > 1:
@@ -192,6 +264,5 @@ def _agree(probe: Probe) -> None:
         )
 
 
-def _sharded(model: Any) -> bool:
-    """Must every process take part in a forward pass?"""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+def _takes_every_process(model: Model) -> bool:
+    return not isinstance(model, list) and takes_every_process(model)

@@ -17,11 +17,13 @@ from sinktrack.collect import Collector
 from sinktrack.errors import MeasurementError
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.metrics import ALONE, METRICS
+from sinktrack.parts import is_apart
 from sinktrack.probe import Probe
 from sinktrack.undisturbed import out_of_memory, undisturbed, untouched
 
 if TYPE_CHECKING:  # transformers is slow to import
     from sinktrack.archive.stream import Streamed
+    from sinktrack.gathered import Gathered
     from sinktrack.taps.huggingface import Decoder
 
 
@@ -35,10 +37,10 @@ def measure(
     hangs on the attributes of its modules.
 
     Args:
-        model: a transformers decoder, bare or wrapped (DDP, torch.compile, PEFT, a module of your
-            own that holds no other), or the text decoder of a vision-language model; or a
-            Megatron-Core model, bare, wrapped or as the list of chunks of ``get_model``: then every
-            process must call, and each gets the measurement.
+        model: a transformers decoder, bare or wrapped (DDP, FSDP, torch.compile, PEFT, a module of
+            your own that holds no other), or the text decoder of a vision-language model; or a
+            Megatron-Core model, bare, wrapped or as the list of chunks of ``get_model``. Where no
+            process holds the whole model, every one must call, and each gets the measurement.
         probe: the fixed batch.
         batch_size: sequences per forward pass; all at once by default.
 
@@ -53,6 +55,8 @@ def measure(
         from sinktrack.megatron.measure import measure_chunks
 
         return measure_chunks(model, probe, batch_size)
+    if not isinstance(model, list) and is_apart(model):
+        return _measure_apart(model, probe, batch_size)
     from sinktrack.taps.huggingface import watch
 
     passes = _Passes(probe, batch_size)
@@ -70,14 +74,37 @@ def measure(
     return passes.measurement(found, digest.hex())
 
 
+def _measure_apart(model: nn.Module, probe: Probe, batch_size: int | None) -> Measurement:
+    """Measure a model that no process holds whole; every process calls."""
+    from sinktrack.gathered import Gathered, together
+    from sinktrack.taps.walk import CannotWalk
+
+    def gathered() -> Gathered:
+        _refuse_unreadable(model)
+        return Gathered(model)
+
+    with undisturbed(nn.Identity()):
+        try:
+            return measure_streamed(together(gathered), probe, batch_size=batch_size)
+        except CannotWalk as error:
+            raise MeasurementError(
+                f"{error}, and no process holds the whole model; measure the saved checkpoints "
+                "with `sinktrack scan`"
+            ) from error
+
+
 @torch.no_grad()
 def measure_streamed(
-    streamed: Streamed, probe: Probe, *, blocks: int | None = None, batch_size: int | None = None
+    streamed: Streamed | Gathered,
+    probe: Probe,
+    *,
+    blocks: int | None = None,
+    batch_size: int | None = None,
 ) -> Measurement:
     """As `measure`, over a checkpoint of which one block at a time is in memory.
 
     Args:
-        streamed: the checkpoint.
+        streamed: the checkpoint, or a live model that is gathered from several processes.
         probe: the fixed batch.
         blocks: measure the first blocks only. What depends on all is left out then: nan or None.
         batch_size: sequences per forward pass of a block; all at once by default.
@@ -135,7 +162,8 @@ class _Passes:
         return [(self._collected, self._batches), (self._singles, singles)]
 
     def measurement(self, found: Decoder, weights: str | None) -> Measurement:
-        """What the passes showed; errors as of `assemble`."""
+        """What the passes showed; errors as of `assemble`, and where it is a part of the model."""
+        _refuse_a_part(found, self._collected)
         return assemble(
             self._collected,
             self._singles,
@@ -145,7 +173,7 @@ class _Passes:
             model={
                 "type": found.type,
                 "blocks": len(found.blocks),
-                "heads": getattr(found.config, "num_attention_heads", None),
+                "heads": found.most_heads,
                 "experts": found.experts,
             },
             probe=self._probe.digest,
@@ -219,6 +247,28 @@ def _refuse_unreadable(model: nn.Module) -> None:
             raise MeasurementError(
                 f"{name} is stored as {parameter.dtype}: quantized weights are not supported; "
                 "measure the model before quantization"
+            )
+
+
+def _refuse_a_part(found: Decoder, collected: Collector) -> None:
+    """Refuse fewer or more than the configuration says: heads, experts, blocks and width."""
+    from sinktrack.taps.huggingface import experts_held
+
+    counts = [("blocks", "the model", len(found.blocks), found.number("num_hidden_layers"))]
+    for index, block in found.blocks.items():
+        name = f"block {index} ({type(block).__name__})"
+        if attended := collected.of("attention", "p0").get(index):
+            counts.append(("attention heads", name, attended[0].shape[1], found.heads(index)))
+        if entered := collected.of("state", "row").get(index):
+            width = found.number("hidden_size", block=index)
+            counts.append(("channels", name, entered[0].shape[1], width))
+        counts += [("experts", name, held, found.experts_of(index)) for held in experts_held(block)]
+    for what, where, seen, said in counts:
+        if said is not None and seen != said:
+            raise MeasurementError(
+                f"{where} shows {seen} {what}, by its configuration it has {said}: a part is not "
+                "measured as if it were all; give the whole model, or measure the saved "
+                "checkpoints with `sinktrack scan`"
             )
 
 

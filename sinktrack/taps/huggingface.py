@@ -60,11 +60,45 @@ class Decoder:
 
     @property
     def experts(self) -> int | None:
-        """Routed experts per block, None for a dense model."""
+        """Routed experts per block, None for a dense model; where blocks differ, the most."""
+        found = [self.experts_of(index) for index in self.blocks]
+        return max((count for count in found if count is not None), default=None)
+
+    def experts_of(self, block: int) -> int | None:
+        """Routed experts that a block would have, None for a dense model."""
         names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-        configs = (self.config, getattr(self.config, "ffn_config", None))
-        found = [getattr(config, name, None) for config in configs for name in names]
-        return next((int(count) for count in found if isinstance(count, int) and count > 1), None)
+        found = [self.number(name, of, block) for of in ("", "ffn_config") for name in names]
+        return next((count for count in found if count is not None and count > 1), None)
+
+    @property
+    def most_heads(self) -> int | None:
+        """Query heads per block; where blocks differ, the most."""
+        found = [self.heads(index) for index in self.blocks]
+        return max((count for count in found if count is not None), default=None)
+
+    def heads(self, block: int) -> int | None:
+        """Query heads of a block's attention."""
+        names = ["num_attention_heads_per_layer", "num_attention_heads"]
+        if self.kinds[block] == "sliding":
+            names.insert(0, "swa_num_attention_heads")
+        found = [self.number(name, block=block) for name in names]
+        return next((count for count in found if count is not None), None)
+
+    def number(self, name: str, within: str = "", block: int = 0) -> int | None:
+        """What the configuration says for a block, in lists and overrides by block too.
+
+        Args:
+            name: of the attribute.
+            within: of the attribute that holds it, if it is not the configuration itself.
+            block: whose.
+        """
+        config = self.config
+        if getattr(config, "is_heterogeneous", False):
+            config = config.per_layer_config[block]
+        value = getattr(getattr(config, within, None) if within else config, name, None)
+        if isinstance(value, list | tuple):
+            value = value[block] if len(value) == len(self.blocks) else None
+        return value if isinstance(value, int) else None
 
 
 def decoder(model: nn.Module) -> Decoder:
@@ -380,6 +414,15 @@ def configs(model: nn.Module) -> list[Any]:
         if hasattr(config, "_attn_implementation_internal"):
             found[id(config)] = config
     return list(found.values())
+
+
+def experts_held(block: nn.Module) -> list[int]:
+    """How many routed experts' weights a block holds, per module that holds some."""
+    held = []
+    for module in filter(is_experts, block.modules()):
+        matrices = [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]
+        held += [matrices[0].shape[0]] if matrices else []
+    return held
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -1,0 +1,45 @@
+"""Whether the processes of a training hold its model whole, each by itself."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Shard
+
+
+def takes_every_process(model: nn.Module) -> bool:
+    """Must every process call `sinktrack.measure`, since none holds the whole model?"""
+    return is_apart(model) or any(
+        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+        for parameter in model.parameters()
+    )
+
+
+def is_apart(model: nn.Module) -> bool:
+    """Is the model in parts that its own forward pass does not show whole?
+
+    True for FSDP1, tensor, expert and pipeline parallelism. Not for FSDP2 alone: its forward passes
+    gather whole weights.
+    """
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel) or hasattr(module, "_pp_stage"):
+            return True
+    parts = [parameter for parameter in model.parameters() if isinstance(parameter, DTensor)]
+    if not parts:
+        return False
+    under_fsdp2 = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for parameter in module.parameters()
+    }
+    meshes = {parameter.device_mesh for parameter in parts}
+    return len(meshes) > 1 or any(
+        id(parameter) not in under_fsdp2 or not _is_fsdp2s(parameter) for parameter in parts
+    )
+
+
+def _is_fsdp2s(parameter: DTensor) -> bool:
+    """Sharded over all processes, or within replicas (HSDP)."""
+    *replicas, last = parameter.placements
+    return len(replicas) < 2 and isinstance(last, Shard) and all(p.is_replicate() for p in replicas)
