@@ -13,14 +13,14 @@ from torch import nn
 
 from sinktrack.errors import MeasurementError
 from sinktrack.interventions import examine
+from sinktrack.loggers import weights_and_biases as wandb
 from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
-from sinktrack.parts import is_apart, takes_every_process
+from sinktrack.models.megatron.hooks import is_megatron
+from sinktrack.models.parallel import is_apart, takes_every_process
 from sinktrack.probe import Probe
-from sinktrack.publish import wandb
-from sinktrack.record import Run, to_json, versions
+from sinktrack.records.run import Run, to_json, versions
 from sinktrack.signal import Stages, alarm
-from sinktrack.taps.megatron import is_megatron
 
 _log = logging.getLogger("sinktrack")
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sinktrack as st
 from sinktrack.demo import PairBackcopy, tiny_moe
-from sinktrack.report import write_report
+from sinktrack.views.report import write_report
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "example-archive")
 for step in (0, 1, 2):  # stands for a training

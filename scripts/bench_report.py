@@ -20,7 +20,7 @@ from chromium import chromium
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from synthetic import synthetic_records
 
-from sinktrack.report import write_report
+from sinktrack.views.report import write_report
 
 BLOCKS, HEADS, RECORDS, ROUNDS = 48, 32, 1000, 5
 SLIDE = """async () => {

@@ -95,9 +95,9 @@ def worker(arguments: argparse.Namespace) -> None:
     import sinktrack
     from sinktrack.archive.discover import discover
     from sinktrack.archive.source import open as open_source
-    from sinktrack.archive.stream import Streamed
     from sinktrack.measure import measure_streamed
-    from sinktrack.taps.huggingface import is_experts
+    from sinktrack.models.huggingface import is_experts
+    from sinktrack.models.streaming import Streamed
 
     probe = sinktrack.Probe.random(151_936, arguments.tokens // arguments.length, arguments.length)
     directory = arguments.directory

@@ -140,9 +140,9 @@ def main(out: Path, steps: int) -> None:
     """Train, scan, compare, draw."""
     from rich.console import Console
 
-    from sinktrack.report import write_report
-    from sinktrack.show import show
     from sinktrack.signal import analyze
+    from sinktrack.views.report import write_report
+    from sinktrack.views.terminal import show
 
     demo.clear(out)
     print(f"training a tiny MoE for {steps} steps over {PROCESSES} processes ...", flush=True)

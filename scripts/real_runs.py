@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from sinktrack.callbacks.huggingface import SinkTrackCallback
 from sinktrack.demo import probe, tiny_moe, train
-from sinktrack.record import Run
+from sinktrack.records.run import Run
 
 STEPS, EVERY = 800, 20
 FIELDS = (

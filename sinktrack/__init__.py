@@ -1,6 +1,6 @@
 """sinktrack: follows the attention sink at position zero through pretraining."""
 
-from sinktrack import figures, signal
+from sinktrack import signal
 from sinktrack.errors import (
     ArchiveError,
     MeasurementError,
@@ -12,8 +12,9 @@ from sinktrack.errors import (
 from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
-from sinktrack.record import Run
+from sinktrack.records.run import Run
 from sinktrack.scan import scan
+from sinktrack.views import figures
 
 __version__ = "0.1.0"
 

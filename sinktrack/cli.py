@@ -130,7 +130,7 @@ def scan(
     from sinktrack.archive.discover import discover, in_order
     from sinktrack.archive.follow import looks
     from sinktrack.archive.names import Pattern
-    from sinktrack.record import Run
+    from sinktrack.records.run import Run
     from sinktrack.scan import Job, NoExample, choose_probe, renamed
     from sinktrack.scan import scan as scan_archive
 
@@ -259,10 +259,10 @@ def show(
 
     With --json, the last record also holds the signal.
     """
-    from sinktrack.record import Run
-    from sinktrack.show import show as show_records
+    from sinktrack.records.run import Run
     from sinktrack.signal import analyze
     from sinktrack.signal.stages import living
+    from sinktrack.views.terminal import show as show_records
 
     opened = Run.read(run)
     records, signal = living(opened.written), analyze(opened, loss)
@@ -289,9 +289,9 @@ def report(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of --live; 0 takes a free one.")] = 0,
 ) -> None:
     """One HTML file with the curves of one run or several; it opens without a network."""
-    from sinktrack.record import Run
-    from sinktrack.report import write_report
+    from sinktrack.records.run import Run
     from sinktrack.signal.loss import read_losses
+    from sinktrack.views.report import write_report
 
     opened = {name: Run.read(path) for name, path in _named(runs).items()}
     if loss and len(loss) != len(opened):
@@ -300,7 +300,7 @@ def report(
     if len({record["probe"] for one in opened.values() for record in one.records[-1:]}) > 1:
         _err.print("these runs were measured with different probes; do not compare their numbers")
     if live:
-        from sinktrack.report.live import server
+        from sinktrack.views.report.live import server
 
         with server(opened, port, losses) as serving:
             _err.print(f"http://127.0.0.1:{serving.server_port}/  (Ctrl-C ends it)", markup=False)
@@ -318,8 +318,8 @@ def export(
     ] = None,
 ) -> None:
     """Everything that was measured in long form, one number a row."""
-    from sinktrack.export import export as export_records
-    from sinktrack.record import Run
+    from sinktrack.records.run import Run
+    from sinktrack.views.export import export as export_records
 
     opened = Run.read(run)
     path = out or Path(f"{run.absolute().name}.{form}")
@@ -346,7 +346,7 @@ def publish(
     ] = False,
 ) -> None:
     """Send a run's records to a dashboard; what is there already is not sent again."""
-    from sinktrack.record import Run
+    from sinktrack.records.run import Run
 
     opened = Run.read(run)
     given = {"--project": project, "--entity": entity, "--id": run_id, "--workspace": workspace}
@@ -354,18 +354,18 @@ def publish(
     if wrong := [name for name, value in foreign.items() if value]:
         raise typer.BadParameter(f"--to {to} takes no {', '.join(wrong)}")
     if to == "tensorboard":
-        from sinktrack.publish import tensorboard
+        from sinktrack.loggers import tensorboard_events as tensorboard
 
         directory = out or run / "tensorboard"
         count = tensorboard.publish(opened, directory)
         _err.print(f"{count} records -> {directory}", markup=False)
         return
-    from sinktrack.publish import wandb
+    from sinktrack.loggers import weights_and_biases as wandb
 
     target, count = wandb.publish(opened, project, entity, run_id)
     _err.print(f"{count} records -> W&B run {target}", markup=False)
     if workspace:
-        from sinktrack.publish.workspace import save
+        from sinktrack.loggers.workspace import save
 
         _err.print(f"workspace: {save(opened)}", markup=False)
 
@@ -389,8 +389,8 @@ def probe(
 ) -> None:
     """Make a probe from texts and a tokenizer, or from random tokens."""
     from sinktrack import text
-    from sinktrack.archive.files import Files
-    from sinktrack.archive.huggingface import tokenizer as load_tokenizer
+    from sinktrack.archive.configs.huggingface import tokenizer as load_tokenizer
+    from sinktrack.archive.storage.files import Files
     from sinktrack.errors import ProbeError
     from sinktrack.probe import Probe
 

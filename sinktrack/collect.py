@@ -13,7 +13,7 @@ from sinktrack.attention import Attended
 from sinktrack.errors import MeasurementError
 from sinktrack.metrics.base import WHOLE, Held, Kept, Metric
 from sinktrack.metrics.localization import WriteAtP0, Writes
-from sinktrack.taps import Observer, Projection, Write
+from sinktrack.models.base import Observer, Projection, Write
 
 _CHUNK = 4 * 2**20
 """Bytes that are mapped at a time."""

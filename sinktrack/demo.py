@@ -32,12 +32,12 @@ from sinktrack.callbacks.huggingface import SinkTrackCallback
 from sinktrack.errors import SinktrackError
 from sinktrack.metrics.attention import EPSILON
 from sinktrack.probe import Probe
-from sinktrack.record import Run
-from sinktrack.report import write_report
+from sinktrack.records.run import Run
 from sinktrack.scan import scan
-from sinktrack.show import show
 from sinktrack.signal import analyze
 from sinktrack.signal.loss import read_losses
+from sinktrack.views.report import write_report
+from sinktrack.views.terminal import show
 
 SYMBOLS, ARMING, LENGTH, BACK = 64, 16, 64, 3
 BOS = SYMBOLS

@@ -17,14 +17,14 @@ from sinktrack.collect import Collector
 from sinktrack.errors import MeasurementError
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.metrics import ALONE, METRICS
-from sinktrack.parts import is_apart
+from sinktrack.models.guard import out_of_memory, undisturbed, untouched
+from sinktrack.models.parallel import is_apart
 from sinktrack.probe import Probe
-from sinktrack.undisturbed import out_of_memory, undisturbed, untouched
 
 if TYPE_CHECKING:  # transformers is slow to import
-    from sinktrack.archive.stream import Streamed
-    from sinktrack.gathered import Gathered
-    from sinktrack.taps.huggingface import Decoder
+    from sinktrack.models.gathered import Gathered
+    from sinktrack.models.huggingface import Decoder
+    from sinktrack.models.streaming import Streamed
 
 
 def measure(
@@ -49,15 +49,15 @@ def measure(
         MeasurementError: the model cannot be measured exactly, which names the block and the
             reason; or there is not enough memory, which names the number to lower.
     """
-    from sinktrack.taps.megatron import is_megatron
+    from sinktrack.models.megatron.hooks import is_megatron
 
     if is_megatron(model):
-        from sinktrack.megatron.measure import measure_chunks
+        from sinktrack.models.megatron.measure import measure_chunks
 
         return measure_chunks(model, probe, batch_size)
     if not isinstance(model, list) and is_apart(model):
         return _measure_apart(model, probe, batch_size)
-    from sinktrack.taps.huggingface import watch
+    from sinktrack.models.huggingface import watch
 
     passes = _Passes(probe, batch_size)
     found = readable(model, probe)  # type: ignore[arg-type]  # refuses a list by name
@@ -76,8 +76,8 @@ def measure(
 
 def _measure_apart(model: nn.Module, probe: Probe, batch_size: int | None) -> Measurement:
     """Measure a model that no process holds whole; every process calls."""
-    from sinktrack.gathered import Gathered, together
-    from sinktrack.taps.walk import CannotWalk
+    from sinktrack.models.blockwise import CannotWalk
+    from sinktrack.models.gathered import Gathered, together
 
     def gathered() -> Gathered:
         _refuse_unreadable(model)
@@ -114,8 +114,8 @@ def measure_streamed(
         ArchiveError: a weight is missing or damaged.
         ProbeError, MeasurementError: as `measure`.
     """
-    from sinktrack.taps.huggingface import watch
-    from sinktrack.taps.walk import Walk
+    from sinktrack.models.blockwise import Walk
+    from sinktrack.models.huggingface import watch
 
     passes = _Passes(probe, batch_size)
     found = streamed.decoder
@@ -184,7 +184,7 @@ class _Passes:
 
 def readable(model: nn.Module, probe: Probe) -> Decoder:
     """The decoder in a model, if it can be measured with this probe; errors as of `measure`."""
-    from sinktrack.taps.huggingface import decoder
+    from sinktrack.models.huggingface import decoder
 
     found = decoder(model)
     _refuse_unreadable(found.model)
@@ -198,7 +198,7 @@ def refuse_another_model(found: Decoder, probe: Probe) -> None:
     Raises:
         MeasurementError: names the block, or the function that somebody replaced.
     """
-    from sinktrack.taps.rehearsal import TOKENS, Rehearsal
+    from sinktrack.models.rehearsal import TOKENS, Rehearsal
 
     device = found.model.get_input_embeddings().weight.device
     tokens = probe.batches(1)[0][:, :TOKENS].to(device)
@@ -252,7 +252,7 @@ def _refuse_unreadable(model: nn.Module) -> None:
 
 def _refuse_a_part(found: Decoder, collected: Collector) -> None:
     """Refuse fewer or more than the configuration says: heads, experts, blocks and width."""
-    from sinktrack.taps.huggingface import experts_held
+    from sinktrack.models.huggingface import experts_held
 
     counts = [("blocks", "the model", len(found.blocks), found.number("num_hidden_layers"))]
     for index, block in found.blocks.items():

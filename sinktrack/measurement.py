@@ -18,7 +18,7 @@ from sinktrack.metrics.base import Seen, Unmeasured
 from sinktrack.metrics.bootstrap import interval, weights
 from sinktrack.metrics.localization import Localization, Sink
 from sinktrack.metrics.phases import first_two_gain
-from sinktrack.record import SCHEMA
+from sinktrack.records.run import SCHEMA
 
 _OPTIONAL = ("sink_logit_mass", "attention_gate")
 """Fields that a record holds only where the model has such a thing."""
@@ -94,7 +94,7 @@ class Measurement:
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """In a notebook: the measurement's figure, where plotly is installed."""
-        from sinktrack import figures
+        from sinktrack.views import figures
 
         return figures.shown(figures.measured, self)
 

@@ -13,7 +13,7 @@ from sinktrack import Measurement, Probe, measure
 from sinktrack.archive.source import Source
 from sinktrack.collect import Collector
 from sinktrack.metrics import METRICS
-from sinktrack.taps.huggingface import decoder, watch
+from sinktrack.models.huggingface import decoder, watch
 
 TOGETHER = ("llama4_text", "dbrx")
 """Families whose routed experts are reported as one MLP."""

@@ -12,7 +12,7 @@ from test_callbacks import PROBE, two_processes
 from torch import nn
 
 from sinktrack import MeasurementError, measure
-from sinktrack.parts import is_apart, takes_every_process
+from sinktrack.models.parallel import is_apart, takes_every_process
 
 FOLLOWED = """
     import datetime
@@ -61,7 +61,7 @@ FOLLOWED = """
     def short(build):
         return lambda: build(num_hidden_layers=2, use_cache=False)
 
-    from sinktrack.record import to_json
+    from sinktrack.records.run import to_json
 """
 
 

@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sinktrack import ArchiveError, Probe, Run, scan
+from sinktrack.archive.configs.huggingface import load
 from sinktrack.archive.discover import discover
-from sinktrack.archive.files import Files
-from sinktrack.archive.huggingface import load
-from sinktrack.archive.safetensors import SafetensorsSlice, parse_header, read_header
+from sinktrack.archive.layouts.safetensors_files import SafetensorsSlice, parse_header, read_header
 from sinktrack.archive.source import DTYPES
 from sinktrack.archive.source import open as open_checkpoint
+from sinktrack.archive.storage.files import Files
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -386,7 +386,7 @@ def test_a_pickle_is_read_by_weights_only_loading(tmp_path: Path) -> None:
     model = models.mixtral()
     torch.save(model.state_dict(), tmp_path / "checkpoint-3/pytorch_model.bin")
     (checkpoint,) = discover(tmp_path)
-    assert checkpoint.format == "pytorch"
+    assert checkpoint.format == "pytorch_files"
     for name, found in load(checkpoint).state_dict().items():
         assert torch.equal(found, model.state_dict()[name])
 

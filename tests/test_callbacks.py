@@ -301,7 +301,9 @@ def test_a_resume_from_an_older_checkpoint_logs_the_new_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged = []
-    monkeypatch.setattr("sinktrack.publish.wandb.log", lambda record, *_: logged.append(record))
+    monkeypatch.setattr(
+        "sinktrack.loggers.weights_and_biases.log", lambda record, *_: logged.append(record)
+    )
     tracker = SinkTracker(PROBE, tmp_path, every=10, on_error="raise")
     for step in (10, 20, 10):
         tracker.step(step, models.llama())

@@ -18,7 +18,7 @@ from test_scan import COMMAND
 from sinktrack import ArchiveError, Run, scan
 from sinktrack.archive.discover import discover
 from sinktrack.archive.source import Checkpoint
-from sinktrack.engines import local, memory
+from sinktrack.scan.engines import local, memory
 
 STEPS = range(1, 7)
 

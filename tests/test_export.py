@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from sinktrack import Run
 from sinktrack.cli import app
 from sinktrack.errors import RecordError
-from sinktrack.export import COLUMNS, export
-from sinktrack.publish.curves import metrics
+from sinktrack.loggers.curves import metrics
+from sinktrack.views.export import COLUMNS, export
 
 pandas = pytest.importorskip("pandas")
 polars = pytest.importorskip("polars")

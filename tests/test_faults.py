@@ -32,8 +32,8 @@ from sinktrack import ArchiveError, MeasurementError, Probe, RecordError, Run, m
 from sinktrack.attention import attend
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.cli import app, main
-from sinktrack.record import to_json
-from sinktrack.taps.huggingface import _ACTIVE
+from sinktrack.models.huggingface import _ACTIVE
+from sinktrack.records.run import to_json
 
 
 def test_a_full_disk_during_training(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_a_signal_at_any_moment_of_a_probe() -> None:
         caller = frame.f_back.f_globals.get("__name__", "") if frame.f_back else ""
         ours = frame.f_globals["__name__"]
         ours = caller if ours == "contextlib" else ours  # which stands for `with`
-        places = ("sinktrack.measure", "sinktrack.undisturbed", "sinktrack.taps.huggingface")
+        places = ("sinktrack.measure", "sinktrack.models.guard", "sinktrack.models.huggingface")
         return on_line if ours in places else None
 
     def state() -> dict[str, Any]:

@@ -18,12 +18,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from sinktrack import ArchiveError, Probe, measure, scan
+from sinktrack.archive.configs.huggingface import empty, load, tokenizer
 from sinktrack.archive.discover import discover
-from sinktrack.archive.files import Files
-from sinktrack.archive.huggingface import empty, load, tokenizer
 from sinktrack.archive.source import open as open_source
-from sinktrack.archive.stream import Streamed
+from sinktrack.archive.storage.files import Files
 from sinktrack.measure import measure_streamed
+from sinktrack.models.streaming import Streamed
 
 PROBE = Probe.random(models.VOCABULARY, sequences=2, length=8)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from sinktrack import ArchiveError, Run, measure, scan
 from sinktrack.archive.discover import discover
-from sinktrack.archive.fsdp import FOLDER
+from sinktrack.archive.layouts.fsdp import FOLDER
 from sinktrack.archive.source import open as open_source
-from sinktrack.record import to_json
+from sinktrack.records.run import to_json
 
 
 @pytest.fixture(scope="module")

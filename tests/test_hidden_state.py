@@ -19,9 +19,10 @@ from test_callbacks import PROBE, assert_identical
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from sinktrack import MeasurementError, Run, measure, state
+from sinktrack import MeasurementError, Run, measure
 from sinktrack.callbacks.loop import SinkTracker
-from sinktrack.undisturbed import undisturbed
+from sinktrack.models import hidden_state as state
+from sinktrack.models.guard import undisturbed
 
 Step = Callable[[], Any]
 """Goes on with the state, and tells what is added to the stream."""

@@ -16,12 +16,12 @@ from test_scan import sinktrack
 
 from sinktrack import MeasurementError, Probe, Run, measure
 from sinktrack.callbacks.loop import SinkTracker
-from sinktrack.export import rows as export_rows
 from sinktrack.interventions import examine, necessity, position, sufficiency
 from sinktrack.interventions.effects import Effect
 from sinktrack.interventions.experts import super_experts
 from sinktrack.interventions.trials import is_testable, screen
-from sinktrack.record import to_json
+from sinktrack.records.run import to_json
+from sinktrack.views.export import rows as export_rows
 
 PROBE = planted.probe()
 

@@ -17,8 +17,9 @@ import pytest
 from test_callbacks import PROBE, warnings
 from test_record import record
 
-from sinktrack import RecordError, Run, locks
+from sinktrack import RecordError, Run
 from sinktrack.callbacks.loop import SinkTracker
+from sinktrack.records import locks
 
 
 def test_a_lock_says_who_has_it(tmp_path: Path) -> None:

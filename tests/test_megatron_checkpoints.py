@@ -23,15 +23,15 @@ from safetensors.torch import save_file
 from transformers import GPT2Config
 
 from sinktrack import ArchiveError, scan
-from sinktrack.archive import dcp, pickles
+from sinktrack.archive.configs.huggingface import load
 from sinktrack.archive.discover import discover
-from sinktrack.archive.files import Files
 from sinktrack.archive.follow import lack
-from sinktrack.archive.huggingface import load
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.source import open as open_source
+from sinktrack.archive.storage import dcp, pickles
+from sinktrack.archive.storage.files import Files
 from sinktrack.demo import AGREEMENT, largest_difference
-from sinktrack.record import to_json
+from sinktrack.records.run import to_json
 
 pytest.importorskip("megatron.core")
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from sinktrack.attention import attend
 from sinktrack.collect import Arena
-from sinktrack.megatron.shards import join
 from sinktrack.metrics import FIELDS, METRICS
 from sinktrack.metrics.base import Held, State
-from sinktrack.taps import Write
+from sinktrack.models.base import Write
+from sinktrack.models.megatron.shards import join
 
 SEQUENCES, LENGTH, WIDTH, HEADS = 3, 12, 8, 4
 

@@ -20,14 +20,14 @@ from reference import check_slices
 from transformers import FlexOlmoConfig, Olmo2Config, Olmo3Config
 
 from sinktrack import ArchiveError, Probe, measure, scan
-from sinktrack.archive import olmo_core_config
+from sinktrack.archive.configs import olmo_core as olmo_core_config
+from sinktrack.archive.configs.huggingface import load
 from sinktrack.archive.discover import discover
-from sinktrack.archive.files import Files
 from sinktrack.archive.follow import lack
-from sinktrack.archive.huggingface import load
 from sinktrack.archive.source import Source
 from sinktrack.archive.source import open as open_source
-from sinktrack.record import to_json
+from sinktrack.archive.storage.files import Files
+from sinktrack.records.run import to_json
 
 PROBE = Probe.random(models.VOCABULARY, sequences=4, length=12)
 WINDOWS = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]

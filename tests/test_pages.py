@@ -12,8 +12,8 @@ from transformers import Trainer, TrainingArguments
 
 import sinktrack
 from sinktrack import Probe, Run, measure
-from sinktrack.export import export
-from sinktrack.record import to_json, versions
+from sinktrack.records.run import to_json, versions
+from sinktrack.views.export import export
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from synthetic import synthetic_records
 
 from sinktrack import Probe, ProbeError, RecordError, Run
-from sinktrack.locks import let_go
-from sinktrack.record import to_json, versions
+from sinktrack.records.locks import let_go
+from sinktrack.records.run import to_json, versions
 
 PROBE = Probe.random(9, sequences=2, length=4)
 

@@ -18,13 +18,13 @@ from transformers import TrainerState
 
 from sinktrack import ArchiveError, Probe, Run, scan
 from sinktrack.archive.discover import discover
-from sinktrack.archive.files import Files
 from sinktrack.archive.follow import Watch, lack
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.source import open as open_checkpoint
+from sinktrack.archive.storage.files import Files
 from sinktrack.cli import main
-from sinktrack.engines import attempt
 from sinktrack.errors import one_line
+from sinktrack.scan.engines import attempt
 
 PROBE = Probe.random(models.VOCABULARY, sequences=2, length=6)
 WEIGHTS = "model.safetensors"
@@ -314,7 +314,7 @@ def test_no_line_of_a_reason_is_lost() -> None:
     def work(checkpoint: Checkpoint) -> dict[str, object]:
         raise RuntimeError("two things are wrong:\n  - this\n  - that; do so\n")
 
-    outcome = attempt(work, Checkpoint(Files("/"), 1, None, "safetensors", "one"))
+    outcome = attempt(work, Checkpoint(Files("/"), 1, None, "safetensors_files", "one"))
     assert str(outcome) == (
         "it cannot be measured: RuntimeError: two things are wrong: - this - that; do so"
     )

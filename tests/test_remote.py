@@ -25,11 +25,11 @@ from test_scan import COMMAND
 from werkzeug.serving import make_server
 
 from sinktrack import ArchiveError, Probe, Run, scan
+from sinktrack.archive.configs.huggingface import tokenizer
 from sinktrack.archive.discover import discover
-from sinktrack.archive.files import Files
 from sinktrack.archive.follow import Watch
-from sinktrack.archive.huggingface import tokenizer
 from sinktrack.archive.source import open as open_checkpoint
+from sinktrack.archive.storage.files import Files
 
 PROBE = Probe.random(models.VOCABULARY, sequences=4, length=12)
 
@@ -126,7 +126,7 @@ def test_one_tensor_costs_its_header_and_its_bytes(counting: Counting) -> None:
 def test_large_reads_go_in_parts(
     counting: Counting, monkeypatch: pytest.MonkeyPatch, local: Path
 ) -> None:
-    monkeypatch.setattr("sinktrack.archive.files._PART", 50_000)
+    monkeypatch.setattr("sinktrack.archive.storage.files._PART", 50_000)
     data = (local / "checkpoint-12/model.safetensors").read_bytes()
     found = Files("s3://runs/one/checkpoint-12").read("model.safetensors", 7, len(data))
     assert bytes(found) == data[7:]

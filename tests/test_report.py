@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from sinktrack import Run
 from sinktrack.cli import app
 from sinktrack.errors import RecordError
-from sinktrack.publish.curves import summary
-from sinktrack.report import write_report
+from sinktrack.loggers.curves import summary
 from sinktrack.signal import analyze
+from sinktrack.views.report import write_report
 
 pytest.importorskip("plotly")
 
@@ -276,7 +276,7 @@ def test_large_run(open_report: Open, tmp_path: Path) -> None:
 def test_a_larger_run_is_thinned_and_says_so(
     open_report: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sinktrack.report.data.BUDGET", 20_000)
+    monkeypatch.setattr("sinktrack.views.report.data.BUDGET", 20_000)
     page = open_report(synthetic_records(steps=range(100)))
     facts = page.inner_text("#facts").replace("\n", " ")
     found = re.search(r"100, of which (\d+) are drawn", facts)

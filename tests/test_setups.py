@@ -25,7 +25,7 @@ from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.collect import Collector
 from sinktrack.interventions.replay import replaying
 from sinktrack.metrics import METRICS
-from sinktrack.taps.huggingface import decoder, watch
+from sinktrack.models.huggingface import decoder, watch
 
 
 def train(

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from sinktrack import Run
 from sinktrack.cli import app
 from sinktrack.errors import RecordError
-from sinktrack.show import show
 from sinktrack.signal import analyze
+from sinktrack.views.terminal import show
 
 
 def shown(records: list[dict[str, Any]], title: str = "run", width: int = 80) -> str:

@@ -14,11 +14,11 @@ from test_families import EXACT, PROBE, tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sinktrack import ArchiveError, Measurement, Probe, measure
-from sinktrack.archive.files import Files
-from sinktrack.archive.stream import Streamed
+from sinktrack.archive.storage.files import Files
 from sinktrack.measure import measure_streamed
-from sinktrack.record import to_json
-from sinktrack.taps.walk import CannotWalk
+from sinktrack.models.blockwise import CannotWalk
+from sinktrack.models.streaming import Streamed
+from sinktrack.records.run import to_json
 
 NOT_ONE_BY_ONE = {"bamba", "glm_moe_dsa"}
 """Their blocks return more than the stream."""

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from sinktrack import Run
 from sinktrack.cli import app
 from sinktrack.errors import RecordError
-from sinktrack.publish.tensorboard import publish
+from sinktrack.loggers.tensorboard_events import publish
 
 pytest.importorskip("tensorboard")
 

@@ -17,13 +17,13 @@ from reference import check_slices
 from transformers import Qwen3Config
 
 from sinktrack import ArchiveError, Probe, measure, scan
+from sinktrack.archive.configs.huggingface import load
 from sinktrack.archive.discover import discover
-from sinktrack.archive.files import Files
 from sinktrack.archive.follow import lack
-from sinktrack.archive.huggingface import load
 from sinktrack.archive.source import Source
 from sinktrack.archive.source import open as open_source
-from sinktrack.record import to_json
+from sinktrack.archive.storage.files import Files
+from sinktrack.records.run import to_json
 
 PROBE = Probe.random(models.VOCABULARY, sequences=4, length=12)
 
@@ -198,7 +198,7 @@ def test_the_last_one_in_the_format_of_hugging_face(tmp_path: Path) -> None:
     model.save_pretrained(where["archive"] / "step-30")
     (where["archive"] / "step-30" / "config.json").unlink()
     first, last = discover(**where)
-    assert (first.format, last.format) == ("torchtitan", "safetensors")
+    assert (first.format, last.format) == ("torchtitan", "safetensors_files")
     one, other = open_source(first), open_source(last)
     assert set(one.names()) == set(other.names())
     assert all(torch.equal(one.slice(name)[...], other.slice(name)[...]) for name in one.names())

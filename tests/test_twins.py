@@ -13,10 +13,10 @@ from rich.console import Console
 from synthetic import synthetic_records
 
 from sinktrack import Probe, Run, scan
-from sinktrack.report.data import embedded
-from sinktrack.show import show
+from sinktrack.records.twins import equal_weights, told
 from sinktrack.signal import analyze
-from sinktrack.twins import equal_weights, told
+from sinktrack.views.report.data import embedded
+from sinktrack.views.terminal import show
 
 PROBE = Probe.random(models.VOCABULARY, sequences=2, length=6)
 

@@ -14,7 +14,7 @@ from test_callbacks import PROBE
 from sinktrack import MeasurementError, Run, measure
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.interventions import examine
-from sinktrack.taps.huggingface import decoder
+from sinktrack.models.huggingface import decoder
 
 TEXT = models.small(head_dim=8)
 SEEN = {

@@ -35,9 +35,9 @@ from sinktrack.callbacks.huggingface import SinkTrackCallback
 from sinktrack.callbacks.lightning import SinkTrackLightning
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.cli import app
-from sinktrack.publish.curves import metrics
-from sinktrack.publish.wandb import Sent, log, publish
-from sinktrack.publish.workspace import save, view
+from sinktrack.loggers.curves import metrics
+from sinktrack.loggers.weights_and_biases import Sent, log, publish
+from sinktrack.loggers.workspace import save, view
 from sinktrack.signal import analyze
 
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from sinktrack.archive import pytorch, safetensors
 from sinktrack.archive.foreign import count, some
-from sinktrack.archive.indexed import Indexed
+from sinktrack.archive.layouts import pytorch_files as pytorch
+from sinktrack.archive.layouts import safetensors_files as safetensors
 from sinktrack.archive.source import Checkpoint
+from sinktrack.archive.storage.indexed import Indexed
 from sinktrack.errors import ArchiveError
 
 _log = logging.getLogger("sinktrack")
@@ -29,7 +30,7 @@ def tell(checkpoint: Checkpoint) -> None:
     Raises:
         ArchiveError: the weights that count are missing or damaged.
     """
-    if checkpoint.format not in ("safetensors", "pytorch"):
+    if checkpoint.format not in ("safetensors_files", "pytorch_files"):
         return
     present = [
         (kind, name)

@@ -12,8 +12,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from sinktrack.archive import names, remains, trainer_state
-from sinktrack.archive.files import Files
 from sinktrack.archive.source import FORMATS, Checkpoint
+from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError, require
 
 _COMMIT = re.compile(r"[0-9a-f]{6,64}")
@@ -190,7 +190,9 @@ def _at(place: _Place, named: names.Named) -> list[Checkpoint]:
 def _read_by_a_format(files: Files) -> list[Checkpoint]:
     """What the first format that knows a directory finds there."""
     for name in FORMATS:
-        found: list[Checkpoint] = importlib.import_module(f"sinktrack.archive.{name}").find(files)
+        found: list[Checkpoint] = importlib.import_module(f"sinktrack.archive.layouts.{name}").find(
+            files
+        )
         if found and name == "megatron" and remains.of_deepspeed(files):
             found = [replace(checkpoint, reason=remains.known(files)) for checkpoint in found]
         if found:

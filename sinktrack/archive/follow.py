@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sinktrack.archive.discover import NoCheckpoint
-from sinktrack.archive.files import Files
 from sinktrack.archive.source import Checkpoint, open
+from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError
 
 _Key = tuple[Files, str]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 
-from sinktrack.archive.files import Files
+from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError
 
 _MOST = 10_000

@@ -17,11 +17,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sinktrack.archive.files import Files
 from sinktrack.archive.foreign import is_head
+from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError
 
-FORMATS = ("safetensors", "pytorch", "fsdp", "olmo_core", "torchtitan", "megatron")
+FORMATS = ("safetensors_files", "pytorch_files", "fsdp", "olmo_core", "torchtitan", "megatron")
 """Modules of this package; of two that know a directory the first counts."""
 
 DTYPES = {
@@ -105,7 +105,7 @@ def open(checkpoint: Checkpoint) -> Source:
     """
     if checkpoint.reason is not None:
         raise ArchiveError(checkpoint.reason)
-    module = importlib.import_module(f"sinktrack.archive.{checkpoint.format}")
+    module = importlib.import_module(f"sinktrack.archive.layouts.{checkpoint.format}")
     source: Source = module.open(checkpoint)
     sizes = source.config.get_text_config(decoder=True).to_dict()
     for name in _SIZES:

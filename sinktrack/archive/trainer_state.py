@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from sinktrack.archive.files import Files
+from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError
 
 FILE = "trainer_state.json"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sinktrack.interventions.replay import Edit
-from sinktrack.taps import Write
+from sinktrack.models.base import Write
 
 _SUBLAYER = {"head": "attention", "expert": "mlp", "shared_expert": "mlp"}
 

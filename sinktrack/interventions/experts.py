@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sinktrack.interventions.replay import Edit
-from sinktrack.taps import Write
+from sinktrack.models.base import Write
 
 _QUANTILE, _FRACTION, _DEPTH = 0.995, 0.1, 0.75
 

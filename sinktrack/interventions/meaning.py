@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from sinktrack.measure import forward, measure
 from sinktrack.measurement import Measurement
+from sinktrack.models.base import Observer, Write
+from sinktrack.models.huggingface import Decoder, watch
 from sinktrack.probe import Probe
-from sinktrack.taps import Observer, Write
-from sinktrack.taps.huggingface import Decoder, watch
 
 _QUANTILES = (5, 25, 50, 75, 95)
 _TOKENS = 256

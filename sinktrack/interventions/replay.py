@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from sinktrack.attention import Attended
 from sinktrack.measure import forward, readable, refuse_another_model
+from sinktrack.models.base import Observer, Write
+from sinktrack.models.guard import untouched
+from sinktrack.models.huggingface import Decoder, resume, returned, watch
 from sinktrack.probe import Probe
-from sinktrack.taps import Observer, Write
-from sinktrack.taps.huggingface import Decoder, resume, returned, watch
-from sinktrack.undisturbed import untouched
 
 _LOGITS = 2**28
 """Bytes of float32 logits held at a time, from which the sequences per pass follow."""

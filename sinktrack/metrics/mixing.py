@@ -13,7 +13,7 @@ import torch
 
 from sinktrack.attention import Attended
 from sinktrack.metrics.base import Field, Held, Kept, Metric, Seen, State, median, norms
-from sinktrack.taps import Write
+from sinktrack.models.base import Write
 
 
 class Mixing(Metric):

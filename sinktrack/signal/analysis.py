@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sinktrack.record import Run
+from sinktrack.records.run import Run
 from sinktrack.signal import robust
 from sinktrack.signal.loss import Losses, Relation, read_losses, relate
 from sinktrack.signal.robust import Interval

@@ -1,0 +1,1 @@
+"""Saved configurations, as transformers' own."""

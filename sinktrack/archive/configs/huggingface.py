@@ -1,0 +1,340 @@
+"""What transformers makes of a checkpoint: its configuration, its tokenizer, the whole model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    build_glob_alternation,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from sinktrack.archive import foreign
+from sinktrack.archive.source import DTYPES, Checkpoint, Source, fitting, open
+from sinktrack.archive.storage.files import Files
+from sinktrack.errors import ArchiveError, one_line
+
+_LARGEST = 64 * 2**20
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_EIGHT = torch.float8_e4m3fn
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class Empty:
+    """A model on the meta device, and where in a checkpoint its weights are."""
+
+    model: Any
+    """In evaluation mode, in the dtype to be measured."""
+    names: dict[str, list[list[str]]]
+    """Per weight of the model the checkpoint's tensors that make it, like ones together."""
+    text: Any
+    """The decoder without its language head; in a model of text and images the text's."""
+
+    @property
+    def prefix(self) -> str:
+        """What the names of the text decoder's weights begin with."""
+        return prefix_of(self.model, self.text)
+
+
+def load(
+    checkpoint: Checkpoint, device: str = "cpu", dtype: str | None = None, *, head: bool = True
+) -> Any:
+    """The whole model in evaluation mode. Nothing is ever unpickled.
+
+    Args:
+        checkpoint: what to load.
+        device: where to.
+        dtype: such as ``bfloat16``; by default the one that the weights are stored in.
+        head: whether the language head is needed, which a reward model has none of.
+
+    Raises:
+        ArchiveError: a file is missing or damaged, a weight is missing or has another shape, there
+            are some that the model has no place for, or transformers does not know the
+            architecture; names the file.
+    """
+    source = open(checkpoint)
+    where = checkpoint.files.location
+    try:
+        found = empty(source, dtype, head=head)
+        largest = max(weight.numel() for weight in found.model.state_dict().values())
+        weights = {name: fitting(source, name, largest) for name in source.names()}
+        model, info = type(found.model).from_pretrained(
+            None,
+            config=found.model.config,
+            state_dict=weights,
+            dtype=found.model.dtype,
+            output_loading_info=True,
+        )
+    except ArchiveError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ArchiveError(f"{where} cannot be loaded: {one_line(error)}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        names = sorted(map(str, info[kind]))
+        if kind == "missing_keys" and not head:
+            names = [name for name in names if name.startswith(found.prefix)]
+        if names:
+            raise ArchiveError(
+                f"{where}: {len(names)} weights {kind.removesuffix('_keys')} "
+                f"({foreign.some(names)}); the checkpoint does not fit its config.json"
+            )
+    return model.to(device).eval()
+
+
+def empty(source: Source, dtype: str | None = None, *, head: bool = False) -> Empty:
+    """The model without its weights, once all of them are seen to have a place in it.
+
+    Args:
+        source: the checkpoint.
+        dtype: such as ``bfloat16``; by default the narrowest in which no stored weight is rounded,
+            whatever the configuration says.
+        head: whether that counts for the weights of the language head, too.
+
+    Raises:
+        ArchiveError: transformers cannot build it, the weights are quantized, or the checkpoint
+            holds tensors that it has no place for.
+    """
+    config = source.config
+    if getattr(config, "quantization_config", None):
+        raise ArchiveError(
+            "quantized weights are not supported; scan the model before quantization"
+        )
+    stored = {name: source.slice(name).get_dtype() for name in source.names()}
+    blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if isinstance(blocks, int) and blocks > len(stored):
+        raise ArchiveError(
+            f"{source.files.location}: config.json has {blocks} blocks, of which {len(stored)} "
+            "tensors cannot be the weights"
+        )
+    wide = getattr(torch, dtype) if dtype else _promoted(stored.values())
+    model = _built(config, wide)
+    names, left = _places(model, stored)
+    found = Empty(model, names, _text(model))
+    try:
+        _refuse_quantized(found, stored)
+        _refuse_foreign(source, model, left)
+    except ArchiveError as error:
+        raise ArchiveError(f"{source.files.location}: {error}") from error
+    if dtype is None and (narrow := _narrowest(found, stored, head)) != wide:
+        model = _built(config, narrow)
+        found = Empty(model, names, _text(model))
+    return found
+
+
+def prefix_of(model: nn.Module, module: nn.Module) -> str:
+    """What the names of the module's weights begin with in the model."""
+    path = next(path for path, found in model.named_modules() if found is module)
+    return f"{path}." if path else ""
+
+
+def _built(config: Any, dtype: torch.dtype) -> Any:
+    """On the meta device; of text and images where the configuration is of both."""
+    auto: Any = AutoModelForCausalLM
+    if config.get_text_config(decoder=True) is not config and _sees(config):
+        auto = AutoModelForImageTextToText
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+    except (ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        reason = one_line(error)
+        raise ArchiveError(f"a {config.model_type} cannot be built: {reason}") from error
+    return model.eval()
+
+
+def _sees(config: Any) -> bool:
+    """Whether the model is one that takes images, not the decoder of one alone."""
+    alone = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    saved = getattr(config, "architectures", None) or []
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and alone not in saved
+
+
+def _text(model: Any) -> Any:
+    """The decoder that reads text, without its language head."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return model.base_model
+    found = model.get_decoder()
+    while (inner := found.base_model) is not found:
+        found = inner
+    return found
+
+
+def _places(
+    model: Any, stored: Iterable[str]
+) -> tuple[dict[str, list[list[str]]], dict[str, list[str]]]:
+    """Per weight of the model the tensors that make it; and per name without a place its tensors.
+
+    By transformers' own renaming. Of tied weights one may be stored for both.
+    """
+    targets = model.state_dict()
+    mapping = get_model_conversion_mapping(model) or []
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = model.base_model_prefix
+    found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+    left: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(stored, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, targets)
+        if target not in targets and name in targets:
+            target, pattern = rename_source_key(name, [], [], prefix, targets)
+        if target in targets:
+            found[target][pattern].append(name)
+        else:
+            left[target].append(name)
+    names = {target: list(by_pattern.values()) for target, by_pattern in found.items()}
+    for target, source in model.all_tied_weights_keys.items():
+        for one, other in ((target, source), (source, target)):
+            if one not in names and other in names:
+                names[one] = names[other]
+    return names, left
+
+
+def _refuse_foreign(source: Source, model: Any, left: Mapping[str, list[str]]) -> None:
+    config = model.config.get_text_config(decoder=True)
+    blocks = config.num_hidden_layers
+    names = foreign.left_over(
+        left,
+        lambda name: source.slice(left[name][0]).get_shape(),
+        blocks=blocks,
+        ignored=model._keys_to_ignore_on_load_unexpected or (),
+        senses=config is not source.config,
+    )
+    foreign.refuse([own for name in names for own in left[name]], config.model_type, blocks)
+
+
+def _refuse_quantized(found: Empty, stored: Mapping[str, str]) -> None:
+    """By their dtypes, whatever the configuration says."""
+    targets = found.model.state_dict()
+    weights = {
+        name
+        for target, groups in found.names.items()
+        if targets[target].is_floating_point()
+        for group in groups
+        for name in group
+    }
+    packed = {
+        name: dtype
+        for name, dtype in stored.items()
+        if dtype not in _FLOATS and (name in weights or DTYPES.get(dtype, _EIGHT).is_floating_point)
+    }
+    if packed:
+        name = min(packed)
+        raise ArchiveError(
+            f"quantized weights are not supported: {foreign.count(len(packed), 'tensor')} such as "
+            f"{name}, which is stored as {packed[name]}; scan the model before quantization, or "
+            "save it dequantized"
+        )
+
+
+def _promoted(dtypes: Iterable[str]) -> torch.dtype:
+    """The narrowest dtype that holds all numbers of these."""
+    found = [DTYPES[name] for name in set(dtypes) if name in _FLOATS]
+    return reduce(torch.promote_types, found) if found else torch.float32
+
+
+def _narrowest(found: Empty, stored: Mapping[str, str], head: bool) -> torch.dtype:
+    """In which to build the model so that none of its measured weights is rounded.
+
+    Some are always kept in float32, by transformers' plan.
+    """
+    model = found.model
+    measured = [found.prefix]
+    if head and (output := model.get_output_embeddings()) is not None:
+        measured.append(prefix_of(model, output))
+    weights = {
+        target: _promoted(stored[name] for group in groups for name in group)
+        for target, groups in found.names.items()
+        if target.startswith(tuple(measured))
+    }
+    wide = reduce(torch.promote_types, weights.values()) if weights else model.dtype
+    for dtype in sorted({*weights.values()} - {wide}, key=lambda dtype: dtype.itemsize):
+        plan = model._get_dtype_plan(dtype)
+        kept, groups, _ = build_glob_alternation(list(plan)) if plan else (None, {}, None)
+        if all(
+            torch.promote_types(held, own) == own
+            for target, held in weights.items()
+            for match in [kept.search(target) if kept else None]
+            for own in [plan[groups[match.lastgroup]] if match else dtype]
+        ):
+            return dtype
+    return wide
+
+
+def config(files: Files) -> Any:
+    """The configuration that ``config.json`` describes.
+
+    Raises:
+        ArchiveError: it is missing, damaged, or not known to transformers.
+    """
+    kind = files.read_json("config.json").get("model_type")
+    where = files.path("config.json")
+    failure = f"{where}: transformers does not know how to build model_type {kind!r}"
+    return _made(AutoConfig, files, ["config.json"], failure)
+
+
+def config_of(checkpoint: Checkpoint) -> Any:
+    """The configuration beside a checkpoint's weights, or the one given in its place.
+
+    Raises:
+        ArchiveError: there is none, or it is damaged or not known to transformers.
+    """
+    if checkpoint.config is None and not checkpoint.files.exists("config.json"):
+        raise ArchiveError(
+            f"{checkpoint.files.location} holds no config.json, as sharded checkpoints do not; "
+            "give the configuration of the model with --hf-config"
+        )
+    return config(checkpoint.config or checkpoint.files)
+
+
+def tokenizer(files: Files) -> Any | None:
+    """The tokenizer beside a checkpoint or in its ``tokenizer`` directory, or None.
+
+    Raises:
+        ArchiveError: it cannot be read.
+    """
+    if not files.exists("tokenizer.json"):
+        files = files.at("tokenizer")
+    if not files.exists("tokenizer.json"):
+        return None
+    names = [name for name in _TOKENIZER if files.exists(name)]
+    return _made(AutoTokenizer, files, names, f"the tokenizer of {files.location} cannot be read")
+
+
+def vocabulary(checkpoint: Checkpoint) -> int:
+    """The size of the vocabulary, from the model's configuration.
+
+    Raises:
+        ArchiveError: it cannot be read.
+    """
+    return int(open(checkpoint).config.get_text_config(decoder=True).vocab_size)
+
+
+def _made(auto: Any, files: Files, names: list[str], failure: str) -> Any:
+    """From small files, copied to a place of ours: remote ones, and none that a link could swap."""
+    with tempfile.TemporaryDirectory() as directory:
+        for name in names:
+            (Path(directory) / name).write_bytes(files.whole(name, _LARGEST))
+        try:
+            return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception as error:
+            raise ArchiveError(f"{failure}: {one_line(error)}") from error

@@ -1,0 +1,1 @@
+"""What tensors are called where, one module a layout."""

@@ -1,0 +1,1 @@
+"""How bytes become tensors: files, containers and pickles, without a word on models."""

@@ -1,0 +1,1 @@
+"""Models that can be run and watched: transformers, streamed checkpoints, Megatron-Core."""

@@ -1,0 +1,218 @@
+"""Measure a Megatron-Core model on all the processes that hold it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from sinktrack.errors import MeasurementError, require
+from sinktrack.measurement import Measurement, assemble
+from sinktrack.metrics import ALONE, METRICS
+from sinktrack.models.guard import undone, untouched
+from sinktrack.models.megatron.processes import processes
+from sinktrack.models.megatron.shards import Shard, merge
+from sinktrack.probe import Probe
+
+
+def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurement:
+    """`sinktrack.measure` for a Megatron-Core model; every process must call it.
+
+    Raises:
+        ProbeError, MeasurementError: on every process, whichever found the reason.
+    """
+    require("megatron.core", "megatron")
+    from sinktrack.models.megatron import hooks as megatron
+
+    started = time.perf_counter()
+    all_of = processes()
+
+    def prepare() -> megatron.Chunks:
+        found = megatron.chunks(model)
+        probe.check(_vocabulary(found), getattr(found.bare[0], "max_sequence_length", None))
+        return found
+
+    found = all_of.together(prepare)
+    layout, bare = found.layout, nn.ModuleList(found.bare)
+    replies = all_of.gather((probe.digest, layout.dense or layout.experts, dict(found.kinds)))
+    if len({digest for digest, _, _ in replies}) > 1:
+        raise MeasurementError("the processes hold different probes; give each the same one")
+    some = tuple(rank for rank, (_, reports, _) in enumerate(replies) if reports)
+    kinds: dict[int, str] = {}
+    for _, _, held in replies:
+        kinds |= held
+
+    size = batch_size or probe.sequences
+    batches = probe.batches(size)
+    first = list(probe.first_tokens()[:, None].split(max(size, 256)))
+    planned = _schedule(found, batches), _schedule(found, first)
+    collected, singles = (
+        Shard(layout, [length for _, length in plan], found.count, metrics)
+        for plan, metrics in zip(planned, (METRICS, ALONE), strict=True)
+    )
+
+    def passes() -> None:
+        taps = []
+        with untouched(bare, size, probe), _ready(found):
+            for shard, plan in zip((collected, singles), planned, strict=True):
+                with megatron.watch(found, shard) as tap:
+                    _forward(found, plan)
+                taps.append(tap)
+        for tap in taps:  # not before: the others are in all passes
+            if tap.failure is not None:
+                raise tap.failure
+
+    def experts() -> None:
+        with untouched(bare, size, probe):
+            for (block, number), routing in collected.routed.items():
+                layer = found.blocks[block]
+                if isinstance(layer, FSDPModule):
+                    layer.unshard()
+                if layout.experts:
+                    writes = megatron.expert_writes(layer.mlp, routing)
+                    collected.add_experts(block, number, writes)
+        collected.routed.clear()
+
+    def whole(shares: list[Any]) -> Measurement | None:
+        if not shares:
+            return None
+        return assemble(
+            merge([share for share, _ in shares]),
+            merge([single for _, single in shares]),
+            torch.cat([batch[:, 0] for batch in batches]),
+            [kinds[block] for block in range(found.count)],
+            {value.dtype for value in bare.parameters() if value.is_floating_point()},
+            model={
+                "type": type(found.bare[0]).__name__.removeprefix("FSDP"),
+                "blocks": found.count,
+                "heads": found.config.num_attention_heads,
+                "experts": found.config.num_moe_experts,
+            },
+            probe=probe.digest,
+            weights=None,
+            seconds=time.perf_counter() - started,
+        )
+
+    all_of.together(passes)
+    _share_inputs(collected)
+    all_of.together(experts)
+    shares = all_of.to_first((collected, singles), some)
+    measured = all_of.together(lambda: whole(shares))
+    result: Measurement = all_of.from_first(measured)
+    return result
+
+
+def _share_inputs(shard: Shard) -> None:
+    """What enters the experts at P0, from the process that holds P0 to those that hold experts."""
+    from megatron.core import parallel_state as state
+
+    layout = shard.layout
+    if not shard.routed:
+        return
+    groups = []
+    if layout.sequence_parallel and layout.tp_size > 1:
+        groups.append(state.get_tensor_model_parallel_group())
+    if layout.cp_size > 1:
+        groups.append(state.get_context_parallel_group())
+    for group in groups:
+        tensors = [value for r in shard.routed.values() for value in (r.inputs, r.gates)]
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.broadcast(flat, group=group, group_src=0)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _scalers() -> list[Any]:
+    """Where a schedule leaves the factor of the auxiliary losses, for the backward pass."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
+
+    return [MoEAuxLossAutoScaler, MTPLossAutoScaler]
+
+
+def _vocabulary(found: Any) -> int | None:
+    return getattr(found.bare[0], "vocab_size", None)
+
+
+@contextmanager
+def _ready(found: Any) -> Iterator[None]:
+    """Parameters gathered, no timers, no logits, no jitter; inside `untouched`, which ends it."""
+    gathering = {
+        wrapped: len(handles)
+        for wrapped in found.models
+        if (handles := getattr(wrapped, "remove_forward_pre_hook_handles", None))
+    }
+    scalers = {scaler: scaler.main_loss_backward_scale for scaler in _scalers()}
+    own = {name: getattr(found.config, name) for name in ("timers", "param_sync_func")}
+
+    def undo() -> None:
+        for name, value in own.items():
+            setattr(found.config, name, value)
+        for scaler, scale in scalers.items():
+            scaler.main_loss_backward_scale = scale
+        for wrapped, count in gathering.items():
+            handles = wrapped.remove_forward_pre_hook_handles
+            if len(handles) != count:  # none, or some where disabling broke off
+                while handles:
+                    handles.popitem()[1].remove()
+                wrapped.enable_forward_pre_hook()
+
+    with undone(undo):
+        for wrapped in gathering:
+            wrapped.disable_forward_pre_hook()
+        for name in own:
+            setattr(found.config, name, None)
+        for chunk in found.bare:
+            chunk.post_process = chunk.mtp_process = False  # no logits, no further tokens
+            for module in chunk.modules():
+                if hasattr(module, "apply_input_jitter"):
+                    module.apply_input_jitter = lambda input: input
+        yield
+
+
+def _schedule(found: Any, batches: list[Tensor]) -> list[tuple[Tensor, int]]:
+    """Microbatches and the length that counts of each, 0 for one that only fills a schedule.
+
+    Interleaved pipelines want whole groups of microbatches.
+    """
+    multiple = found.config.microbatch_group_size_per_vp_stage if len(found.bare) > 1 else 1
+    planned = []
+    for _, group in itertools.groupby(batches, lambda tokens: tokens.shape):
+        alike = [(tokens, tokens.shape[1]) for tokens in group]
+        planned += alike + [(alike[0][0], 0)] * (-len(alike) % multiple)
+    return planned
+
+
+def _forward(found: Any, planned: list[tuple[Tensor, int]]) -> None:
+    """Run microbatches through the model's own schedule, those of one shape together."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    device = next(found.bare[0].parameters()).device
+    for shape, group in itertools.groupby((tokens for tokens, _ in planned), lambda x: x.shape):
+        padded = [found.layout.padded(tokens) for tokens in group]
+        length = padded[0].shape[1]
+        positions = found.layout.queries(length)
+        held = [tokens[:, positions].to(device) for tokens in padded]
+        ids = positions.to(device).expand(shape[0], -1)
+
+        def step(iterator: Iterator[Tensor], chunk: nn.Module, ids: Tensor = ids) -> Any:
+            return chunk(next(iterator), ids, None), lambda output, **_: None
+
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=[iter(held) for _ in found.bare],
+            model=list(found.bare),
+            num_microbatches=len(held),
+            seq_length=length,
+            micro_batch_size=shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )

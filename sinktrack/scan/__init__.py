@@ -1,0 +1,269 @@
+"""From an archive of checkpoints to records."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sinktrack.archive.discover import discover
+from sinktrack.archive.follow import looks
+from sinktrack.archive.names import Pattern
+from sinktrack.archive.source import Checkpoint, open
+from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, one_line
+from sinktrack.measure import measure, measure_streamed
+from sinktrack.measurement import Measurement
+from sinktrack.probe import Probe
+from sinktrack.prose import passages
+from sinktrack.records import twins
+from sinktrack.records.run import Run, to_json, versions
+from sinktrack.scan.engines import Outcome, attempt, local, not_measured
+from sinktrack.scan.engines import ray_tasks as ray
+from sinktrack.text import printable
+
+_log = logging.getLogger("sinktrack")
+Engine = Literal["local", "ray"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Notify = Callable[[Checkpoint, dict[str, Any] | SinktrackError], None]
+
+
+def scan(
+    archive: str | Path,
+    *,
+    probe: Probe | None = None,
+    run: str | Path | Run,
+    device: str = "cpu",
+    blocks: int | None = None,
+    batch_size: int | None = None,
+    dtype: Dtype | None = None,
+    hf_config: str | Path | None = None,
+    pattern: str | None = None,
+    engine: Engine | None = None,
+    workers: int | None = None,
+    follow: float | None = None,
+    causal: bool = False,
+    notify: Notify | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Measure every checkpoint of an archive that the run does not hold yet, in step order.
+
+    Args:
+        archive: a directory of checkpoints or one checkpoint, local or a URL; see `discover`.
+        probe: the fixed batch; the run's own by default.
+        run: the run directory.
+        device: where to compute.
+        blocks: measure the first blocks only; see `Measurement.measured_blocks`.
+        batch_size: sequences per forward pass of a block; all at once by default.
+        dtype: compute in this one; by default in the one that the weights are stored in.
+        hf_config: see `discover`.
+        pattern: how checkpoints are named, where `discover` does not know.
+        engine: ``local``, worker processes of this machine; ``ray``, tasks of a Ray cluster; by
+            default this process does all the work, in step order.
+        workers: processes or tasks at a time; by default as many as cores and memory allow.
+        follow: wait for new checkpoints without end, looking every so many seconds.
+        causal: run the causal tests too, with the whole checkpoint in memory.
+        notify: called after each checkpoint with its record or its error; without it, failures
+            are raised together at the end.
+
+    Yields:
+        The records as they are written.
+
+    Raises:
+        ArchiveError: no checkpoint found; or, after all others were measured, some failed, each
+            named with its reason.
+        RecordError: the run directory cannot be written, holds another probe, or is being scanned.
+        MeasurementError: there is no such device.
+    """
+    if causal and blocks is not None:
+        raise ValueError("causal tests need all blocks; leave out blocks or causal")
+    _check(device, engine)
+    if not isinstance(run, Run):
+        run = Run.open(run, probe)
+    if run.probe is None:
+        raise ArchiveError(f"{run.directory} holds no probe yet; give one")
+    job = Job(run.probe, device, batch_size, blocks, causal, dtype)
+    if pattern is not None:
+        Pattern(pattern)  # wrong use is said at once, also where a scan waits
+    find = partial(discover, archive, pattern, hf_config)
+    failed = []
+    with run.claimed():
+        looked = looks(archive, find, follow) if follow is not None else iter([find()])
+        rounds = (job.lacking(found, run) for found in looked)
+        for checkpoint, outcome in _outcomes(rounds, job, engine, workers):
+            if isinstance(outcome, dict):
+                run.append(outcome)
+                for steps in twins.equal_weights(run.records):
+                    if outcome["step"] in steps:
+                        _log.warning("%s", twins.told(steps))
+            else:
+                failed.append(f"{checkpoint.name}: {outcome}")
+            if notify is not None:
+                notify(checkpoint, outcome)
+            if isinstance(outcome, dict):
+                yield outcome
+    if failed and notify is None:
+        raise ArchiveError(f"{len(failed)} checkpoints failed\n" + "\n".join(failed))
+
+
+def _check(device: str, engine: Engine | None) -> None:
+    """Refuse a device that is not here; a Ray cluster's are elsewhere."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise MeasurementError(f"device {device!r}: {one_line(error)}") from error
+    if found.type != "cuda" or engine == "ray":
+        return
+    if (found.index or 0) >= (count := torch.cuda.device_count()):
+        raise MeasurementError(f"device {device!r} is not here: torch sees {count} CUDA devices")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure of each checkpoint; calling it with one gives its record."""
+
+    probe: Probe
+    device: str = "cpu"
+    batch_size: int | None = None
+    blocks: int | None = None
+    causal: bool = False
+    dtype: Dtype | None = None
+
+    def lacking(self, checkpoints: Sequence[Checkpoint], run: Run) -> list[Checkpoint]:
+        """Those that the run does not hold, or not with as many blocks, the dtype or the tests."""
+        done = {record["step"] for record in run.records if self._is_in(record)}
+        return [checkpoint for checkpoint in checkpoints if checkpoint.step not in done]
+
+    def _is_in(self, record: Mapping[str, Any]) -> bool:
+        if self.dtype is not None and record.get("dtype", self.dtype) != self.dtype:
+            return False
+        if self.causal:
+            return "causal" in record
+        if "measured_blocks" not in record:
+            return True
+        return self.blocks is not None and bool(record["measured_blocks"] >= self.blocks)
+
+    def __call__(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Measure one checkpoint.
+
+        Raises:
+            ArchiveError, ProbeError, MeasurementError: it cannot be measured.
+        """
+        from sinktrack.archive.beside import tell
+
+        tell(checkpoint)
+        tests: dict[str, Any] = {}
+        if self.causal:
+            measured, tests["causal"] = self._with_tests(checkpoint)
+        else:
+            measured = self._streamed(checkpoint)
+        record: dict[str, Any] = to_json(
+            measured.to_record(checkpoint.step, checkpoint.name, versions(), checkpoint.tokens)
+            | tests
+        )
+        return record
+
+    def _streamed(self, checkpoint: Checkpoint) -> Measurement:
+        from sinktrack.archive.configs.huggingface import load
+        from sinktrack.models.blockwise import CannotWalk
+        from sinktrack.models.streaming import Streamed
+
+        try:
+            streamed = Streamed(open(checkpoint), self.device, self.dtype)
+            return measure_streamed(
+                streamed, self.probe, blocks=self.blocks, batch_size=self.batch_size
+            )
+        except CannotWalk as error:
+            if self.blocks is not None:
+                raise ArchiveError(f"{error}; scan all of it, without --blocks") from error
+            _log.warning("%s: %s; loading it whole", checkpoint.name, error)
+            model = load(checkpoint, self.device, self.dtype, head=False)
+            return measure(model, self.probe, batch_size=self.batch_size)
+
+    def _with_tests(self, checkpoint: Checkpoint) -> tuple[Measurement, dict[str, Any]]:
+        from sinktrack.archive.configs.huggingface import load
+        from sinktrack.interventions import examine
+
+        model = load(checkpoint, self.device, self.dtype)
+        measured = measure(model, self.probe, batch_size=self.batch_size)
+        found = examine(model, self.probe, measured, batch_size=self.batch_size)
+        return measured, found
+
+
+def _outcomes(
+    rounds: Iterable[list[Checkpoint]], job: Job, engine: Engine | None, workers: int | None
+) -> Iterator[tuple[Checkpoint, Outcome]]:
+    for checkpoints in rounds:
+        if engine == "ray":
+            gpus = int(job.device.startswith("cuda"))
+            yield from ray.spread(job, checkpoints, workers, gpus)
+        elif engine == "local" or workers is not None:
+            yield from local.spread(job, checkpoints, workers)
+        else:
+            for checkpoint in checkpoints:
+                yield checkpoint, attempt(job, checkpoint)
+
+
+def renamed(checkpoints: Sequence[Checkpoint], run: Run) -> list[str]:
+    """Those whose steps the run holds by scans of other names, as ``name (source)``."""
+    held = {record["step"]: record.get("source") for record in run.records}
+    return [
+        f"{checkpoint.name} ({held[checkpoint.step]})"
+        for checkpoint in checkpoints
+        if held.get(checkpoint.step) not in (None, "callback", printable(checkpoint.name))
+    ]
+
+
+def choose_probe(
+    examples: Iterable[Checkpoint], run: Run, file: Path | None
+) -> tuple[Probe, str | None]:
+    """The probe to scan with, and a line that says so where it had to be made.
+
+    From ``file``; else the run's own; else, from the first of ``examples`` that can be read, a
+    little prose through the tokenizer beside it, or seeded random tokens of its vocabulary.
+
+    Raises:
+        ProbeError: the file holds no probe.
+        NoExample: the files of none can be read.
+    """
+    if file is not None:
+        return Probe.load(file), None
+    if run.probe is not None:
+        return run.probe, None
+    failures: list[tuple[Checkpoint, SinktrackError]] = []
+    for checkpoint in examples:
+        try:
+            return _probe_for(checkpoint)
+        except SinktrackError as error:  # the scan says which, where another can be read
+            failures.append((checkpoint, error))
+        except Exception as error:  # a stranger's config can break transformers anywhere
+            failures.append((checkpoint, not_measured(error)))
+    raise NoExample(failures)
+
+
+class NoExample(ArchiveError):
+    """No checkpoint can be read to make a probe for; ``failures`` has the error of each."""
+
+    def __init__(self, failures: list[tuple[Checkpoint, SinktrackError]]) -> None:
+        self.failures = failures
+        said = "".join(f"\n{checkpoint.name}: {error}" for checkpoint, error in failures)
+        super().__init__(f"there is no checkpoint to make a probe for; give one{said}")
+
+
+def _probe_for(checkpoint: Checkpoint) -> tuple[Probe, str]:
+    from sinktrack.archive.configs.huggingface import tokenizer, vocabulary
+
+    if checkpoint.reason is not None:
+        raise ArchiveError(checkpoint.reason)
+    found = tokenizer(checkpoint.files)
+    if found is not None:
+        made = Probe.from_texts(found, passages())
+        return made, f"no probe given: {made} from built-in prose and the checkpoint's tokenizer"
+    made = Probe.random(vocabulary(checkpoint))
+    return made, (
+        f"no probe given and no tokenizer found: {made} of seeded random tokens. A model that was "
+        "trained with [BOS] may show no sink on it: `sinktrack probe` makes one that begins so"
+    )

@@ -1,0 +1,86 @@
+"""Measure checkpoints in several processes of this machine."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing.connection import wait as wait_for
+
+import torch
+
+from sinktrack.archive.source import Checkpoint
+from sinktrack.scan.engines import ATTEMPTS, Outcome, Work, attempt, died
+from sinktrack.scan.engines.memory import available, footprint_of_one
+
+
+def spread(
+    work: Work, checkpoints: Sequence[Checkpoint], workers: int | None = None
+) -> Iterator[tuple[Checkpoint, Outcome]]:
+    """Measure checkpoints in worker processes; outcomes come as they are ready.
+
+    A process that dies, mostly for want of memory, takes the pool with it; what was under way is
+    then tried again with nothing beside it, three times at most.
+
+    Args:
+        work: measures one checkpoint; can be pickled.
+        checkpoints: what to measure.
+        workers: processes; by default as many as cores and memory allow.
+    """
+    size = workers or sensible(checkpoints)
+    waiting, alone = deque(checkpoints), deque[Checkpoint]()
+    deaths: dict[Checkpoint, int] = {}
+    while waiting or alone:
+        with _pool(size) as pool:
+            running: dict[Future[Outcome], Checkpoint] = {}
+            try:
+                while waiting or alone or running:
+                    queue, room = (alone, 1) if alone else (waiting, size)
+                    while queue and len(running) < room:
+                        future = pool.submit(attempt, work, queue[0])
+                        running[future] = queue.popleft()
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        outcome = future.result()
+                        yield running.pop(future), outcome
+            except BrokenProcessPool:
+                for checkpoint in running.values():
+                    deaths[checkpoint] = deaths.get(checkpoint, 0) + 1
+                    if deaths[checkpoint] < ATTEMPTS:
+                        alone.append(checkpoint)
+                    else:
+                        yield checkpoint, died(deaths[checkpoint])
+
+
+def sensible(checkpoints: Sequence[Checkpoint]) -> int:
+    """Processes that cores and memory allow, at least one."""
+    if not checkpoints:
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores or 1, len(checkpoints), available() // footprint_of_one(checkpoints)))
+
+
+def _pool(size: int) -> ProcessPoolExecutor:
+    threads = max(1, torch.get_num_threads() // size)
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(size, mp_context=context, initializer=partial(_begin, threads))
+
+
+def _begin(threads: int) -> None:
+    """In a worker: end with the scanner, however it ends, and share the cores."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+
+    def end() -> None:
+        if parent is not None:
+            wait_for([parent.sentinel])
+            os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+    torch.set_num_threads(threads)

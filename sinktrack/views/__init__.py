@@ -1,0 +1,1 @@
+"""Where records are looked at without an account: terminal, figures, report, export."""

@@ -1,0 +1,256 @@
+"""A run in the terminal: its last record, one row a block, with the curves so far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from sinktrack.attention import uniform
+from sinktrack.errors import RecordError
+from sinktrack.metrics.attention import EPSILON
+from sinktrack.records.twins import equal_weights, told
+from sinktrack.signal import Analysis
+
+_BARS = "▁▂▃▄▅▆▇█"
+_PLAIN_BARS = ".:-=+*%#"
+"""Where the output's encoding has no such bars, as in the logs of a scheduler."""
+_LONGEST = 24
+_SHORTEST = 4
+_BESIDE_SPARKLINES = 58
+"""Columns of the table that hold no sparkline, and the gaps."""
+_TOP = 5
+
+
+def show(
+    records: Sequence[Mapping[str, Any]], signal: Analysis, title: str, console: Console
+) -> None:
+    """Print headline numbers, the signal, a table of blocks and the largest components.
+
+    Args:
+        records: of one run, in step order, without those that training left behind.
+        signal: what they say together.
+        title: the run's name.
+        console: where to print.
+
+    Raises:
+        RecordError: there are no records.
+    """
+    if not records:
+        raise RecordError(
+            f"{title} holds no records yet: train with a callback, or scan an archive"
+        )
+    last = records[-1]
+    console.print(Text(title, style="bold"))
+    console.print(_summary(records))
+    for steps in equal_weights(records):
+        console.print(Text(told(steps).capitalize() + "."))
+    console.print()
+    _signal(signal, console)
+    console.print()
+    console.print(_blocks(records, console.width, _bars(console.encoding)))
+    if evenly := _evenly(last):
+        console.print(Text(f"Attention spread evenly would give P0 {evenly}.", style="dim"))
+    console.print()
+    if last["top_components"]:
+        console.print(Text("Largest parts of the P0 state, weighted by the blocks that read it:"))
+    for part in (last["top_components"] or ())[:_TOP]:
+        gate = "" if part.get("gate") is None else f", gate {part['gate']:.2f}"
+        console.print(Text(f"  {_percent(part['share']):>8}  {_name(part)}{gate}"))
+    tested = next((record for record in reversed(records) if record.get("causal")), None)
+    if tested is not None:
+        console.print()
+        _causal(tested, console)
+
+
+def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
+    last = records[-1]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column()
+    grid.add_column()
+
+    def add(name: str, value: str) -> None:
+        grid.add_row(Text(name, style="dim"), Text(value))
+
+    def measured(name: str, field: str, form: str) -> None:
+        value, interval = last.get(field), last["intervals"].get(field)
+        if value is not None:
+            low_high = "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+            add(name, f"{value:{form}}" + (f"  (95 %: {low_high})" if low_high else ""))
+
+    tokens = "" if last["tokens"] is None else f", {last['tokens']:,} tokens"
+    count = f"{len(records)} record" + ("s" if len(records) > 1 else "")
+    add("last step", f"{last['step']:,}{tokens} ({count})")
+    measured("sink rate", "sink_rate", ".1%")
+    add("sink", _sink(last))
+    if last["formed"]:  # before, they speak of no sink
+        measured("first-two share", "first_two_share", ".1%")
+        measured("depth (blocks)", "depth", ".2f")
+    measured("first-two gain", "first_two_gain", ".1%")
+    return grid
+
+
+def _signal(signal: Analysis, console: Console) -> None:
+    console.print(Text("Signal: a candidate for the state of convergence, not an established one"))
+    for line in signal.lines():
+        console.print(Padding(Text(line), (0, 0, 0, 2)))
+    if signal.missing:
+        console.print(Text("Not claimed yet", style="dim"))
+        for line in signal.missing:
+            console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2)))
+
+
+_TESTS = {
+    "necessity": "replaced by the mean",
+    "sufficiency": "of P0, put elsewhere",
+    "other_position_alone": "another position, attending to itself alone",
+    "p0_mixed": "P0, attending to all positions",
+}
+
+
+def _causal(record: Mapping[str, Any], console: Console) -> None:
+    """What became of the sink under each intervention that had an effect, or a verdict."""
+    tests = record["causal"]
+    where = f"step {record['step']:,}, {tests['forwards']:.0f} forward passes"
+    if not tests["position"]:
+        why = "the sink precedes any write" if tests["formed"] else "no sink to test"
+        console.print(Text(f"Causal tests (step {record['step']:,}): {why}"))
+        return
+    console.print(Text(f"Causal tests ({where}): change of the attention to P0, 95 % interval"))
+    for test in ("necessity", "sufficiency", "position"):
+        for row in tests[test]:
+            if row["verdict"] is None and row["interval"][1] < tests["least_effect"]:
+                continue
+            name = "" if test == "position" else f"{_name(row)} "
+            what = name + _TESTS[row["kind"] if test == "position" else test]
+            lost = test == "necessity" or row["kind"] == "p0_mixed"
+            sign = -1 if lost else 1
+            low, high = sorted(sign * value for value in row["interval"])
+            console.print(
+                Text(
+                    f"  {_percent(sign * row['effect']):>8}  ({low:+z.0%} to {high:+z.0%})  {what}"
+                    + (f": {row['verdict']}" if row["verdict"] else "")
+                )
+            )
+    _meaning(tests, console)
+
+
+def _meaning(tests: Mapping[str, Any], console: Console) -> None:
+    """The sink without its usual first tokens, and the experts of extreme output."""
+    meaning = tests["meaning"]
+    rates = [f"{meaning[name]['sink_rate']:.1%}" for name in ("random_first", "as_is")]
+    console.print(Text(f"  sink rate with random first tokens: {rates[0]} (as it is: {rates[1]})"))
+    extreme = [f"block {row['block']} expert {row['index']}{', at P0' if row['p0_rate'] else ''}"
+               for row in tests["experts"] if row["super_expert"]]  # fmt: skip
+    if extreme:
+        console.print(Text(f"  super experts by their largest output: {'; '.join(extreme)}"))
+
+
+def _sink(record: Mapping[str, Any]) -> str:
+    """Where blocks rest on P0, the main phase first."""
+    phases = record.get("sinks")
+    if phases is None:  # a record of schema 1
+        reference = record["reference_block"]
+        return f"starts in block {reference}" if record["formed"] else "no block has formed a sink"
+    if not phases:
+        measured = record.get("measured_blocks")
+        where = "" if measured is None else f" in the first {measured} blocks; others not measured"
+        return f"no block rests on P0{where}"
+    main = max(phases, key=lambda phase: phase["mass"])
+    others = [phase for phase in phases if phase is not main]
+    told = f"blocks {main['first_block']} to {main['last_block']}"
+    if main["first_block"] == 0:
+        told += ": it precedes any write"
+    if others:
+        spans = ", ".join(f"{phase['first_block']} to {phase['last_block']}" for phase in others)
+        told += f"; weaker in {spans}"
+    return told
+
+
+def _blocks(records: Sequence[Mapping[str, Any]], width: int, bars: str) -> Table:
+    last = records[-1]
+    room = min(_LONGEST, max(_SHORTEST, (width - _BESIDE_SPARKLINES) // 2))
+    norms = [[_log(value) for value in record["norm_ratio"]] for record in records]
+    known = [value for row in norms for value in row if value is not None]
+    low, high = (min(known), max(known)) if known else (0.0, 0.0)
+    table = Table(box=None, header_style="dim", pad_edge=False, show_edge=False)
+    for name, right in (
+        ("\nblock", True),
+        ("\nkind", False),
+        ("to\nP0", True),
+        ("over the run\nbars 0 to 1", False),
+        ("sink\nrate", True),
+        ("norm\nratio", True),
+        (f"over the run\nlog {math.exp(low):.2g} to {math.exp(high):.2g}", False),
+        ("share\nattn", True),
+        ("\nmlp", True),
+        ("\ngain", True),
+    ):
+        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    shares = {(part["kind"], part["block"]): part["share"] for part in last["shares"] or ()}
+    for block, kind in enumerate(last["block_kinds"]):
+        table.add_row(
+            str(block),
+            kind,
+            _number(last["concentration"][block], ".2f"),
+            _sparkline([record["concentration"][block] for record in records], 0, 1, room, bars),
+            _number(last["sink_rate_by_block"][str(EPSILON)][block], ".0%"),
+            _number(last["norm_ratio"][block], ".3g"),
+            _sparkline([row[block] for row in norms], low, high, room, bars),
+            _number(shares.get(("attention", block)), "z.0%"),
+            _number(shares.get(("mlp", block)), "z.0%"),
+            _number(last["gain"][block], "+z.2f"),
+        )
+    return table
+
+
+def _evenly(record: Mapping[str, Any]) -> str:
+    """What all blocks' attention to P0 would be if it were uniform; empty where they differ."""
+    seen = {count for count in record["visible_queries"] if count is not None}
+    if len(seen) != 1 or not float(count := seen.pop()).is_integer():
+        return ""  # windows, or documents of several lengths
+    return f"{uniform(int(count)):.2f}"
+
+
+def _bars(encoding: str) -> str:
+    try:
+        _BARS.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return _PLAIN_BARS
+    return _BARS
+
+
+def _sparkline(
+    values: Sequence[float | None], low: float, high: float, width: int, bars: str
+) -> str:
+    """Bars between ``low`` and ``high``, at most ``width``; a space where there is no value."""
+    if len(values) > width:
+        values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
+    scale = len(bars) / (high - low) if high > low else 0.0
+    return "".join(
+        " " if value is None else bars[min(len(bars) - 1, max(0, int((value - low) * scale)))]
+        for value in values
+    )
+
+
+def _name(part: Mapping[str, Any]) -> str:
+    where = "" if part["block"] is None else f"block {part['block']} "
+    number = "" if part["index"] is None else f" {part['index']}"
+    return f"{where}{part['kind'].replace('_', ' ')}{number}"
+
+
+def _log(value: float | None) -> float | None:
+    return math.log(value) if value else None
+
+
+def _percent(value: float) -> str:
+    return f"{value:+z.1%}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
