@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from chromium import chromium
 
 from sinktrack import Run, SinktrackError
-from sinktrack.views.figures import training
+from sinktrack.figures import training
 
 WIDTH, HEIGHT = 1000, 420
 

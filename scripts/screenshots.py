@@ -15,8 +15,8 @@ from paper_figure import picture
 from PIL import Image
 
 from sinktrack import Run
+from sinktrack.figures import training
 from sinktrack.signal.loss import read_losses
-from sinktrack.views.figures import training
 from sinktrack.views.report import write_report
 
 MOST_BYTES = 200_000

@@ -1,6 +1,6 @@
 """sinktrack: follows the attention sink at position zero through pretraining."""
 
-from sinktrack import signal
+from sinktrack import figures, signal
 from sinktrack.errors import (
     ArchiveError,
     MeasurementError,
@@ -14,7 +14,6 @@ from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
 from sinktrack.records.run import Run
 from sinktrack.scan import scan
-from sinktrack.views import figures
 
 __version__ = "0.1.0"
 

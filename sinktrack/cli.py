@@ -389,7 +389,7 @@ def probe(
 ) -> None:
     """Make a probe from texts and a tokenizer, or from random tokens."""
     from sinktrack import text
-    from sinktrack.archive.configs.huggingface import tokenizer as load_tokenizer
+    from sinktrack.archive.huggingface import tokenizer as load_tokenizer
     from sinktrack.archive.storage.files import Files
     from sinktrack.errors import ProbeError
     from sinktrack.probe import Probe

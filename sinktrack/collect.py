@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sinktrack.attention import Attended
 from sinktrack.errors import MeasurementError
+from sinktrack.events import Observer, Projection, Write
 from sinktrack.metrics.base import WHOLE, Held, Kept, Metric
 from sinktrack.metrics.localization import WriteAtP0, Writes
-from sinktrack.models.base import Observer, Projection, Write
 
 _CHUNK = 4 * 2**20
 """Bytes that are mapped at a time."""

@@ -94,7 +94,7 @@ class Measurement:
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """In a notebook: the measurement's figure, where plotly is installed."""
-        from sinktrack.views import figures
+        from sinktrack import figures
 
         return figures.shown(figures.measured, self)
 

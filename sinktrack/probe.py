@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sinktrack import atomic
 from sinktrack.errors import ProbeError
-from sinktrack.records import atomic
 
 _PADDING = 4
 """As many padding tokens at the start of a row are no text, and no chance either."""

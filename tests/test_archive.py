@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sinktrack import ArchiveError, Probe, Run, scan
-from sinktrack.archive.configs.huggingface import load
 from sinktrack.archive.discover import discover
+from sinktrack.archive.huggingface import load
 from sinktrack.archive.layouts.safetensors_files import SafetensorsSlice, parse_header, read_header
 from sinktrack.archive.source import DTYPES
 from sinktrack.archive.source import open as open_checkpoint

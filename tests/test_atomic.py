@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sinktrack.records import atomic
+from sinktrack import atomic
 
 
 def test_content_is_on_disk_before_it_has_its_name(

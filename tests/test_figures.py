@@ -15,7 +15,7 @@ from synthetic import synthetic_records
 
 from sinktrack import Probe, Run, measure
 from sinktrack.errors import RecordError
-from sinktrack.views.figures import measured, training
+from sinktrack.figures import measured, training
 
 pytest.importorskip("plotly")
 PLOTLY = "application/vnd.plotly.v1+json"

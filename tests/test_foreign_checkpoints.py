@@ -15,9 +15,9 @@ from test_olmo_core import flex_olmo
 from test_torchtitan import FAMILIES
 
 from sinktrack import Probe, scan
-from sinktrack.archive.configs.huggingface import load
 from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import lack
+from sinktrack.archive.huggingface import load
 
 CHECKPOINTS = Path(__file__).parent / "data" / "checkpoints"
 

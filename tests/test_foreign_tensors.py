@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from sinktrack import ArchiveError, Probe, measure, scan
-from sinktrack.archive.configs.huggingface import empty, load, tokenizer
 from sinktrack.archive.discover import discover
+from sinktrack.archive.huggingface import empty, load, tokenizer
 from sinktrack.archive.source import open as open_source
 from sinktrack.archive.storage.files import Files
 from sinktrack.measure import measure_streamed

@@ -23,9 +23,9 @@ from safetensors.torch import save_file
 from transformers import GPT2Config
 
 from sinktrack import ArchiveError, scan
-from sinktrack.archive.configs.huggingface import load
 from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import lack
+from sinktrack.archive.huggingface import load
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.source import open as open_source
 from sinktrack.archive.storage import dcp, pickles

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from sinktrack.attention import attend
 from sinktrack.collect import Arena
+from sinktrack.events import Write
 from sinktrack.metrics import FIELDS, METRICS
 from sinktrack.metrics.base import Held, State
-from sinktrack.models.base import Write
 from sinktrack.models.megatron.shards import join
 
 SEQUENCES, LENGTH, WIDTH, HEADS = 3, 12, 8, 4

@@ -20,10 +20,10 @@ from reference import check_slices
 from transformers import FlexOlmoConfig, Olmo2Config, Olmo3Config
 
 from sinktrack import ArchiveError, Probe, measure, scan
-from sinktrack.archive.configs import olmo_core as olmo_core_config
-from sinktrack.archive.configs.huggingface import load
 from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import lack
+from sinktrack.archive.huggingface import load
+from sinktrack.archive.layouts import olmo_core_config
 from sinktrack.archive.source import Source
 from sinktrack.archive.source import open as open_source
 from sinktrack.archive.storage.files import Files

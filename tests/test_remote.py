@@ -25,9 +25,9 @@ from test_scan import COMMAND
 from werkzeug.serving import make_server
 
 from sinktrack import ArchiveError, Probe, Run, scan
-from sinktrack.archive.configs.huggingface import tokenizer
 from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import Watch
+from sinktrack.archive.huggingface import tokenizer
 from sinktrack.archive.source import open as open_checkpoint
 from sinktrack.archive.storage.files import Files
 

@@ -17,9 +17,9 @@ from reference import check_slices
 from transformers import Qwen3Config
 
 from sinktrack import ArchiveError, Probe, measure, scan
-from sinktrack.archive.configs.huggingface import load
 from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import lack
+from sinktrack.archive.huggingface import load
 from sinktrack.archive.source import Source
 from sinktrack.archive.source import open as open_source
 from sinktrack.archive.storage.files import Files

@@ -12,8 +12,8 @@ import torch
 from sinktrack.archive.foreign import count, some
 from sinktrack.archive.layouts import pytorch_files as pytorch
 from sinktrack.archive.layouts import safetensors_files as safetensors
+from sinktrack.archive.layouts.indexed import Indexed
 from sinktrack.archive.source import Checkpoint
-from sinktrack.archive.storage.indexed import Indexed
 from sinktrack.errors import ArchiveError
 
 _log = logging.getLogger("sinktrack")

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sinktrack.events import Write
 from sinktrack.interventions.replay import Edit
-from sinktrack.models.base import Write
 
 _SUBLAYER = {"head": "attention", "expert": "mlp", "shared_expert": "mlp"}
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sinktrack.events import Write
 from sinktrack.interventions.replay import Edit
-from sinktrack.models.base import Write
 
 _QUANTILE, _FRACTION, _DEPTH = 0.995, 0.1, 0.75
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sinktrack.events import Observer, Write
 from sinktrack.measure import forward, measure
 from sinktrack.measurement import Measurement
-from sinktrack.models.base import Observer, Write
 from sinktrack.models.huggingface import Decoder, watch
 from sinktrack.probe import Probe
 

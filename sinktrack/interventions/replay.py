@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sinktrack.attention import Attended
+from sinktrack.events import Observer, Write
 from sinktrack.measure import forward, readable, refuse_another_model
-from sinktrack.models.base import Observer, Write
 from sinktrack.models.guard import untouched
 from sinktrack.models.huggingface import Decoder, resume, returned, watch
 from sinktrack.probe import Probe

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sinktrack import text
+from sinktrack import atomic, text
 from sinktrack.errors import RecordError, require
 from sinktrack.loggers import picture
 from sinktrack.loggers.curves import CAUSAL, COMPONENT, causal, components, gone, metrics, summary
-from sinktrack.records import atomic
 from sinktrack.records.run import Run
 from sinktrack.signal import analyze
 from sinktrack.signal.stages import living

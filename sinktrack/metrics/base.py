@@ -20,7 +20,7 @@ from sinktrack.errors import MeasurementError
 if TYPE_CHECKING:
     from sinktrack.attention import Attended
     from sinktrack.collect import Collector
-    from sinktrack.models.base import Write
+    from sinktrack.events import Write
 
 Row = dict[str, Any]
 """One number of a record: ``value``, and those that apply of ``metric`` (appended to the field's

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import torch
 
 from sinktrack.attention import Attended
+from sinktrack.events import Write
 from sinktrack.metrics.base import Field, Held, Kept, Metric, Seen, State, median, norms
-from sinktrack.models.base import Write
 
 
 class Mixing(Metric):

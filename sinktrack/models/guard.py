@@ -48,9 +48,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     Restored, also when the body raises: the random states of Python, numpy, torch and every CUDA
     device, train or eval mode of each module, its buffers and plain attributes with all that hangs
-    on them (see `sinktrack.models.hidden_state`), the default dtype, gradients, autocast, compilation and torch's
-    stack of modes. Hooks of ours are removed, and those that transformers sets in a model's first
-    forward pass.
+    on them (see `sinktrack.models.hidden_state`), the default dtype, gradients, autocast,
+    compilation and torch's stack of modes. Hooks of ours are removed, and those that transformers
+    sets in a model's first forward pass.
 
     Raises:
         MeasurementError: after the body, something changed that cannot be put back, which is named;

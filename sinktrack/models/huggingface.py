@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sinktrack.attention import Attended, attend, read_scores, see
 from sinktrack.errors import MeasurementError
-from sinktrack.models.base import Observer, Projection, Routed, Write
+from sinktrack.events import Observer, Projection, Routed, Write
 from sinktrack.models.guard import undone
 from sinktrack.models.tracer import Lineage, Mark, mark, mark_of
 

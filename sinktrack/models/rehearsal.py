@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sinktrack.errors import MeasurementError
-from sinktrack.models.base import Observer
+from sinktrack.events import Observer
 from sinktrack.models.guard import undone
 from sinktrack.models.huggingface import Decoder, configs, foreign, is_experts, watch
 

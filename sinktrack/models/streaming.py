@@ -25,8 +25,8 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from sinktrack.archive.configs.huggingface import empty, prefix_of
 from sinktrack.archive.foreign import some
+from sinktrack.archive.huggingface import empty, prefix_of
 from sinktrack.archive.source import Slice, Source, fitting
 from sinktrack.errors import ArchiveError
 from sinktrack.models.huggingface import Decoder, decoder, is_experts

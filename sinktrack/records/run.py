@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sinktrack import text
+from sinktrack import atomic, text
 from sinktrack.errors import RecordError, require
 from sinktrack.metrics import FIELDS
 from sinktrack.probe import Probe
-from sinktrack.records import atomic, locks
+from sinktrack.records import locks
 
 _log = logging.getLogger("sinktrack")
 _unlocked: set[Path] = set()
@@ -130,7 +130,7 @@ class Run:
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
         """In a notebook: the run's figure, where plotly is installed."""
-        from sinktrack.views import figures
+        from sinktrack import figures
 
         records = self.records
         return figures.shown(figures.training, records) if records else {}

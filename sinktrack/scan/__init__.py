@@ -167,7 +167,7 @@ class Job:
         return record
 
     def _streamed(self, checkpoint: Checkpoint) -> Measurement:
-        from sinktrack.archive.configs.huggingface import load
+        from sinktrack.archive.huggingface import load
         from sinktrack.models.blockwise import CannotWalk
         from sinktrack.models.streaming import Streamed
 
@@ -184,7 +184,7 @@ class Job:
             return measure(model, self.probe, batch_size=self.batch_size)
 
     def _with_tests(self, checkpoint: Checkpoint) -> tuple[Measurement, dict[str, Any]]:
-        from sinktrack.archive.configs.huggingface import load
+        from sinktrack.archive.huggingface import load
         from sinktrack.interventions import examine
 
         model = load(checkpoint, self.device, self.dtype)
@@ -254,7 +254,7 @@ class NoExample(ArchiveError):
 
 
 def _probe_for(checkpoint: Checkpoint) -> tuple[Probe, str]:
-    from sinktrack.archive.configs.huggingface import tokenizer, vocabulary
+    from sinktrack.archive.huggingface import tokenizer, vocabulary
 
     if checkpoint.reason is not None:
         raise ArchiveError(checkpoint.reason)

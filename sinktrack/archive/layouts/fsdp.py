@@ -6,11 +6,11 @@ with ``SHARDED_STATE_DICT`` by any number of processes.
 
 from __future__ import annotations
 
-from sinktrack.archive.configs.huggingface import config_of
 from sinktrack.archive.discover import checkpoint_at
+from sinktrack.archive.huggingface import config_of
+from sinktrack.archive.layouts.pieces import Piece, PieceSource, metadata
 from sinktrack.archive.source import NAMES, Checkpoint, unwrapped
 from sinktrack.archive.storage.files import Files
-from sinktrack.archive.storage.pieces import Piece, PieceSource, metadata
 from sinktrack.errors import ArchiveError
 
 FOLDER = "pytorch_model_fsdp_0"

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import yaml
 
-from sinktrack.archive.configs import huggingface
-from sinktrack.archive.configs import megatron as megatron_config
+from sinktrack.archive import huggingface
 from sinktrack.archive.discover import checkpoint_at
+from sinktrack.archive.layouts import megatron_config
 from sinktrack.archive.layouts.megatron_names import pieces
+from sinktrack.archive.layouts.pieces import PieceSource, metadata
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.storage import dcp, pickles
 from sinktrack.archive.storage.files import Files
-from sinktrack.archive.storage.pieces import PieceSource, metadata
 from sinktrack.errors import ArchiveError
 
 _LARGEST_COMMON = 64 * 2**20

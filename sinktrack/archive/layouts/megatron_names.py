@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sinktrack.archive import foreign
+from sinktrack.archive.layouts.pieces import Piece
 from sinktrack.archive.storage.dcp import Span, Stored
-from sinktrack.archive.storage.pieces import Piece
 from sinktrack.errors import ArchiveError
 
 DENSE = ("llama", "qwen2", "qwen3")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sinktrack.archive.discover import checkpoint_at
+from sinktrack.archive.layouts.indexed import Indexed
 from sinktrack.archive.layouts.safetensors_files import SafetensorsSource
 from sinktrack.archive.source import NAMES, Checkpoint, Index, Source
 from sinktrack.archive.storage.files import Files
-from sinktrack.archive.storage.indexed import Indexed
 from sinktrack.errors import ArchiveError
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

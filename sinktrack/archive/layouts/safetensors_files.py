@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from sinktrack.archive.discover import checkpoint_at
+from sinktrack.archive.layouts.indexed import Indexed
 from sinktrack.archive.source import DTYPES, Checkpoint, Index
 from sinktrack.archive.storage.files import Files, parse_json
-from sinktrack.archive.storage.indexed import Indexed
 from sinktrack.errors import ArchiveError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

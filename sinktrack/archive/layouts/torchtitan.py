@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from sinktrack.archive.configs import huggingface
+from sinktrack.archive import huggingface
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.layouts.megatron_names import dense_blocks
+from sinktrack.archive.layouts.pieces import Finder, Piece, PieceSource, metadata
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.storage.dcp import Stored
 from sinktrack.archive.storage.files import Files
-from sinktrack.archive.storage.pieces import Finder, Piece, PieceSource, metadata
 from sinktrack.errors import ArchiveError
 
 FAMILIES = ("llama", "qwen3", "qwen3_moe")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sinktrack.attention import attend
 from sinktrack.errors import MeasurementError
-from sinktrack.models.base import Projection, Write
+from sinktrack.events import Projection, Write
 from sinktrack.models.megatron.layout import Layout, Routing
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from torch import Tensor
 from sinktrack.attention import Attended
 from sinktrack.collect import Collector, head_parts
 from sinktrack.errors import MeasurementError
+from sinktrack.events import Observer, Write
 from sinktrack.metrics.base import Held, Kept, Metric, State
 from sinktrack.metrics.localization import WriteAtP0
-from sinktrack.models.base import Observer, Write
 from sinktrack.models.megatron.layout import Layout, Routing
 
 Key = tuple[str, str]

@@ -13,8 +13,8 @@ from pathlib import PurePosixPath
 from threading import Lock
 from typing import ClassVar, Generic, TypeVar
 
-from sinktrack.archive.configs.huggingface import config
 from sinktrack.archive.foreign import count, some
+from sinktrack.archive.huggingface import config
 from sinktrack.archive.source import Checkpoint, Slice, unwrapped
 from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError

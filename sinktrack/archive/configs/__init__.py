@@ -1,1 +1,0 @@
-"""Saved configurations, as transformers' own."""
