@@ -15,7 +15,7 @@ from sinktrack import twins
 from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import looks
 from sinktrack.archive.names import Pattern
-from sinktrack.archive.source import Checkpoint, open
+from sinktrack.archive.source import Checkpoint, Source, open
 from sinktrack.engines import Outcome, attempt, local, not_measured, ray
 from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, one_line
 from sinktrack.measure import measure, measure_streamed
@@ -155,23 +155,24 @@ class Job:
 
         tell(checkpoint)
         tests: dict[str, Any] = {}
+        source = open(checkpoint)
         if self.causal:
             measured, tests["causal"] = self._with_tests(checkpoint)
         else:
-            measured = self._streamed(checkpoint)
+            measured = self._streamed(checkpoint, source)
+        tokens = checkpoint.tokens or getattr(source, "tokens", None)
         record: dict[str, Any] = to_json(
-            measured.to_record(checkpoint.step, checkpoint.name, versions(), checkpoint.tokens)
-            | tests
+            measured.to_record(checkpoint.step, checkpoint.name, versions(), tokens) | tests
         )
         return record
 
-    def _streamed(self, checkpoint: Checkpoint) -> Measurement:
+    def _streamed(self, checkpoint: Checkpoint, source: Source) -> Measurement:
         from sinktrack.archive.huggingface import load
         from sinktrack.archive.stream import Streamed
         from sinktrack.taps.walk import CannotWalk
 
         try:
-            streamed = Streamed(open(checkpoint), self.device, self.dtype)
+            streamed = Streamed(source, self.device, self.dtype)
             return measure_streamed(
                 streamed, self.probe, blocks=self.blocks, batch_size=self.batch_size
             )

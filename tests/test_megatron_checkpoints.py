@@ -44,6 +44,7 @@ RUNS = {  # by directory: processes, layout, how blocks and experts are keyed
     "keyed": (1, "", [(family, "single") for family in SPLIT]),
     "tensors": (2, "tp2 sp ep2", [(family, "stacked") for family in SPLIT]),
     "stages": (2, "pp2", [(family, "stacked") for family in SPLIT]),
+    "objects": (2, "pp2", [("qwen3_moe", "object")]),
 }
 SAVED = [f"{run}/{family}-{keys}" for run, (*_, cases) in RUNS.items() for family, keys in cases]
 
@@ -153,8 +154,7 @@ def archive(saved: Path, tmp_path: Path) -> Path:
 
 
 def arguments(archive: Path) -> argparse.Namespace:
-    file = archive / "iter_0000010" / "common.pt"
-    found: argparse.Namespace = torch.load(file, weights_only=False)["args"]
+    found: argparse.Namespace = torch.load(archive / "args.pt", weights_only=False)
     return found
 
 
@@ -334,7 +334,7 @@ def test_a_configuration_given_by_hand(archive: Path, tmp_path: Path) -> None:
         open_source(only(archive, hf_config=tmp_path / "gpt2"))
 
     torch.save({"iteration": 10}, archive / "iter_0000010" / "common.pt")
-    with pytest.raises(ArchiveError, match="no arguments; give .* --hf-config"):
+    with pytest.raises(ArchiveError, match="holds arguments; give the .* --hf-config"):
         open_source(only(archive))
     source = open_source(only(archive, hf_config=tmp_path / "hf"))
     assert source.slice("model.norm.weight")[...].shape == (32,)
@@ -463,6 +463,77 @@ def test_nothing_is_executed(name: str, archive: Path, tmp_path: Path) -> None:
         raise ArchiveError("never read")
     assert not trace.exists()
     assert name == "train_state.pt" or "was not imported" in str(error.value)
+
+
+@pytest.fixture
+def inside(saved: Path, tmp_path: Path) -> Path:
+    """A checkpoint of megatron-core 0.19: no common.pt."""
+    archive = Path(shutil.copytree(saved / "objects" / "qwen3_moe-object", tmp_path / "inside"))
+    assert not (archive / "iter_0000010" / "common.pt").exists()
+    return archive
+
+
+def place(archive: Path) -> tuple[Any, Any, Path]:
+    """The metadata, where they say that the common state lies, and that file."""
+    here = archive / "iter_0000010"
+    metadata = pickle.loads((here / ".metadata").read_bytes())
+    info = next(
+        value for index, value in metadata.storage_data.items() if "common_state" in index.fqn
+    )
+    return metadata, info, here / info.relative_path
+
+
+def test_the_common_state_among_the_tensors(inside: Path, saved: Path, tmp_path: Path) -> None:
+    ours = open_source(only(inside))
+    theirs = open_source(only(saved / "one" / "qwen3_moe-stacked"))
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert ours.names() == theirs.names()
+    for causal in (False, True):
+        (record,) = scan(inside, probe=PROBE, run=tmp_path / f"run-{causal}", causal=causal)
+        assert record["tokens"] == 320 * 64
+
+
+def test_a_common_state_that_is_not_data(inside: Path, tmp_path: Path) -> None:
+    _, info, file = place(inside)
+    trace, data = tmp_path / "trace", bytearray(file.read_bytes())
+    torch.save([{"args": Evil(trace)}], tmp_path / "evil")
+    bad = (tmp_path / "evil").read_bytes().ljust(info.length, b"\0")
+    data[info.offset : info.offset + info.length] = bad
+    file.write_bytes(data)
+    with pytest.raises(ArchiveError, match="system, which .* was not imported"):
+        open_source(only(inside))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"length": 2**40}, "common_state is said to take 1099511627776 bytes"),
+        ({"offset": 2**40}, "is truncated; copy it again"),
+        ({"offset": 0}, "damaged|imports"),
+        ({"length": 0}, "damaged"),
+        ({"relative_path": "../../secret"}, "no file of the checkpoint"),
+        ({"relative_path": "absent.distcp"}, "absent.distcp"),
+        ({"transform_descriptors": ["zstd"]}, "stored compressed"),
+    ],
+)
+def test_a_common_state_that_is_somewhere_else(
+    changes: dict[str, Any], message: str, inside: Path
+) -> None:
+    metadata, info, _ = place(inside)
+    for name, value in changes.items():
+        setattr(info, name, value)
+    (inside / "iter_0000010" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ArchiveError, match=message):
+        open_source(only(inside))
+
+
+def test_a_common_state_that_is_cut_short(inside: Path) -> None:
+    _, info, file = place(inside)
+    file.write_bytes(file.read_bytes()[: info.offset + info.length - 1])
+    with pytest.raises(ArchiveError, match="is truncated; copy it again"):
+        open_source(only(inside))
+    assert lack(only(inside))
 
 
 def test_pickles_that_exhaust_memory_or_stack() -> None:
