@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from sinktrack.collect import States
 from sinktrack.errors import MeasurementError, require
 from sinktrack.measurement import Measurement, assemble
+from sinktrack.megatron.fresh import fresh
 from sinktrack.megatron.processes import processes
 from sinktrack.megatron.shards import Shard, merge, merge_states
 from sinktrack.probe import Probe
@@ -60,6 +61,7 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
     def passes() -> None:
         taps = []
         with untouched(bare, size, probe), _ready(found):
+            fresh(found, all_of)
             for shard, plan in zip((collected, singles), planned, strict=True):
                 with megatron.watch(found, shard) as tap:
                     _forward(found, plan)
