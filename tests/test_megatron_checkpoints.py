@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import pickle
@@ -28,6 +29,7 @@ from sinktrack.archive.discover import discover
 from sinktrack.archive.files import Files
 from sinktrack.archive.follow import lack
 from sinktrack.archive.huggingface import load
+from sinktrack.archive.megatron_arguments import INERT, MAPPED, OFF
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.source import open as open_source
 from sinktrack.demo import AGREEMENT, largest_difference
@@ -193,6 +195,18 @@ for _ in range(60):  # of 2^60 elements, if anyone counts them
         ({"num_query_groups": "2"}, "num_query_groups='2'"),
         ({"rotary_base": [1]}, "rotary_base="),
         ({"window_size": BOMB}, "window_size="),
+        ({"use_mup": True}, "use_mup=True"),
+        ({"mup_embedding_mult": 12.0}, "mup_embedding_mult=12.0"),
+        ({"moe_router_force_biased": 0.1}, "moe_router_force_biased=0.1"),
+        ({"moe_router_force_biased": 0.0}, "moe_router_force_biased=0.0"),
+        ({"moe_mlp_glu_interleave_size": 32}, "moe_mlp_glu_interleave_size=32"),
+        ({"enable_mhc_connections": True}, "enable_mhc_connections=True"),
+        ({"hybrid_layer_pattern": "M*-"}, "hybrid_layer_pattern='M"),
+        ({"spec": ["mine", "spec"]}, "spec="),
+        ({"moe_router_load_balancing_type": "quantile_balancing"}, "balances by 'quantile_bal"),
+        ({"moe_router_load_balancing_type": ["aux_loss", "other"]}, "balances by 'other'"),
+        ({"attention_of_tomorrow": True}, "hold 'attention_of_tomorrow': True, which is not known"),
+        ({"scale_of_tomorrow": 1.0}, "hold 'scale_of_tomorrow': 1.0, which is not known here"),
     ],
 )
 def test_another_architecture_is_refused(
@@ -203,13 +217,44 @@ def test_another_architecture_is_refused(
         open_source(only(archive))
 
 
+def test_arguments_of_tomorrow_that_are_off(archive: Path, tmp_path: Path) -> None:
+    config = open_source(only(archive)).config
+    off = {"one_of_tomorrow": None, "another": False, "third": [], "_private": 1, "fourth": ""}
+    rewrite(archive, **off)
+    assert open_source(only(archive)).config.to_dict() == config.to_dict()
+    config.save_pretrained(tmp_path / "hf")
+    rewrite(archive, our_own_option=7)
+    with pytest.raises(ArchiveError, match="our_own_option.* with --hf-config"):
+        open_source(only(archive))
+    assert open_source(only(archive, hf_config=tmp_path / "hf")).config.num_hidden_layers == BLOCKS
+    rewrite(archive, use_mup=True)
+    with pytest.raises(ArchiveError, match="use_mup"):
+        open_source(only(archive, hf_config=tmp_path / "hf"))
+
+
+def test_every_argument_of_this_megatron_is_known() -> None:
+    """Each is mapped, refused or inert: what a new version adds fails here first."""
+    from megatron.core.transformer import MLATransformerConfig
+
+    kinds = (MAPPED, INERT, OFF.keys())
+    known = MAPPED | INERT | OFF.keys()
+    assert len(known) == sum(map(len, kinds))
+    names = {field.name for field in dataclasses.fields(MLATransformerConfig)}
+    if importlib.util.find_spec("megatron.training") is not None:  # since 0.17 in the package
+        from megatron.training.arguments import add_megatron_arguments
+
+        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        names |= {action.dest for action in parser._actions if action.dest != "help"}
+    assert {name for name in names if not name.startswith("_")} <= known
+
+
 LATENT = "deepseek_v3"
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("qwen3_moe", {"moe_router_load_balancing_type": "sinkhorn"}, "balances by sinkhorn"),
+        ("qwen3_moe", {"moe_router_load_balancing_type": "sinkhorn"}, "balances by 'sinkhorn'"),
         ("qwen3_moe", {"add_qkv_bias": True, "qk_layernorm": False}, "experts together with bias"),
         ("qwen3_moe", {"moe_layer_freq": "2"}, "moe_layer_freq='2'"),
         ("mixtral", {"moe_router_pre_softmax": True}, "softmax over the chosen experts alone"),
