@@ -441,6 +441,10 @@ def refusals(out: Path) -> None:
         ("fp8", "hybrid", "fp8=hybrid: its scaling state"),
         ("moe_latent_size", 8, "latent space"),
         ("cuda_graph_impl", "local", "replayed graph"),
+        ("moe_router_force_biased", -0.5, "moe_router_force_biased=-0.5: routing by chance"),
+        ("moe_expert_rank_capacity_factor", 1.0, "what is dropped depends on"),
+        ("enable_mhc_connections", True, "several residual streams"),
+        ("experimental_attention_variant", "dsa", "variant=dsa: attention that is not causal"),
     ):
         chunks = small()
         setattr(chunks[0].config, name, value)
@@ -455,6 +459,14 @@ def refusals(out: Path) -> None:
         "FullyShardedDataParallel: Megatron's own FSDP is not supported",
         [FullyShardedDataParallel(small()[0])],
     )
+
+    chunks = small()
+    chunks[0].__class__ = type("HybridModel", (type(chunks[0]),), {})
+    refused("HybridModel: its blocks are of one sublayer each", chunks)
+
+    chunks = small("llama")
+    chunks[0].config.hidden_size = 2 * chunks[0].config.hidden_size
+    refused("block 0 .*stream of width .* hidden_size", chunks)
 
     chunks = small()
     chunks[0].position_embedding_type = "mrope"
