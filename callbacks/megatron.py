@@ -102,10 +102,10 @@ class SinkTrackMegatron:
         """Iterations done at an evaluation: of the training in this process, or of a checkpoint."""
         loaded = int(arguments.iteration or 0)
         begun = getattr(arguments, "curr_iteration", None)
-        trained = begun is not None and begun >= loaded and _samples(None) != 0
-        if not trained or getattr(arguments, "skip_train", False):
+        trained = not getattr(arguments, "skip_train", False) and _samples(None) != 0
+        if begun is None or begun < loaded or not trained:
             return loaded
-        done = begun + 1
+        done = int(begun) + 1
         last = _skipped(done)
         interval = getattr(arguments, "eval_interval", None)
         inside = interval and done % interval == 0 and self.tracker.measured not in (done, last)
@@ -118,7 +118,7 @@ class SinkTrackMegatron:
             self.tracker.probe_now(self._iteration, self._model, tokens)
 
 
-class _Tracker(SinkTracker):
+class _Tracker(SinkTracker):  # type: ignore[misc]
     """Tells W&B on the process that has its run, which need not be the one that writes."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -217,7 +217,7 @@ def _skipped(done: int) -> int:
     arguments = _arguments()
     skip, last = (getattr(arguments, name, None) for name in ("iterations_to_skip", "train_iters"))
     rest = range(done + 1, (last or 0) + 1)
-    return int(last) if skip and rest and all(number in skip for number in rest) else done
+    return rest[-1] if skip and rest and all(number in skip for number in rest) else done
 
 
 def _is_saved(context: Any, iteration: int) -> bool:

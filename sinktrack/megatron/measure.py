@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from sinktrack.collect import States
 from sinktrack.errors import MeasurementError, require
 from sinktrack.measurement import Measurement, assemble
+from sinktrack.megatron.digest import Vectors, digest, vectors
 from sinktrack.megatron.fresh import fresh
 from sinktrack.megatron.processes import processes
 from sinktrack.megatron.shards import Shard, merge, merge_states
@@ -41,9 +42,9 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
         return found
 
     found = all_of.together(prepare)
-    layout, bare = found.layout, nn.ModuleList(found.bare)
+    layout, bare, config = found.layout, nn.ModuleList(found.bare), found.config
     replies = all_of.gather((probe.digest, layout.dense or layout.experts, dict(found.kinds)))
-    if len({digest for digest, _, _ in replies}) > 1:
+    if len({each for each, _, _ in replies}) > 1:
         raise MeasurementError("the processes hold different probes; give each the same one")
     some = tuple(rank for rank, (_, reports, _) in enumerate(replies) if reports)
     kinds: dict[int, str] = {}
@@ -58,6 +59,8 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
         Shard(layout, [length for _, length in plan], found.count) for plan in planned
     )
 
+    own: list[Vectors] = []
+
     def passes() -> None:
         taps = []
         with untouched(bare, size, probe), _ready(found):
@@ -66,6 +69,8 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
                 with megatron.watch(found, shard) as tap:
                     _forward(found, plan)
                 taps.append(tap)
+            if layout.dense:
+                own.append(vectors(found, probe.first_tokens()))
         for tap in taps:  # not before: the others are in all passes
             if tap.failure is not None:
                 raise tap.failure
@@ -85,9 +90,9 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
         if not shares:
             return None
         tokens = States()
-        merge_states([single for _, single in shares], tokens)
+        merge_states([single for _, single, _ in shares], tokens)
         return assemble(
-            merge([share for share, _ in shares]),
+            merge([share for share, _, _ in shares]),
             tokens,
             torch.cat([batch[:, 0] for batch in batches]),
             [kinds[block] for block in range(found.count)],
@@ -99,14 +104,14 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
                 "experts": found.config.num_moe_experts,
             },
             probe=probe.digest,
-            weights=None,
+            weights=digest([one for *_, of in shares for one in of], probe.first_tokens(), config),
             seconds=time.perf_counter() - started,
         )
 
     all_of.together(passes)
     _share_inputs(collected)
     all_of.together(experts)
-    shares = all_of.to_first((collected, singles), some)
+    shares = all_of.to_first((collected, singles, own), some)
     measured = all_of.together(lambda: whole(shares))
     result: Measurement = all_of.from_first(measured)
     return result
