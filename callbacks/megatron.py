@@ -63,7 +63,8 @@ class SinkTrackMegatron:
         self._model = context.model
         samples = _samples(context)
         if samples is not None and samples == self._before:  # not counted yet, either
-            samples += _batch()
+            batch = _batch()
+            samples = None if batch is None else samples + batch
         self._before = samples
         due = self.tracker.due(self._iteration) or _is_saved(context, self._iteration)
         self._probe(context, due, samples)
@@ -245,11 +246,13 @@ def _samples(context: Any) -> int | None:
     return None if found is None else int(found)
 
 
-def _batch() -> int:
-    """Samples of an iteration."""
-    from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+def _batch() -> int | None:
+    """Samples of an iteration, where Megatron-Core knows them."""
+    from megatron.core import num_microbatches_calculator as calculator
 
-    return int(get_current_running_global_batch_size())
+    if calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is None:
+        return None
+    return int(calculator.get_current_running_global_batch_size())
 
 
 def _length(context: Any) -> int | None:
