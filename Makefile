@@ -1,8 +1,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTHON312 ?= python3.12
+MEGATRON := 0.16.1 0.17.1 0.18.2 0.19.2
 
-.PHONY: demo test check coverage lowest docs linkcheck bench clean
+.PHONY: demo test check coverage lowest megatron docs linkcheck bench clean
 
 demo: $(VENV)/ready  ## train a tiny MoE, scan its checkpoints, draw demo/report.html
 	$(BIN)/sinktrack demo --out demo
@@ -28,6 +30,15 @@ lowest:  ## run the tests with the oldest versions that pyproject.toml admits
 	$(VENV)-lowest/bin/pip install -q -c $(VENV)-lowest/constraints.txt -e '.[all,dev]'
 	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
 
+megatron:  ## run Megatron's tests with each megatron-core that is known; from 0.17 on it wants Python 3.12
+	$(PYTHON312) -m venv $(VENV)-megatron
+	$(VENV)-megatron/bin/pip install -q -c constraints.txt torch==2.13.0
+	$(VENV)-megatron/bin/pip install -q -c constraints.txt -e '.[all,dev]'
+	for version in $(MEGATRON); do \
+		$(VENV)-megatron/bin/pip install -q --no-deps megatron-core==$$version && \
+		$(VENV)-megatron/bin/python -m pytest -n 2 --dist loadfile tests/test_megatron*.py || exit 1; \
+	done
+
 docs: $(VENV)-test/ready  ## build docs/_build/html; fails on a broken link between pages
 	$(VENV)-test/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
@@ -50,4 +61,4 @@ $(VENV)-test/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-test $(VENV)-lowest demo build docs/_build
+	rm -rf $(VENV) $(VENV)-test $(VENV)-lowest $(VENV)-megatron demo build docs/_build

@@ -210,10 +210,15 @@ class SinkTracker:
                 "%s holds records of later steps than %d, up to %d: training went on from before "
                 "them, and they count no more", self._run.directory, record["step"], max(gone),
             )  # fmt: skip
-        wandb.stage(self._stages.stage)
         if text is not None:
             _log.warning("at step %d %s", record["step"], text)
-            wandb.alert("sinktrack: the P0 sink fell back", f"{self._run.directory}: {text}")
+        self._announce(self._stages.stage, text and f"{self._run.directory}: {text}")
+
+    def _announce(self, stage: str | None, fall: str | None) -> None:
+        """Tell W&B the stage, and alert it of a fall."""
+        wandb.stage(stage)
+        if fall is not None:
+            wandb.alert("sinktrack: the P0 sink fell back", fall)
 
     def _failed(self, what: str, step: int, error: Exception, everywhere: bool = False) -> None:
         if self.on_error == "raise":

@@ -6,25 +6,32 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from sinktrack.callbacks.loop import SinkTracker
+from sinktrack.errors import MeasurementError
+from sinktrack.loggers import weights_and_biases as wandb
 from sinktrack.measurement import Measurement
+from sinktrack.models.megatron.processes import processes
 from sinktrack.probe import Probe
 
 
 class SinkTrackMegatron:
-    """Probes every ``every`` iterations, at each save that is announced and at the end.
+    """Probes every ``every`` iterations, where Megatron saves, and at the end.
 
     Call `step` in a loop of your own, or register the object as a callback: of Megatron Bridge, or
     of Megatron-LM where it has callbacks. In an older Megatron-LM give `non_loss_data_func` to
-    ``pretrain``. Every process must do so alike; process 0 writes.
+    ``pretrain``. Every process must do so alike; process 0 writes, and the process that has the W&B
+    run, which is Megatron's last, logs.
 
     Arguments and errors are those of `sinktrack.callbacks.loop.SinkTracker`.
     """
 
     def __init__(self, probe: Probe, run: str | Path, every: int = 100, **options: Any) -> None:
-        self.tracker = SinkTracker(probe, run, every, **options)
+        self.tracker = _Tracker(probe, run, every, **options)
         self._iteration = 0
         self._model: Any = None
+        self._before: int | None = None
 
     def step(self, iteration: int, model: Any, tokens: int | None = None) -> Measurement | None:
         """Probe if ``iteration`` is due. Call it on every process, after the optimizer's step.
@@ -41,25 +48,44 @@ class SinkTrackMegatron:
     def on_train_start(self, context: Any) -> None:
         """Before the first iteration, or the first after a resume: probe if it is due."""
         state = _state(context)
-        self._iteration = _iteration() if state is None else int(state.step)
+        self._iteration = int(state.step if state else getattr(_arguments(), "iteration", 0) or 0)
         self._model = context.model
-        self._probe(context, self.tracker.due(self._iteration))
+        self._before = _samples(context)
+        self._probe(context, self.tracker.due(self._iteration), _samples(context))
+
+    def on_train_step_start(self, context: Any) -> None:
+        """Before an iteration: note the samples seen."""
+        self._before = _samples(context)
 
     def on_train_step_end(self, context: Any) -> None:
-        """After an iteration: Bridge counts it only after this event, Megatron-LM does not say."""
-        state = _state(context)
-        self._iteration = (self._iteration if state is None else int(state.step)) + 1
+        """After an iteration, which is counted only later: probe if it is due or will be saved."""
+        self._iteration = _begun(context, self._iteration) + 1
         self._model = context.model
-        self._probe(context, self.tracker.due(self._iteration), counted=False)
+        samples = _samples(context)
+        if samples is not None and samples == self._before:  # not counted yet, either
+            batch = _batch()
+            samples = None if batch is None else samples + batch
+        self._before = samples
+        due = self.tracker.due(self._iteration) or _is_saved(context, self._iteration)
+        self._probe(context, due, samples)
 
     def on_checkpoint_save(self, context: Any) -> None:
-        """After a save is announced, though it may still be under way: probe the same weights."""
-        if self._model is not None:
-            self._probe(context, True)
+        """Megatron Bridge has saved: probe these weights, if they are those of now.
+
+        An asynchronous save is announced when it is done, at a later iteration; what it saved was
+        probed when it began.
+        """
+        state, configuration = _state(context), _configuration(context)
+        later = getattr(getattr(configuration, "checkpoint", None), "async_save", False)
+        if self._model is not None and not later:
+            self._iteration = int(state.step) if state else self._iteration
+            self._probe(context, True, _samples(context))
 
     def on_train_end(self, context: Any) -> None:
-        """After the last iteration."""
-        self._probe(context, True)
+        """After the last iteration, those at the end that Megatron-LM skipped included."""
+        state = _state(context)
+        self._iteration = int(state.step) if state else _skipped(self._iteration)
+        self._probe(context, True, _samples(context))
 
     def non_loss_data_func(self, model: Any) -> None:
         """For ``pretrain(non_loss_data_func=...)``: probe at each evaluation.
@@ -67,31 +93,98 @@ class SinkTrackMegatron:
         Raises:
             RuntimeError: Megatron-LM's arguments, which hold the iteration, cannot be found.
         """
-        from_arguments = _arguments()
-        if from_arguments is None:
+        arguments = _arguments()
+        if arguments is None:
             raise RuntimeError("non_loss_data_func is for megatron.training, which is not loaded")
-        self._iteration = int(getattr(from_arguments, "curr_iteration", from_arguments.iteration))
-        if self.tracker.measured != self._iteration:
-            self.tracker.probe_now(self._iteration, model)
+        self._iteration, self._model = self._evaluated(arguments), model
+        self._probe(None, True, _samples(None))
 
-    def _probe(self, context: Any, wanted: bool, counted: bool = True) -> None:
+    def _evaluated(self, arguments: Any) -> int:
+        """Iterations done at an evaluation: of the training in this process, or of a checkpoint."""
+        loaded = int(arguments.iteration or 0)
+        begun = getattr(arguments, "curr_iteration", None)
+        trained = not getattr(arguments, "skip_train", False) and _samples(None) != 0
+        if begun is None or begun < loaded or not trained:
+            return loaded
+        done = int(begun) + 1
+        last = _skipped(done)
+        interval = getattr(arguments, "eval_interval", None)
+        inside = interval and done % interval == 0 and self.tracker.measured not in (done, last)
+        return done if inside else last  # inside the loop, or after it
+
+    def _probe(self, context: Any, wanted: bool, samples: int | None) -> None:
         if wanted and self.tracker.measured != self._iteration:
-            tokens = _tokens(context, counted)
+            length = _length(context)
+            tokens = None if samples is None or length is None else samples * length
             self.tracker.probe_now(self._iteration, self._model, tokens)
 
 
-def _tokens(context: Any, counted: bool) -> int | None:
-    """Tokens seen, where Megatron Bridge counts samples; ``counted``: the last batch included?"""
-    samples = getattr(_state(context), "consumed_train_samples", None)
-    configuration = getattr(getattr(context, "state", None), "cfg", None)
-    length = getattr(getattr(configuration, "model", None), "seq_length", None)
-    if samples is None or length is None:
-        return None
-    if not counted:
-        from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+class _Tracker(SinkTracker):  # type: ignore[misc]
+    """Tells W&B on the process that has its run, which need not be the one that writes."""
 
-        samples += get_current_running_global_batch_size()
-    return int(samples) * int(length)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._told: list[tuple[Any, ...]] = []
+        """What W&B is to be told of the last record, where this process has no run of W&B."""
+        self._written: list[dict[str, Any]] = []
+        """All records, where this process has W&B's run and another the directory."""
+
+    def probe_now(self, step: int, model: Any, tokens: int | None = None) -> Measurement | None:
+        """As `SinkTracker.probe_now`; what it tells W&B goes to the process that has the run."""
+        self._told = []
+        try:
+            measured: Measurement | None = super().probe_now(step, model, tokens)
+        except Exception:
+            self._pass_on(step)  # the others wait for it
+            raise
+        self._pass_on(step)
+        return measured
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if wandb.is_active():
+            super()._log(record)
+        else:
+            self._told.append((record, dict(self.axes)))
+
+    def _announce(self, stage: str | None, alarm: str | None) -> None:
+        if wandb.is_active():
+            super()._announce(stage, alarm)
+        else:
+            self._told.append((stage, alarm))
+
+    def _pass_on(self, step: int) -> None:
+        """Every process calls; the last with a run of W&B logs, if process 0 has none."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return
+        all_of = processes()
+        replies = all_of.gather((wandb.is_active(), len(self._written)))
+        chosen = max((rank for rank, (has, _) in enumerate(replies) if has), default=0)
+        if chosen == 0 or replies[0][0]:
+            return
+        news: Any = None
+        if self._run is not None:
+            news = self._run.written[replies[chosen][1] :], self._told
+        news = all_of.from_first(news)
+        result = self._tell(*news) if all_of.rank == chosen else None
+        result = all_of.gather(result)[chosen]
+        if self._run is not None and isinstance(result, Exception):
+            self._failed("W&B log", step, result)
+        elif self._run is not None and result is not None:
+            wandb.Sent(self._run).add(result, step, whole=True)
+
+    def _tell(self, written: list[dict[str, Any]], told: list[tuple[Any, ...]]) -> Any:
+        """Log here; which run of W&B got a record, or what went wrong."""
+        self._written += written
+        try:
+            target = None
+            for first, second in told:
+                if isinstance(first, dict):
+                    target = wandb.show(first, second, self._written)
+                else:
+                    super()._announce(first, second)
+        except Exception as error:
+            return MeasurementError(f"{type(error).__name__}: {error}")  # one that can be sent
+        return target
 
 
 def _state(context: Any) -> Any:
@@ -99,12 +192,72 @@ def _state(context: Any) -> Any:
     return getattr(getattr(context, "state", None), "train_state", None)
 
 
+def _configuration(context: Any) -> Any:
+    """Megatron Bridge's."""
+    return getattr(getattr(context, "state", None), "cfg", None)
+
+
 def _arguments() -> Any:
     """Megatron-LM's arguments; None where it is not what trains."""
     found = sys.modules.get("megatron.training.global_vars")
-    return None if found is None else found.get_args()
+    try:
+        return None if found is None else found.get_args()
+    except AssertionError:  # loaded, not in use
+        return None
 
 
-def _iteration() -> int:
-    """How many iterations Megatron-LM has behind it, as training starts."""
-    return int(getattr(_arguments(), "iteration", 0) or 0)
+def _begun(context: Any, counted: int) -> int:
+    """The iteration that was under way, from 0: Bridge counts it later, Megatron-LM says it."""
+    state = _state(context)
+    begun = getattr(_arguments(), "curr_iteration", None) if state is None else state.step
+    return counted if begun is None else int(begun)
+
+
+def _skipped(done: int) -> int:
+    """The last iteration, if Megatron-LM is to skip all from here on: it counts them as done."""
+    arguments = _arguments()
+    skip, last = (getattr(arguments, name, None) for name in ("iterations_to_skip", "train_iters"))
+    rest = range(done + 1, (last or 0) + 1)
+    return rest[-1] if skip and rest and all(number in skip for number in rest) else done
+
+
+def _is_saved(context: Any, iteration: int) -> bool:
+    """Will the weights after this iteration be saved?"""
+    configuration = _configuration(context)
+    if configuration is None:
+        checkpoint = training = _arguments()
+    else:
+        checkpoint = getattr(configuration, "checkpoint", None)
+        training = getattr(configuration, "train", None)
+    if not getattr(checkpoint, "save", None):
+        return False
+    intervals = [
+        getattr(checkpoint, "save_interval", None),
+        getattr(checkpoint, "non_persistent_save_interval", None),
+        getattr(training, "exit_interval", None),
+    ]
+    return any(interval and iteration % interval == 0 for interval in intervals)
+
+
+def _samples(context: Any) -> int | None:
+    """Samples seen, as far as they are counted."""
+    counts = _state(context) or _arguments()
+    found = getattr(counts, "consumed_train_samples", None)
+    return None if found is None else int(found)
+
+
+def _batch() -> int | None:
+    """Samples of an iteration, where Megatron-Core knows them."""
+    from megatron.core import num_microbatches_calculator as calculator
+
+    if calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is None:
+        return None
+    return int(calculator.get_current_running_global_batch_size())
+
+
+def _length(context: Any) -> int | None:
+    """Tokens of a sample."""
+    configuration = _configuration(context)
+    model = _arguments() if configuration is None else getattr(configuration, "model", None)
+    found = getattr(model, "seq_length", None)
+    return None if found is None else int(found)

@@ -55,6 +55,16 @@ class _NoTracker:
         pass
 
 
+class _NoStream:
+    """A stream of CUDA, which nothing runs on."""
+
+    def wait_event(self, event: Any) -> None:
+        pass
+
+    def wait_stream(self, stream: Any) -> None:
+        pass
+
+
 class _Mesh(DeviceMesh):
     """A mesh of CPUs where one of GPUs is asked for."""
 
@@ -75,6 +85,7 @@ def stand_in() -> None:
     _OnCpu().__enter__()  # type: ignore[no-untyped-call]
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args: None
+    torch.cuda.current_stream = lambda *args: _NoStream()  # type: ignore[assignment]
     random._CUDA_RNG_STATE_TRACKER = _NoTracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)

@@ -1,8 +1,10 @@
 """Tiny Megatron-Core models saved as Megatron saves them, with their logits and a measurement.
 
 Run by torchrun: ``megatron_checkpoints.py OUT LAYOUT FAMILY:KEYS...``. ``LAYOUT`` is as in
-`megatron_models`; ``KEYS`` is how blocks and experts are keyed, "stacked" or "single". Writes
-``OUT/FAMILY-KEYS/iter_0000010/``, ``record.pt`` beside it and, from one process, ``logits.pt``.
+`megatron_models`; ``KEYS`` is how blocks and experts are keyed, "stacked" or "single", or "object":
+stacked, with the common state where megatron-core puts it since 0.19. Writes
+``OUT/FAMILY-KEYS/iter_0000010/``, ``args.pt`` and ``record.pt`` beside it and, from one process,
+``logits.pt``.
 """
 
 from __future__ import annotations
@@ -183,14 +185,25 @@ def arguments(model: Any) -> argparse.Namespace:
 
 def save(model: Any, out: Path, keys: str) -> None:
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
 
     directory = out / "iter_0000010"
     directory.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     state = model.sharded_state_dict(metadata={"singleton_local_shards": keys == "single"})
     common = {"args": arguments(model), "iteration": 10, "checkpoint_version": 3.0}
+    older = keys == "object" and not hasattr(
+        dist_checkpointing.serialization, "_legacy_common_state_exists"
+    )
+    if older:
+        common = {
+            "common_state": ShardedObject("common_state", common, (1,), (0,), dist.get_rank())
+        }
     dist_checkpointing.save(state | common, str(directory))
     if dist.get_rank() == 0:
+        if older:
+            (directory / "common.pt").unlink()
+        torch.save(arguments(model), out / "args.pt")
         (out / "latest_checkpointed_iteration.txt").write_text("10")
 
 

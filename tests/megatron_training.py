@@ -7,6 +7,7 @@ to ``OUT/RANK.json``. A case is a function of this module, or a model and a layo
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import sys
 import traceback
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import megatron_models as models
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,10 +26,17 @@ from test_callbacks import assert_identical
 
 from sinktrack import MeasurementError, Probe, ProbeError, Run, measure
 from sinktrack.callbacks.megatron import SinkTrackMegatron
+from sinktrack.demo import largest_difference
 
 
-def train(case: str, tracker: SinkTrackMegatron | None) -> dict[str, Any]:
-    """Six iterations of Megatron's own training step; everything that they leave behind."""
+def train(
+    case: str, tracker: SinkTrackMegatron | None, weights: list[Any] | None = None
+) -> dict[str, Any]:
+    """Six iterations of Megatron's own training step; everything that they leave behind.
+
+    With ``weights`` they are those that follow a resume. As in Megatron's loops, the hooks that
+    gather parameters are off until the first of them is over.
+    """
     from megatron.core.distributed import DistributedDataParallel as DDP
     from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -49,8 +58,13 @@ def train(case: str, tracker: SinkTrackMegatron | None) -> dict[str, Any]:
         overlap_grad_reduce=overlap,
     )
     chunks = [DDP(settings, ddp, chunk) for chunk in models.build(settings)]
+    if weights is not None:
+        for chunk, saved in zip(chunks, weights, strict=True):
+            chunk.load_state_dict(saved)
     settings.finalize_model_grads_func = finalize_model_grads
     if overlap:
+        for chunk in chunks:
+            chunk.disable_forward_pre_hook(param_sync=False)
         settings.no_sync_func = [chunk.no_sync for chunk in chunks]
         settings.no_sync_func = (
             settings.no_sync_func[0] if len(chunks) == 1 else settings.no_sync_func
@@ -75,7 +89,8 @@ def train(case: str, tracker: SinkTrackMegatron | None) -> dict[str, Any]:
         output = chunk(tokens, positions, None, labels=tokens)
         return output, lambda values: (values.float().mean(), {"loss": values.detach().mean()})
 
-    for iteration in range(1, 7):
+    first = 1 if weights is None else 7
+    for iteration in range(first, first + 6):
         for chunk in chunks:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -93,6 +108,9 @@ def train(case: str, tracker: SinkTrackMegatron | None) -> dict[str, Any]:
         assert optimizer.step()[0]
         if tracker is not None:
             tracker.step(iteration, chunks)
+        if overlap and iteration == first:
+            for chunk in chunks:
+                chunk.enable_forward_pre_hook()
     if overlap:  # the last step's weights would be gathered in the next forward pass
         for chunk in chunks:
             chunk.disable_forward_pre_hook()
@@ -133,6 +151,58 @@ def identical(case: str, out: Path) -> None:
         assert run.records[-1]["model"]["blocks"] == 4
 
 
+def stale(out: Path) -> None:
+    """Every record under overlapped gathering is that of training without it, also the first."""
+    for name in ("llama", "deepseek"):
+        layout = "ep2" if name == "deepseek" else ""
+        found = []
+        for text in (layout, f"{layout} overlap"):
+            here = out / f"{name}-{text.replace(' ', '-')}"
+            tracker = SinkTrackMegatron(PROBE, here, every=1, on_error="raise")
+            left = train(f"{name}:{text}", tracker)
+            train(f"{name}:{text}", tracker, left["weights"])
+            found.append(here)
+        if dist.get_rank() == 0:
+            plain, overlapped = (Run.read(here).records for here in found)
+            assert [record["step"] for record in overlapped] == list(range(1, 13))
+            for one, other in zip(plain, overlapped, strict=True):
+                assert largest_difference(one, other) < 1e-6, one["step"]
+            for one, other in itertools.pairwise(plain):
+                assert max(abs(np.subtract(one["p0_norm"], other["p0_norm"]))) > 1e-4
+
+
+def apart(out: Path) -> None:
+    """Replicas that differ are no model: refused, and not mended behind the training's back."""
+    from megatron.core.distributed import DistributedDataParallel as DDP
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    overlapped = DistributedDataParallelConfig(
+        use_distributed_optimizer=True, overlap_param_gather=True, overlap_grad_reduce=True
+    )
+    for text, settings in (
+        ("", None),
+        ("", DistributedDataParallelConfig()),
+        ("", overlapped),
+        ("ep2", None),
+        ("cp2", None),
+    ):
+        chunks = small("llama" if text == "cp2" else "deepseek", text)
+        if settings is not None:
+            chunks = [DDP(chunk.config, settings, chunk) for chunk in chunks]
+        if settings is overlapped:
+            chunks[0].disable_forward_pre_hook(param_sync=False)
+        weight = next(p for name, p in chunks[0].named_parameters() if "linear_proj" in name)
+        with torch.no_grad():
+            weight[0, 0] += dist.get_rank() * 1e-3
+        before = weight.clone()
+        with pytest.raises(MeasurementError, match="0, 1 hold different weights of the same"):
+            measure(chunks, PROBE)
+        assert torch.equal(weight, before)
+        with torch.no_grad():
+            weight[0, 0] -= weight[0, 0]
+        assert measure(chunks, PROBE) is not None
+
+
 def small(name: str = "deepseek", text: str = "") -> Any:
     sizes, changes = models.layout(text)
     megatron_cpu.start(**sizes)
@@ -143,7 +213,10 @@ class Manager:
     """How Megatron Bridge and Megatron-LM take a callback and call it, by their source."""
 
     def __init__(self, callback: Any) -> None:
-        events = ("on_train_start", "on_train_step_end", "on_train_end", "on_checkpoint_save")
+        events = (
+            "on_train_start", "on_train_step_start", "on_train_step_end", "on_train_end",
+            "on_checkpoint_save",
+        )  # fmt: skip
         self.methods = {name: getattr(callback, name) for name in events}
         assert all(method.__func__ for method in self.methods.values())
 
@@ -151,48 +224,209 @@ class Manager:
         self.methods[event](context)
 
 
-def bridge(out: Path) -> None:
-    """Megatron Bridge: counts a step after its event, and names no model where it saves."""
+def batch_of(size: int) -> None:
     from megatron.core import num_microbatches_calculator as calculator
 
-    chunks = small()
     calculator.unset_num_microbatches_calculator()
-    calculator.init_num_microbatches_calculator(0, None, 8, 2, 1)
-    counts = SimpleNamespace(step=10, consumed_train_samples=80)
-    state = SimpleNamespace(
-        train_state=counts, cfg=SimpleNamespace(model=SimpleNamespace(seq_length=16))
-    )
-    manager = Manager(SinkTrackMegatron(PROBE, out, every=5, on_error="raise"))
-    context = SimpleNamespace(state=state, model=chunks, user_state={})
-    manager.fire("on_train_start", context)
-    for step in range(10, 17):
-        manager.fire("on_train_step_end", context)
-        counts.step, counts.consumed_train_samples = step + 1, 8 * (step + 1)
-        if counts.step == 13:
-            manager.fire("on_checkpoint_save", SimpleNamespace(state=state, user_state={}))
-    manager.fire("on_train_end", context)
+    calculator.init_num_microbatches_calculator(0, None, size, 2, 1)
+
+
+class Bridge:
+    """Megatron Bridge's loop: counts a step after its event."""
+
+    def __init__(self, callback: Any, step: int, **checkpoint: Any) -> None:
+        batch_of(8)
+        self.counts = SimpleNamespace(step=step, consumed_train_samples=8 * step)
+        self.state = SimpleNamespace(
+            train_state=self.counts,
+            cfg=SimpleNamespace(
+                model=SimpleNamespace(seq_length=16),
+                checkpoint=SimpleNamespace(**checkpoint),
+                train=SimpleNamespace(exit_interval=None),
+            ),
+        )
+        self.manager = Manager(callback)
+        self.chunks = small()
+        self.context = SimpleNamespace(state=self.state, model=self.chunks, user_state={})
+
+    def fire(self, event: str) -> None:
+        self.manager.fire(event, self.context)
+
+    def iterate(self) -> None:
+        self.fire("on_train_step_start")
+        with torch.no_grad():
+            next(self.chunks[0].parameters()).add_(1e-3)
+        self.fire("on_train_step_end")
+        self.skip()
+
+    def skip(self) -> None:
+        self.counts.step += 1
+        self.counts.consumed_train_samples += 8
+
+    def saved(self) -> None:
+        context = SimpleNamespace(state=self.state, model=self.chunks, user_state={})
+        self.manager.fire("on_checkpoint_save", context)
+
+
+def bridge(out: Path) -> None:
+    """Megatron Bridge: a save that nothing foretold, too; skipped iterations; tokens."""
+    callback = SinkTrackMegatron(PROBE, out, every=5, on_error="raise")
+    loop = Bridge(callback, 10, save=None, save_interval=None, async_save=False)
+    loop.fire("on_train_start")
+    for _ in range(3):
+        loop.iterate()
+    loop.saved()
+    loop.skip()
+    for _ in range(3):
+        loop.iterate()
+    loop.fire("on_train_end")
     records = Run.read(out).records
     assert [record["step"] for record in records] == [10, 13, 15, 17]
     assert all(record["tokens"] == record["step"] * 8 * 16 for record in records)
 
 
+def bridge_async(out: Path) -> None:
+    """A save that is announced later is of the weights that were there when it began."""
+    callback = SinkTrackMegatron(PROBE, out, every=10, on_error="raise")
+    loop = Bridge(callback, 0, save="there", save_interval=4, async_save=True)
+    loop.fire("on_train_start")
+    wanted = {}
+    for _ in range(7):
+        loop.iterate()
+        if loop.counts.step == 4:
+            wanted = measure(loop.chunks, PROBE).to_record(4, "", {}, None)
+    loop.saved()
+    loop.fire("on_train_end")
+    records = Run.read(out).records
+    assert [record["step"] for record in records] == [0, 4, 7]
+    assert records[1]["p0_norm"] == wanted["p0_norm"].tolist()
+
+
+class MegatronLM:
+    """Megatron-LM's loop, with its global arguments."""
+
+    def __init__(self, iteration: int, **arguments: Any) -> None:
+        batch_of(8)
+        self.arguments = SimpleNamespace(
+            **{
+                "iteration": iteration, "curr_iteration": 0, "seq_length": 16, "eval_interval": 4,
+                "consumed_train_samples": 8 * iteration, "iterations_to_skip": [], "save": "there",
+                "save_interval": 6, "non_persistent_save_interval": None, "exit_interval": None,
+                "train_iters": 12, "skip_train": False,
+            }
+            | arguments
+        )  # fmt: skip
+        self.chunks = small()
+        module = SimpleNamespace(get_args=lambda: self.arguments)
+        sys.modules["megatron.training.global_vars"] = module  # type: ignore[assignment]
+
+    def train(self, callback: Any, evaluate: Any, counted: bool = False) -> None:
+        """``counted``: are the samples counted before the event, or after it?"""
+        arguments = self.arguments
+        context = SimpleNamespace(model=self.chunks, user_state={})
+        manager = Manager(callback) if callback is not None else None
+        iteration = arguments.iteration
+        if manager:
+            manager.fire("on_train_start", context)
+        while iteration < arguments.train_iters:
+            if iteration + 1 in arguments.iterations_to_skip:
+                arguments.consumed_train_samples += 8
+                iteration += 1
+                continue
+            arguments.curr_iteration = iteration
+            if manager:
+                manager.fire("on_train_step_start", context)
+            arguments.consumed_train_samples += 8 * counted
+            if manager:
+                manager.fire("on_train_step_end", context)
+            arguments.consumed_train_samples += 8 * (not counted)
+            iteration += 1
+            if iteration % arguments.eval_interval == 0 and evaluate:
+                evaluate(self.chunks)
+        if manager:
+            manager.fire("on_train_end", context)
+        if evaluate:  # validation, and test
+            evaluate(self.chunks)
+            evaluate(self.chunks)
+
+
 def megatron_lm(out: Path) -> None:
-    """Megatron-LM: no step in the context, the first one from its arguments."""
-    chunks = small()
-    arguments = SimpleNamespace(iteration=4, curr_iteration=9)
-    module = SimpleNamespace(get_args=lambda: arguments)
-    sys.modules["megatron.training.global_vars"] = module  # type: ignore[assignment]
+    """Megatron-LM: the iteration is its own, whatever it skips; each checkpoint has a record."""
+    cases: list[tuple[str, int, dict[str, Any], list[int], list[int]]] = [
+        ("plain", 0, {}, [0, 5, 6, 10, 12], [4, 8, 12]),
+        ("resumed", 4, {}, [5, 6, 10, 12], [8, 12]),
+        ("skips", 0, {"iterations_to_skip": [4, 5]}, [0, 6, 10, 12], [8, 12]),
+        ("skips first", 0, {"iterations_to_skip": [1, 2]}, [0, 5, 6, 10, 12], [4, 8, 12]),
+        ("skips last", 0, {"iterations_to_skip": [11, 12]}, [0, 5, 6, 10, 12], [4, 8, 12]),
+        ("skips after", 0, {"iterations_to_skip": [9, 10, 11, 12]}, [0, 5, 6, 12], [4, 8, 12]),
+        ("odd", 0, {"train_iters": 7, "save": None}, [0, 5, 7], [4, 7]),
+        ("local", 0, {"non_persistent_save_interval": 4}, [0, 4, 5, 6, 8, 10, 12], [4, 8, 12]),
+        ("done", 12, {}, [12], [12]),
+        ("none", 0, {"train_iters": 0}, [0], [0]),
+    ]
     try:
-        callback = SinkTrackMegatron(PROBE, out, every=3, on_error="raise")
-        manager = Manager(callback)
-        context = SimpleNamespace(model=chunks, user_state={})
-        for event in ["on_train_start", *["on_train_step_end"] * 3, "on_train_end"]:
-            manager.fire(event, context)
-        assert Run.read(out).steps == [6, 7]
-        callback.non_loss_data_func(chunks)
-        assert Run.read(out).steps == [6, 7, 9]
+        for name, start, arguments, wanted, evaluated in cases:
+            for counted in (False, True):
+                here = out / f"{name}-{counted}"
+                tracker = SinkTrackMegatron(PROBE, here, every=5, on_error="raise")
+                MegatronLM(start, **arguments).train(tracker, None, counted)
+                steps = Run.read(here).records
+                assert [record["step"] for record in steps] == wanted, name
+                assert all(record["tokens"] == record["step"] * 8 * 16 for record in steps), name
+            tracker = SinkTrackMegatron(PROBE, out / f"{name}-evaluated", on_error="raise")
+            MegatronLM(start, **arguments).train(None, tracker.non_loss_data_func)
+            steps = Run.read(out / f"{name}-evaluated").records
+            assert [record["step"] for record in steps] == evaluated, name
+            assert all(record["tokens"] == record["step"] * 8 * 16 for record in steps), name
+        tracker = SinkTrackMegatron(PROBE, out / "evaluation", on_error="raise")
+        loop = MegatronLM(8, skip_train=True)
+        loop.arguments.curr_iteration = 8
+        tracker.non_loss_data_func(loop.chunks)
+        tracker.non_loss_data_func(loop.chunks)
+        assert Run.read(out / "evaluation").steps == [8]
     finally:
         del sys.modules["megatron.training.global_vars"]
+    with pytest.raises(RuntimeError, match="is for megatron.training"):
+        tracker.non_loss_data_func(loop.chunks)
+
+
+def logged(out: Path) -> None:
+    """Megatron opens W&B on the last process and logs with its iteration as the step."""
+    import wandb
+
+    tracker = SinkTrackMegatron(PROBE, out / "run", every=2, early=True, on_error="raise")
+    last = dist.get_rank() == dist.get_world_size() - 1
+    if last:
+        wandb.init(mode="offline", dir=out, project="training", settings={"console": "off"})
+    try:
+        loop = MegatronLM(0, eval_interval=3, train_iters=6)
+
+        def row(name: str, step: int) -> None:
+            if last:
+                wandb.log({name: float(step)}, step)
+
+        manager = Manager(tracker)
+        context = SimpleNamespace(model=loop.chunks, user_state={})
+        manager.fire("on_train_start", context)
+        for iteration in range(6):
+            loop.arguments.curr_iteration = iteration
+            manager.fire("on_train_step_start", context)
+            manager.fire("on_train_step_end", context)
+            loop.arguments.consumed_train_samples += 8
+            row("loss", iteration + 1)
+            row("learning-rate", iteration + 1)
+            if (iteration + 1) % 3 == 0:
+                row("lm loss validation before", iteration + 1)
+                tracker.non_loss_data_func(loop.chunks)
+                row("lm loss validation", iteration + 1)
+        manager.fire("on_train_end", context)
+        row("validation at the end", 6)
+        row("test at the end", 6)
+    finally:
+        del sys.modules["megatron.training.global_vars"]
+        if last:
+            wandb.finish()
+    dist.barrier()
 
 
 def refusals(out: Path) -> None:
@@ -207,6 +441,10 @@ def refusals(out: Path) -> None:
         ("fp8", "hybrid", "fp8=hybrid: its scaling state"),
         ("moe_latent_size", 8, "latent space"),
         ("cuda_graph_impl", "local", "replayed graph"),
+        ("moe_router_force_biased", -0.5, "moe_router_force_biased=-0.5: routing by chance"),
+        ("moe_expert_rank_capacity_factor", 1.0, "what is dropped depends on"),
+        ("enable_mhc_connections", True, "several residual streams"),
+        ("experimental_attention_variant", "dsa", "variant=dsa: attention that is not causal"),
     ):
         chunks = small()
         setattr(chunks[0].config, name, value)
@@ -221,6 +459,14 @@ def refusals(out: Path) -> None:
         "FullyShardedDataParallel: Megatron's own FSDP is not supported",
         [FullyShardedDataParallel(small()[0])],
     )
+
+    chunks = small()
+    chunks[0].__class__ = type("HybridModel", (type(chunks[0]),), {})
+    refused("HybridModel: its blocks are of one sublayer each", chunks)
+
+    chunks = small("llama")
+    chunks[0].config.hidden_size = 2 * chunks[0].config.hidden_size
+    refused("block 0 .*stream of width .* hidden_size", chunks)
 
     chunks = small()
     chunks[0].position_embedding_type = "mrope"

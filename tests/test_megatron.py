@@ -31,7 +31,7 @@ def launch(processes: int, script: str, *arguments: str) -> None:
         [*command, f"--nproc-per-node={processes}", path, *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ from sinktrack import ArchiveError, scan
 from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import lack
 from sinktrack.archive.huggingface import load
+from sinktrack.archive.layouts.megatron_arguments import INERT, MAPPED, OFF
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.source import open as open_source
 from sinktrack.archive.storage import dcp, pickles
@@ -44,6 +46,7 @@ RUNS = {  # by directory: processes, layout, how blocks and experts are keyed
     "keyed": (1, "", [(family, "single") for family in SPLIT]),
     "tensors": (2, "tp2 sp ep2", [(family, "stacked") for family in SPLIT]),
     "stages": (2, "pp2", [(family, "stacked") for family in SPLIT]),
+    "objects": (2, "pp2", [("qwen3_moe", "object")]),
 }
 SAVED = [f"{run}/{family}-{keys}" for run, (*_, cases) in RUNS.items() for family, keys in cases]
 
@@ -70,7 +73,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
         )
     for process in started:
-        text, _ = process.communicate(timeout=300)
+        text, _ = process.communicate(timeout=600)
         assert process.returncode == 0, text[-4000:]
     return out
 
@@ -121,8 +124,9 @@ def test_online_and_offline_agree(where: str, saved: Path, tmp_path: Path) -> No
     online = to_json(torch.load(saved / where / "record.pt", weights_only=False))
     (offline,) = scan(saved / where, probe=PROBE, run=tmp_path)
     assert offline["model"] == online["model"] | {"type": offline["model"]["type"]}
+    assert online["weights"] == offline["weights"] is not None
     for record in (online, offline):
-        del record["model"], record["weights"]  # a sharded model has no digest
+        del record["model"], record["weights"]
     assert largest_difference(online, offline) <= AGREEMENT
 
 
@@ -153,8 +157,7 @@ def archive(saved: Path, tmp_path: Path) -> Path:
 
 
 def arguments(archive: Path) -> argparse.Namespace:
-    file = archive / "iter_0000010" / "common.pt"
-    found: argparse.Namespace = torch.load(file, weights_only=False)["args"]
+    found: argparse.Namespace = torch.load(archive / "args.pt", weights_only=False)
     return found
 
 
@@ -193,6 +196,18 @@ for _ in range(60):  # of 2^60 elements, if anyone counts them
         ({"num_query_groups": "2"}, "num_query_groups='2'"),
         ({"rotary_base": [1]}, "rotary_base="),
         ({"window_size": BOMB}, "window_size="),
+        ({"use_mup": True}, "use_mup=True"),
+        ({"mup_embedding_mult": 12.0}, "mup_embedding_mult=12.0"),
+        ({"moe_router_force_biased": 0.1}, "moe_router_force_biased=0.1"),
+        ({"moe_router_force_biased": 0.0}, "moe_router_force_biased=0.0"),
+        ({"moe_mlp_glu_interleave_size": 32}, "moe_mlp_glu_interleave_size=32"),
+        ({"enable_mhc_connections": True}, "enable_mhc_connections=True"),
+        ({"hybrid_layer_pattern": "M*-"}, "hybrid_layer_pattern='M"),
+        ({"spec": ["mine", "spec"]}, "spec="),
+        ({"moe_router_load_balancing_type": "quantile_balancing"}, "balances by 'quantile_bal"),
+        ({"moe_router_load_balancing_type": ["aux_loss", "other"]}, "balances by 'other'"),
+        ({"attention_of_tomorrow": True}, "hold 'attention_of_tomorrow': True, which is not known"),
+        ({"scale_of_tomorrow": 1.0}, "hold 'scale_of_tomorrow': 1.0, which is not known here"),
     ],
 )
 def test_another_architecture_is_refused(
@@ -203,13 +218,50 @@ def test_another_architecture_is_refused(
         open_source(only(archive))
 
 
+def test_arguments_of_tomorrow_that_are_off(archive: Path, tmp_path: Path) -> None:
+    config = open_source(only(archive)).config
+    off: dict[str, Any] = {
+        "one_of_tomorrow": None,
+        "another": False,
+        "third": [],
+        "_private": 1,
+        "fourth": "",
+    }
+    rewrite(archive, **off)
+    assert open_source(only(archive)).config.to_dict() == config.to_dict()
+    config.save_pretrained(tmp_path / "hf")
+    rewrite(archive, our_own_option=7)
+    with pytest.raises(ArchiveError, match="our_own_option.* with --hf-config"):
+        open_source(only(archive))
+    assert open_source(only(archive, hf_config=tmp_path / "hf")).config.num_hidden_layers == BLOCKS
+    rewrite(archive, use_mup=True)
+    with pytest.raises(ArchiveError, match="use_mup"):
+        open_source(only(archive, hf_config=tmp_path / "hf"))
+
+
+def test_every_argument_of_this_megatron_is_known() -> None:
+    """Each is mapped, refused or inert: what a new version adds fails here first."""
+    from megatron.core.transformer import MLATransformerConfig
+
+    kinds = (MAPPED, INERT, OFF.keys())
+    known = MAPPED | INERT | OFF.keys()
+    assert len(known) == sum(map(len, kinds))
+    names = {field.name for field in dataclasses.fields(MLATransformerConfig)}
+    if importlib.util.find_spec("megatron.training") is not None:  # since 0.17 in the package
+        from megatron.training.arguments import add_megatron_arguments
+
+        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        names |= {action.dest for action in parser._actions if action.dest != "help"}
+    assert {name for name in names if not name.startswith("_")} <= known
+
+
 LATENT = "deepseek_v3"
 
 
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("qwen3_moe", {"moe_router_load_balancing_type": "sinkhorn"}, "balances by sinkhorn"),
+        ("qwen3_moe", {"moe_router_load_balancing_type": "sinkhorn"}, "balances by 'sinkhorn'"),
         ("qwen3_moe", {"add_qkv_bias": True, "qk_layernorm": False}, "experts together with bias"),
         ("qwen3_moe", {"moe_layer_freq": "2"}, "moe_layer_freq='2'"),
         ("mixtral", {"moe_router_pre_softmax": True}, "softmax over the chosen experts alone"),
@@ -334,7 +386,7 @@ def test_a_configuration_given_by_hand(archive: Path, tmp_path: Path) -> None:
         open_source(only(archive, hf_config=tmp_path / "gpt2"))
 
     torch.save({"iteration": 10}, archive / "iter_0000010" / "common.pt")
-    with pytest.raises(ArchiveError, match="no arguments; give .* --hf-config"):
+    with pytest.raises(ArchiveError, match="holds arguments; give the .* --hf-config"):
         open_source(only(archive))
     source = open_source(only(archive, hf_config=tmp_path / "hf"))
     assert source.slice("model.norm.weight")[...].shape == (32,)
@@ -463,6 +515,77 @@ def test_nothing_is_executed(name: str, archive: Path, tmp_path: Path) -> None:
         raise ArchiveError("never read")
     assert not trace.exists()
     assert name == "train_state.pt" or "was not imported" in str(error.value)
+
+
+@pytest.fixture
+def inside(saved: Path, tmp_path: Path) -> Path:
+    """A checkpoint of megatron-core 0.19: no common.pt."""
+    archive = Path(shutil.copytree(saved / "objects" / "qwen3_moe-object", tmp_path / "inside"))
+    assert not (archive / "iter_0000010" / "common.pt").exists()
+    return archive
+
+
+def place(archive: Path) -> tuple[Any, Any, Path]:
+    """The metadata, where they say that the common state lies, and that file."""
+    here = archive / "iter_0000010"
+    metadata = pickle.loads((here / ".metadata").read_bytes())
+    info = next(
+        value for index, value in metadata.storage_data.items() if "common_state" in index.fqn
+    )
+    return metadata, info, here / info.relative_path
+
+
+def test_the_common_state_among_the_tensors(inside: Path, saved: Path, tmp_path: Path) -> None:
+    ours = open_source(only(inside))
+    theirs = open_source(only(saved / "one" / "qwen3_moe-stacked"))
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert ours.names() == theirs.names()
+    for causal in (False, True):
+        (record,) = scan(inside, probe=PROBE, run=tmp_path / f"run-{causal}", causal=causal)
+        assert record["tokens"] == 320 * 64
+
+
+def test_a_common_state_that_is_not_data(inside: Path, tmp_path: Path) -> None:
+    _, info, file = place(inside)
+    trace, data = tmp_path / "trace", bytearray(file.read_bytes())
+    torch.save([{"args": Evil(trace)}], tmp_path / "evil")
+    bad = (tmp_path / "evil").read_bytes().ljust(info.length, b"\0")
+    data[info.offset : info.offset + info.length] = bad
+    file.write_bytes(data)
+    with pytest.raises(ArchiveError, match="system, which .* was not imported"):
+        open_source(only(inside))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"length": 2**40}, "common_state is said to take 1099511627776 bytes"),
+        ({"offset": 2**40}, "is truncated; copy it again"),
+        ({"offset": 0}, "holds arguments|damaged|imports"),
+        ({"length": 0}, "damaged"),
+        ({"relative_path": "../../secret"}, "no file of the checkpoint"),
+        ({"relative_path": "absent.distcp"}, "absent.distcp"),
+        ({"transform_descriptors": ["zstd"]}, "stored compressed"),
+    ],
+)
+def test_a_common_state_that_is_somewhere_else(
+    changes: dict[str, Any], message: str, inside: Path
+) -> None:
+    metadata, info, _ = place(inside)
+    for name, value in changes.items():
+        setattr(info, name, value)
+    (inside / "iter_0000010" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ArchiveError, match=message):
+        open_source(only(inside))
+
+
+def test_a_common_state_that_is_cut_short(inside: Path) -> None:
+    _, info, file = place(inside)
+    file.write_bytes(file.read_bytes()[: info.offset + info.length - 1])
+    with pytest.raises(ArchiveError, match="is truncated; copy it again"):
+        open_source(only(inside))
+    assert lack(only(inside))
 
 
 def test_pickles_that_exhaust_memory_or_stack() -> None:

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,32 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
         axes: further axes to put beside, such as ``train/global_step``; see `settle`.
         run: the run that holds the record.
     """
+    target = show(record, axes, run.written)
+    if target is not None:
+        Sent(run).add(target, record["step"], whole=True)
+
+
+def show(
+    record: Mapping[str, Any], axes: Mapping[str, int], written: Sequence[Mapping[str, Any]]
+) -> Target | None:
+    """As `log`, of a run whose directory may be on another machine, and is there to be noted.
+
+    Args:
+        record: the last that was written.
+        axes: as of `log`.
+        written: all records in the order in which they were written.
+
+    Returns:
+        Where it was logged; None where there is no active W&B run.
+
+    Raises:
+        RecordError: W&B has no room left to keep it.
+    """
     active = _active()
     if active is None:
-        return
+        return None
     wandb = sys.modules["wandb"]
-    records = living(run.written)
+    records = living(written)
     _define(active)
     settle()
     shared = active.settings.mode == "shared"  # by several processes, so without a step of its own
@@ -64,7 +86,12 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
     if not shared:
         _open[active.id] = active.step
     active.summary.update(gone(records[-2:]) | summary(records))
-    Sent(run).add(active, record["step"], whole=True)
+    return Target.of(active, record["step"])
+
+
+def is_active() -> bool:
+    """Has this process a W&B run that keeps what it is given?"""
+    return _active() is not None
 
 
 def settle() -> None:
@@ -158,7 +185,7 @@ def publish(
         _define(active)
         for record in todo:
             active.log({**metrics(record), **_pictures(wandb, record, None)})
-            sent.add(active, record["step"])
+            sent.add(Target.of(active, record["step"]), record["step"])
         active.log(
             {
                 "sinktrack/step": records[-1]["step"],
@@ -168,7 +195,7 @@ def publish(
             }
         )
         active.summary.update(gone(records) | summary(records) | _signal(run))
-        sent.add(active, records[-1]["step"], whole=True)
+        sent.add(Target.of(active, records[-1]["step"]), records[-1]["step"], whole=True)
         return active.id, len(todo)
 
 
@@ -255,6 +282,38 @@ def _charts(wandb: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+@dataclass(frozen=True)
+class Target:
+    """A W&B run that was given a record, by what finds it again."""
+
+    id: str
+    project: str
+    entity: str | None
+
+    @classmethod
+    def of(cls, active: Any, step: int) -> Target:
+        """An active run that was given the record of a step.
+
+        Raises:
+            RecordError: it has no room left to keep it.
+        """
+        kept = active.settings.sync_dir
+        try:
+            # its process says nothing of a disk that is full, and writes a little behind
+            if active.offline and shutil.disk_usage(kept).free < _ROOM:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), kept)
+        except OSError as error:
+            raise _not_noted(error, step) from error
+        return cls(active.id, active.project, active.entity or None)
+
+
+def _not_noted(error: OSError, step: int) -> RecordError:
+    return RecordError(
+        f"{error.filename}: {error.strerror}; step {step} is not noted as sent to W&B, and may be "
+        "lost there; mend that, then publish again"
+    )
+
+
 class Sent:
     """Which steps each W&B run has been given: ``RUN/wandb.json``."""
 
@@ -296,32 +355,25 @@ class Sent:
                 "sent"
             ) from error
 
-    def add(self, active: Any, step: int, whole: bool = False) -> None:
+    def add(self, target: Target, step: int, whole: bool = False) -> None:
         """Note a step, in the file before the next.
 
         Args:
-            active: the W&B run.
+            target: the W&B run.
             step: the record's.
             whole: were the charts over all records given, too?
 
         Raises:
-            RecordError: W&B has no room left to keep it, or it cannot be noted.
+            RecordError: it cannot be noted.
         """
-        kept = active.settings.sync_dir
-        known = self._runs.pop(active.id, self.of(None))
-        self._runs[active.id] = {
-            "project": active.project,
-            "entity": active.entity or None,
+        known = self._runs.pop(target.id, self.of(None))
+        self._runs[target.id] = {
+            "project": target.project,
+            "entity": target.entity,
             "steps": sorted({*known["steps"], step}),
             "whole": step if whole else known["whole"],
         }
         try:
-            # its process says nothing of a disk that is full, and writes a little behind
-            if active.offline and shutil.disk_usage(kept).free < _ROOM:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), kept)
             atomic.write(self._file, json.dumps(self._runs).encode(), durable=False)
         except OSError as error:
-            raise RecordError(
-                f"{error.filename}: {error.strerror}; step {step} is not noted as sent to W&B, and "
-                "may be lost there; mend that, then publish again"
-            ) from error
+            raise _not_noted(error, step) from error

@@ -14,7 +14,7 @@ import torch
 from sinktrack.archive.discover import discover
 from sinktrack.archive.follow import looks
 from sinktrack.archive.names import Pattern
-from sinktrack.archive.source import Checkpoint, open
+from sinktrack.archive.source import Checkpoint, Source, open
 from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, one_line
 from sinktrack.measure import measure, measure_streamed
 from sinktrack.measurement import Measurement
@@ -156,23 +156,24 @@ class Job:
 
         tell(checkpoint)
         tests: dict[str, Any] = {}
+        source = open(checkpoint)
         if self.causal:
             measured, tests["causal"] = self._with_tests(checkpoint)
         else:
-            measured = self._streamed(checkpoint)
+            measured = self._streamed(checkpoint, source)
+        tokens = checkpoint.tokens or getattr(source, "tokens", None)
         record: dict[str, Any] = to_json(
-            measured.to_record(checkpoint.step, checkpoint.name, versions(), checkpoint.tokens)
-            | tests
+            measured.to_record(checkpoint.step, checkpoint.name, versions(), tokens) | tests
         )
         return record
 
-    def _streamed(self, checkpoint: Checkpoint) -> Measurement:
+    def _streamed(self, checkpoint: Checkpoint, source: Source) -> Measurement:
         from sinktrack.archive.huggingface import load
         from sinktrack.models.blockwise import CannotWalk
         from sinktrack.models.streaming import Streamed
 
         try:
-            streamed = Streamed(open(checkpoint), self.device, self.dtype)
+            streamed = Streamed(source, self.device, self.dtype)
             return measure_streamed(
                 streamed, self.probe, blocks=self.blocks, batch_size=self.batch_size
             )

@@ -1,8 +1,9 @@
 """Megatron's distributed checkpoints (``torch_dist``), of Megatron-LM and of Megatron Bridge.
 
 ``iter_NNNNNNN/`` holds ``.metadata`` and ``*.distcp`` (see ``dcp``), ``metadata.json``, which is
-written last, and ``common.pt`` with the arguments, or ``run_config.yaml`` of Bridge. Read without
-Megatron, whatever the parallel layout was.
+written last. The arguments are in ``common.pt``; since megatron-core 0.19 in an object among the
+``*.distcp``; and of Bridge in ``run_config.yaml``. Read without Megatron, whatever the parallel
+layout was.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from sinktrack.archive import huggingface
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.layouts import megatron_config
 from sinktrack.archive.layouts.megatron_names import pieces
-from sinktrack.archive.layouts.pieces import PieceSource, metadata
+from sinktrack.archive.layouts.pieces import PieceSource
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.storage import dcp, pickles
 from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError
 
-_LARGEST_COMMON = 64 * 2**20
+_LARGEST_COMMON_STATE = 64 * 2**20
+_COMMON_STATE = "common_state/shard_0_1"
 _LARGEST_YAML = 2**20
 _ADVICE = "load it in Megatron and save it again with --ckpt-format torch_dist"
 
@@ -88,13 +90,19 @@ def open(checkpoint: Checkpoint) -> PieceSource:
         raise ArchiveError(
             f"{files.location} is of format {backend!r}, which is not read; {_ADVICE}"
         )
-    stored = metadata(files)
+    contents = dcp.read_contents(
+        files.whole(".metadata", dcp.LARGEST_METADATA), files.path(".metadata"), {_COMMON_STATE}
+    )
+    stored = contents.tensors
     given = huggingface.config(checkpoint.config) if checkpoint.config is not None else None
+    place = contents.objects.get(_COMMON_STATE)
     arguments = _arguments(files)
+    if not arguments and place is not None and not files.exists("common.pt"):
+        arguments = _common_state(files, place)
     if given is None and not arguments:
         raise ArchiveError(
-            f"{files.path('common.pt')} holds no arguments; give the configuration of the "
-            "Hugging Face model with --hf-config"
+            f"{files.location}: neither common.pt nor common_state holds arguments; give the "
+            "configuration of the Hugging Face model with --hf-config"
         )
     try:
         seen = _seen(stored)
@@ -104,7 +112,7 @@ def open(checkpoint: Checkpoint) -> PieceSource:
         found = pieces(stored, config)
     except (ArchiveError, TypeError, ValueError, KeyError) as error:
         raise ArchiveError(f"{files.location}: {error}") from error
-    return PieceSource(files, config, files, found)
+    return PieceSource(files, config, files, found, _count(arguments))
 
 
 def _other_format(names: set[str]) -> str | None:
@@ -117,15 +125,22 @@ def _other_format(names: set[str]) -> str | None:
 
 
 def _tokens(files: Files) -> int | None:
-    """Samples times their length, where both were saved."""
+    """Samples times their length, where both were saved in files of their own.
+
+    Where they are with the weights they are found in opening those: not here, since the metadata
+    of a large model take long to read.
+    """
     try:
         arguments = _arguments(files)
-        samples = arguments.get("consumed_train_samples")
         if files.exists("train_state.pt"):
-            samples = _train_state(files).get("consumed_train_samples")
+            arguments |= _train_state(files)
     except ArchiveError:  # weights do not depend on it, and opening the checkpoint will say so
         return None
-    length = arguments.get("seq_length")
+    return _count(arguments)
+
+
+def _count(arguments: dict[str, Any]) -> int | None:
+    samples, length = arguments.get("consumed_train_samples"), arguments.get("seq_length")
     if type(samples) is not int or type(length) is not int:
         return None
     return samples * length if samples * length > 0 else None
@@ -137,7 +152,7 @@ def _train_state(files: Files) -> dict[str, Any]:
     _plain_zip(data, path)
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return {name: value.item() for name, value in state.items() if value.numel() == 1}
+        return {"consumed_train_samples": state["consumed_train_samples"].item()}
     except Exception as error:
         raise ArchiveError(f"{path} is damaged ({type(error).__name__})") from error
 
@@ -159,9 +174,26 @@ def _arguments(files: Files) -> dict[str, Any]:
             raise ArchiveError(f"{path} holds no model: {type(error).__name__}: {error}") from error
     if not files.exists("common.pt"):
         return {}
-    path, data = files.path("common.pt"), files.whole("common.pt", _LARGEST_COMMON)
-    pickled = _plain_zip(data, path)
-    common = pickles.load(pickled, _ADMITTED, path)
+    path, data = files.path("common.pt"), files.whole("common.pt", _LARGEST_COMMON_STATE)
+    return _common(data, path)
+
+
+def _common_state(files: Files, place: dcp.Chunk) -> dict[str, Any]:
+    """The same out of the ``.distcp`` files."""
+    path = files.path(place.file)
+    if place.length > _LARGEST_COMMON_STATE:
+        raise ArchiveError(f"{path}: common_state is said to take {place.length} bytes")
+    if place.start + place.length > files.size(place.file):
+        raise ArchiveError(f"{path} is truncated; copy it again")
+    data = files.read(place.file, place.start, place.start + place.length)
+    return _common(bytes(data), f"{path} (common_state)")
+
+
+def _common(data: bytes, path: str) -> dict[str, Any]:
+    """The arguments in the common state; it is wrapped in a list where it is an object."""
+    common = pickles.load(_plain_zip(data, path), _ADMITTED, path)
+    if isinstance(common, list) and len(common) == 1:
+        (common,) = common
     saved = common.get("args") if isinstance(common, dict) else None
     return dict(saved.state) if isinstance(saved, pickles.Record) and saved.state else {}
 

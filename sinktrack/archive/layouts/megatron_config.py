@@ -13,44 +13,14 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from sinktrack.archive.layouts.megatron_arguments import refuse
 from sinktrack.archive.layouts.megatron_names import DENSE, MOE, dense_blocks
 from sinktrack.errors import ArchiveError
 
 Arguments = Mapping[str, Any]
 
-_UNUSED: dict[str, tuple[Any, ...]] = {
-    "add_bias_linear": (False,),
-    "apply_layernorm_1p": (False,),
-    "apply_residual_connection_post_layernorm": (False,),
-    "attention_output_gate": (False,),
-    "activation_func_clamp_value": (),
-    "experimental_attention_variant": (),
-    "glu_linear_offset": (0,),
-    "heterogeneous_block_specs": (False,),
-    "heterogeneous_layers_config_path": (),
-    "hybrid_override_pattern": (),
-    "is_hybrid_model": (False,),
-    "layernorm_zero_centered_gamma": (False,),
-    "linear_attention_freq": (),
-    "moe_apply_probs_on_input": (False,),
-    "moe_expert_capacity_factor": (),
-    "moe_latent_size": (),
-    "moe_router_force_load_balancing": (False,),
-    "moe_shared_expert_gate": (False,),
-    "no_rope_freq": (),
-    "normalization": ("RMSNorm",),
-    "position_embedding_type": ("rope",),
-    "qk_l2_norm": (False,),
-    "rotary_interleaved": (False,),
-    "rotary_percent": (1.0,),
-    "rotary_seq_len_interpolation_factor": (1,),
-    "seq_len_interpolation_factor": (1,),
-    "softmax_scale": (),
-    "softmax_type": ("vanilla",),
-    "window_size": (),
-}
-"""The values, beside None, under which a feature that these architectures lack is off."""
-
+_BALANCING = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
+"""By losses alone, which leave the router's choice as it is."""
 _MANY = 2**14
 """More blocks or heads than any model has: arguments come from strangers."""
 _FREE = {
@@ -70,13 +40,18 @@ class Seen:
     """Width of the queries' norm, if there is one."""
 
 
-def make(arguments: Arguments, seen: Seen) -> Any:
+def make(arguments: Arguments, seen: Seen, vouched: bool = False) -> Any:
     """The configuration of the Hugging Face model that computes the same.
+
+    Args:
+        arguments: as Megatron saved them.
+        seen: what the tensors show.
+        vouched: may they hold names that are not known here?
 
     Raises:
         ArchiveError: an argument is missing, or no architecture known here has such a model.
     """
-    _refuse(arguments)
+    _refuse(arguments, vouched)
     fields = _fields(arguments, seen)
     try:
         return AutoConfig.for_model(**fields)
@@ -104,7 +79,7 @@ def compare(given: Any, arguments: Arguments, seen: Seen) -> None:
         )
     if not arguments:
         return
-    _refuse(arguments)
+    _refuse(arguments, vouched=True)
     original = "original_max_position_embeddings"
     if arguments.get(original) is None:  # see _yarn
         arguments = {**arguments, original: (given.rope_parameters or {}).get(original)}
@@ -114,7 +89,9 @@ def compare(given: Any, arguments: Arguments, seen: Seen) -> None:
         (f"rope_parameters.{name}", (given.rope_parameters or {}).get(name), value)
         for name, value in wanted["rope_parameters"].items()
     ]
-    pairs.append(("dense blocks", dense_blocks(given), dense_blocks(make(arguments, seen))))
+    pairs.append(
+        ("dense blocks", dense_blocks(given), dense_blocks(make(arguments, seen, vouched=True)))
+    )
     for name, ours, saved in pairs:
         if name not in _FREE and ours != saved:
             raise ArchiveError(
@@ -123,14 +100,8 @@ def compare(given: Any, arguments: Arguments, seen: Seen) -> None:
             )
 
 
-def _refuse(arguments: Arguments) -> None:
-    for name, off in _UNUSED.items():
-        value = arguments.get(name)
-        if value is not None and value not in off:
-            raise ArchiveError(
-                f"the model was trained with {name}={short(value)}, which no architecture has "
-                f"that Megatron checkpoints are read as ({', '.join(DENSE + MOE)})"
-            )
+def _refuse(arguments: Arguments, vouched: bool = False) -> None:
+    refuse(arguments, vouched)
     activation = arguments.get("activation_func")
     if isinstance(activation, Mapping):
         activation = str(activation.get("_target_")).rpartition(".")[2]
@@ -140,10 +111,12 @@ def _refuse(arguments: Arguments) -> None:
             f"the model's MLP is not SwiGLU (gated {short(gated)}, "
             f"activation {short(activation or 'silu')})"
         )
-    if _first(arguments, "moe_router_load_balancing_type") == "sinkhorn":
-        raise ArchiveError(
-            "the model's router balances by sinkhorn, which no architecture here has"
-        )
+    balancing = _given(arguments, "moe_router_load_balancing_type", "none")
+    for kind in balancing if isinstance(balancing, list) else [balancing]:
+        if kind not in _BALANCING:
+            raise ArchiveError(
+                f"the model's router balances by {short(kind)}, which no architecture here has"
+            )
 
 
 def _fields(arguments: Arguments, seen: Seen) -> dict[str, Any]:

@@ -95,12 +95,18 @@ class PieceSource:
         config: the model's configuration, of transformers.
         weights: where ``.metadata`` and the files that it names are.
         pieces: by Hugging Face's names.
+        tokens: that the model had seen, where that is found with the weights.
     """
 
     def __init__(
-        self, files: Files, config: Any, weights: Files, pieces: Mapping[str, Piece]
+        self,
+        files: Files,
+        config: Any,
+        weights: Files,
+        pieces: Mapping[str, Piece],
+        tokens: int | None = None,
     ) -> None:
-        self.files, self.config = files, config
+        self.files, self.config, self.tokens = files, config, tokens
         self._weights, self._pieces = weights, pieces
         self._sizes: dict[str, int] = {}
 

@@ -12,7 +12,7 @@ import math
 import reprlib
 import struct
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -124,24 +124,45 @@ class Stored:
         return found
 
 
+@dataclass(frozen=True)
+class Contents:
+    """What a ``.metadata`` file lists, by name."""
+
+    tensors: dict[str, Stored]
+    objects: dict[str, Chunk]
+    """What the writer pickled, whole: no box of anything."""
+
+
 def read_metadata(data: bytes, what: str) -> dict[str, Stored]:
     """The tensors that a ``.metadata`` file lists, by name.
 
     Raises:
         ArchiveError: the file is damaged, imports what it has no need of, or contradicts itself.
     """
+    return read_contents(data, what).tensors
+
+
+def read_contents(data: bytes, what: str, objects: Container[str] = ()) -> Contents:
+    """The tensors that a ``.metadata`` file lists, and those of the named objects that are there.
+
+    Raises:
+        ArchiveError: the file is damaged, imports what it has no need of, or contradicts itself.
+    """
     root = pickles.load(data, _ADMITTED, what)
     try:
-        places = {
-            (str(index.get("fqn")), _sizes(index.get("offset"))): info
-            for index, info in root.get("storage_data").items()
-            if index.get("offset") is not None  # else it is no tensor
-        }
-        return {
+        places, pickled = {}, {}
+        for index, info in root.get("storage_data").items():
+            name = str(index.get("fqn"))
+            if index.get("offset") is not None:
+                places[name, _sizes(index.get("offset"))] = info
+            elif name in objects:
+                pickled[name] = Chunk((), (), *_place(name, info))
+        tensors = {
             name: _stored(name, entry, places)
             for name, entry in root.get("state_dict_metadata").items()
             if entry.name == f"{_METADATA}.TensorStorageMetadata"
         }
+        return Contents(tensors, pickled)
     except ArchiveError as error:
         raise ArchiveError(f"{what}: {error}") from error
     except Exception as error:
@@ -158,15 +179,7 @@ def _stored(name: str, entry: Any, places: dict[Any, Any]) -> Stored:
     chunks = []
     for part in entry.get("chunks"):
         offsets, sizes = _sizes(part.get("offsets")), _sizes(part.get("sizes"))
-        info = places[name, offsets]
-        file, start, length = (info.get(key) for key in ("relative_path", "offset", "length"))
-        if info.get("transform_descriptors"):
-            raise ArchiveError(f"{name} is stored compressed; save without transforms")
-        if type(file) is not str or "/" in file or "\\" in file or file in ("", ".", ".."):
-            raise ArchiveError(
-                f"{name} lies in {reprlib.repr(file)}, which is no file of the checkpoint"
-            )
-        _sizes((start, length))
+        file, start, length = _place(name, places[name, offsets])
         if len(offsets) != len(shape) or len(sizes) != len(shape):
             raise ArchiveError(f"{name} has chunks of another rank than its own")
         if any(o + s > full for o, s, full in zip(offsets, sizes, shape, strict=True)):
@@ -175,6 +188,19 @@ def _stored(name: str, entry: Any, places: dict[Any, Any]) -> Stored:
             raise ArchiveError(f"{name} has a chunk of fewer bytes than its values take")
         chunks.append(Chunk(offsets, sizes, file, start, length))
     return Stored(name, dtype, shape, tuple(chunks))
+
+
+def _place(name: str, info: Any) -> tuple[str, int, int]:
+    """File, first byte and number of bytes."""
+    file, start, length = (info.get(key) for key in ("relative_path", "offset", "length"))
+    if info.get("transform_descriptors"):
+        raise ArchiveError(f"{name} is stored compressed; save without transforms")
+    if type(file) is not str or "/" in file or "\\" in file or file in ("", ".", ".."):
+        raise ArchiveError(
+            f"{name} lies in {reprlib.repr(file)}, which is no file of the checkpoint"
+        )
+    _sizes((start, length))
+    return file, start, length
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _KERNELS = ("unfused_attention", "flash_attention", "fused_attention")
 """Where Transformer Engine keeps the factor on the scores."""
+_LINEAR = ("gated_delta_net", "gdn", "gdn2")
+"""Variants of attention that no block is measured in, but all around them."""
 _TOLERANCE = 1e-3
 _HALF_TOLERANCE = 0.1
 """How far an attention may be from ours in relative norm, before it is said to be another."""
@@ -105,6 +107,9 @@ def _refuse(config: Any, bare: Sequence[nn.Module]) -> None:
         "fp4": "its scaling state is part of the forward pass",
         "moe_latent_size": "experts that work in a latent space",
         "moe_router_force_load_balancing": "routing by chance",
+        "moe_router_force_biased": "routing by chance",
+        "moe_expert_rank_capacity_factor": "what is dropped depends on what each process holds",
+        "enable_mhc_connections": "several residual streams, connected by mixing",
         "inference_fuse_tp_communication": "additions fused into communication",
         "hybrid_context_parallel": "sequences that differ in how they are spread",
         "fine_grained_activation_offloading": "activations that leave the device",
@@ -112,11 +117,23 @@ def _refuse(config: Any, bare: Sequence[nn.Module]) -> None:
     for name, reason in reasons.items():
         if getattr(config, name, None):
             raise MeasurementError(f"{name}={getattr(config, name)}: {reason}; not supported")
+    variant = getattr(config, "experimental_attention_variant", None)
+    if variant is not None and variant not in _LINEAR:
+        raise MeasurementError(
+            f"experimental_attention_variant={variant}: attention that is not causal softmax over "
+            "every key; not supported"
+        )
     if getattr(config, "cuda_graph_impl", "none") == "local":
         raise MeasurementError(
             "cuda_graph_impl='local': a replayed graph shows nothing to hooks; not supported"
         )
     for chunk in bare:
+        names = {cls.__name__ for cls in type(chunk).__mro__}
+        if found := names & {"HybridModel", "MambaModel"}:
+            raise MeasurementError(
+                f"{found.pop()}: its blocks are of one sublayer each, attention, Mamba or MLP; "
+                "not supported"
+            )
         if getattr(chunk, "position_embedding_type", "") == "mrope":
             raise MeasurementError("multimodal rotary embeddings are not supported")
 
@@ -235,6 +252,11 @@ class _Tap:
 
     def enter(self, number: int, module: Any, args: Any, kwargs: Any) -> None:
         stream = args[0] if args else kwargs["hidden_states"]
+        if stream.shape[-1] != self.found.config.hidden_size:
+            raise MeasurementError(
+                f"{self.name(number)} gets a stream of width {stream.shape[-1]}, hidden_size is "
+                f"{self.found.config.hidden_size}, as with several streams; not supported"
+            )
         self.shard.state(number, stream.transpose(0, 1))
         self.sum, self.bound = stream[0].float(), float(stream[0].norm())
         self.mixed = self.inputs = None

@@ -17,6 +17,8 @@ from sinktrack.errors import MeasurementError, require
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.metrics import ALONE, METRICS
 from sinktrack.models.guard import undone, untouched
+from sinktrack.models.megatron.digest import Vectors, digest, vectors
+from sinktrack.models.megatron.fresh import fresh
 from sinktrack.models.megatron.processes import processes
 from sinktrack.models.megatron.shards import Shard, merge
 from sinktrack.probe import Probe
@@ -40,9 +42,9 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
         return found
 
     found = all_of.together(prepare)
-    layout, bare = found.layout, nn.ModuleList(found.bare)
+    layout, bare, config = found.layout, nn.ModuleList(found.bare), found.config
     replies = all_of.gather((probe.digest, layout.dense or layout.experts, dict(found.kinds)))
-    if len({digest for digest, _, _ in replies}) > 1:
+    if len({each for each, _, _ in replies}) > 1:
         raise MeasurementError("the processes hold different probes; give each the same one")
     some = tuple(rank for rank, (_, reports, _) in enumerate(replies) if reports)
     kinds: dict[int, str] = {}
@@ -58,13 +60,18 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
         for plan, metrics in zip(planned, (METRICS, ALONE), strict=True)
     )
 
+    own: list[Vectors] = []
+
     def passes() -> None:
         taps = []
         with untouched(bare, size, probe), _ready(found):
+            fresh(found, all_of)
             for shard, plan in zip((collected, singles), planned, strict=True):
                 with megatron.watch(found, shard) as tap:
                     _forward(found, plan)
                 taps.append(tap)
+            if layout.dense:
+                own.append(vectors(found, probe.first_tokens()))
         for tap in taps:  # not before: the others are in all passes
             if tap.failure is not None:
                 raise tap.failure
@@ -84,8 +91,8 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
         if not shares:
             return None
         return assemble(
-            merge([share for share, _ in shares]),
-            merge([single for _, single in shares]),
+            merge([share for share, _, _ in shares]),
+            merge([single for _, single, _ in shares]),
             torch.cat([batch[:, 0] for batch in batches]),
             [kinds[block] for block in range(found.count)],
             {value.dtype for value in bare.parameters() if value.is_floating_point()},
@@ -96,14 +103,14 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
                 "experts": found.config.num_moe_experts,
             },
             probe=probe.digest,
-            weights=None,
+            weights=digest([one for *_, of in shares for one in of], probe.first_tokens(), config),
             seconds=time.perf_counter() - started,
         )
 
     all_of.together(passes)
     _share_inputs(collected)
     all_of.together(experts)
-    shares = all_of.to_first((collected, singles), some)
+    shares = all_of.to_first((collected, singles, own), some)
     measured = all_of.together(lambda: whole(shares))
     result: Measurement = all_of.from_first(measured)
     return result
