@@ -105,6 +105,10 @@ class Collector(Observer):
         if self._metrics:
             self.writes.add(block, at_p0(write, self._arena))
 
+    def untold(self, block: int, reason: str) -> None:
+        """What writes the P0 state cannot be told; the rest stands."""
+        self.lost = self.lost or reason
+
     def check(self) -> None:
         """Refuse what is no number.
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sinktrack.attention import Attended
+from sinktrack.errors import MeasurementError
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,14 @@ class Observer:
 
     def gate(self, block: int, gate: Tensor) -> None:
         """Where heads are gated: ``[B, T, H]`` float32, the mean over a head's channels."""
+
+    def untold(self, block: int, reason: str) -> None:
+        """What writes to the stream in a block cannot be told, and why.
+
+        Raises:
+            MeasurementError: by default, for observers that need all writes.
+        """
+        raise MeasurementError(reason)
 
     def write(self, block: int, write: Write) -> Tensor | None:
         """Before a sublayer's output ``[B, T, D]`` is added to the stream."""

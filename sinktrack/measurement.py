@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,9 +57,9 @@ class Measurement:
     localization: Localization
     sinks: tuple[Sink, ...]
     """The sink phases in order."""
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str]
     """Why a field could not be had, by its name."""
-    values: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, Any]
     """The fields of all metrics, by name."""
 
     if TYPE_CHECKING:  # a few of `values`, by `__getattr__`

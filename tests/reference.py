@@ -166,7 +166,7 @@ def capture_inputs(model: Any, tokens: torch.Tensor) -> np.ndarray:
     handles.append(
         blocks[-1].register_forward_hook(
             lambda _, __, out: seen.append(
-                (out[0] if isinstance(out, tuple) else out).double().numpy().copy()
+                (out[0] if isinstance(out, tuple | list) else out).double().numpy().copy()
             )
         )
     )
@@ -303,9 +303,12 @@ def check_slices(found: Source, plain: Source) -> None:
                 assert torch.equal(part[first, 2:5], whole[first, 2:5]), (name, first)
 
 
-def check_exact(model: Any, probe: Probe) -> Measurement:
-    """Measure, and compare attention, states, heads and experts with plain computations."""
-    found = measure(model, probe)
+def check_attention(found: Measurement, model: Any, probe: Probe) -> np.ndarray:
+    """Compare attention and norms with eager weights and plain hooks.
+
+    Returns:
+        ``[L + 1, B, T, D]``, the residual stream.
+    """
     weights = eager_attention(model, probe.tokens)
     full = [block for block, kind in enumerate(found.block_kinds) if kind in ("full", "sliding")]
     assert len(weights) == len(full) > 0
@@ -322,6 +325,13 @@ def check_exact(model: Any, probe: Probe) -> Measurement:
     inputs = capture_inputs(model, probe.tokens)
     norms = np.linalg.norm(inputs, axis=-1)
     np.testing.assert_allclose(found.p0_norm, norms[:, :, 0].mean(1), rtol=1e-5)
+    return inputs
+
+
+def check_exact(model: Any, probe: Probe) -> Measurement:
+    """Measure, and compare attention, states, heads and experts with plain computations."""
+    found = measure(model, probe)
+    inputs = check_attention(found, model, probe)
     assert found.missing.get("shares", "no block reads").startswith("no block reads")
     _check_writes(model, probe.tokens, inputs)
     return found

@@ -44,7 +44,7 @@ def _record(blocks: int, step: int, progress: float, formed: bool) -> dict[str, 
     ]
     reached = [block for block, value in enumerate(concentration) if value >= 0.3]
     reference = reached[0] if reached else None
-    shares, parts = _shares(reference, centre, progress) if reached else (None, None)
+    shares, parts = (None, None) if reference is None else _shares(reference, centre, progress)
     by_block = [
         sum(abs(part["share"]) for part in shares or () if part["block"] == block)
         for block in range(reference or 0)

@@ -15,7 +15,8 @@ from sinktrack import Run
 from sinktrack.cli import app
 from sinktrack.errors import RecordError
 from sinktrack.loggers.curves import metrics
-from sinktrack.views.export import COLUMNS, export
+from sinktrack.records.rows import COLUMNS
+from sinktrack.views.export import export
 
 pandas = pytest.importorskip("pandas")
 polars = pytest.importorskip("polars")

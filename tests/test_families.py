@@ -13,7 +13,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from reference import TOGETHER, check_exact
+from reference import TOGETHER, check_attention, check_exact
 from transformers import CONFIG_MAPPING
 
 from sinktrack import MeasurementError, Probe, measure
@@ -98,11 +98,15 @@ EXACT: dict[str, dict[str, Any]] = {
                 "attention_types": [[["global", "local"], 2]], "window_size": 6,
                 "max_position_embeddings": 64, "initializer_range": 0.2},
 }  # fmt: skip
-REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+PARTLY: dict[str, tuple[str, dict[str, Any]]] = {
     "jetmoe": ("its attention heads are routed like experts", {}),
-    "minimax": ("its output is not its input plus writes", {}),
     "openai-gpt": ("its output is not its input plus writes", {}),
-    "doge": ("its output is not its input plus writes", {}),
+    "zaya": ("is added to its residual stream", {"num_experts_per_tok": 1}),
+}
+"""Attention and norms are exact; what writes the P0 state cannot be told."""
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "minimax": ("its attention was not seen", {}),
+    "doge": ("attention over queries", {}),
     "xglm": ("its attention was not seen", {}),
     "diffllama": ("something is added to what its heads attend to", {}),
     "longcat_flash": ("attends more than once", LATENT | {
@@ -118,7 +122,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "hy_v4": ("no residual stream", {}),
     "hrm_text": ("runs more than once in a pass of the model", {}),
     "inkling2_text": ("learned position biases", {}),
-    "zaya": ("is added to its residual stream", {"num_experts_per_tok": 1}),
     "zamba": ("ZambaMambaMixer beside its attention", {}),
     "zamba2": ("Zamba2MambaMixer beside its attention", {"layer_types": ["mamba", "hybrid"] * 2}),
 }  # fmt: skip
@@ -138,6 +141,17 @@ def tiny(family: str, changes: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("family", EXACT)
 def test_exact(family: str) -> None:
     check_exact(tiny(family, EXACT[family]), PROBE)
+
+
+@pytest.mark.parametrize("family", PARTLY)
+def test_what_can_be_had_is_exact(family: str) -> None:
+    reason, changes = PARTLY[family]
+    model = tiny(family, changes)
+    found = measure(model, PROBE)
+    for name in ("shares", "share_sum", "depth", "mlp_write_ratio"):
+        assert reason in found.missing[name] and found.values[name] is None
+    assert found.localization.shares == ()
+    check_attention(found, model, PROBE)
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -167,6 +181,9 @@ def test_a_model_without_softmax_attention_is_refused() -> None:
 def test_the_table_is_up_to_date() -> None:
     notes = dict.fromkeys(TOGETHER, "its routed experts are reported together, as one MLP")
     rows = [f"| {family} | exact | {notes.get(family, '')} |" for family in EXACT]
+    rows += [
+        f"| {family} | without shares | {reason} |" for family, (reason, _) in PARTLY.items()
+    ]
     rows += [f"| {family} | refused | {reason} |" for family, (reason, _) in REFUSED.items()]
     text = "\n".join(
         [

@@ -21,7 +21,7 @@ from sinktrack.interventions.effects import Effect
 from sinktrack.interventions.experts import super_experts
 from sinktrack.interventions.trials import is_testable, screen
 from sinktrack.records.run import to_json
-from sinktrack.views.export import rows as export_rows
+from sinktrack.records.rows import rows as export_rows
 
 PROBE = planted.probe()
 

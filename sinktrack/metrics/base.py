@@ -198,7 +198,8 @@ class Seen:
 def norms(vectors: Tensor) -> Tensor:
     """float32: norms over the last dimension, computed in float32 or wider."""
     wide = torch.promote_types(vectors.dtype, torch.float32)
-    return torch.linalg.vector_norm(vectors, dim=-1, dtype=wide).float()
+    size: Tensor = torch.linalg.vector_norm(vectors, dim=-1, dtype=wide)
+    return size.float()
 
 
 def median(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 
 from sinktrack.attention import Attended
 from sinktrack.events import Write
-from sinktrack.metrics.base import Field, Held, Kept, Metric, Seen, State, median, norms
+from sinktrack.metrics.base import Field, Held, Kept, Metric, Seen, State, Unmeasured, median, norms
 
 
 class Mixing(Metric):
@@ -61,7 +61,13 @@ class WriteRatios(Metric):
         }
 
     def compute(self, seen: Seen, found: Mapping[str, Any]) -> dict[str, Any]:
-        """nan where a block has no such write, or several."""
+        """nan where a block has no such write, or several.
+
+        Raises:
+            Unmeasured: some writes were not seen.
+        """
+        if seen.collected.lost is not None:
+            raise Unmeasured(seen.collected.lost)
         result = {}
         for name in ("attention", "mlp"):
             ratios = torch.full((seen.blocks,), torch.nan)

@@ -376,7 +376,7 @@ def returned(found: Decoder, forms: dict[int, int]) -> Iterator[None]:
 
     def note(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if not isinstance(output, tuple):
+            if not isinstance(output, tuple | list):
                 forms[index] = 0
             elif all(value is None for value in output[1:]):
                 forms[index] = len(output)
@@ -488,12 +488,12 @@ class _Tap:
             self.lineage.following = False
             self.lineage.forget()
             self.routed = None
-            stream = output[0] if isinstance(output, tuple) else output
+            stream = output[0] if isinstance(output, tuple | list) else output
             found = mark_of(stream)
             if found is None or found.origin != "stream":
-                raise MeasurementError(
-                    f"{self.name()}: its output is not its input plus writes, so what writes the "
-                    "P0 state cannot be told; this architecture is not supported"
+                self._untold(
+                    "its output is not its input plus writes, so what writes the P0 state cannot "
+                    "be told"
                 )
             if self.found.kinds[index] in ("full", "sliding") and not self.attended:
                 raise MeasurementError(
@@ -508,10 +508,7 @@ class _Tap:
                     "for its attention; derive that class from the one that it replaces"
                 )
             if self.attended and not self.attention_writes:
-                raise MeasurementError(
-                    f"{self.name()}: the attention's output was not seen on its way into the "
-                    "residual stream; this architecture is not supported"
-                )
+                self._untold("the attention's output was not seen on its way into the stream")
             if last:
                 self.observer.state(index + 1, stream)
 
@@ -656,15 +653,18 @@ class _Tap:
         except MeasurementError as error:
             raise MeasurementError(f"{self.name()}: {error}") from error
 
+    def _untold(self, reason: str) -> None:
+        self.observer.untold(self.block, f"{self.name()}: {reason}")
+
     def _attended(self, attended: Attended) -> None:
         self.attended += 1
         self.observer.attention(self.block, attended)
 
     def write(self, found: Mark | None, added: Tensor) -> Tensor | None:
         if added.numel() != math.prod(self.shape):
-            raise MeasurementError(
-                f"{self.name()}: a {tuple(added.shape)} is added to its residual stream "
-                f"{self.shape}, which is no sublayer's write; this architecture is not supported"
+            return self._untold(
+                f"a {tuple(added.shape)} is added to its residual stream {self.shape}, which is no "
+                "sublayer's write"
             )
         added = added.view(self.shape)
         raw = None if found is None else found.raw
@@ -675,9 +675,9 @@ class _Tap:
             assert found.operands is not None
             mixed, heads, weight, bias = found.operands
             if mixed.numel() != self.shape[0] * self.shape[1] * weight.shape[1]:
-                raise MeasurementError(
-                    f"{self.name()}: its attention heads are routed like experts, so what each "
-                    "writes at P0 cannot be told; not supported"
+                return self._untold(
+                    "its attention heads are routed like experts, so what each writes at P0 cannot "
+                    "be told"
                 )
             mixed = mixed.view(*self.shape[:2], -1)
             projection = Projection(mixed, heads, weight, bias, found.factor)

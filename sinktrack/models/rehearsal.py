@@ -76,6 +76,9 @@ class Rehearsal(Observer):
         """What the block got in training."""
         return self._inputs.get(block)
 
+    def untold(self, block: int, reason: str) -> None:
+        """What is written does not matter here."""
+
     def check(self) -> None:
         """Compare the two.
 
@@ -84,6 +87,8 @@ class Rehearsal(Observer):
         """
         for block, own in sorted(self._own.items()):
             tapped = self._tapped[block]
+            if not own and not tapped:  # no module puts it out
+                continue
             apart = max(map(_apart, tapped, own)) if len(tapped) == len(own) else torch.inf
             if apart > _allowed(self._inputs[block]):
                 name = type(self._found.blocks[block]).__name__
@@ -140,7 +145,7 @@ class Rehearsal(Observer):
 
     def _adding(self, block: int, into: list[Tensor]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            stream = output[0] if isinstance(output, tuple) else output
+            stream = output[0] if isinstance(output, tuple | list) else output
             before = self._inputs.get(block)
             if isinstance(stream, Tensor) and before is not None and stream.shape == before.shape:
                 into.append(stream - before)
@@ -159,7 +164,7 @@ def _entering(block: int, begin: Callable[[int, Tensor], None]) -> Callable[...,
 
 def _leaving(into: list[Tensor]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else output
+        output = output[0] if isinstance(output, tuple | list) else output
         if isinstance(output, Tensor):
             into.append(output.clone())
 

@@ -36,8 +36,8 @@ def _measured(record: Mapping[str, Any]) -> Iterator[Row]:
         for row in record.get("causal", {}).get(test, ()):
             low, high = row["interval"]
             place = {name: row[name] for name in ("kind", "block", "index")}
-            found = {"metric": f"causal_{test}", "value": row["effect"], "low": low, "high": high}
-            yield place | found
+            effect = {"metric": f"causal_{test}", "value": row["effect"], "low": low, "high": high}
+            yield place | effect
 
 
 def _along(axes: tuple[Axis, ...], value: Any, place: Row) -> Iterable[Row]:
