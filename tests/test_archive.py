@@ -458,7 +458,7 @@ HEADER = st.dictionaries(
 def test_whatever_a_header_says_it_is_refused_or_lies_in_the_file(text: bytes, room: int) -> None:
     try:
         places = parse_header(text, room)
-    except ValueError:
+    except (ValueError, ArchiveError):
         return
     sizes = [math.prod(p.shape) * DTYPES[p.dtype].itemsize for p in places.values()]
     assert sum(sizes) == room
@@ -506,6 +506,7 @@ def test_a_weight_that_claims_gigabytes_is_refused_unread(read: str, tmp_path: P
     tensors = load_file(path / WEIGHTS)
     name, many = "model.layers.0.self_attn.q_proj.weight", 2**40
     del tensors[name]
+    (path / WEIGHTS).unlink()
     save_file(tensors, path / "rest.safetensors")
     with (path / "one.safetensors").open("wb") as file:
         file.write(file_of({name: entry(0, 4 * many, [many])}, b""))

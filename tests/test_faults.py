@@ -109,7 +109,9 @@ def test_a_scan_on_a_disk_that_is_full(tmp_path: Path) -> None:
         "sinktrack: cannot append to disk/run/records.jsonl: No space left on device; earlier "
         "records are untouched",
         "exit 2",
-        "1 measured, 2 already recorded, 0 failed -> disk/run",
+        "steps 0 and 1 hold the same weights, by their digest",
+        "steps 0, 1 and 2 hold the same weights, by their digest",
+        "2 measured, 1 already recorded, 0 failed -> disk/run",
         "sinktrack: cannot write to the run directory disk/run: Read-only file system; give "
         "another",
         "exit 2",

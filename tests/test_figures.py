@@ -69,7 +69,8 @@ def test_an_empty_run_shows_itself(tmp_path: Path, notebook: object) -> None:
     assert set(data) == {"text/plain"}
 
 
-def test_a_measurement_shows_itself(notebook: object) -> None:
+def test_a_measurement_shows_itself(notebook: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sinktrack.metrics.localization.READ", 0)
     probe = Probe.random(models.VOCABULARY, sequences=4, length=12)
     found = measure(models.mixtral(), probe)
     data, _ = notebook.format(found)  # type: ignore[attr-defined]

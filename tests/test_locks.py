@@ -141,7 +141,7 @@ def test_a_system_without_locks_or_forks(tmp_path: Path) -> None:
             delattr(os, name)
         import sinktrack
         run = sinktrack.Run.open(sys.argv[1])
-        run.append({"schema": 1, "step": 5})
+        run.append({"schema": 2, "step": 5})
         with run.claimed():
             assert sinktrack.Run.open(sys.argv[1]).steps == [5]
         assert run.also_recorded_by() is None

@@ -114,10 +114,10 @@ def test_losses_are_read_from_what_trainers_write(tmp_path: Path, demo: tuple[Pa
         (
             "loss.csv",
             b"step,loss\n1,\xff\n",
-            "cannot read losses from .*: 'utf-8' codec can't decode",
+            r"loss.csv.* line 2",
         ),
         ("loss.csv", "step,loss\n1," + 200_000 * "2", "is no CSV: field larger than"),
-        ("loss.csv", "step,loss\n1,\x00\n", "no loss in|is no CSV"),
+        ("loss.csv", "step,loss\n1,\x00\n", "NUL, so it is no text"),
     ],
 )
 def test_what_holds_no_loss_is_named(

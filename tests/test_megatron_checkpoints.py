@@ -127,7 +127,8 @@ def test_online_and_offline_agree(where: str, saved: Path, tmp_path: Path) -> No
     assert online["weights"] == offline["weights"] is not None
     for record in (online, offline):
         del record["model"], record["weights"]
-    assert largest_difference(online, offline) <= AGREEMENT
+    # Shares of a random model are up to 20 and of both signs: rounding weighs twice.
+    assert largest_difference(online, offline) <= 2 * AGREEMENT
 
 
 def test_the_command_needs_no_megatron(saved: Path, tmp_path: Path) -> None:

@@ -277,8 +277,9 @@ def test_another_class_in_the_place_of_an_attention(of: Weights) -> None:
         measure(model, PROBE)
 
 
-def test_a_hook_on_an_attention_is_part_of_the_model() -> None:
+def test_a_hook_on_an_attention_is_part_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of its output enters the stream, and that is what is measured."""
+    monkeypatch.setattr("sinktrack.metrics.localization.READ", 0)
     model, scaled = models.llama(), models.llama()
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(lambda _, __, out: (out[0] * 0.5, *out[1:]))

@@ -421,7 +421,7 @@ def test_a_signal_that_fails_does_not_stop_training(
     model = models.llama()
     run = recorded(tmp_path / "run", curve()[:3], st.measure(model, PROBE))
     with (run.directory / "records.jsonl").open("a") as file:
-        file.write('{"schema": 1, "step": 400}\n')
+        file.write('{"schema": 2, "step": 400}\n')
     tracker = SinkTracker(PROBE, run.directory, every=100)
     with caplog.at_level(logging.WARNING, "sinktrack"):
         assert tracker.step(500, model) is not None and tracker.step(600, model) is not None
