@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from sinktrack.callbacks.loop import SinkTracker
+from sinktrack.callbacks.options import OptionArguments
 from sinktrack.errors import MeasurementError
 from sinktrack.probe import Probe
 
@@ -30,7 +31,13 @@ class SinkTrackLightning(Callback):
             several.
     """
 
-    def __init__(self, probe: Probe, run: str | Path, every: int = 100, **options: Any) -> None:
+    def __init__(
+        self,
+        probe: Probe | str | Path,
+        run: str | Path,
+        every: int = 100,
+        **options: Unpack[OptionArguments],
+    ) -> None:
         self.tracker = _Tracker(probe, run, every, **options)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -63,6 +70,7 @@ class SinkTrackLightning(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._probe(trainer, not any(isinstance(callback, averaging) for callback in callbacks))
         self.tracker.catch_up()
+        self.tracker.finish()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

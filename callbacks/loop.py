@@ -6,11 +6,12 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch.distributed as dist
 from torch import nn
 
+from sinktrack.callbacks.options import OptionArguments, Options, directory_of, probe_of
 from sinktrack.errors import MeasurementError
 from sinktrack.interventions import examine
 from sinktrack.loggers import weights_and_biases as wandb
@@ -37,54 +38,52 @@ class SinkTracker:
     may change until the first probe, as processes are often joined in between.
 
     Args:
-        probe: the fixed batch; it must be the same on every process.
+        probe: the fixed batch, or the path of its file; it must be the same on every process.
         run: the run directory.
         every: steps between probes; step 0 counts.
-        early: probe at steps 1, 2, 4, 8, ... below ``every`` too.
-        on_error: ``warn`` reports a failing probe once and lets training go on; ``raise`` raises.
-        probe_batch_size: sequences per forward pass of the probe; all at once by default.
-        causal_every: also run the causal tests at every so many regular probes; never by default.
-            They cost some tens of probes, see docs/causal.md.
+        options: as the fields of `sinktrack.callbacks.options.Options` say.
 
     Raises:
+        TypeError, ValueError: an argument or option that cannot be; says which.
+        ProbeError: the probe's file cannot be read.
         RecordError: the run directory cannot be written, or holds another probe; by the first probe
             where the environment numbers this process and it cannot be known yet if it records.
     """
 
     def __init__(
         self,
-        probe: Probe,
+        probe: Probe | str | Path,
         run: str | Path,
         every: int = 100,
-        *,
-        early: bool = False,
-        on_error: Literal["warn", "raise"] = "warn",
-        probe_batch_size: int | None = None,
-        causal_every: int | None = None,
+        **options: Unpack[OptionArguments],
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every={every}: the interval is at least one step")
-        self.probe, self.every, self.early, self.on_error = probe, every, early, on_error
-        if causal_every is not None and causal_every < 1:
-            raise ValueError(f"causal_every={causal_every}: the interval is at least one probe")
-        self.probe_batch_size, self.causal_every = probe_batch_size, causal_every
+        self.options = Options(every=every, **options)
+        self._directory = self._named(run)
+        self.probe = probe_of(probe)
         self.axes: dict[str, int] = {}
         """More axes to log beside ``sinktrack/step``, by W&B key."""
         self.measured: int | None = None
         """The last step that was measured."""
+        self.recorded = self.failed = 0
+        """Records written, and probes that failed."""
         self._main: bool | None = None
-        self._directory = run
         self._run: Run | None = None
         self._silent = False
         self._reported: set[str] = set()
         self._stages: Stages | None = None
-        if _joined() is not None or not any(_number(name) for name in _RANKS):
+        known = _joined() is not None or not any(_number(name) for name in _RANKS)
+        if known and self._directory is not None:
             self._records()
+
+    def _named(self, run: Any) -> Path | None:
+        """The run directory; None where a framework's callback names one later."""
+        return directory_of(run)
 
     def due(self, step: int) -> bool:
         """Is this one of the steps to probe?"""
         power_of_two = step > 0 and step & (step - 1) == 0
-        return step % self.every == 0 or (self.early and step < self.every and power_of_two)
+        every, early = self.options.every, self.options.early
+        return step % every == 0 or (early and step < every and power_of_two)
 
     def step(self, step: int, model: Model, tokens: int | None = None) -> Measurement | None:
         """Probe if ``step`` is due. Call it on every process, after the optimizer's step.
@@ -103,11 +102,12 @@ class SinkTracker:
         spread = is_megatron(model)
         everyone = spread or _takes_every_process(model)
         if not self._decide(step, again=True) and not everyone:
+            self.failed += not self._silent
             return None
         try:
             if everyone and not spread:
                 _agree(self.probe)
-            measurement = measure(model, self.probe, batch_size=self.probe_batch_size)
+            measurement = measure(model, self.probe, batch_size=self.options.probe_batch_size)
             tested = self._causal(step, model, measurement)
             if self._run is None:
                 return None
@@ -115,7 +115,9 @@ class SinkTracker:
             record = measurement.to_record(step, "callback", packages, tokens) | tested
             record = to_json(record)
             self._run.append(record)
+            self.recorded += 1
         except Exception as error:
+            self.failed += 1
             self._failed("probe", step, error, everywhere=spread)
             return None
         for what, tell in (("W&B log", self._log), ("signal", self._judge)):
@@ -124,6 +126,16 @@ class SinkTracker:
             except Exception as error:  # the record is on disk already
                 self._failed(what, step, error)
         return measurement
+
+    def finish(self) -> None:
+        """At the end of training: say how many records were written and how many probes failed."""
+        if self._silent:
+            return
+        said = _log.warning if self.failed else _log.info
+        said(
+            "%d records written to %s, %d probes failed",
+            self.recorded, self._directory, self.failed,
+        )  # fmt: skip
 
     def settle(self) -> None:
         """End W&B's row of the last record, before a trainer logs a later step."""
@@ -166,6 +178,7 @@ class SinkTracker:
                 _log.info("%s records nothing into %s: process 0 does", which, self._directory)
             return False
         if self._run is None:
+            assert self._directory is not None
             self._run = Run.open(self._directory, self.probe)
             if other := self._run.also_recorded_by():
                 _log.warning(
@@ -180,7 +193,8 @@ class SinkTracker:
 
     def _causal(self, step: int, model: Model, measurement: Measurement) -> dict[str, Any]:
         """The record's causal tests, where they are due."""
-        if self.causal_every is None or step % (self.every * self.causal_every):
+        every = self.options.causal_every
+        if every is None or step % (self.options.every * every):
             return {}
         try:
             if isinstance(model, list) or is_megatron(model):
@@ -192,7 +206,9 @@ class SinkTracker:
                     "causal tests do not run on a model that no process holds whole (FSDP1, tensor "
                     "parallelism); run them on the checkpoints"
                 )
-            found = examine(model, self.probe, measurement, batch_size=self.probe_batch_size)
+            found = examine(
+                model, self.probe, measurement, batch_size=self.options.probe_batch_size
+            )
         except Exception as error:
             self._failed("causal tests", step, error)
             return {}
@@ -221,7 +237,7 @@ class SinkTracker:
             wandb.alert("sinktrack: the P0 sink fell back", fall)
 
     def _failed(self, what: str, step: int, error: Exception, everywhere: bool = False) -> None:
-        if self.on_error == "raise":
+        if self.options.on_error == "raise":
             raise error
         reason = f"{type(error).__name__}: {error}"
         if everywhere and self._run is None:  # process 0 says the same

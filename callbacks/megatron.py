@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch.distributed as dist
 
 from sinktrack.callbacks.loop import SinkTracker
+from sinktrack.callbacks.options import OptionArguments
 from sinktrack.errors import MeasurementError
 from sinktrack.loggers import weights_and_biases as wandb
 from sinktrack.measurement import Measurement
@@ -27,7 +28,13 @@ class SinkTrackMegatron:
     Arguments and errors are those of `sinktrack.callbacks.loop.SinkTracker`.
     """
 
-    def __init__(self, probe: Probe, run: str | Path, every: int = 100, **options: Any) -> None:
+    def __init__(
+        self,
+        probe: Probe | str | Path,
+        run: str | Path,
+        every: int = 100,
+        **options: Unpack[OptionArguments],
+    ) -> None:
         self.tracker = _Tracker(probe, run, every, **options)
         self._iteration = 0
         self._model: Any = None
@@ -86,6 +93,7 @@ class SinkTrackMegatron:
         state = _state(context)
         self._iteration = int(state.step) if state else _skipped(self._iteration)
         self._probe(context, True, _samples(context))
+        self.tracker.finish()
 
     def non_loss_data_func(self, model: Any) -> None:
         """For ``pretrain(non_loss_data_func=...)``: probe at each evaluation.

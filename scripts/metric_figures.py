@@ -18,8 +18,7 @@ from paper_figure import picture
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from sinktrack import Probe, Run, measure
-from sinktrack.attention import uniform
-from sinktrack.metrics.attention import EPSILON
+from sinktrack.metrics.attention import EPSILON, uniform
 
 WIDTH, HEIGHT = 760, 320
 INK, FAINT = "#7d8590", "rgba(125, 133, 144, 0.3)"

@@ -251,15 +251,6 @@ def _fused(
     return output[..., :width], lse[..., : query.shape[2]]
 
 
-def uniform(queries: int) -> float:
-    """Attention to P0 of a head that looks at all earlier positions alike.
-
-    Args:
-        queries: how many see P0, from query 1 on: the mean over them of ``1 / (i + 1)``.
-    """
-    return sum(1 / (i + 1) for i in range(1, queries + 1)) / queries
-
-
 def _finite(value: Tensor) -> Tensor:
     """bool ``[B, H]``; both extremes propagate nan, and need no copy."""
     return value.amax((-2, -1)).isfinite() & value.amin((-2, -1)).isfinite()

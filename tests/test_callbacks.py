@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import numpy as np
 import pytest
 import torch
 from test_measure import numpy_state
@@ -25,9 +28,10 @@ from transformers import (
     set_seed,
 )
 
-from sinktrack import MeasurementError, Probe, Run, measure
+from sinktrack import MeasurementError, Probe, ProbeError, Run, measure
 from sinktrack.callbacks.huggingface import SinkTrackCallback
 from sinktrack.callbacks.loop import SinkTracker
+from sinktrack.callbacks.options import OptionArguments, Options
 
 PROBE = Probe.random(models.VOCABULARY, sequences=4, length=16, seed=5)
 
@@ -209,6 +213,84 @@ def test_a_hand_written_loop(tmp_path: Path) -> None:
     tracker = SinkTracker(PROBE, tmp_path, every=10, on_error="raise")
     assert_identical(train(None), train(tracker))
     assert Run.read(tmp_path).steps == [10, 20, 30, 40, 50]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        ({"every": "100"}, TypeError, "every='100' is of type str: wanted a whole number"),
+        ({"every": 2.0}, TypeError, "every=2.0 is of type float"),
+        ({"every": True}, TypeError, "every=True is of type bool"),
+        ({"every": None}, TypeError, "every=None is of type NoneType"),
+        ({"every": 0}, ValueError, "every=0: the interval is at least one step"),
+        ({"on_error": "rais"}, ValueError, "on_error='rais': wanted 'warn' or 'raise'"),
+        ({"on_error": None}, ValueError, "on_error=None"),
+        ({"early": "yes"}, TypeError, "early='yes': wanted True or False"),
+        ({"probe_batch_size": -1}, ValueError, "probe_batch_size=-1"),
+        ({"probe_batch_size": 0}, ValueError, "probe_batch_size=0"),
+        ({"probe_batch_size": "8"}, TypeError, "probe_batch_size='8' is of type str"),
+        ({"causal_every": 0}, ValueError, "causal_every=0: the interval is at least one probe"),
+        ({"causal_every": 1.5}, TypeError, "causal_every=1.5"),
+        ({"evry": 1}, TypeError, "evry"),
+        ({"probe": PROBE.tokens}, TypeError, "probe is of type Tensor: wanted a Probe"),
+        ({"probe": None}, TypeError, "probe is of type NoneType"),
+        ({"run": 3}, TypeError, "run is of type int: wanted the path"),
+        ({"run": None}, TypeError, "run is of type NoneType"),
+    ],
+)
+def test_wrong_options_are_refused_where_the_callback_is_made(
+    tmp_path: Path, wrong: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    given = {"probe": PROBE, "run": tmp_path / "run"} | wrong
+    with pytest.raises(error, match=re.escape(said)):
+        SinkTracker(**given)
+    if wrong != {"run": None}:
+        with pytest.raises(error, match=re.escape(said)):
+            SinkTrackCallback(**given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_are_what_the_keyword_arguments_are() -> None:
+    fields = {field.name: field.type for field in dataclasses.fields(Options)}
+    assert fields.pop("every") == "int"
+    assert fields == {
+        name: kind.__forward_arg__ for name, kind in OptionArguments.__annotations__.items()
+    }
+    options = Options(every=np.int64(7), causal_every=np.int32(2))
+    assert (options.every, type(options.every), options.causal_every) == (7, int, 2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.every = 3  # type: ignore[misc]
+
+
+def test_a_path_of_a_probe_is_loaded(tmp_path: Path) -> None:
+    PROBE.save(tmp_path / "probe.safetensors")
+    for path in (tmp_path / "probe.safetensors", str(tmp_path / "probe.safetensors")):
+        assert SinkTracker(path, tmp_path / "run").probe == PROBE
+    with pytest.raises(ProbeError, match="no probe file"):
+        SinkTracker(tmp_path / "nothing", tmp_path / "run")
+
+
+def test_the_run_lies_below_the_trainers_directory_and_the_end_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "sinktrack"):
+        run_trainer(
+            models.llama(), tmp_path / "out", [SinkTrackCallback(PROBE, every=2)], max_steps=4
+        )
+    run = Run.read(tmp_path / "out" / "sinktrack")
+    assert run.steps == [0, 2, 4]
+    assert warnings(caplog)[-1] == f"3 records written to {run.directory}, 0 probes failed"
+
+
+def test_the_end_tells_of_failed_probes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, tracker = models.llama(), SinkTracker(PROBE, tmp_path / "run", every=1)
+    tracker.step(0, model)
+    model.model.norm.weight.data.fill_(float("nan"))
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(float("nan"))
+    for step in (1, 2):
+        tracker.step(step, model)
+    tracker.finish()
+    assert warnings(caplog)[-1] == f"1 records written to {tmp_path / 'run'}, 2 probes failed"
 
 
 def test_a_failing_probe_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,14 +7,16 @@ mean attention to P0, query 0 included, exceeds a threshold.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from sinktrack.attention import Attended
 from sinktrack.errors import MeasurementError
+from sinktrack.lazy import torch
 from sinktrack.metrics.base import Field, Held, Kept, Metric, Seen, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sinktrack.attention import Attended
 
 EPSILON = 0.3
 """Attention to P0 from which a head, or a block's mean, counts as a sink (Gu et al. 2025)."""
@@ -116,6 +118,15 @@ def alphas(visible: Tensor, p0: Tensor, own: Tensor) -> Tensor:
     """
     count = visible.double()[..., None]
     return (p0.double() * count + own.double()) / (count + 1)
+
+
+def uniform(queries: int) -> float:
+    """Attention to P0 of a head that looks at all earlier positions alike.
+
+    Args:
+        queries: how many see P0, from query 1 on: the mean over them of ``1 / (i + 1)``.
+    """
+    return sum(1 / (i + 1) for i in range(1, queries + 1)) / queries
 
 
 def rate(alpha: Tensor, eps: float) -> float:

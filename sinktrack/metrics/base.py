@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from sinktrack.errors import MeasurementError
+from sinktrack.lazy import torch
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sinktrack.attention import Attended
     from sinktrack.collect import Collector
     from sinktrack.events import Write
@@ -95,7 +95,7 @@ class Held:
 WHOLE = Held()
 """Where one process holds the whole sequence."""
 
-Kept = dict[str, Tensor | None]
+Kept: TypeAlias = "dict[str, Tensor | None]"
 """States of one batch by name; None for what is not here."""
 
 

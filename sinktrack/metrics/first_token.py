@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from sinktrack.lazy import torch
 from sinktrack.metrics.base import Field, Metric, Row, Seen
 from sinktrack.metrics.state import consistency
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUANTILES = (5, 50, 95)
 LIKE_P0 = 0.5

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from sinktrack.lazy import torch
 from sinktrack.metrics.base import Field, Metric, Seen, Unmeasured, number
 from sinktrack.metrics.bootstrap import interval, weights
 from sinktrack.metrics.phases import Phase, component_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHARE_TOLERANCE = 1e-3
 READ = 0.01

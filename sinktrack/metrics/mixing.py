@@ -7,13 +7,14 @@ The source (arXiv 2603.06591) takes the expected squared norm of an attention ou
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from sinktrack.attention import Attended
-from sinktrack.events import Write
+from sinktrack.lazy import torch
 from sinktrack.metrics.base import Field, Held, Kept, Metric, Seen, State, Unmeasured, median, norms
+
+if TYPE_CHECKING:
+    from sinktrack.attention import Attended
+    from sinktrack.events import Write
 
 
 class Mixing(Metric):

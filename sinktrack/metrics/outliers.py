@@ -7,12 +7,13 @@ times the median.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
+from sinktrack.lazy import torch
 from sinktrack.metrics.base import Field, Held, Kept, Metric, Row, Seen, State, median
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _CHANNELS = 3
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from sinktrack.lazy import torch
 from sinktrack.metrics.attention import EPSILON
 from sinktrack.metrics.base import Field, Metric, Row, Seen, number
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 GOES_ON = EPSILON / 2
 """Concentration with which a phase that began goes on."""

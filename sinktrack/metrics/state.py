@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor
-
+from sinktrack.lazy import torch
 from sinktrack.metrics.base import Field, Held, Kept, Metric, Seen, State, median, norms
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RIVAL = 0.5
 """Of the sequence's P0 norm, from which another position's norm is a rival's."""

@@ -6,12 +6,13 @@ Guo et al. 2024 (arXiv 2410.13835) name heads whose sink has a small value dorma
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
-from sinktrack.attention import Attended
+from sinktrack.lazy import torch
 from sinktrack.metrics.base import Field, Kept, Metric, Seen, State, median, norms
+
+if TYPE_CHECKING:
+    from sinktrack.attention import Attended
 
 
 class Values(Metric):

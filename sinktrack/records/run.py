@@ -12,16 +12,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from sinktrack import atomic, text
 from sinktrack.errors import RecordError, require
 from sinktrack.metrics import FIELDS
-from sinktrack.probe import Probe
 from sinktrack.records import locks
+
+if TYPE_CHECKING:
+    from sinktrack.probe import Probe
 
 _log = logging.getLogger("sinktrack")
 _unlocked: set[Path] = set()
@@ -45,12 +44,27 @@ def versions(*more: str) -> dict[str, str]:
 class Run:
     """A run directory: ``records.jsonl``, ``run.json`` and ``probe.safetensors``."""
 
-    def __init__(self, directory: Path, probe: Probe | None) -> None:
-        self.directory, self.probe = directory, probe
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._probe: Probe | None = None
         self._file = directory / "records.jsonl"
         self._seen: tuple[int, ...] = ()
         self._told = False
         self._written: list[dict[str, Any]] = []
+
+    @property
+    def probe(self) -> Probe | None:
+        """The run's fixed batch; read when it is first asked for, as a probe needs torch.
+
+        Raises:
+            ProbeError: its file is damaged.
+        """
+        path = self.directory / "probe.safetensors"
+        if self._probe is None and path.exists():
+            from sinktrack.probe import Probe
+
+            self._probe = Probe.load(path)
+        return self._probe
 
     @classmethod
     def open(cls, directory: str | Path, probe: Probe | None = None) -> Run:
@@ -62,10 +76,10 @@ class Run:
         directory = Path(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            run = cls(directory, _probe(directory))
+            run = cls(directory)
             run._check_schema()
             if probe is not None:
-                run._adopt(probe)
+                run.adopt(probe)
             run._try_to_append()
             if not (directory / "run.json").exists():
                 run._describe()
@@ -85,7 +99,7 @@ class Run:
         directory = Path(directory)
         if not any((directory / name).exists() for name in ("run.json", "records.jsonl")):
             raise RecordError(f"{directory} is not a run directory (no run.json, no records.jsonl)")
-        run = cls(directory, _probe(directory))
+        run = cls(directory)
         run._check_schema()
         return run
 
@@ -306,7 +320,13 @@ class Run:
             found.append(record)
         return found
 
-    def _adopt(self, probe: Probe) -> None:
+    def adopt(self, probe: Probe) -> None:
+        """Take a probe, where the run has none yet.
+
+        Raises:
+            RecordError: the run holds another probe.
+            ProbeError, OSError: it cannot be written.
+        """
         if self.probe == probe:
             return
         path = self.directory / "probe.safetensors"
@@ -322,7 +342,7 @@ class Run:
                 f"another run directory, or remove {path}: no record was made with it yet"
             )
         probe.save(path)
-        self.probe = probe
+        self._probe = probe
         self._describe()
 
     def _describe(self) -> None:
@@ -358,7 +378,7 @@ def to_json(value: Any, name: str = "record") -> Any:
     """
     if isinstance(value, Mapping):
         return {str(key): to_json(item, str(key)) for key, item in value.items()}
-    if isinstance(value, Tensor | np.ndarray | np.generic):
+    if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, list | tuple):
         return [to_json(item, name) for item in value]
@@ -370,11 +390,6 @@ def to_json(value: Any, name: str = "record") -> Any:
         if math.isinf(value):
             raise RecordError(f"{name} is infinite; nothing was recorded")
     return value
-
-
-def _probe(directory: Path) -> Probe | None:
-    path = directory / "probe.safetensors"
-    return Probe.load(path) if path.exists() else None
 
 
 def _version(status: os.stat_result) -> tuple[int, ...]:

@@ -6,12 +6,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, tee
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from sinktrack.archive.discover import discover
+from sinktrack.archive.discover import discover, in_order
 from sinktrack.archive.follow import looks
 from sinktrack.archive.names import Pattern
 from sinktrack.archive.source import Checkpoint, Source, open
@@ -80,37 +81,102 @@ def scan(
     """
     if causal and blocks is not None:
         raise ValueError("causal tests need all blocks; leave out blocks or causal")
-    _check(device, engine)
+    check_device(device, engine)
     if not isinstance(run, Run):
         run = Run.open(run, probe)
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
     job = Job(run.probe, device, batch_size, blocks, causal, dtype)
-    if pattern is not None:
-        Pattern(pattern)  # wrong use is said at once, also where a scan waits
-    find = partial(discover, archive, pattern, hf_config)
+    checkpoints = Checkpoints([archive], pattern, hf_config, follow)
     failed = []
-    with run.claimed():
-        looked = looks(archive, find, follow) if follow is not None else iter([find()])
-        rounds = (job.lacking(found, run) for found in looked)
-        for checkpoint, outcome in _outcomes(rounds, job, engine, workers):
-            if isinstance(outcome, dict):
-                run.append(outcome)
-                for steps in twins.equal_weights(run.records):
-                    if outcome["step"] in steps:
-                        _log.warning("%s", twins.told(steps))
-            else:
-                failed.append(f"{checkpoint.name}: {outcome}")
-            if notify is not None:
-                notify(checkpoint, outcome)
-            if isinstance(outcome, dict):
-                yield outcome
-    if failed and notify is None:
+
+    def told(checkpoint: Checkpoint, outcome: Outcome) -> None:
+        if isinstance(outcome, SinktrackError):
+            failed.append(f"{checkpoint.name}: {outcome}")
+
+    yield from Scan(checkpoints, run, job, engine, workers).records(notify or told)
+    if failed:
         raise ArchiveError(f"{len(failed)} checkpoints failed\n" + "\n".join(failed))
 
 
-def _check(device: str, engine: Engine | None) -> None:
-    """Refuse a device that is not here; a Ray cluster's are elsewhere."""
+class Checkpoints:
+    """The checkpoints of archives, looked for once; or, to follow one, again and again.
+
+    Args:
+        archives: as `scan`'s; several together must not hold a step twice.
+        pattern: see `discover`.
+        hf_config: see `discover`.
+        follow: look every so many seconds, without end, at one archive.
+
+    Raises:
+        ArchiveError: as of `discover`, but for what is to be followed: that may come.
+    """
+
+    def __init__(
+        self,
+        archives: Sequence[str | Path],
+        pattern: str | None = None,
+        hf_config: str | Path | None = None,
+        follow: float | None = None,
+    ) -> None:
+        if pattern is not None:
+            Pattern(pattern)  # wrong use is said at once, also where a scan waits
+        find = [partial(discover, archive, pattern, hf_config) for archive in archives]
+        self.by_archive: list[list[Checkpoint]] = []
+        """What is there now, in the order of the archives; empty where one is followed."""
+        if follow is None:
+            self.by_archive = [one() for one in find]
+        self.found = in_order(chain.from_iterable(self.by_archive))
+        """The same by step."""
+        self.rounds: Iterator[list[Checkpoint]] = iter([self.found])
+        """Of each look, what to measure if it is not in the run."""
+        if follow is not None:
+            self.rounds = looks(archives[0], find[0], follow)
+
+    def examples(self) -> Iterator[Checkpoint]:
+        """Of `rounds`, what comes first; it still stands there afterwards."""
+        ahead, self.rounds = tee(self.rounds)
+        return chain.from_iterable(ahead)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A scan that is set up."""
+
+    checkpoints: Checkpoints
+    run: Run
+    job: Job
+    engine: Engine | None = None
+    workers: int | None = None
+
+    def records(self, notify: Notify) -> Iterator[dict[str, Any]]:
+        """Measure what the run does not hold yet; records as they are written.
+
+        Args:
+            notify: called after each checkpoint with its record or its error.
+
+        Raises:
+            RecordError: the run directory cannot be written, or is being scanned.
+        """
+        with self.run.claimed():
+            rounds = (self.job.lacking(found, self.run) for found in self.checkpoints.rounds)
+            for checkpoint, outcome in _outcomes(rounds, self.job, self.engine, self.workers):
+                if isinstance(outcome, dict):
+                    self.run.append(outcome)
+                    for steps in twins.equal_weights(self.run.records):
+                        if outcome["step"] in steps:
+                            _log.warning("%s", twins.told(steps))
+                notify(checkpoint, outcome)
+                if isinstance(outcome, dict):
+                    yield outcome
+
+
+def check_device(device: str, engine: Engine | None = None) -> None:
+    """Refuse a device that is not here; a Ray cluster's are elsewhere.
+
+    Raises:
+        MeasurementError: there is no such device.
+    """
     try:
         found = torch.device(device)
     except RuntimeError as error:

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from sinktrack import text
 from sinktrack.errors import RecordError
 from sinktrack.signal import robust
+from sinktrack.signal.quantiles import ranks
 from sinktrack.signal.robust import Curve, Interval
 from sinktrack.signal.stages import MATERIAL
 
@@ -183,7 +183,7 @@ def relate(steps: Sequence[int], rates: Sequence[float], losses: Losses) -> Rela
     loss = np.interp(x, known, [losses[step] for step in known])
     if np.ptp(rate) == 0 or np.ptp(loss) == 0:
         return "loss: the sink rate or the loss is the same at every record"
-    plain = (stats.rankdata(rate), stats.rankdata(loss))
+    plain = (ranks(rate), ranks(loss))
     rest = (_beyond_step(x[1:], np.diff(rate)), _beyond_step(x[1:], np.diff(loss)))
     beyond = _correlation(*rest)
     return Relation(
@@ -202,9 +202,9 @@ def _beyond_step(x: Curve, y: Curve) -> Curve:
     logs = np.log1p(x - x[0])
     logs = 2 * logs / logs[-1] - 1
     terms = np.stack([place**power for power in range(4)] + [logs**power for power in (1, 2, 3)])
-    ranks = stats.rankdata(y)
-    fitted, *_ = np.linalg.lstsq(terms.T, ranks, rcond=None)
-    return np.asarray(ranks - terms.T @ fitted)
+    ranked = ranks(y)
+    fitted, *_ = np.linalg.lstsq(terms.T, ranked, rcond=None)
+    return np.asarray(ranked - terms.T @ fitted)
 
 
 def _correlation(one: Curve, other: Curve) -> Interval:
@@ -236,7 +236,7 @@ def _lead(x: Curve, rate: Curve, loss: Curve) -> Lead | None:
 
     Changes, not levels: two smooth curves fit each other at some shift whatever they are.
     """
-    one, other = stats.rankdata(np.diff(rate)), stats.rankdata(np.diff(loss))
+    one, other = ranks(np.diff(rate)), ranks(np.diff(loss))
     most = len(one) // 5
     shifts = np.arange(-most, most + 1)
     inner = np.arange(most, len(one) - most)

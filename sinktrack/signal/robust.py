@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
-Curve = NDArray[np.float64]
+from sinktrack.signal.quantiles import Curve as Curve
+from sinktrack.signal.quantiles import student_t, theil_sen
 
 SURE = 0.95
 _LAGS = (1, 2, 4)
@@ -66,7 +66,7 @@ def change(x: Curve, y: Curve) -> Interval:
     """
     x, y = _binned(x), _binned(y)
     span = x[-1] - x[0]
-    slope, _, low, high = stats.theilslopes(y, x, alpha=SURE)
+    slope, low, high = theil_sen(x, y, SURE)
     wide = _widening(y - slope * x)
     return Interval(
         float(slope * span),
@@ -135,7 +135,7 @@ def leaves_floor(x: Curve, y: Curve, deviation: Curve) -> Interval:
     least, exact = errors.min(), 1e-12 * float(off @ off)
     wide = _widening(off - fits[errors.argmin()]) ** 2 if least > exact else 1.0
     scale = max(_LEAST_SCALE, least / free)
-    good = np.nonzero(errors <= least + scale * wide * stats.f.ppf(SURE, 1, free) + exact)[0]
+    good = np.nonzero(errors <= least + scale * wide * _t(free) ** 2 + exact)[0]
     ends = np.append(starts[1:], x[-1])
     middle = starts[errors <= least + exact]
     return Interval(float(middle.mean()), float(starts[max(0, good[0] - 1)]), float(ends[good[-1]]))
@@ -155,7 +155,7 @@ def steps_down(x: Curve, y: Curve, probe: float) -> tuple[Interval, Interval]:
     cuts = np.arange(2, len(y) - 1)
     errors = np.array([y[:cut].var() * cut + y[cut:].var() * (len(y) - cut) for cut in cuts])
     free = max(1, len(y) - 3)
-    good = cuts[errors <= errors.min() * (1 + stats.f.ppf(SURE, 1, free) / free) + 1e-15]
+    good = cuts[errors <= errors.min() * (1 + _t(free) ** 2 / free) + 1e-15]
     cut = int(cuts[errors.argmin()])
     before, after = y[:cut], y[cut:]
     residual = np.concatenate([before - before.mean(), after - after.mean()])
@@ -173,7 +173,7 @@ def beyond_noise(looks: int, records: int) -> float:
         looks: comparisons made over the run.
         records: from which the noise was estimated.
     """
-    return float(stats.t.isf((1 - SURE) / (2 * max(1, looks)), max(2, records // 2)))
+    return student_t((1 - SURE) / (2 * max(1, looks)), max(2, records // 2))
 
 
 def _less_floor(values: Curve, weight: Curve) -> Curve:
@@ -202,7 +202,7 @@ def _rising_fits(
 
 
 def _t(free: int) -> float:
-    return float(stats.t.isf((1 - SURE) / 2, max(1, free)))
+    return student_t((1 - SURE) / 2, max(1, free))
 
 
 def _binned(values: Curve) -> Curve:

@@ -11,9 +11,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from sinktrack.attention import uniform
 from sinktrack.errors import RecordError
-from sinktrack.metrics.attention import EPSILON
+from sinktrack.metrics.attention import EPSILON, uniform
 from sinktrack.records.twins import equal_weights, told
 from sinktrack.signal import Analysis
 

@@ -1,0 +1,55 @@
+"""The commands, in the groups in which ``--help`` shows them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sinktrack.cli import demo, export, probe, publish, report, scan, show
+
+_EXIT_CODES = "Exit codes: 0 done, 1 some checkpoints failed, 2 wrong use, 130 interrupted."
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    epilog=_EXIT_CODES,
+    rich_markup_mode="rich",
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from sinktrack import __version__
+
+        print(f"sinktrack {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, metavar="", help="Of sinktrack."
+        ),
+    ] = False,
+) -> None:
+    """Follow the attention sink at position zero through pretraining."""
+
+
+_MEASURE, _LOOK = "Measure", "Look at a run"
+for _name, _module, _group, _example in (
+    ("demo", demo, _MEASURE, "sinktrack demo --out demo"),
+    ("probe", probe, _MEASURE, "sinktrack probe probe.safetensors --vocab-size 50304"),
+    ("scan", scan, _MEASURE, "sinktrack scan checkpoints --run runs/one --workers 2"),
+    ("show", show, _LOOK, "sinktrack show runs/one"),
+    ("report", report, _LOOK, "sinktrack report runs/one runs/two --out report.html"),
+    ("export", export, _LOOK, "sinktrack export runs/one --format parquet"),
+    ("publish", publish, _LOOK, "sinktrack publish runs/one --to wandb --project pretraining"),
+):
+    app.command(
+        _name,
+        rich_help_panel=_group,
+        epilog=f"Example: {_example}",
+    )(_module.command)

@@ -1,0 +1,21 @@
+"""``sinktrack demo``: the circuit forming in a tiny model, from training to report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sinktrack.cli.common import OUT
+
+
+def command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write everything.")] = Path(
+        "demo"
+    ),
+) -> None:
+    """Train a tiny MoE, watch its sink form, scan its checkpoints and draw the report."""
+    from sinktrack.demo import run_demo
+
+    run_demo(out, OUT)

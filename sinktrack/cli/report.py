@@ -1,0 +1,55 @@
+"""``sinktrack report``: runs in one HTML file, or served while they go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sinktrack.cli.common import ERR
+
+
+def command(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML file.")] = Path("report.html"),
+    loss: Annotated[
+        list[Path] | None,
+        typer.Option(help="trainer_state.json, or a CSV of step and loss; one for each run."),
+    ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Serve it to this machine while the runs go on.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --live; 0 takes a free one.")] = 0,
+) -> None:
+    """One HTML file with the curves of one run or several; it opens without a network."""
+    from sinktrack.records.run import Run
+    from sinktrack.signal.loss import read_losses
+    from sinktrack.views.report import write_report
+
+    opened = {name: Run.read(path) for name, path in _named(runs).items()}
+    if loss and len(loss) != len(opened):
+        raise typer.BadParameter(f"--loss {len(loss)} times for {len(opened)} runs")
+    losses = dict(zip(opened, map(read_losses, loss or []), strict=False))
+    if len({record["probe"] for one in opened.values() for record in one.records[-1:]}) > 1:
+        ERR.print("these runs were measured with different probes; do not compare their numbers")
+    if live:
+        from sinktrack.views.report.live import server
+
+        with server(opened, port, losses) as serving:
+            ERR.print(f"http://127.0.0.1:{serving.server_port}/  (Ctrl-C ends it)", markup=False)
+            serving.serve_forever()
+    write_report({name: run.written for name, run in opened.items()}, out, losses)
+    ERR.print(f"wrote {out}", markup=False)
+
+
+def _named(runs: list[Path]) -> dict[str, Path]:
+    """The runs by the shortest end of their paths that tells them apart."""
+    from sinktrack.text import printable
+
+    paths = [run.absolute() for run in dict.fromkeys(runs)]
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = [printable("/".join(path.parts[-depth:])) for path in paths]
+        if len(set(names)) == len(paths):
+            break
+    return dict(zip(names, paths, strict=True))

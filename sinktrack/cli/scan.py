@@ -1,0 +1,194 @@
+"""``sinktrack scan``: an archive of checkpoints into a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from sinktrack.cli.common import ERR, AsJson
+from sinktrack.errors import ArchiveError, SinktrackError, require
+
+if TYPE_CHECKING:
+    from sinktrack.archive.source import Checkpoint
+
+
+def command(
+    archives: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ARCHIVE...",
+            help="Directories of checkpoints, or URLs of them: s3, gs, az, hf, https.",
+        ),
+    ],
+    run: Annotated[Path, typer.Option(help="The run directory that takes the records.")],
+    probe: Annotated[
+        Path | None,
+        typer.Option(help="A probe file; by default the run's own, else one is made."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
+    blocks: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="Measure the first K blocks only.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences at a time; by default the whole probe.")
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="What to compute in; by default what the weights are stored in."),
+    ] = None,
+    hf_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Where the model's config.json is, if not in the checkpoints."
+        ),
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="Whole paths of checkpoints below the archive, with a group (?P<step>[0-9]+) and "
+            "maybe (?P<tokens>[0-9.]+[KMBT]?).",
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"] | None,
+        typer.Option(help="Worker processes here, or tasks of a Ray cluster."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="How many; by default what cores and memory allow.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Wait for new checkpoints until interrupted.")
+    ] = False,
+    poll: Annotated[float, typer.Option(min=0, help="Seconds between looks of --follow.")] = 30,
+    causal: Annotated[
+        bool, typer.Option("--causal", help="Run the causal tests too; tens of passes each.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure every checkpoint that the run does not hold yet."""
+    from sinktrack.records.run import Run
+    from sinktrack.scan import (
+        Checkpoints,
+        Job,
+        NoExample,
+        Scan,
+        check_device,
+        choose_probe,
+        renamed,
+    )
+
+    if causal and blocks is not None:
+        raise typer.BadParameter("the causal tests need all blocks: give --causal or --blocks")
+    check_device(device, engine)
+    _quiet()
+    if follow and len(archives) > 1:
+        raise ArchiveError("--follow takes one archive; start a scan for each")
+    checkpoints = Checkpoints(archives, pattern, hf_config, poll if follow else None)
+    for found in checkpoints.by_archive:
+        if [checkpoint.step for checkpoint in found] == [0] and found[0].reason is None:
+            ERR.print(f"{found[0].name} is recorded as step 0", markup=False)
+    if follow:
+        there = "://" in archives[0] or Path(archives[0]).is_dir()
+        said = f"following {archives[0]}, {'' if there else 'which is not there yet, '}"
+        ERR.print(f"{said}a look every {poll:g} s (Ctrl-C ends it)", markup=False)
+
+    opened = Run.open(run)
+    try:
+        batch, note = choose_probe(checkpoints.examples(), opened, probe)
+    except NoExample as error:
+        told = _Told(as_json=as_json, follow=follow, total=len(error.failures))
+        for checkpoint, failure in error.failures:
+            told(checkpoint, failure)
+        told.summary(0, run)
+        raise typer.Exit(1) from error
+    if note:
+        ERR.print(note, markup=False)
+    opened.adopt(batch)
+    job = Job(batch, device, batch_size, blocks, causal, dtype)
+    todo = len(job.lacking(checkpoints.found, opened))
+    recorded = len(checkpoints.found) - todo
+    if others := renamed(checkpoints.found, opened):
+        ERR.print(
+            f"recorded already, from others than are here: {', '.join(others)}; if these are "
+            "of another training, use another run directory",
+            markup=False,
+        )
+    told = _Told(as_json=as_json, follow=follow, total=todo)
+    try:
+        with told.progress:
+            for _ in Scan(checkpoints, opened, job, engine, workers).records(told):
+                pass
+    except KeyboardInterrupt:
+        told.summary(recorded, run)
+        if (left := todo - told.measured - told.failed) > 0:
+            ERR.print(f"interrupted, {left} left: the same command goes on with them")
+        raise
+    told.summary(recorded, run)
+    raise typer.Exit(1 if told.failed else 0)
+
+
+class _Told:
+    """What a scan says while it works."""
+
+    def __init__(self, as_json: bool, follow: bool, total: int) -> None:
+        self.measured = self.failed = 0
+        self._as_json, self._follow = as_json, follow
+        self._partial, self._failure = False, ""
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=ERR,
+            disable=follow or not sys.stderr.isatty(),
+        )
+        self._task = self.progress.add_task("scan", total=total)
+
+    def __call__(self, checkpoint: Checkpoint, outcome: dict[str, Any] | SinktrackError) -> None:
+        if isinstance(outcome, SinktrackError):
+            self.failed += 1
+            reason = "for the same reason" if str(outcome) == self._failure else str(outcome)
+            self._failure = str(outcome)
+            ERR.print(f"failed: {checkpoint.name}: {reason}", markup=False)
+        else:
+            self.measured += 1
+            if self._follow:
+                ERR.print(f"measured: {checkpoint.name}", markup=False)
+            if "measured_blocks" in outcome and not self._partial:
+                self._partial = True
+                ERR.print(
+                    f"the first {outcome['measured_blocks']} blocks only: leaves out sink rate, "
+                    "peak block, first-two gain and the digest of the weights, and the circuit "
+                    "where no sink forms in them"
+                )
+            if self._as_json:
+                print(json.dumps(outcome), flush=True)
+        self.progress.update(self._task, advance=1, description=checkpoint.name)
+
+    def summary(self, recorded: int, run: Path) -> None:
+        ERR.print(
+            f"{self.measured} measured, {recorded} already recorded, {self.failed} failed -> {run}",
+            markup=False,
+        )
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars out of ours."""
+    logging = require("transformers.utils.logging", "hf")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
