@@ -51,7 +51,7 @@ bench: $(VENV)-test/ready  ## time and memory of a probe
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/pip install -q -c constraints.txt -e '.[report]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[demo]'
 	touch $@
 
 $(VENV)-test/ready: pyproject.toml constraints.txt

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sinktrack.collect import Collector
-from sinktrack.errors import MeasurementError
+from sinktrack.errors import MeasurementError, require
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.metrics import ALONE, METRICS
 from sinktrack.models.guard import out_of_memory, undisturbed, untouched
@@ -57,6 +57,7 @@ def measure(
         return measure_chunks(model, probe, batch_size)
     if not isinstance(model, list) and is_apart(model):
         return _measure_apart(model, probe, batch_size)
+    require("transformers", "hf")
     from sinktrack.models.huggingface import watch
 
     passes = _Passes(probe, batch_size)
@@ -76,6 +77,7 @@ def measure(
 
 def _measure_apart(model: nn.Module, probe: Probe, batch_size: int | None) -> Measurement:
     """Measure a model that no process holds whole; every process calls."""
+    require("transformers", "hf")
     from sinktrack.models.blockwise import CannotWalk
     from sinktrack.models.gathered import Gathered, together
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,9 @@ from torch import Tensor
 from sinktrack import atomic
 from sinktrack.errors import ProbeError
 
+_log = logging.getLogger("sinktrack")
+MOST_TEXTS = 256
+"""Sequences that a probe takes from texts where nobody says how many."""
 _PADDING = 4
 """As many padding tokens at the start of a row are no text, and no chance either."""
 
@@ -79,31 +83,57 @@ class Probe:
         return probe
 
     @classmethod
-    def from_texts(cls, tokenizer: Any, texts: Sequence[str], length: int = 64) -> Probe:
+    def from_texts(
+        cls,
+        tokenizer: Any,
+        texts: Sequence[str],
+        length: int = 64,
+        sequences: int | None = None,
+    ) -> Probe:
         """From texts cut to ``length`` tokens; shorter ones are left out.
 
         Args:
-            tokenizer: of transformers; special tokens are added as it does by itself.
+            tokenizer: of transformers, a ``tokenizers.Tokenizer``, or an encoding of tiktoken;
+                special tokens are added as it does by itself (tiktoken adds none).
             texts: one sequence each.
             length: T.
+            sequences: B, at most: the first that are long enough are taken. By default 256, and
+                the log says how many texts that leaves out.
 
         Raises:
             ProbeError: no text is long enough, or one is no text: not a string, half of a character
-                (a lone surrogate), or begun by a byte order mark, which would be P0.
+                (a lone surrogate), or begun by a byte order mark, which would be P0; or the
+                tokenizer is none.
         """
         if isinstance(texts, str | bytes):
             raise ProbeError("texts is one string; give a list of strings")
+        if sequences is not None and sequences < 1:
+            raise ProbeError(f"sequences={sequences}: a probe has at least one")
         texts = list(texts)
         for number, text in enumerate(texts):
             _refuse_no_text(number, text)
-        rows = [tokenizer(text)["input_ids"] for text in texts]
-        kept = [row[:length] for row in rows if len(row) >= length]
+        encode = _encoder(tokenizer)
+        most = sequences or MOST_TEXTS
+        kept: list[Any] = []
+        longest = left = 0
+        for number, text in enumerate(texts, 1):
+            row = encode(text)
+            longest = max(longest, len(row))
+            if len(row) >= length:
+                kept.append(row[:length])
+            if len(kept) == most:
+                left = len(texts) - number
+                break
         if not kept:
-            longest = max(map(len, rows), default=0)
             raise ProbeError(
-                f"none of {len(rows)} texts has {length} tokens (the longest has {longest}); give "
+                f"none of {len(texts)} texts has {length} tokens (the longest has {longest}); give "
                 "longer texts or a smaller length"
             )
+        if sequences is None and left:
+            _log.warning(
+                "the probe has the first %d texts of %d tokens or more; %s later ones are left "
+                "out: give sequences= for another number", most, length, f"{left:,}",
+            )  # fmt: skip
         return cls.from_tokens(kept)
 
     @classmethod
@@ -273,6 +303,30 @@ class Probe:
         packed = "" if self.documents is None else f" in {self.sequences} documents"
         rows = len(self.tokens)
         return f"Probe({rows} x {self.length} tokens{packed}, {self.digest[:12]})"
+
+
+def _encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
+    """What gives a text's token ids, without padding.
+
+    Raises:
+        ProbeError: it is no tokenizer that is known.
+    """
+    if hasattr(tokenizer, "encode_ordinary"):  # tiktoken: names of special tokens are plain text
+        ordinary: Callable[[str], Sequence[int]] = tokenizer.encode_ordinary
+        return ordinary
+    if callable(tokenizer):
+        return lambda text: tokenizer(text)["input_ids"]  # type: ignore[no-any-return]
+    if hasattr(tokenizer, "encode") and hasattr(tokenizer, "token_to_id"):
+
+        def encode(text: str) -> list[int]:
+            found = tokenizer.encode(text)
+            return [id for id, real in zip(found.ids, found.attention_mask, strict=True) if real]
+
+        return encode
+    raise ProbeError(
+        f"{type(tokenizer).__name__} is no tokenizer that is known; give one of transformers or "
+        "tokenizers, an encoding of tiktoken, or the ids to Probe.from_tokens"
+    )
 
 
 @contextmanager

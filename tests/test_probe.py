@@ -8,6 +8,7 @@ from typing import Any
 import models
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,6 +68,53 @@ def test_texts() -> None:
         Probe.from_texts(tokenizer, ["ab"], length=9)
     with pytest.raises(ProbeError, match="one string"):
         Probe.from_texts(tokenizer, "abc", length=2)
+
+
+def test_texts_through_a_fast_tokenizer_without_its_padding() -> None:
+    tokenizer = letters()
+    texts = ["abcabc", "ab", "cabcab"]
+    probe = Probe.from_texts(tokenizer, texts, length=4)
+    assert probe.tokens.tolist() == [[0, 1, 2, 0], [2, 0, 1, 2]]
+    for direction in ("left", "right"):
+        tokenizer.enable_padding(direction=direction, pad_id=3, length=9)
+        assert Probe.from_texts(tokenizer, texts, length=4) == probe
+
+
+def letters() -> Any:
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "b": 1, "c": 2, "?": 3}, unk_token="?")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    return tokenizer
+
+
+def test_texts_through_tiktoken() -> None:
+    tiktoken = pytest.importorskip("tiktoken")
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256}
+    encoding = tiktoken.Encoding(
+        "tiny", pat_str=r".+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 257}
+    )
+    probe = Probe.from_texts(encoding, ["abcab", "<|endoftext|>"], length=3)
+    assert probe.tokens.tolist() == [[256, 99, 256], [*b"<|e"]]
+
+
+def test_many_texts_make_no_more_sequences_than_asked(caplog: pytest.LogCaptureFixture) -> None:
+    texts = ["abc", *(["a"] * 3), *(["abcd"] * 20_000)]
+    probe = Probe.from_texts(letters(), texts, length=3)
+    assert probe.sequences == 256
+    (told,) = [entry.getMessage() for entry in caplog.records]
+    assert "the first 256 texts of 3 tokens or more; 19,745 later ones are left out" in told
+    caplog.clear()
+    assert Probe.from_texts(letters(), texts, length=3, sequences=300).sequences == 300
+    assert Probe.from_texts(letters(), texts[:100], length=3).sequences == 97
+    assert not caplog.records
+    with pytest.raises(ProbeError, match="sequences=0"):
+        Probe.from_texts(letters(), texts, sequences=0)
+
+
+def test_no_tokenizer_is_refused_by_its_type() -> None:
+    with pytest.raises(ProbeError, match="int is no tokenizer that is known"):
+        Probe.from_texts(3, ["abc"])
 
 
 def test_random_leaves_the_global_generator_alone() -> None:

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from sinktrack.cli import demo, export, probe, publish, report, scan, show
 
 _EXIT_CODES = "Exit codes: 0 done, 1 some checkpoints failed, 2 wrong use, 130 interrupted."
 
+
+class _Plain:
+    """Shows flags without a type in the help."""
+
+    def get_params(self, ctx: Any) -> Any:
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False) and param.metavar is None:
+                param.metavar = ""
+        return params
+
+
+class _Command(_Plain, TyperCommand):
+    pass
+
+
+class _Group(_Plain, TyperGroup):
+    pass
+
+
 app = typer.Typer(
+    cls=_Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     epilog=_EXIT_CODES,
@@ -30,9 +52,7 @@ def _version(asked: bool) -> None:
 def options(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_version, is_eager=True, metavar="", help="Of sinktrack."
-        ),
+        typer.Option("--version", callback=_version, is_eager=True, help="Of sinktrack."),
     ] = False,
 ) -> None:
     """Follow the attention sink at position zero through pretraining."""
@@ -50,6 +70,7 @@ for _name, _module, _group, _example in (
 ):
     app.command(
         _name,
+        cls=_Command,
         rich_help_panel=_group,
         epilog=f"Example: {_example}",
     )(_module.command)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sinktrack.cli.common import OUT
+from sinktrack.errors import require
 
 
 def command(
@@ -16,6 +17,8 @@ def command(
     ),
 ) -> None:
     """Train a tiny MoE, watch its sink form, scan its checkpoints and draw the report."""
+    for package in ("transformers", "accelerate", "plotly", "psutil", "yaml"):
+        require(package, "demo")
     from sinktrack.demo import run_demo
 
     run_demo(out, OUT)

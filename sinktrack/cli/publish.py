@@ -24,7 +24,8 @@ def command(
         typer.Option("--id", help="An existing W&B run; its own metrics stay as they are."),
     ] = None,
     workspace: Annotated[
-        bool, typer.Option("--workspace", help="Save a W&B workspace view of the curves, too.")
+        bool,
+        typer.Option("--workspace", help="Save a W&B workspace view of the curves, too."),
     ] = False,
 ) -> None:
     """Send a run's records to a dashboard; what is there already is not sent again."""

@@ -18,7 +18,8 @@ def command(
         typer.Option(help="trainer_state.json, or a CSV of step and loss; one for each run."),
     ] = None,
     live: Annotated[
-        bool, typer.Option("--live", help="Serve it to this machine while the runs go on.")
+        bool,
+        typer.Option("--live", help="Serve it to this machine while the runs go on."),
     ] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of --live; 0 takes a free one.")] = 0,
 ) -> None:

@@ -62,11 +62,13 @@ def command(
         int | None, typer.Option(min=1, help="How many; by default what cores and memory allow.")
     ] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Wait for new checkpoints until interrupted.")
+        bool,
+        typer.Option("--follow", help="Wait for new checkpoints until interrupted."),
     ] = False,
     poll: Annotated[float, typer.Option(min=0, help="Seconds between looks of --follow.")] = 30,
     causal: Annotated[
-        bool, typer.Option("--causal", help="Run the causal tests too; tens of passes each.")
+        bool,
+        typer.Option("--causal", help="Run the causal tests too; tens of passes each."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -189,6 +191,6 @@ class _Told:
 
 def _quiet() -> None:
     """Keep transformers' own bars out of ours."""
-    logging = require("transformers.utils.logging", "hf")
+    logging = require("transformers.utils.logging", "scan")
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -16,7 +16,7 @@ from sinktrack.archive.discover import discover, in_order
 from sinktrack.archive.follow import looks
 from sinktrack.archive.names import Pattern
 from sinktrack.archive.source import Checkpoint, Source, open
-from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, one_line
+from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, one_line, require
 from sinktrack.measure import measure, measure_streamed
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
@@ -119,6 +119,7 @@ class Checkpoints:
         hf_config: str | Path | None = None,
         follow: float | None = None,
     ) -> None:
+        require("transformers", "scan")  # reads configurations, tokenizers and layouts
         if pattern is not None:
             Pattern(pattern)  # wrong use is said at once, also where a scan waits
         find = [partial(discover, archive, pattern, hf_config) for archive in archives]

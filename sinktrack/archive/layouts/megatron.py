@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import yaml
 
 from sinktrack.archive import huggingface
 from sinktrack.archive.discover import checkpoint_at
@@ -24,7 +23,7 @@ from sinktrack.archive.layouts.pieces import PieceSource
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.storage import dcp, pickles
 from sinktrack.archive.storage.files import Files
-from sinktrack.errors import ArchiveError
+from sinktrack.errors import ArchiveError, require
 
 _LARGEST_COMMON_STATE = 64 * 2**20
 _COMMON_STATE = "common_state/shard_0_1"
@@ -165,6 +164,7 @@ def _arguments(files: Files) -> dict[str, Any]:
     """
     if files.exists("run_config.yaml"):
         path = files.path("run_config.yaml")
+        yaml = require("yaml", "scan")
         try:
             found = yaml.safe_load(files.whole("run_config.yaml", _LARGEST_YAML))
             return dict(found["model"])

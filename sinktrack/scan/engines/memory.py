@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import torch
 
 from sinktrack.archive.source import Checkpoint, open
-from sinktrack.errors import SinktrackError
+from sinktrack.errors import SinktrackError, require
 
+psutil = require("psutil", "scan")
 _PROCESS = 2**30
 """Bytes that a process takes beside the weights: torch, transformers, a probe's states."""
 _BLOCK = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
