@@ -26,8 +26,12 @@ from sinktrack.records.run import Run
 
 STEPS, EVERY = 800, 20
 FIELDS = (
-    "schema", "step", "tokens", "source", "probe", "model", "sink_rate", "concentration", "formed",
-    "reference_block", "first_two_share", "depth", "first_two_gain",
+    "schema", "step", "tokens", "source", "probe", "model", "sink_rate", "sink_rate_by_block",
+    "concentration", "formed", "reference_block", "sinks", "sink_heads", "first_sink_block",
+    "sink_sequences", "first_two_share", "depth", "first_two_gain",
+)  # fmt: skip
+PHASE = (
+    "first_block", "last_block", "mass", "peak_block", "step_up_block", "step_down_block",
 )  # fmt: skip
 
 INTERVALS = ("sink_rate", "first_two_share", "depth")
@@ -92,12 +96,21 @@ def run(setting: Setting, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with (out / "records.jsonl").open("w") as file:
         for record in records:
-            kept = {name: record[name] for name in FIELDS}
-            kept["intervals"] = {name: record["intervals"][name] for name in INTERVALS}
-            file.write(json.dumps(rounded(kept), separators=(",", ":")) + "\n")
+            file.write(json.dumps(kept(record), separators=(",", ":")) + "\n")
     with (out / "loss.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerows([("step", "loss"), *losses.rows])
+
+
+def kept(record: dict[str, Any], writers: int = 0) -> dict[str, Any]:
+    """The fields of a record that the signal reads, and so many writers of each phase."""
+    found = {name: record[name] for name in FIELDS}
+    found["sinks"] = [
+        {name: sink[name] for name in PHASE} | ({"writers": sink["writers"][:writers]} if writers
+        else {}) for sink in record["sinks"]
+    ]  # fmt: skip
+    found["intervals"] = {name: record["intervals"][name] for name in INTERVALS}
+    return rounded(found)
 
 
 def rounded(value: Any) -> Any:

@@ -86,7 +86,8 @@ class Rules:
         self.floor_records: Any = None
         self.left: Any = None
         self.settled: Any = None
-        self.began, self.lost, self.stage = 0, False, ""
+        self.began, self.lost = 0, False
+        self.stage: str | None = None
         self.standing: dict[str, float] = {}
 
     def curve(self, name: str, since: int) -> tuple[Any, Any]:
@@ -105,7 +106,7 @@ class Rules:
             inside.insert(0, inside[0] - 1)
         return inside[0]
 
-    def take(self, record: Record) -> tuple[str, dict[str, Any], list[Any] | None]:
+    def take(self, record: Record) -> tuple[str | None, dict[str, Any], list[Any] | None]:
         self.seen.append(record)
         last, fell = self.seen[-3:], None
         if self.left is None or self.lost:
@@ -121,6 +122,8 @@ class Rules:
         x, y = self.curve("sink_rate", self.began)
         if len(self.seen) == 3 and all(one["formed"] for one in last):
             self.left, self.floor, self.floor_records = 0, 0.0, 0
+        elif self.left is None and len(y) >= 4 and self.mostly_formed(last):
+            self.left, self.floor, self.floor_records = 0, 0.0, 0
         elif len(y) >= 4:
             before = y[:-3]
             limit = np.median(before) + max(0.05, 3 * robust.noise(x[:-3], before))
@@ -130,6 +133,11 @@ class Rules:
                 self.floor, self.floor_records = float(np.median(still)), len(still)
                 self.left, self.settled, self.lost = len(self.seen) - 3, None, False
                 self.standing = {}
+
+    def mostly_formed(self, last: list[Record]) -> bool:
+        """No floor: the last three, and more than half of those before."""
+        before = [bool(one["formed"]) for one in self.seen[:-3]]
+        return all(one["formed"] for one in last) and before.count(True) > before.count(False)
 
     def sink_falls(self, last: list[Record]) -> list[Any] | None:
         x, y = self.curve("sink_rate", self.left)
@@ -167,10 +175,10 @@ class Rules:
         self.standing[name] = size.value
         return [name, self.seen[-1]["step"], *place, *size, sigma, needed]
 
-    def judge(self) -> tuple[str, dict[str, Any]]:
+    def judge(self) -> tuple[str | None, dict[str, Any]]:
         rate = self.seen[-1]["sink_rate"]
         if self.left is None:
-            return "absent", {"sink_rate": rate}
+            return None if len(self.seen) < 4 else "absent", {"sink_rate": rate}
         rise = peak(self.curve("sink_rate", self.left)[1]) - self.floor
         change = {}
         for name in ("sink_rate", "first_two_share", "depth"):
@@ -261,7 +269,7 @@ def test_every_record_is_judged_by_the_rules(seed: int) -> None:
 
 def test_the_histories_hold_what_the_rules_name() -> None:
     found = [one for seed in range(32) for one in Stages.of(history(seed)).found]
-    names = {"absent", "emerging", "migrating", "settled", "displaced", "lost"}
+    names = {None, "absent", "emerging", "migrating", "settled", "displaced", "lost"}
     assert {one.stage for one in found} == names
     fell = {one.regression.quantity for one in found if one.regression is not None}
     assert fell == {"sink_rate", "first_two_share", "depth"}

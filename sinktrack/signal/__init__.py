@@ -1,16 +1,22 @@
 """From the records of a run to its signal: onset, stage, plateau, regression; a candidate."""
 
-from sinktrack.signal.analysis import Analysis, Migration, Plateau, alarm, analyze
+from sinktrack.signal.analysis import Analysis, FirstBlock, Migration, Plateau, alarm, analyze
+from sinktrack.signal.phases import Event
 from sinktrack.signal.robust import Interval
 from sinktrack.signal.stages import Regression, Stages
+from sinktrack.signal.timeline import Timeline, timeline
 
 __all__ = [
     "Analysis",
+    "Event",
+    "FirstBlock",
     "Interval",
     "Migration",
     "Plateau",
     "Regression",
     "Stages",
+    "Timeline",
     "alarm",
     "analyze",
+    "timeline",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,28 @@ import numpy as np
 from sinktrack.records.run import Run
 from sinktrack.signal import robust
 from sinktrack.signal.loss import Losses, Relation, read_losses, relate
+from sinktrack.signal.phases import Event, Span, main_of, spans
 from sinktrack.signal.robust import Interval
 from sinktrack.signal.stages import (
     ENOUGH,
     LASTING,
+    LEAST_MOVE,
     LEAST_RISE,
     MATERIAL,
     Found,
     Regression,
     Stages,
+    living,
 )
 
 SATURATED = (
-    "A settled rate says little about later progress: in the source paper an earlier sink went "
-    "with better scores at 20B tokens, and with none at 100B, where the rate was high already."
+    "A settled rate, a candidate sign and no more, says little about later progress: in the source "
+    "paper an earlier sink went with better scores at 20B tokens, and with none at 100B, where the "
+    "rate was high already."
 )
+UNSURE = "cannot be told yet"
+_TOLD = 8
+"""Events, and moves of the first sink block, that are told one by one."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,11 @@ class Plateau:
 
 @dataclass(frozen=True)
 class Migration:
-    """How a curve of the circuit moved since the onset, by Theil and Sen's slope."""
+    """How a curve of the circuit moved, by Theil and Sen's slope.
+
+    Since the onset, or since the set of sink phases last changed: across such a change share and
+    depth speak of different phases, and what happened is told by `Analysis.phases`.
+    """
 
     quantity: str
     """``first_two_share`` or ``depth``."""
@@ -52,6 +63,21 @@ class Migration:
     per_1000_steps: Interval
     per_doubling: Interval | None
     """Per doubling of the tokens; None where the records hold no counts that grow."""
+    change: Interval | None = None
+    """Over these records."""
+    since: int | None = None
+    """Step from which the set of phases is the same; None where that is the onset."""
+
+
+@dataclass(frozen=True)
+class FirstBlock:
+    """The first block with a sink head from a record on, until the next."""
+
+    step: int
+    tokens: int | None
+    block: int | None
+    """None where no head is a sink head."""
+
 
 
 @dataclass(frozen=True)
@@ -59,9 +85,9 @@ class Analysis:
     """The signal of a run. Every interval is one of 95 %."""
 
     steps: tuple[int, ...]
-    stages: tuple[str, ...]
+    stages: tuple[str | None, ...]
     """One per step, from the records up to it: ``absent``, ``emerging``, ``migrating``,
-    ``settled``, ``displaced`` or ``lost``."""
+    ``settled``, ``displaced`` or ``lost``; None where these are too few to tell."""
     because: tuple[dict[str, Any], ...]
     """The numbers that decided each stage."""
     onset: Interval | None
@@ -76,10 +102,20 @@ class Analysis:
     """Steps whose records were left behind by a restart from an older checkpoint."""
     loss: Relation | None
     """How the rate stands to the loss; None without one."""
+    phases: tuple[Event, ...] = ()
+    """What happened to the sink phases: birth, growth, loss, change of the main one."""
+    first_sink_block: tuple[FirstBlock, ...] = ()
+    """One per change, and the first."""
+    shows: tuple[str, ...] = ()
+    """What the last record shows by itself, in words."""
+    notes: tuple[str, ...] = ()
+    """What to bear in mind of these records, in words."""
+    rate: str = "sink rate"
+    """What the stages are told by: the share of sink heads where no record has a sink rate."""
 
     @property
     def stage(self) -> str | None:
-        """The last stage; None without records."""
+        """The last stage; None without records, or with too few to tell."""
         return self.stages[-1] if self.stages else None
 
     def to_json(self) -> dict[str, Any]:
@@ -101,21 +137,25 @@ class Analysis:
                 )
                 if stage != before
             )
-            found.append(f"{self.stage}, as could be told from step {since:,} on")
+            found.append(f"candidate stage: {self.stage}, as could be told from step {since:,} on")
+        else:
+            found += self.shows
         if self.onset is not None:
             found.append(
-                f"the rate left its floor at step {self.onset.value:,.0f} "
+                f"candidate onset: the {self.rate} left its floor at step {self.onset.value:,.0f} "
                 f"(95 %: {self.onset.low:,.0f} to {self.onset.high:,.0f})"
             )
         if self.plateau is not None:
             level, change = self.plateau.level, self.plateau.change
             found.append(
-                f"level at {level.value:.1%} (95 %: {level.low:.1%} to {level.high:.1%}) since "
-                f"step {self.plateau.since.value:,.0f}; change over the last window "
+                f"candidate plateau: {level.value:.1%} (95 %: {level.low:.1%} to {level.high:.1%}) "
+                f"since step {self.plateau.since.value:,.0f}; change over the last window "
                 f"{100 * change.low:+.1f} to {100 * change.high:+.1f} points"
             )
+        found += _events(self.phases)
+        found += _first_blocks(self.first_sink_block)
         found += [_moved(migration) for migration in self.migration]
-        found += [described(regression) for regression in self.regressions]
+        found += [described(regression, self.rate) for regression in self.regressions]
         if self.stage == "settled":
             found.append(SATURATED)
         if self.loss is not None:
@@ -125,7 +165,7 @@ class Analysis:
                 f"left out: {len(self.abandoned)} records up to step {self.abandoned[-1]:,}, which "
                 "training has left behind: it went on from before them"
             )
-        return found
+        return [*found, *self.notes]
 
 
 def analyze(
@@ -142,8 +182,9 @@ def analyze(
         RecordError: the run's records, or the losses, cannot be read.
     """
     losses = read_losses(loss) if isinstance(loss, str | Path) else loss
-    stages = Stages.of(run.written if isinstance(run, Run) else run)
-    found = stages.found
+    written = list(run.written if isinstance(run, Run) else run)
+    stages = Stages.of(written)
+    found, left = stages.found, living(written)
     onset = stages.onset()
     missing, relation = _missing(stages), None
     if losses is not None:
@@ -165,20 +206,131 @@ def analyze(
         missing=tuple(missing),
         abandoned=tuple(sorted(stages.abandoned)),
         loss=relation,
+        phases=tuple(stages.story.events),
+        first_sink_block=tuple(_first_sink_block(left)),
+        shows=tuple(shown(left[-1])) if left else (),
+        notes=tuple(_notes(stages)),
+        rate=_rate(stages),
     )
 
 
-def described(regression: Regression) -> str:
+def shown(record: Mapping[str, Any]) -> list[str]:
+    """What a record shows by itself, in words; no stage, which takes several."""
+    at = f"step {record['step']:,} shows"
+    if record.get("sink_rate") is not None:
+        words = f"{at} a sink rate of {record['sink_rate']:.1%}"
+        if interval := (record.get("intervals") or {}).get("sink_rate"):
+            words += f" (95 %: {interval[0]:.1%} to {interval[1]:.1%})"
+    elif (blocks := record.get("measured_blocks")) is not None:
+        words = f"{at} the first {blocks} blocks alone"
+    else:
+        words = f"{at} no sink rate"
+    found = [words]
+    phases = spans(record)
+    if phases:
+        main = main_of(phases)
+        told = [f"{one} (main)" if one is main and len(phases) > 1 else str(one) for one in phases]
+        found.append(f"{at} sink phases: {', '.join(told)}" if told[1:] else f"{at} a sink phase: "
+                     f"{told[0]}")  # fmt: skip
+        found += _main_writer(record, at)
+    elif phases is not None:
+        found.append(f"{at} no block that rests on P0")
+    if "first_sink_block" in record:
+        first = record["first_sink_block"]
+        found.append(
+            f"{at} no sink head" if first is None else f"{at} its first sink head in block {first}"
+        )
+    return found
+
+
+def _main_writer(record: Mapping[str, Any], at: str) -> list[str]:
+    sinks = record.get("sinks") or ()
+    main = max(sinks, key=lambda sink: sink["mass"], default={})
+    for part in (main.get("writers") or ())[:1]:
+        where = "" if part["block"] is None else f" of block {part['block']}"
+        name = part["kind"].replace("mlp", "MLP")
+        of = "the main one" if len(sinks) > 1 else "it"
+        return [f"{at} the {name}{where} as the largest writer of {of} ({part['share']:.0%})"]
+    return []
+
+
+def _rate(stages: Stages) -> str:
+    of_heads = bool(stages.points) and stages.points[-1].of_heads
+    return "share of sink heads" if of_heads else "sink rate"
+
+
+def _notes(stages: Stages) -> list[str]:
+    found = []
+    if stages.older:
+        found.append(
+            f"depth and first-two share of the {stages.older} records of an older schema than "
+            f"{stages.schema} are other quantities: they count as missing"
+        )
+    told = {one.quantity for found in stages.found if (one := found.regression) is not None}
+    if stages.schema == 1 and (stages.left is not None or told & set(LEAST_MOVE)):
+        found.append(
+            "records of schema 1 take depth and first-two share at one block that a threshold "
+            "chose: where the first sink phase begins elsewhere, they jump by that alone"
+        )
+    if stages.points and stages.points[-1].of_heads:
+        found.append(
+            "no record has a sink rate: the share of sink heads stands in for it, without an "
+            "interval over sequences"
+        )
+    return found
+
+
+def _first_sink_block(records: Sequence[Mapping[str, Any]]) -> list[FirstBlock]:
+    found: list[FirstBlock] = []
+    for record in records:
+        if "first_sink_block" not in record or record.get("measured_blocks") is not None:
+            continue
+        block = record["first_sink_block"]
+        if not found or found[-1].block != block:
+            found.append(FirstBlock(record["step"], record.get("tokens"), block))
+    return found
+
+
+def _first_blocks(moves: Sequence[FirstBlock]) -> list[str]:
+    """Where the first sink head stood, in words; nothing where there never was one."""
+    known = [one.block for one in moves if one.block is not None]
+    if not known:
+        return []
+    if len(moves) > _TOLD:
+        last = "none" if moves[-1].block is None else moves[-1].block
+        return [
+            f"first block with a sink head: between {min(known)} and {max(known)}, {len(moves) - 1}"
+            f" changes, the last to {last} at step {moves[-1].step:,}"
+        ]
+    told = ", ".join(
+        f"{'none' if one.block is None else one.block} from step {one.step:,}" for one in moves
+    )
+    return [f"first block with a sink head: {told}"]
+
+
+def _events(events: Sequence[Event]) -> list[str]:
+    """The first birth and the last events, in words."""
+    if len(events) <= _TOLD:
+        return [str(one) for one in events]
+    between = len(events) - _TOLD
+    words = f"{between} more changes of the sink phases up to step {events[between].step:,}"
+    return [str(events[0]), words, *(str(one) for one in events[between + 1 :])]
+
+
+def described(regression: Regression, rate: str = "sink rate") -> str:
     """A regression in words."""
-    name = _name(regression.quantity)
+    name = rate if regression.quantity == "sink_rate" else _name(regression.quantity)
     size, since = regression.size, regression.since
     verb = "rose" if regression.quantity == "depth" else "fell"
     scale, form, unit = _SCALES[regression.quantity]
     by, low, high, noise = (
         f"{scale * value:{form}}" for value in (size.value, size.low, size.high, regression.needed)
     )
+    amount = f"{by} {unit} (95 %: {low} to {high})"
+    if size.low <= 0 <= size.high:
+        amount = f"an amount that {UNSURE}"
     return (
-        f"{name} {verb} by {by} {unit} (95 %: {low} to {high}) "
+        f"candidate regression: {name} {verb} by {amount} "
         f"between steps {since.low:,.0f} and {since.high:,.0f}; noise explains {noise}"
     )
 
@@ -197,13 +349,20 @@ def _name(quantity: str) -> str:
 
 def _moved(migration: Migration) -> str:
     name, steps = _name(migration.quantity), migration.per_1000_steps
-    scale, _, unit = _SCALES[migration.quantity]
+    scale, form, unit = _SCALES[migration.quantity]
+    least = LEAST_MOVE[migration.quantity]
 
     def per(what: str, slope: Interval, of: str) -> str:
         value, low, high = (f"{scale * bound:+.2g}" for bound in slope)
         return f"{value} {unit} per {what} ({of}{low} to {high})"
 
-    words = f"{name} since the onset: {per('1,000 steps', steps, '95 %: ')}"
+    since = "the onset" if migration.since is None else f"step {migration.since:,}"
+    words = f"candidate migration: {name} since {since}: "
+    if migration.change is not None and migration.change.rules_out(least):
+        return words + f"stays within {scale * least:{form}} {unit}"
+    if steps.low <= 0 <= steps.high:
+        return words + UNSURE
+    words += per("1,000 steps", steps, "95 %: ")
     if migration.per_doubling is not None:
         words += f", {per('doubling of the tokens', migration.per_doubling, '')}"
     return words
@@ -220,7 +379,7 @@ def alarm(found: Found, before: str | None) -> str | None:
         return described(found.regression)
     if found.stage == "lost" and before != "lost":
         return (
-            f"the sink rate is back at its floor of {found.because['floor']:.1%} "
+            f"candidate regression: the sink rate is back at its floor of {found.because['floor']:.1%} "
             f"({found.because['sink_rate']:.1%} at step {found.step:,})"
         )
     return None
@@ -248,8 +407,10 @@ def _migration(stages: Stages) -> list[Migration]:
     if stages.left is None:
         return []
     found = []
+    since = max(stages.left, stages.broke)
+    step = stages.points[since].step if since > stages.left and since < len(stages.points) else None
     for name in ("first_two_share", "depth"):
-        x, y = stages.curve(name, stages.left)
+        x, y = stages.curve(name, since)
         if len(y) < ENOUGH:
             continue
         tokens = {point.step: point.tokens for point in stages.points}
@@ -257,7 +418,9 @@ def _migration(stages: Stages) -> list[Migration]:
         growing = bool((np.diff(counts) > 0).all())  # false for nan as well
         per_doubling = _slope(np.log2(counts), y) if growing else None
         found.append(
-            Migration(name, len(y), _slope(x / 1000, y), per_doubling),
+            Migration(
+                name, len(y), _slope(x / 1000, y), per_doubling, robust.change(x, y), step
+            ),
         )
     return found
 
@@ -273,7 +436,7 @@ def _missing(stages: Stages) -> list[str]:
         found.append(f"records of the first blocks alone have no sink rate ({stages.partial})")
     if stages.left is None:
         if count <= LASTING:
-            return [*found, f"onset: {_more(count, LASTING + 1)}"]
+            return [*found, f"stage and onset: {_more(count, LASTING + 1)}"]
         return [
             *found,
             f"onset: the rate has not left its floor by {100 * LEAST_RISE:.0f} points for "
@@ -293,13 +456,18 @@ def _missing(stages: Stages) -> list[str]:
         trend = stages.trend("sink_rate")
         assert trend is not None
         most = MATERIAL * stages.found[-1].because["rise"]
+        unsure = f"{UNSURE}: " if trend.low <= 0 <= trend.high else ""
         found.append(
-            f"plateau: the change over the last window lies between {100 * trend.low:+.1f} "
+            f"plateau: {unsure}the change over the last window lies between {100 * trend.low:+.1f} "
             f"and {100 * trend.high:+.1f} points; flat is 0 within {100 * most:.1f}"
         )
-    _, depth = stages.curve("depth", stages.left)
-    if len(depth) < ENOUGH:
-        found.append(f"migration: {_more(len(depth), ENOUGH)} of a formed sink behind block 0")
+    _, depth = stages.curve("depth", max(stages.left, stages.broke))
+    if len(depth) < ENOUGH and not stages.points[-1].of_heads:
+        words = f"migration: {_more(len(depth), ENOUGH)} of a formed sink"
+        if stages.left < stages.broke < count:
+            step = stages.points[stages.broke].step
+            words += f" since step {step:,}, where the sink phases last changed"
+        found.append(words)
     return found
 
 
@@ -309,7 +477,7 @@ def _more(have: int, need: int) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Interval):
+    if isinstance(value, Interval | Span):
         return value._asdict()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

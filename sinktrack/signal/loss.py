@@ -27,6 +27,8 @@ ENOUGH = 20
 """Records with a loss from which anything is said."""
 LEAST_LOSS = 0.02
 """Part of the loss's range over the run that a change must make up to count."""
+_SMALL = 0.2
+"""Rank correlation within which "nothing" is said of one."""
 _RESAMPLES = 500
 _RUNS = 5
 """Runs of neighbouring records that a resample is made of."""
@@ -101,6 +103,8 @@ class Relation:
                 "the rate moves with the loss where the step does not say so"
                 if self.adds
                 else "nothing that the step count does not say"
+                if max(-beyond.low, beyond.high) <= _SMALL
+                else "whether the rate says more than the step count cannot be told yet"
             ),
         ]
         if self.lead is None:

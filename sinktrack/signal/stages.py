@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from sinktrack.records.run import SCHEMA
 from sinktrack.signal import robust
+from sinktrack.signal.phases import BREAKS, LASTING, Span, Story, spans
 from sinktrack.signal.robust import Curve, Interval
 
-LASTING = 3
-"""Records in a row that a change must last."""
 ENOUGH = 8
 """Records from which a trend, a plateau or a drop is judged."""
 TRAILING = 3
@@ -52,6 +52,11 @@ class Point:
     """Half the 95 % interval over the probe's sequences, by quantity."""
     low: float
     """Lower end of the rate's."""
+    schema: int = SCHEMA
+    phases: tuple[Span, ...] | None = None
+    """None where the record does not tell."""
+    of_heads: bool = False
+    """Is the rate the share of sink heads, for want of a sink rate?"""
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Point:
@@ -61,7 +66,12 @@ class Point:
         for name in QUANTITIES:
             low, high = intervals.get(name) or (0.0, 0.0)
             probe[name] = (high - low) / 2
-        formed, rate = bool(record["formed"]), float(record["sink_rate"])
+        formed, rate = bool(record.get("formed")), record.get("sink_rate")
+        of_heads = rate is None
+        if rate is None:
+            rate, formed = head_share(record), record.get("first_sink_block") is not None
+        assert rate is not None
+        rate = float(rate)
         first_two, depth = record.get("first_two_share"), record.get("depth")
         return cls(
             step=record["step"],
@@ -73,6 +83,9 @@ class Point:
             depth=math.nan if depth is None or not formed else float(depth),
             probe=probe,
             low=(intervals.get("sink_rate") or (rate,))[0],
+            schema=record.get("schema", SCHEMA),
+            phases=spans(record),
+            of_heads=of_heads,
         )
 
 
@@ -99,7 +112,8 @@ class Found:
     """A record's stage and the numbers that decided it."""
 
     step: int
-    stage: str
+    stage: str | None
+    """None where there are too few records to tell."""
     because: dict[str, Any]
     regression: Regression | None
     """One that this record gave away."""
@@ -127,6 +141,16 @@ class Stages:
     lost: bool = False
     began: int = 0
     """Index at which the floor before the present sink begins."""
+    story: Story = field(default_factory=Story)
+    """Of the sink phases."""
+    broke: int = 0
+    """Index since which the set of phases, and the definition of share and depth, is the same."""
+    schema: int = 0
+    """The newest of the records; share and depth of older ones count as missing."""
+    older: int = 0
+    """Records of an older schema than the newest."""
+    moving: list[str] = field(default_factory=list)
+    """Of share and depth, those that surely trend."""
     columns: dict[str, list[float]] = field(
         default_factory=lambda: {name: [] for name in ("step", *QUANTITIES)}
     )
@@ -144,7 +168,8 @@ class Stages:
         Those of the first blocks alone, which have no sink rate, do not count.
         """
         records = list(records)
-        whole = [record for record in records if record["sink_rate"] is not None]
+        whole = [record for record in records if record.get("sink_rate") is not None]
+        whole = whole or [record for record in records if head_share(record) is not None]
         points, abandoned = line_of_training([Point.of(record) for record in whole])
         stages = cls(abandoned=abandoned, partial=len(records) - len(whole))
         for point in points:
@@ -167,9 +192,15 @@ class Stages:
         return self.found[-1]
 
     def _judge(self, point: Point) -> None:
+        point = self._of_one_schema(point)
         self.points.append(point)
         for name, column in self.columns.items():
             column.append(getattr(point, name))
+        if point.phases is not None:
+            told = self.story.add(point.step, point.tokens, point.phases)
+            for event in told:
+                if event.what in BREAKS:
+                    self._break(bisect_left(self.columns["step"], event.step))
         regression = None
         if self.left is None or self.lost:
             self._look_for_rise()
@@ -179,6 +210,25 @@ class Stages:
         if stage == "settled" and self.settled is None:
             self.settled = len(self.points) - 1
         self.found.append(Found(point.step, stage, because, regression))
+
+    def _of_one_schema(self, point: Point) -> Point:
+        """Share and depth were defined anew in schema 2: those of two schemas never meet."""
+        if point.schema < self.schema:
+            self.older += 1
+            return replace(point, first_two_share=math.nan, depth=math.nan)
+        if point.schema > self.schema and self.points:
+            self.older = len(self.points)
+            for name in LEAST_MOVE:
+                self.columns[name] = [math.nan] * len(self.points)
+            self._break(len(self.points))
+        self.schema = point.schema
+        return point
+
+    def _break(self, index: int) -> None:
+        """From there on share and depth are compared with none before."""
+        self.broke, self.moving = max(self.broke, index), []
+        for name in LEAST_MOVE:
+            self.standing.pop(name, None)
 
     def curve(self, name: str, since: int = 0) -> tuple[Curve, Curve]:
         """Steps and values from an index on, where there is a value."""
@@ -194,6 +244,11 @@ class Stages:
             return
         if len(y) < LASTING + 1:
             return
+        if self.left is None and all(point.formed for point in last):
+            earlier = self.points[:-LASTING]
+            if 2 * sum(point.formed for point in earlier) > len(earlier):  # this is no floor
+                self.left, self.floor, self.floor_records = 0, 0.0, 0
+                return
         before = y[:-LASTING]
         floor = float(np.median(before))
         needed = max(LEAST_RISE, LASTING * robust.noise(x[:-LASTING], before))
@@ -220,10 +275,13 @@ class Stages:
         return self._fall("sink_rate", x, y, MATERIAL * (top - self.floor))
 
     def _look_for_move(self) -> Regression | None:
-        """Only once the sink has settled: before, the circuit is still moving."""
-        if self.settled is None:
+        """Only once the sink has settled: before, the circuit is still moving.
+
+        Nor while the set of phases may be changing: that is told as such.
+        """
+        if self.settled is None or self.story.pending:
             return None
-        first = self.settled - ENOUGH + 1
+        first = max(self.settled - ENOUGH + 1, self.broke)
         for name, sign in (("first_two_share", 1), ("depth", -1)):
             x, y = self.curve(name, first)
             y = sign * y
@@ -263,8 +321,12 @@ class Stages:
         return min(bisect_left(steps, since), max(self.left, len(steps) - ENOUGH))
 
     def trend(self, name: str) -> Interval | None:
-        """Change over the trailing window; None before there are enough records."""
-        x, y = self.curve(name, self.window())
+        """Change over the trailing window; None before there are enough records.
+
+        That of share and depth since the set of phases is the same.
+        """
+        since = self.window()
+        x, y = self.curve(name, since if name == "sink_rate" else max(since, self.broke))
         return robust.change(x, y) if len(y) >= ENOUGH else None
 
     def onset(self) -> Interval | None:
@@ -309,10 +371,11 @@ class Stages:
         probe = float(np.median([point.probe["sink_rate"] for point in points]))
         return robust.level(np.array([point.sink_rate for point in points]), probe)
 
-    def _stage(self) -> tuple[str, dict[str, Any]]:
+    def _stage(self) -> tuple[str | None, dict[str, Any]]:
         rate = self.points[-1].sink_rate
         if self.left is None:
-            return "absent", {"sink_rate": rate}
+            enough = len(self.points) > LASTING
+            return "absent" if enough else None, {"sink_rate": rate}
         assert self.floor is not None
         _, y = self.curve("sink_rate", self.left)
         rise = highest(y) - self.floor
@@ -327,23 +390,38 @@ class Stages:
             },
             "standing": sorted(self.standing),
         }
-        moves = [
-            name
-            for name, least in LEAST_MOVE.items()
-            if (trend := trends[name]) is not None and trend.shows(least)
-        ]
+        if not self.story.pending:
+            self.moving = [
+                name
+                for name, least in LEAST_MOVE.items()
+                if (trend := trends[name]) is not None and trend.shows(least)
+            ]
         flat = trends["sink_rate"] is not None and trends["sink_rate"].rules_out(MATERIAL * rise)
         trending = trends["sink_rate"] is not None and trends["sink_rate"].shows(MATERIAL * rise)
         if self.lost:
             return "lost", because
         if self.standing:
             return "displaced", because
-        if moves:
+        if self.moving:
             return "migrating", because
         held = self.settled is not None and self.found[-1].stage != "emerging" and not trending
         if flat or held:
             return "settled", because
         return "emerging", because
+
+
+def head_share(record: Mapping[str, Any]) -> float | None:
+    """Share of the heads that are sink heads, at 0.3 where there are several thresholds.
+
+    None where the heads of some block were not counted.
+    """
+    counts = record.get("sink_heads") or {}
+    if not counts or record.get("measured_blocks") is not None:
+        return None
+    by_block = counts.get("0.3") or next(iter(counts.values()))
+    known = [count for count in by_block if count is not None]
+    heads = (record.get("model") or {}).get("heads")
+    return sum(known) / (heads * len(known)) if known and heads else None
 
 
 def living(written: Sequence[Mapping[str, Any]]) -> list[Any]:
