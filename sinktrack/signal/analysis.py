@@ -79,7 +79,6 @@ class FirstBlock:
     """None where no head is a sink head."""
 
 
-
 @dataclass(frozen=True)
 class Analysis:
     """The signal of a run. Every interval is one of 95 %."""
@@ -141,10 +140,7 @@ class Analysis:
         else:
             found += self.shows
         if self.onset is not None:
-            found.append(
-                f"candidate onset: the {self.rate} left its floor at step {self.onset.value:,.0f} "
-                f"(95 %: {self.onset.low:,.0f} to {self.onset.high:,.0f})"
-            )
+            found.append(f"candidate onset: the {self.rate} left its floor {self._when()}")
         if self.plateau is not None:
             level, change = self.plateau.level, self.plateau.change
             found.append(
@@ -166,6 +162,14 @@ class Analysis:
                 "training has left behind: it went on from before them"
             )
         return [*found, *self.notes]
+
+    def _when(self) -> str:
+        """The onset in words: one that may lie anywhere before its end is no date."""
+        assert self.onset is not None
+        at, low, high = (f"{bound:,.0f}" for bound in self.onset)
+        if self.onset.low <= self.steps[0]:
+            return f"by step {high}; how long before {UNSURE}"
+        return f"at step {at} (95 %: {low} to {high})"
 
 
 def analyze(
@@ -418,9 +422,7 @@ def _migration(stages: Stages) -> list[Migration]:
         growing = bool((np.diff(counts) > 0).all())  # false for nan as well
         per_doubling = _slope(np.log2(counts), y) if growing else None
         found.append(
-            Migration(
-                name, len(y), _slope(x / 1000, y), per_doubling, robust.change(x, y), step
-            ),
+            Migration(name, len(y), _slope(x / 1000, y), per_doubling, robust.change(x, y), step),
         )
     return found
 
@@ -456,11 +458,13 @@ def _missing(stages: Stages) -> list[str]:
         trend = stages.trend("sink_rate")
         assert trend is not None
         most = MATERIAL * stages.found[-1].because["rise"]
-        unsure = f"{UNSURE}: " if trend.low <= 0 <= trend.high else ""
-        found.append(
-            f"plateau: {unsure}the change over the last window lies between {100 * trend.low:+.1f} "
-            f"and {100 * trend.high:+.1f} points; flat is 0 within {100 * most:.1f}"
+        window = (
+            f"{UNSURE} whether the rate moves over the last window"
+            if trend.low <= 0 <= trend.high
+            else f"the change over the last window lies between {100 * trend.low:+.1f} and "
+            f"{100 * trend.high:+.1f} points"
         )
+        found.append(f"plateau: {window}; flat is 0 within {100 * most:.1f} points")
     _, depth = stages.curve("depth", max(stages.left, stages.broke))
     if len(depth) < ENOUGH and not stages.points[-1].of_heads:
         words = f"migration: {_more(len(depth), ENOUGH)} of a formed sink"

@@ -205,7 +205,11 @@ class Story:
             self._tracks.remove(track)
         elif track.missed == LASTING:
             into = next(
-                (one.span for one in self._tracks if not one.missed and track.span.inside(one.span)),
+                (
+                    one.span
+                    for one in self._tracks
+                    if not one.missed and track.span.inside(one.span)
+                ),
                 None,
             )
             self._tell("merged" if into else "lost", track, track.gone, into, step)

@@ -91,7 +91,7 @@ def timeline(run: Run | Iterable[Mapping[str, Any]]) -> Timeline:
         RecordError: the run's records cannot be read.
     """
     records = living(list(run.written if isinstance(run, Run) else run))
-    told = [one for one in records if one.get("sink_sequences") is not None]
+    told = [one for one in records if any(one.get("sink_sequences") or ())]
     lacking = len(records) - len(told)
     whole = [one for one in told if one.get("measured_blocks") is None]
     missing = []
@@ -106,7 +106,7 @@ def timeline(run: Run | Iterable[Mapping[str, Any]]) -> Timeline:
         {
             (block, head): share >= HALF
             for block, row in enumerate(one["sink_sequences"])
-            for head, share in enumerate(row)
+            for head, share in enumerate(row or ())
             if share is not None
         }
         for one in whole
