@@ -2,7 +2,8 @@
 
 Draws curves with a known onset, plateau and drop under several kinds of noise, analyzes each as a
 run, and counts: how often the 95 % intervals hold the truth, how often a plateau is claimed that is
-none, and how often a fall is that did not happen. No model is trained.
+none, how often a fall is that did not happen, and how often a new main sink phase, which shifts the
+depth, is taken for a move of the circuit. No model is trained.
 
     python scripts/check_signal.py [--curves 1000] [--seed 0] [--json]
 """
@@ -26,6 +27,7 @@ from sinktrack.signal.stages import MATERIAL
 
 END, EVERY = 10_000, 100
 UNIFORM_LEVEL = 0.02
+FORMED = 0.25
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Truth:
     """``even``, ``irregular``, ``gaps`` or ``growing`` (as powers of a number, then even)."""
     restart: bool
     """Training fell over, and went on from an older checkpoint."""
+    second: float | None = None
+    """Step at which a second sink phase forms behind the first and becomes the main one; the depth
+    jumps by that alone."""
 
     def rate(self, steps: np.ndarray) -> np.ndarray:
         """The sink rate, ``[steps]``."""
@@ -88,6 +93,7 @@ def draw(rng: np.random.Generator) -> Truth:
         probe=float(rng.choice([0.0, 0.01, 0.02])),
         spacing=str(rng.choice(["even", "irregular", "gaps", "growing"])),
         restart=bool(rng.random() < 0.3),
+        second=float(rng.uniform(5000, 6500)) if rng.random() < 0.3 else None,
     )  # fmt: skip
 
 
@@ -118,9 +124,10 @@ def _records(
     for index in range(1, len(steps)):
         fresh = np.sqrt(1 - truth.lasting**2) * wander[index]
         wander[index] = truth.lasting * wander[index - 1] + fresh
-    formed = rates > 0.25
+    formed = rates > FORMED
     noisy = np.clip(rates + truth.noise * wander + offset * formed, 0, 1)
     half = 1.96 * truth.probe
+    second = steps >= (np.inf if truth.second is None else truth.second)
     return [
         {
             "step": int(step),
@@ -129,11 +136,17 @@ def _records(
             "sink_rate": float(rate),
             "formed": bool(there),
             "first_two_share": float(0.8 + 0.02 * rng.normal()),
-            "depth": float(0.5 + 0.05 * rng.normal()),
+            "depth": float((5.5 if one_more else 0.5) + 0.05 * rng.normal()),
+            "sinks": _sinks(bool(there), bool(one_more)),
             "intervals": {"sink_rate": [max(0.0, rate - half), min(1.0, rate + half)]},
         }
-        for step, rate, there in zip(steps, noisy, formed, strict=True)
+        for step, rate, there, one_more in zip(steps, noisy, formed, second, strict=True)
     ]
+
+
+def _sinks(there: bool, one_more: bool) -> list[dict[str, Any]]:
+    spans = [(2, 4, 1.5)] * there + [(7, 12, 4.0)] * (there and one_more)
+    return [dict(zip(("first_block", "last_block", "mass"), span, strict=True)) for span in spans]
 
 
 def judge(seed: int) -> tuple[dict[str, Any], dict[str, bool | None]]:
@@ -153,6 +166,13 @@ def judge(seed: int) -> tuple[dict[str, Any], dict[str, bool | None]]:
         step for step, stage in zip(signal.steps, signal.stages, strict=True)
         if stage == "lost" and (truth.drop is None or step < truth.drop)
     ]  # fmt: skip
+    moved = [
+        step
+        for step, stage in zip(signal.steps, signal.stages, strict=True)
+        if stage == "migrating"
+    ] + [r for r in signal.regressions if r.quantity == "depth"]
+    main = [event for event in signal.phases if event.what == "main"]
+    new = truth.second is not None and _formed(truth, truth.second + EVERY * 10)
     seen = {
         "onset claimed": signal.onset is not None,
         "onset in its interval": signal.onset and _in(signal.onset, truth.onset),
@@ -168,8 +188,17 @@ def judge(seed: int) -> tuple[dict[str, Any], dict[str, bool | None]]:
         if fall and truth.drop else None,
         "false plateau": _false_plateau(truth, signal),
         "false fall": bool(false_falls or lost_early),
+        "new main phase told at its step": any(
+            0 <= event.step - truth.second < 4 * EVERY for event in main
+        ) if new else None,
+        "new main phase taken for a move": bool(moved) if new else None,
+        "move claimed where nothing moved": bool(moved) if not new else None,
     }  # fmt: skip
     return asdict(truth), {name: None if v is None else bool(v) for name, v in seen.items()}
+
+
+def _formed(truth: Truth, step: float) -> bool:
+    return bool(truth.rate(np.array([step]))[0] > FORMED)
 
 
 def _in(interval: Any, value: float) -> bool:
@@ -194,10 +223,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--curves", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     seeds = range(options.seed, options.seed + options.curves)
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(options.processes) as pool:
         outcomes = list(pool.map(judge, seeds, chunksize=10))
     if options.json:
         print(json.dumps({name: share for name, (share, _) in table(outcomes).items()}))

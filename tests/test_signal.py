@@ -185,9 +185,10 @@ def test_what_is_said() -> None:
         "candidate onset: the sink rate left its floor at step 1,400 (95 %: 1,200 to 1,600)",
         "candidate plateau: 70.0% (95 %: 68.0% to 72.0%) since step 1,800; "
         "change over the last window -1.0 to +2.4 points",
-        "candidate migration: first-two share since the onset: +2 points per 1,000 steps (95 %: +1 to +3)",
-        "candidate migration: depth since the onset: -0.2 blocks per 1,000 steps (95 %: -0.3 to -0.1), "
-        "-1.5 blocks per doubling of the tokens (-2 to -1)",
+        "candidate migration: first-two share since the onset: +2 points per 1,000 steps "
+        "(95 %: +1 to +3)",
+        "candidate migration: depth since the onset: -0.2 blocks per 1,000 steps "
+        "(95 %: -0.3 to -0.1), -1.5 blocks per doubling of the tokens (-2 to -1)",
         "candidate regression: first-two share fell by 20.0 points (95 %: 15.0 to 25.0) between "
         "steps 200 and 300; noise explains 6.0",
         "candidate regression: depth rose by 0.20 blocks (95 %: 0.15 to 0.25) between steps 2,400 "

@@ -120,9 +120,8 @@ class Rules:
 
     def rise(self, last: list[Record]) -> None:
         x, y = self.curve("sink_rate", self.began)
-        if len(self.seen) == 3 and all(one["formed"] for one in last):
-            self.left, self.floor, self.floor_records = 0, 0.0, 0
-        elif self.left is None and len(y) >= 4 and self.mostly_formed(last):
+        first = len(self.seen) == 3 or (len(y) >= 4 and self.left is None)
+        if first and self.no_floor(last):
             self.left, self.floor, self.floor_records = 0, 0.0, 0
         elif len(y) >= 4:
             before = y[:-3]
@@ -134,10 +133,11 @@ class Rules:
                 self.left, self.settled, self.lost = len(self.seen) - 3, None, False
                 self.standing = {}
 
-    def mostly_formed(self, last: list[Record]) -> bool:
-        """No floor: the last three, and more than half of those before."""
+    def no_floor(self, last: list[Record]) -> bool:
+        """A sink in the last three, and in more than half of those before."""
         before = [bool(one["formed"]) for one in self.seen[:-3]]
-        return all(one["formed"] for one in last) and before.count(True) > before.count(False)
+        mostly = not before or before.count(True) > before.count(False)
+        return mostly and all(one["formed"] for one in last)
 
     def sink_falls(self, last: list[Record]) -> list[Any] | None:
         x, y = self.curve("sink_rate", self.left)

@@ -383,8 +383,9 @@ def alarm(found: Found, before: str | None) -> str | None:
         return described(found.regression)
     if found.stage == "lost" and before != "lost":
         return (
-            f"candidate regression: the sink rate is back at its floor of {found.because['floor']:.1%} "
-            f"({found.because['sink_rate']:.1%} at step {found.step:,})"
+            "candidate regression: the sink rate is back at its floor of "
+            f"{found.because['floor']:.1%} ({found.because['sink_rate']:.1%} at step "
+            f"{found.step:,})"
         )
     return None
 

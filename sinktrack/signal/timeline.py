@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from sinktrack.records.run import Run
@@ -111,7 +112,7 @@ def timeline(run: Run | Iterable[Mapping[str, Any]]) -> Timeline:
         }
         for one in whole
     ]
-    pairs = list(zip(grids, grids[1:], strict=False))
+    pairs = list(pairwise(grids))
     places = sorted(set().union(*grids))
     return Timeline(
         moments=tuple(moments),
