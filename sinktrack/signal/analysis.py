@@ -467,7 +467,7 @@ def _missing(stages: Stages) -> list[str]:
         )
         found.append(f"plateau: {window}; flat is 0 within {100 * most:.1f} points")
     _, depth = stages.curve("depth", max(stages.left, stages.broke))
-    if len(depth) < ENOUGH and not stages.points[-1].of_heads:
+    if len(depth) < ENOUGH and not stages.lost and not stages.points[-1].of_heads:
         words = f"migration: {_more(len(depth), ENOUGH)} of a formed sink"
         if stages.left < stages.broke < count:
             step = stages.points[stages.broke].step
