@@ -166,7 +166,10 @@ def test_equal_first_tokens_have_no_direction_consistency() -> None:
     tokens = PROBE.tokens.clone()
     tokens[:, 0] = 7
     found = measure(models.llama(), Probe.from_tokens(tokens))
-    assert found.direction_consistency.isnan().all()
+    for name in ("direction_consistency", "direction_to_mean"):
+        assert getattr(found, name).isnan().all()
+        assert "all 6 sequences of the probe begin with token id 7" in found.missing[name]
+    assert not {"direction_consistency", "rivals"} & measure(models.llama(), PROBE).missing.keys()
 
 
 def test_a_sliding_window_sees_p0_only_early() -> None:
