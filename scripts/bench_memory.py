@@ -9,8 +9,8 @@ loaded model are printed as ratios to that of one batch for all.
 from __future__ import annotations
 
 import argparse
-import os
 import platform
+import resource
 import subprocess
 import sys
 
@@ -18,11 +18,9 @@ SIZES = (256, 64, 16)
 
 
 def worker(size: int) -> None:
-    """Print the peak in bytes above the loaded model, and the seconds."""
-    import time
-
+    """Print the bytes that the process held at most, above the loaded model."""
     import torch
-    from bench_probe import Peak
+    from bench_probe import resident
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import sinktrack
@@ -33,19 +31,18 @@ def worker(size: int) -> None:
         vocab_size=512,
         hidden_size=512,
         intermediate_size=1024,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=8,
         num_key_value_heads=2,
         max_position_embeddings=64,
     )
     model = LlamaForCausalLM(config).eval()
-    warm_up = sinktrack.Probe.random(512, sequences=2, length=64)
+    warm_up = sinktrack.Probe.random(512, sequences=2, length=32)
     sinktrack.measure(model, warm_up)
-    probe = sinktrack.Probe.random(512, sequences=256, length=64)
-    start = time.perf_counter()
-    with Peak() as peak:
-        sinktrack.measure(model, probe, batch_size=size)
-    print(peak.most - peak.start, time.perf_counter() - start)
+    probe = sinktrack.Probe.random(512, sequences=256, length=32)
+    start = resident()
+    sinktrack.measure(model, probe, batch_size=size)
+    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
 
 
 def main() -> None:
@@ -55,20 +52,16 @@ def main() -> None:
     if arguments.worker:
         worker(arguments.worker)
         return
-    print(f"{platform.processor() or platform.machine()}, 256 sequences of 64 tokens, float32")
-    print("| sequences at a time | peak memory | to 256 at a time | time to 256 at a time |")
-    print("|---|---|---|---|")
-    whole: tuple[float, float] | None = None
+    print(f"{platform.processor() or platform.machine()}, 256 sequences of 32 tokens, float32")
+    print("| sequences at a time | peak memory | to 256 at a time |")
+    print("|---|---|---|")
+    whole: float | None = None
     for size in SIZES:
         command = [sys.executable, __file__, "--worker", str(size)]
-        found = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-        most, seconds = map(float, found.stdout.split())
-        whole = whole or (most, seconds)
-        print(
-            f"| {size} | {most / 2**20:.0f} MiB | {most / whole[0]:.2f} | "
-            f"{seconds / whole[1]:.2f} |",
-            flush=True,
-        )
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        most = float(found.stdout)
+        whole = whole or most
+        print(f"| {size} | {most / 2**20:.0f} MiB | {most / whole:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
