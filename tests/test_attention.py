@@ -320,3 +320,17 @@ def test_what_is_not_causal_is_refused(ahead: int) -> None:
     pair = torch.zeros(1, 1, 2, 8)
     with pytest.raises(MeasurementError, match="not causal"):
         attend(pair, pair, pair, scale=1.0, mask=torch.ones(1, 1, 2, 2, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("masked", [torch.finfo(torch.float32).min / 8, -1e4, -1e9, -torch.inf])
+def test_masks_in_scores_are_known_however_large(masked: float) -> None:
+    """Families mask before they scale, or with a number of their own."""
+    generator = torch.Generator().manual_seed(0)
+    scores = 30 * torch.randn(2, 3, 9, 9, generator=generator)
+    hidden = ~torch.ones(9, 9, dtype=torch.bool).tril() | torch.ones(9, 9, dtype=torch.bool).tril(
+        -4
+    )
+    hidden[8, 8] = False
+    attended = read_scores(scores.masked_fill(hidden, masked))
+    assert attended.keys.tolist() == [(~hidden).sum(-1).tolist()] * 2
+    assert attended.visible.tolist() == [(~hidden)[:, 0].tolist()] * 2

@@ -13,6 +13,8 @@ from reference import blocks_of, localized_by_hand, measured_by_hand
 from transformers import AttentionInterface, GPTNeoConfig
 
 from sinktrack import MeasurementError, Probe, ProbeError, measure
+from sinktrack.metrics import FIELDS
+from sinktrack.records.run import to_json
 
 FAMILIES = [
     models.mixtral,
@@ -133,13 +135,77 @@ def test_experts_are_those_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen.share == pytest.approx(wanted, abs=1e-4)
 
 
-def test_batches_give_the_same_numbers() -> None:
+def assert_same(one: Any, other: Any, name: str = "") -> None:
+    """Records, or fields of them, within rounding."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), name
+        for key in one:
+            assert_same(one[key], other[key], f"{name}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), name
+        for place, (left, right) in enumerate(zip(one, other, strict=True)):
+            assert_same(left, right, f"{name}[{place}]")
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-5), name
+    else:
+        assert one == other, name
+
+
+def measured_fields(model: Any, probe: Probe, **options: Any) -> dict[str, Any]:
+    record = to_json(measure(model, probe, **options).to_record(0, "", {}))
+    return {name: record[name] for name in (*FIELDS, "intervals") if name in record}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_batches_give_the_same_numbers(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sinktrack.metrics.localization.READ", 0)
+    monkeypatch.setattr("sinktrack.metrics.phases.EPSILON", 0.1)
+    monkeypatch.setattr("sinktrack.metrics.phases.GOES_ON", 0.08)
     model = models.mixtral()
-    whole, split = measure(model, PROBE), measure(model, PROBE, batch_size=2)
-    torch.testing.assert_close(whole.p0_attention, split.p0_attention, atol=1e-6, rtol=0)
-    torch.testing.assert_close(whole.norm_ratio, split.norm_ratio)
-    for one, other in zip(whole.localization.shares, split.localization.shares, strict=True):
-        assert one.share == pytest.approx(other.share, abs=1e-5)
+    whole, split = (measured_fields(model, PROBE, batch_size=n) for n in (None, size))
+    assert whole["sinks"] and whole["position_share"] is not None
+    assert_same(split, whole)
+
+
+def test_packed_documents_of_one_length_are_sequences() -> None:
+    model, documents = models.mixtral(), torch.arange(2).repeat_interleave(10).expand(6, -1)
+    packed = Probe.from_tokens(PROBE.tokens, documents)
+    assert_same(
+        measured_fields(model, packed),
+        measured_fields(model, Probe.from_tokens(PROBE.tokens.view(12, 10))),
+    )
+
+
+def test_packed_documents_of_several_lengths() -> None:
+    """Means are of each document's own mean, medians and shares of positions over all."""
+    model, cuts = models.llama(), (8, 20, 5, 13, 20, 10)
+    documents = torch.stack([(torch.arange(20) >= cut).long() for cut in cuts])
+    found = measure(model, Probe.from_tokens(PROBE.tokens, documents))
+    parts = [
+        part[None]
+        for row, cut in zip(PROBE.tokens, cuts, strict=True)
+        for part in (row[:cut], row[cut:])
+        if len(part)
+    ]
+    each = [measured_by_hand(model, part) for part in parts]
+    norms = [np.linalg.norm(of["inputs"][:, 0], axis=-1) for of in each]
+    own = np.stack([norm[:, 0] for norm in norms])
+    others = np.concatenate([norm[:, 1:] for norm in norms], 1)
+    beside = np.concatenate([norm[:, 1:] >= norm[:, :1] / 2 for norm in norms], 1)
+    np.testing.assert_allclose(found.norm_ratio, own.mean(0) / np.median(others, 1), rtol=2e-5)
+    np.testing.assert_allclose(found.rivals, beside.mean(1), atol=1e-6)
+    for name in ("concentration", "uniform", "mixing"):
+        wanted = np.mean([of[name] for of in each], 0)
+        np.testing.assert_allclose(getattr(found, name), wanted, atol=2e-6)
+    alpha = np.concatenate([of["alpha"] for of in each])
+    assert found.sink_rate() == pytest.approx((alpha > 0.3).mean(), abs=1e-9)
+    np.testing.assert_allclose(found.sink_sequences, (alpha > 0.3).mean(0), atol=1e-9)
+    unit = np.stack([of["inputs"][:, 0, 0] for of in each]) / own[..., None]
+    centre = unit.mean(0) / np.linalg.norm(unit.mean(0), axis=-1, keepdims=True)
+    np.testing.assert_allclose(found.direction_to_mean, (unit * centre).sum(-1).mean(0), atol=1e-5)
+    for name in ("max_p0", "max_others"):
+        got = found.max_activation[name.removeprefix("max_")]
+        np.testing.assert_allclose(got, np.max([of[name] for of in each], 0), rtol=1e-5)
 
 
 def test_first_tokens_are_measured_alone() -> None:
@@ -166,7 +232,10 @@ def test_equal_first_tokens_have_no_direction_consistency() -> None:
     tokens = PROBE.tokens.clone()
     tokens[:, 0] = 7
     found = measure(models.llama(), Probe.from_tokens(tokens))
-    assert found.direction_consistency.isnan().all()
+    for name in ("direction_consistency", "direction_to_mean"):
+        assert getattr(found, name).isnan().all()
+        assert "all 6 sequences of the probe begin with token id 7" in found.missing[name]
+    assert not {"direction_consistency", "rivals"} & measure(models.llama(), PROBE).missing.keys()
 
 
 def test_a_sliding_window_sees_p0_only_early() -> None:

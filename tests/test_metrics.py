@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,14 @@ def test_fields_have_names_of_their_own_and_say_what_they_are() -> None:
     for field in FIELDS.values():
         assert field.title and field.help[0].isupper() and field.help.endswith((".", "?"))
         assert not field.curve or field.axes in ((), ("block",), ("boundary",), ("block", "head"))
+
+
+@pytest.mark.parametrize("page", ["metrics.md", "records.md"])
+def test_every_field_has_a_row_in_the_pages(page: str) -> None:
+    text = (Path(__file__).parents[1] / "docs" / page).read_text()
+    firsts = re.findall(r"^\| (`[^|]*) \|", text, re.M)
+    rows = {name for cell in firsts for name in re.findall(r"`(\w+)`", cell)}
+    assert FIELDS.keys() - rows == set()
 
 
 @st.composite

@@ -102,12 +102,12 @@ def test_many_texts_make_no_more_sequences_than_asked(caplog: pytest.LogCaptureF
     texts = ["abc", *(["a"] * 3), *(["abcd"] * 20_000)]
     probe = Probe.from_texts(letters(), texts, length=3)
     assert probe.sequences == 256
-    (told,) = [entry.getMessage() for entry in caplog.records]
+    (told, _) = [entry.getMessage() for entry in caplog.records]  # all begin alike
     assert "the first 256 texts of 3 tokens or more; 19,745 later ones are left out" in told
     caplog.clear()
     assert Probe.from_texts(letters(), texts, length=3, sequences=300).sequences == 300
     assert Probe.from_texts(letters(), texts[:100], length=3).sequences == 97
-    assert not caplog.records
+    assert all("begin with token id 0" in message for message in caplog.messages)
     with pytest.raises(ProbeError, match="sequences=0"):
         Probe.from_texts(letters(), texts, sequences=0)
 
@@ -115,6 +115,47 @@ def test_many_texts_make_no_more_sequences_than_asked(caplog: pytest.LogCaptureF
 def test_no_tokenizer_is_refused_by_its_type() -> None:
     with pytest.raises(ProbeError, match="int is no tokenizer that is known"):
         Probe.from_texts(3, ["abc"])
+
+
+@pytest.mark.parametrize(
+    ("ids", "documents", "said"),
+    [
+        ([[7, 7, 7], [7, 7, 7]], None, "repeats one token"),
+        ([[7, 7, 7], [8, 8, 8]], None, "repeats one token"),
+        ([[7, 7, 8, 8]], [[0, 0, 1, 1]], "repeats one token"),
+        ([[7, 1, 2], [7, 3, 4]], None, "all 2 sequences of the probe begin with token id 7"),
+        ([[7, 1, 7, 2]], [[0, 0, 1, 1]], "all 2 sequences of the probe begin with token id 7"),
+        ([[7, 1, 2]], None, "the probe has one sequence"),
+        ([[7, 7, 7], [7, 7, 8]], None, "all 2 sequences of the probe begin with token id 7"),
+        ([[7, 1, 2], [8, 1, 2]], None, None),
+        ([[7, 7, 7], [8, 8, 7]], None, None),
+        ([[7, 1, 8, 2]], [[0, 0, 1, 1]], None),
+    ],
+)
+def test_what_cannot_be_measured_is_said_when_a_probe_is_made(
+    ids: Any, documents: Any, said: str | None, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    probe = Probe.from_tokens(ids, documents)
+    assert len(caplog.messages) == (said is not None)
+    assert said is None or said in caplog.messages[0]
+    caplog.clear()
+    probe.save(tmp_path / "p")
+    assert Probe.load(tmp_path / "p").weakness == probe.weakness
+    assert not caplog.messages
+
+
+def test_texts_and_random_tokens_say_it_too(caplog: pytest.LogCaptureFixture) -> None:
+    def tokenizer(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [1, *(ord(letter) for letter in text)]}
+
+    Probe.from_texts(tokenizer, ["abcdef", "fedcba"], length=4)
+    Probe.random(65, sequences=3, length=8, first_token=4)
+    Probe.random(1, sequences=3, length=8)
+    Probe.random(65, sequences=3, length=8)
+    said = ("begin with token id 1", "begin with token id 4", "repeats one token")
+    assert len(caplog.messages) == 3
+    for message, part in zip(caplog.messages, said, strict=True):
+        assert part in message
 
 
 def test_random_leaves_the_global_generator_alone() -> None:

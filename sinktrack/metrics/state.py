@@ -11,6 +11,8 @@ from sinktrack.metrics.base import Field, Held, Kept, Metric, Seen, State, media
 if TYPE_CHECKING:
     from torch import Tensor
 
+_COMPARED = ("direction_consistency", "direction_to_mean")
+"""Fields that want sequences with distinct first tokens."""
 RIVAL = 0.5
 """Of the sequence's P0 norm, from which another position's norm is a rival's."""
 
@@ -54,10 +56,18 @@ class P0State(Metric):
             [median(torch.cat([part.flatten() for part in others[at]])) for at in sorted(others)]
         )
         beside = torch.stack([_rivals(size[at], others[at]) for at in sorted(others)])
-        differ = len(seen.first_tokens.unique()) > 1
-        towards = direction_to_mean(states) if differ else torch.full((len(states),), torch.nan)
+        from sinktrack.probe import begin_alike  # torch is slow to import
+
+        alike = begin_alike(seen.first_tokens)
+        towards = torch.full((len(states),), torch.nan) if alike else direction_to_mean(states)
         end = seen.blocks + 1
+        reasons = (
+            dict.fromkeys(_COMPARED, f"{alike}; distinct first tokens are compared")
+            if alike
+            else {}
+        )
         return {
+            "missing": reasons,
             "p0_norm": seen.padded(size.mean(-1), end),
             "norm_ratio": seen.padded(size.mean(-1) / middle, end),
             "direction_consistency": seen.padded(consistency(states, seen.first_tokens), end),
