@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,6 +16,7 @@ from sinktrack.callbacks.options import OptionArguments, Options, directory_of, 
 from sinktrack.errors import MeasurementError
 from sinktrack.interventions import examine
 from sinktrack.loggers import weights_and_biases as wandb
+from sinktrack.loggers.base import Logger
 from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
 from sinktrack.models.megatron.hooks import is_megatron
@@ -26,6 +28,7 @@ from sinktrack.signal import Stages, alarm
 _log = logging.getLogger("sinktrack")
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Variables of the environment by which a process may be one of several, or be told nothing."""
+_FELL = "sinktrack: the P0 sink fell back"
 Model = nn.Module | list[nn.Module]
 """A model, or the chunks of one."""
 
@@ -60,6 +63,7 @@ class SinkTracker:
         self.options = Options(every=every, **options)
         self._directory = self._named(run)
         self.probe = probe_of(probe)
+        self.loggers = loggers_of(self.options.loggers)
         self.axes: dict[str, int] = {}
         """More axes to log beside ``sinktrack/step``, by W&B key."""
         self.measured: int | None = None
@@ -120,22 +124,39 @@ class SinkTracker:
             self.failed += 1
             self._failed("probe", step, error, everywhere=spread)
             return None
-        for what, tell in (("W&B log", self._log), ("signal", self._judge)):
-            try:
-                tell(record)
-            except Exception as error:  # the record is on disk already
-                self._failed(what, step, error)
+        for logger in self.loggers:
+            self._try(f"{_name(logger)} log", step, self._show, logger, record)
+        self._try("signal", step, self._judge, record)
         return measurement
 
     def finish(self) -> None:
         """At the end of training: say how many records were written and how many probes failed."""
         if self._silent:
             return
+        self.close()
         said = _log.warning if self.failed else _log.info
         said(
             "%d records written to %s, %d probes failed",
             self.recorded, self._directory, self.failed,
         )  # fmt: skip
+
+    def close(self) -> None:
+        """At the end of training: let every logger send what it has."""
+        for logger in self.loggers:
+            self._try(f"{_name(logger)} log", self.measured or 0, logger.close)
+
+    def _try(self, what: str, step: int, tell: Callable[..., None], *of: Any) -> None:
+        """Tell of a record that is on disk already, so that a failure loses nothing."""
+        try:
+            tell(*of)
+        except Exception as error:
+            self._failed(what, step, error)
+
+    def _show(self, logger: Logger, record: dict[str, Any]) -> None:
+        if isinstance(logger, wandb.WeightsAndBiases):
+            self._log(record)
+        else:
+            logger.log(record)
 
     def settle(self) -> None:
         """End W&B's row of the last record, before a trainer logs a later step."""
@@ -228,13 +249,18 @@ class SinkTracker:
             )  # fmt: skip
         if text is not None:
             _log.warning("at step %d %s", record["step"], text)
-        self._announce(self._stages.stage, text and f"{self._run.directory}: {text}")
+        fall = text and f"{self._run.directory}: {text}"
+        for logger in self.loggers:
+            if isinstance(logger, wandb.WeightsAndBiases):
+                self._announce(self._stages.stage, fall)
+            elif fall is not None:
+                self._try(f"{_name(logger)} log", record["step"], logger.alert, _FELL, fall)
 
     def _announce(self, stage: str | None, fall: str | None) -> None:
         """Tell W&B the stage, and alert it of a fall."""
         wandb.stage(stage)
         if fall is not None:
-            wandb.alert("sinktrack: the P0 sink fell back", fall)
+            wandb.alert(_FELL, fall)
 
     def _failed(self, what: str, step: int, error: Exception, everywhere: bool = False) -> None:
         if self.options.on_error == "raise":
@@ -245,6 +271,27 @@ class SinkTracker:
         if reason not in self._reported:
             self._reported.add(reason)
             _log.warning("the %s at step %d failed, training goes on: %s", what, step, reason)
+
+
+def loggers_of(given: Any) -> list[Logger]:
+    """The loggers, by default W&B of an active run.
+
+    Raises:
+        TypeError: one of them is no logger.
+    """
+    if given is None:
+        return [wandb.WeightsAndBiases()]
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise TypeError(f"loggers={given!r}: wanted a list of loggers")
+    found = list(given)
+    for one in found:
+        if isinstance(one, type) or not isinstance(one, Logger):
+            raise TypeError(f"loggers: {one!r} has no log, alert and close")
+    return found
+
+
+def _name(logger: Logger) -> str:
+    return "W&B" if isinstance(logger, wandb.WeightsAndBiases) else type(logger).__name__
 
 
 def _joined() -> tuple[int, int] | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import operator
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from sinktrack.loggers.base import Logger
 from sinktrack.probe import Probe
 
 
@@ -18,6 +20,7 @@ class OptionArguments(TypedDict, total=False):
     on_error: Literal["warn", "raise"]
     probe_batch_size: int | None
     causal_every: int | None
+    loggers: Sequence[Logger] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,9 @@ class Options:
     causal_every: int | None = None
     """Also run the causal tests at every so many regular probes; never by default. They cost some
     tens of probes, see docs/causal.md."""
+    loggers: Sequence[Logger] | None = None
+    """Where each record is shown, such as ``TensorBoard("runs/tb")``; by default the active W&B
+    run, if there is one."""
 
     def __post_init__(self) -> None:
         self._count("every", "the interval is at least one step")

@@ -31,8 +31,8 @@ def main() -> None:
     online, offline = (Run.read(options.demo / name) for name in ("run", "scanned"))
     one, two = options.demo / "one.html", options.demo / "two.html"
     checkpoints = options.demo / "checkpoints" / offline.records[-1]["source"]
-    write_report({"demo": online.written}, one, {"demo": read_losses(checkpoints)})
-    write_report({"callback": online.written, "scanner": offline.written}, two)
+    write_report({"demo": online.history}, one, {"demo": read_losses(checkpoints)})
+    write_report({"callback": online.history, "scanner": offline.history}, two)
     with chromium() as browser:
         page = opened(browser, one, "light")
         keep(options.out / "report.png", page.screenshot())

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from sinktrack.errors import MissingExtra, RecordError, require
+from sinktrack.metrics import FIELDS
+from sinktrack.metrics.axes import by_block, is_by_block
 
 if TYPE_CHECKING:
     from sinktrack.measurement import Measurement
@@ -29,7 +31,8 @@ def training(records: Sequence[Mapping[str, Any]], over: Literal["step", "tokens
         RecordError: no record has a place on the axis.
         MissingExtra: plotly is not installed.
     """
-    figure = _panels(["Norm of the P0 state at each block's input", "Attention to P0"])
+    drawn_fields = [FIELDS["p0_norm"], FIELDS["concentration"]]
+    figure = _panels([field.title[0].upper() + field.title[1:] for field in drawn_fields])
     drawn = [record for record in records if record[over] is not None]
     if not drawn:
         raise RecordError(f"there is no record with {_AXES[over]} to draw")
@@ -37,12 +40,12 @@ def training(records: Sequence[Mapping[str, Any]], over: Literal["step", "tokens
     blocks = drawn[-1]["model"]["blocks"]
     colours = _colours(blocks + 1)
     mode = "lines" if len(x) > 60 else "lines+markers"
-    for column, field in ((1, "p0_norm"), (2, "concentration")):
-        for block in range(len(drawn[-1][field])):
+    for column, field in enumerate(drawn_fields, 1):
+        for block in range(len(drawn[-1][field.name])):
             name = f"block {block}" if block < blocks else "output"
             figure.add_scatter(
                 x=x,
-                y=[record[field][block] for record in drawn],
+                y=[record[field.name][block] for record in drawn],
                 name=name,
                 legendgroup=name,
                 showlegend=column == 1,
@@ -52,8 +55,50 @@ def training(records: Sequence[Mapping[str, Any]], over: Literal["step", "tokens
                 col=column,
             )
     figure.update_xaxes(title=_AXES[over])
-    figure.update_yaxes(type="log", title="l2 norm", row=1, col=1)
-    figure.update_yaxes(rangemode="tozero", title="probability", row=1, col=2)
+    for column, field in enumerate(drawn_fields, 1):
+        figure.update_yaxes(type=field.scale, title=field.unit, row=1, col=column)
+    figure.update_yaxes(rangemode="tozero", row=1, col=2)
+    return figure
+
+
+def curve(
+    records: Sequence[Mapping[str, Any]], name: str, over: Literal["step", "tokens"] = "step"
+) -> Any:
+    """Any field over training: a line, or one for each block; of a field by head the mean.
+
+    Args:
+        records: of one run, in step order.
+        name: the field's, as in `sinktrack.metrics.FIELDS`.
+        over: the x axis; records without a token count are left out of that over tokens.
+
+    Returns:
+        A plotly Figure.
+
+    Raises:
+        RecordError: there is no such field, or no record that has it and a place on the axis.
+        MissingExtra: plotly is not installed.
+    """
+    field = FIELDS.get(name)
+    if field is None or not (is_by_block(field) or not field.axes):
+        raise RecordError(f"{name} is no field that is drawn over training")
+    drawn = [
+        record for record in records if record[over] is not None and record.get(name) is not None
+    ]
+    if not drawn:
+        raise RecordError(f"there is no record with {name} and {_AXES[over]} to draw")
+    figure = _panels([field.title])
+    rows = [by_block(record, field) if field.axes else [record[name]] for record in drawn]
+    colours = _colours(max(2, len(rows[0])))
+    for block in range(len(rows[0])):
+        figure.add_scatter(
+            x=[record[over] for record in drawn],
+            y=[row[block] for row in rows],
+            name=f"block {block}" if field.axes else field.title,
+            mode="lines" if len(drawn) > 60 else "lines+markers",
+            line={"color": colours[block]},
+        )
+    figure.update_xaxes(title=_AXES[over])
+    figure.update_yaxes(type=field.scale, title=field.unit)
     return figure
 
 
@@ -66,7 +111,8 @@ def measured(measurement: Measurement) -> Any:
     Raises:
         MissingExtra: plotly is not installed.
     """
-    figure = _panels(["Attention to P0", "Norm ratio of P0", "Share"])
+    fields = (FIELDS[name] for name in ("p0_attention", "norm_ratio", "shares"))
+    figure = _panels([field.title[0].upper() + field.title[1:] for field in fields])
     figure.add_heatmap(
         z=measurement.p0_attention.tolist(),
         zmin=0,

@@ -6,18 +6,38 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from sinktrack.metrics import FIELDS
+
+BLOCKS = 4
 HEADS = 4
 EXPERTS = 8
 STEPS = range(0, 2000, 100)
 
 
 def synthetic_records(
-    blocks: int = 4, steps: Sequence[int] = STEPS, formed: bool = True
+    blocks: int = BLOCKS, steps: Sequence[int] = STEPS, formed: bool = True
 ) -> list[dict[str, Any]]:
     """A run whose sink forms and moves to the first two blocks, or one where none forms."""
     return [
         _record(blocks, step, (index + 1) / len(steps), formed) for index, step in enumerate(steps)
     ]
+
+
+def counts_alone(steps: Sequence[int] = STEPS) -> list[dict[str, Any]]:
+    """As of published counts: sink heads by block, and nothing else."""
+    records = synthetic_records(steps=steps)
+    for record in records:
+        for name, value in record.items():
+            field = FIELDS.get(name)
+            if field is None or name in ("sink_heads", "first_sink_block"):
+                continue
+            if field.axes[:1] in (("block",), ("boundary",)):
+                record[name] = [None] * (BLOCKS + (field.axes[0] == "boundary"))
+            else:
+                levels = field.axes[:1] == ("level",)
+                record[name] = {level: [None] * BLOCKS for level in value} if levels else None
+        record |= {"intervals": {}, "probe": None, "versions": {}, "seconds": None}
+    return records
 
 
 def restarted_records() -> list[dict[str, Any]]:

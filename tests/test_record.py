@@ -400,7 +400,7 @@ def test_a_run_is_read_by_its_records_alone(tmp_path: Path) -> None:
     assert repr(Run.read(tmp_path)) == f"Run({str(tmp_path)!r}: 2 records, steps 5 to 1,200)"
     (tmp_path / "run.json").write_text('{"schema": 4}')
     for opening in (Run.read, Run.open, lambda path: Run.open(path, PROBE)):
-        with pytest.raises(RecordError, match="run.json has schema 2, this version reads 1"):
+        with pytest.raises(RecordError, match="run.json has schema 4, this version reads 1"):
             opening(tmp_path)
         assert (tmp_path / "run.json").read_text() == '{"schema": 4}'
     (tmp_path / "run.json").write_text("{")

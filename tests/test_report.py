@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic import restarted_records, synthetic_records
+from synthetic import counts_alone, restarted_records, synthetic_records
+from test_show import serial_record
 from typer.testing import CliRunner
 
 from sinktrack import Run
 from sinktrack.cli import app
 from sinktrack.errors import RecordError
 from sinktrack.loggers.curves import summary
+from sinktrack.metrics import FIELDS
 from sinktrack.signal import analyze
 from sinktrack.views.report import write_report
+from sinktrack.views.story import story
 
 pytest.importorskip("plotly")
 
@@ -131,8 +134,10 @@ def test_headline_and_curves(open_report: Open) -> None:
     cards = page.inner_text("#cards")
     low, high = (f"{100 * bound:.1f} %" for bound in records[-1]["intervals"]["sink_rate"])
     assert f"95 %: {low} to {high}" in cards
-    assert "block 2" in cards
-    assert "by construction" in page.inner_text("#verdict")
+    assert "2 to 3" in cards and "MLP 0" in cards
+    assert page.inner_text("#verdict").startswith("A sink has formed: blocks 2 to 3 rest on P0")
+    told = page.locator("#story li").all_inner_texts()
+    assert [page.inner_text("#verdict"), *told] == story(records, analyze(records))
     assert "candidate" in page.inner_text("main")
     facts = page.inner_text("#facts").replace("\n", " ")
     for fact in ("mixtral", "4 blocks, 4 heads, 8 experts", "0 to 1,900", "758e6409a456"):
@@ -145,10 +150,12 @@ def test_slider_moves_with_the_keyboard(open_report: Open) -> None:
     for key, index in (("End", 19), ("ArrowLeft", 18), ("Home", 0)):
         page.locator("#record").press(key)
         assert bars(page) == pytest.approx(
-            [part["share"] for part in records[index]["shares"]], rel=1e-5
+            [part["share"] for part in records[index]["shares"] or ()], rel=1e-5
         )
-        assert page.locator("#components tbody tr").count() == len(records[index]["top_components"])
-        assert page.locator("#shares .bars path").count() == len(records[index]["shares"])
+        parts = records[index]["top_components"] or ()
+        assert page.locator("#components tbody tr").count() == len(parts)
+        bars_drawn = page.locator("#shares .bars path").count()
+        assert bars_drawn == len(records[index]["shares"] or ())
         assert page.get_attribute("#record", "aria-valuetext") == f"step {records[index]['step']:,}"
 
 
@@ -190,22 +197,22 @@ def test_missing_values_are_gaps(open_report: Open) -> None:
 
 def test_no_sink_is_said(open_report: Open) -> None:
     page = open_report(synthetic_records(formed=False))
-    assert "No sink has formed in this run: no block's concentration reaches 0.3" in (
-        page.inner_text("#verdict")
-    )
+    assert "No sink has formed: no block rests on P0" in page.inner_text("#verdict")
     assert "no block has formed a sink" in page.inner_text("#cards")
-    assert "starts in" not in page.inner_text("main")
+    assert "A sink has formed" not in page.inner_text("main")
     shown = page.evaluate("document.querySelector('#localization')._fullLayout.yaxis2.range")
     assert shown == [0, 1], "a gain that no record has does not go to 400 %"
 
 
 def test_a_sink_before_any_write_is_said(open_report: Open) -> None:
     record = synthetic_records(steps=[10])[0]
-    record |= {"reference_block": 0, "first_two_share": None, "depth": None}
+    record |= {"reference_block": 0, "first_two_share": None, "depth": None, "formed": True}
+    record["sinks"] = [{"first_block": 0, "last_block": 3, "mass": 2.0, "peak_block": 0}]
     record["shares"] = [{"kind": "embedding", "block": None, "index": None, "share": 1.0}]
     record["intervals"] |= {"first_two_share": None, "depth": None}
     page = open_report([record])
-    assert "precedes any write" in page.inner_text("#verdict")
+    assert "before anything is written" in page.inner_text("#story")
+    assert "precedes any write" in page.inner_text("#cards")
     assert bars(page) == [1.0]
 
 
@@ -218,6 +225,16 @@ def test_first_tokens_beside_the_probe(open_report: Open) -> None:
     assert distinct["y"] == pytest.approx(quantiles["50"], rel=1e-3)
     assert probe["y"] == pytest.approx(record["norm_ratio"], rel=1e-5)
     assert band["y"] == pytest.approx([*quantiles["95"], *quantiles["5"][::-1]], rel=1e-3)
+
+
+def test_counts_of_sink_heads_alone(open_report: Open) -> None:
+    records = counts_alone()
+    page = open_report(records)
+    assert "was not measured" in page.inner_text("#verdict")
+    page.select_option("#measure", "sink_heads")
+    [heat] = drawn(page, "blocks")
+    wanted = [record["sink_heads"]["0.3"][3] for record in records]
+    assert heat["z"][3] == wanted
 
 
 def test_first_blocks_only(open_report: Open, tmp_path: Path) -> None:
@@ -242,14 +259,14 @@ def test_first_blocks_only(open_report: Open, tmp_path: Path) -> None:
             "peak_block",
         ):
             record[name] = None
-        record |= {"shares": [], "top_components": [], "measured_blocks": 2}
+        record |= {"shares": [], "top_components": [], "measured_blocks": 2, "sinks": []}
         record["intervals"] |= dict.fromkeys(("sink_rate", "first_two_share", "depth"))
     page = open_report({"part": records, "whole": synthetic_records()})
     assert "null" not in page.inner_text("body")
     assert "measured in 2 blocks of 4 only" in page.inner_text("#cards")
-    assert "Only the first 2 blocks were measured" in page.inner_text("#verdict")
+    assert "no block of the first 2, the only ones measured" in page.inner_text("#verdict")
     assert curve(page, "sink_rate", "stages")["z"] == [[None] * 20]
-    assert page.locator("#circuit line").count() == 1, "no block is marked"
+    assert page.locator("#circuit .phase").count() == 0, "no block is marked"
     run = Run.open(tmp_path / "run")
     for record in records:
         run.append(record)
@@ -283,6 +300,64 @@ def test_a_larger_run_is_thinned_and_says_so(
     assert found and 10 < int(found[1]) < 34
     assert curve(page, "sink_rate")["x"][-1] == 99
     assert (tmp_path / "report.html").stat().st_size < 5_100_000
+
+
+def test_sinks_in_series(open_report: Open) -> None:
+    record = serial_record()
+    page = open_report([record])
+    assert page.inner_text("#verdict").startswith("Two sinks in series have formed.")
+    circuit = page.locator("#circuit")
+    assert circuit.locator(".phase").count() == 2
+    assert circuit.locator(".phase-name").all_text_contents() == [
+        "main sink: blocks 12 to 29", "sink: blocks 3 to 9",
+    ]  # fmt: skip
+    assert circuit.locator(".writer").all_text_contents() == [
+        "MLP 11 writes 93.0 %", "MLP 2 writes 70.0 %",
+    ]  # fmt: skip
+    assert circuit.locator(".erased").all_text_contents() == ["MLP 29 erases", "MLP 8, MLP 9 erase"]
+    assert circuit.locator(".eraser").count() == 3
+    assert circuit.locator(".half").count() == 30 * 3, "mixing, and the writes of both sublayers"
+    assert curve(page, "sink_rate", "stages")["z"] == [[None]], "one record has no stage"
+    assert page.locator("#signal li").count() == 0
+    with page.expect_download() as download:
+        page.get_by_label("Save the circuit as SVG").press("Enter")
+    saved = Path(download.value.path()).read_text()
+    assert saved.startswith("<svg") and "MLP 11 writes" in saved and "var(" not in saved
+
+
+def test_every_field_along_the_blocks_or_heads_can_be_seen(open_report: Open) -> None:
+    records = synthetic_records()
+    for step, record in enumerate(records):
+        record["attention_gate"] = [[0.1 * block + 0.01 * step] * 4 for block in range(4)]
+        record["rivals"] = [0.02 * step] * 5
+    page = open_report(records)
+    page.select_option("#measure", "attention_gate")
+    [heat] = drawn(page, "blocks")
+    assert heat["z"][2] == pytest.approx([0.2 + 0.01 * step for step in range(20)], rel=1e-3)
+    assert FIELDS["attention_gate"].help in page.inner_text("#measured")
+    page.select_option("#measure", "rivals")
+    assert drawn(page, "blocks")[0]["z"][4][5] == pytest.approx(0.1, rel=1e-3)
+    page.select_option("#of_heads", "attention_gate")
+    [heads] = drawn(page, "heads")
+    assert heads["z"][1] == pytest.approx([0.29] * 4, rel=1e-2)
+    page.select_option("#number_field", "effective_blocks")
+    found = curve(page, "number")["y"]
+    assert found[-1] == pytest.approx(records[-1]["effective_blocks"], rel=1e-5)
+
+
+def test_nothing_is_solid_before_a_sink_has_formed(open_report: Open) -> None:
+    records = synthetic_records()
+    for record in records[:8]:
+        record |= {"first_two_share": 0.9, "depth": 1.0, "formed": False, "sinks": []}
+    page = open_report(records)
+    solid, dotted = page.evaluate(
+        """() => ["solid", "dot"].map((dash) => document.getElementById("localization").data.filter(
+            ({line, mode, yaxis, fill}) =>
+                mode === "lines" && yaxis === "y" && !fill && (line.dash ?? "solid") === dash)
+            .map(({y}) => y)[0])"""
+    )
+    assert solid[:8] == [None] * 8 and dotted[:8] == [0.9] * 8
+    assert solid[-1] == dotted[-1] == pytest.approx(records[-1]["first_two_share"], rel=1e-5)
 
 
 def test_narrow_screens_and_colour_schemes(open_report: Open) -> None:
@@ -419,9 +494,11 @@ def test_the_slider_shows_heads_and_circuit(open_report: Open) -> None:
     marked = page.evaluate("document.getElementById('blocks').layout.shapes[0].x0")
     assert marked == records[5]["step"]
     picture = page.locator("#circuit svg")
-    assert picture.locator("rect").count() == len(records[5]["shares"]) + 4
+    assert picture.locator(".part").count() == len(records[5]["shares"] or ())
+    assert picture.locator(".block").count() == 4
     page.locator("#record").press("End")
-    assert "Sinks in blocks 2, 3" in str(picture.get_attribute("aria-label"))
+    assert picture.locator(".phase").count() == 1
+    assert "blocks 2 to 3 rest on P0" in str(picture.get_attribute("aria-label"))
     assert f"embedding {100 * records[-1]['shares'][0]['share']:.1f} %" in str(
         picture.get_attribute("aria-label")
     )
@@ -440,7 +517,7 @@ def test_stages_and_onset(open_report: Open) -> None:
     assert [shade["x0"], line["x0"], shade["x1"]] == [
         found.onset.low, found.onset.value, found.onset.high,
     ]  # fmt: skip
-    assert page.locator("#signal li").all_inner_texts() == found.lines()
+    assert page.locator("#signal li").all_text_contents() == found.lines()
     page.get_by_label("tokens", exact=True).check()
     assert found.onset_tokens is not None
     _, line = page.evaluate("document.getElementById('sink_rate').layout.shapes")
@@ -450,7 +527,7 @@ def test_stages_and_onset(open_report: Open) -> None:
 def test_what_is_not_claimed_yet_is_said(open_report: Open) -> None:
     records = synthetic_records(steps=[0, 100])
     page = open_report(records)
-    missing = page.inner_text("#missing")
+    missing = page.text_content("#missing")
     assert all(line in missing for line in analyze(records).missing)
 
 
@@ -475,7 +552,7 @@ def test_a_restart_from_an_older_checkpoint(open_report: Open) -> None:
 def test_records_that_training_left_behind_are_left_out(open_report: Open) -> None:
     page = open_report(restarted_records())
     assert curve(page, "sink_rate")["x"] == list(range(0, 1500, 100))
-    assert "left out: 15 records up to step 2,900" in page.inner_text("#signal")
+    assert "left out: 15 records up to step 2,900" in page.text_content("#signal")
 
 
 def test_runs_of_several_probes_say_so(open_report: Open, tmp_path: Path) -> None:
@@ -544,7 +621,7 @@ def test_block_measures(open_report: Open) -> None:
     page.select_option("#measure", "sink_rate_by_block")
     [heat] = drawn(page, "blocks")
     assert heat["z"][3] == pytest.approx(
-        [record["sink_rate_by_block"]["0.3"][3] for record in records], rel=1e-5
+        [record["sink_rate_by_block"]["0.3"][3] for record in records], rel=1e-3
     )
     page.select_option("#measure", "norm_ratio")
     [heat] = drawn(page, "blocks")

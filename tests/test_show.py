@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from synthetic import restarted_records, synthetic_records
+from synthetic import counts_alone, restarted_records, synthetic_records
 from typer.testing import CliRunner
 
 from sinktrack import Run
@@ -38,7 +38,10 @@ def test_headline_and_blocks() -> None:
     assert "1,900, 3,891,200 tokens (20 records)" in text
     low, high = last["intervals"]["sink_rate"]
     assert f"{last['sink_rate']:.1%}  (95 %: {low:.1%} to {high:.1%})" in text
-    assert "starts in block 2" in text
+    said = " ".join(text.split())
+    assert "A sink has formed: blocks 2 to 3 rest on P0" in said
+    assert "The P0 state of the sink is written by MLP 0 (52%)" in said
+    assert "Position decides, whatever token stands first: 90% of 64" in said
     assert "candidate" in text
     for block in range(4):
         cells = row(text, block).split()
@@ -59,6 +62,23 @@ def test_fits_80_columns(blocks: int) -> None:
     assert all(row(text, block) for block in range(blocks))
 
 
+def test_the_widest_numbers_fit_80_columns() -> None:
+    records = synthetic_records(48, steps=range(0, 10_000, 500))
+    for record in records:
+        record["block_kinds"] = ["sliding"] * 48
+        record["norm_ratio"] = [0.00123, *[1234.5] * 48]
+        record["gain"] = [-10.23] * 48
+        record["shares"] = [
+            {"kind": kind, "block": block, "index": None, "share": -1.0}
+            for kind in ("attention", "mlp") for block in range(48)
+        ]  # fmt: skip
+    text = shown(records)
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    cells = row(text, 47).split()
+    assert cells[1] == "sliding" and cells[-3:] == ["-100%", "-100%", "-10.23"]
+    assert "1.23e+03" in cells and len(cells[3]) >= 4
+
+
 def test_sparklines_have_a_fixed_scale_and_at_most_24_columns() -> None:
     records = synthetic_records(steps=range(1000))
     for index, record in enumerate(records):
@@ -72,13 +92,13 @@ def test_records_that_training_left_behind_are_left_out(tmp_path: Path) -> None:
     for record in restarted_records():
         run.append(record)
     text = CliRunner().invoke(app, ["show", str(tmp_path)]).output
-    assert "last step        1,400" in text and "(15 records)" in text
+    assert re.search(r"last step +1,400", text) and "(15 records)" in text
     assert "left out: 15 records up to step 2,900" in text
 
 
 def test_shares_of_no_sink_are_no_headline() -> None:
     text = shown(synthetic_records(formed=False))
-    assert "first-two share" not in text and "depth (blocks)" not in text
+    assert "first-two share" not in text and "depth" not in text
 
 
 def test_windows_have_no_even_attention() -> None:
@@ -107,18 +127,73 @@ def test_linear_blocks_are_blank() -> None:
 
 def test_no_sink_is_said() -> None:
     text = shown(synthetic_records(formed=False))
-    assert "no block has formed a sink" in text
-    assert "starts in" not in text
+    assert text.splitlines()[1].startswith("No sink has formed: no block rests on P0.")
+    assert "A sink has formed" not in text
+
+
+def test_one_record_gets_no_stage() -> None:
+    """Of a finished model, say: a state without a course."""
+    text = " ".join(shown(synthetic_records()[-1:]).split())
+    assert "A sink has formed: blocks 2 to 3" in text
+    assert "One record shows a state, not a course" in text
+    for stage in ("absent", "emerging", "settled", "Signal", "Not claimed"):
+        assert stage not in text
+
+
+def serial_record() -> dict[str, Any]:
+    """Two sinks in series, as of a pretrained model of 30 blocks."""
+    record = synthetic_records(30)[-1]
+
+    def part(kind: str, block: int, share: float) -> dict[str, Any]:
+        return {"kind": kind, "block": block, "index": None, "share": share}
+
+    for block in range(30):
+        record["concentration"][block] = 0.6 if block >= 12 else 0.4 if 3 <= block <= 9 else 0.05
+    first = {"first_block": 3, "last_block": 9, "mass": 2.8, "peak_block": 3, "step_up_block": 2,
+             "step_down_block": 9, "writers": [part("mlp", 2, 0.7), part("mlp", 1, 0.25)],
+             "erasers": [part("mlp", 8, -0.2), part("mlp", 9, -0.7)],
+             "top_components": []}  # fmt: skip
+    main = {"first_block": 12, "last_block": 29, "mass": 10.8, "peak_block": 12,
+            "step_up_block": 11, "step_down_block": 29, "writers": [part("mlp", 11, 0.93)],
+            "erasers": [part("mlp", 29, -0.5)], "top_components": [],
+            "total_effects": [{"kind": "mlp", "block": 0, "index": None, "effect": 0.61},
+                              {"kind": "mlp", "block": 11, "index": None, "effect": 1.0}],
+            }  # fmt: skip
+    rivals = [0.0] * 31
+    rivals[3] = 0.03
+    return record | {"sinks": [first, main], "reference_block": 12, "position_share": 0.02,
+                     "formed": True, "rivals": rivals}  # fmt: skip
+
+
+def test_sinks_in_series_are_told() -> None:
+    text = " ".join(shown([serial_record()]).split())
+    for sentence in (
+        "Two sinks in series have formed. The main one: blocks 12 to 29 rest on P0 with 60%",
+        "Weaker: blocks 3 to 9 (40%)",
+        "The P0 state of the main sink is written by MLP 11 (93%). Erased by MLP 29.",
+        "Small in share, but without it this much of that state goes: MLP 0 (61%).",
+        "of blocks 3 to 9 is written by MLP 2 (70%), MLP 1 (25%). Erased by MLP 8 and MLP 9.",
+        "A token decides, not the position alone: 2% of 64 single first tokens make it.",
+        "P0 has rivals at block 3: 3.0% of the other positions have at least half its norm.",
+    ):
+        assert sentence in text
 
 
 def test_a_sink_before_any_write_is_said() -> None:
     records = synthetic_records(steps=[10])
-    records[0] |= {"reference_block": 0, "first_two_share": None, "depth": None}
+    first = {"first_block": 0, "last_block": 3, "mass": 2.0, "peak_block": 0}
+    nothing = {"reference_block": 0, "first_two_share": None, "depth": None}
+    records[0] |= nothing | {"formed": True, "sinks": [first]}
     records[0]["shares"] = records[0]["shares"][:1]
     text = shown(records)
-    assert "precedes any write" in text
+    assert "stands from block 0 on, before anything is written" in text
     assert "first-two share" not in text
     assert "(1 record)" in text
+
+
+def test_counts_of_sink_heads_alone() -> None:
+    text = " ".join(shown(counts_alone()).split())
+    assert "Which blocks rest on P0 was not measured. The first block with a sink head is" in text
 
 
 def test_titles_are_not_markup() -> None:

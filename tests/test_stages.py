@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sinktrack.records.lineage import current as living
+from sinktrack.records.lineage import left_behind
 from sinktrack.signal import Stages, robust
-from sinktrack.signal.stages import left_behind, living
 
 Record = dict[str, Any]
 

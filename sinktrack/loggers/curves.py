@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sinktrack.metrics import FIELDS
+from sinktrack.metrics.axes import by_block, is_by_block
 from sinktrack.metrics.base import Field
 
-SCALARS = tuple(name for name, field in FIELDS.items() if field.curve and not field.axes)
-BY_BLOCK = tuple(name for name, field in FIELDS.items() if field.curve and field.axes)
 COMPONENT = ("kind", "block", "index", "share", "gate")
 CAUSAL = ("test", "kind", "block", "index", "share", "effect", "low", "high", "verdict")
 TESTS = ("necessity", "sufficiency", "position")
 
 
+def scalars() -> list[Field]:
+    """Those of one number a record that every dashboard draws."""
+    return [field for field in FIELDS.values() if field.curve and not field.axes]
+
+
+def blockwise() -> list[Field]:
+    """Those that every dashboard draws with a curve for each block."""
+    return [field for field in FIELDS.values() if field.curve and is_by_block(field)]
+
+
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """The record's curves by key, ``sinktrack/...``; what was not measured is left out."""
     found: dict[str, Any] = {
-        f"sinktrack/{name}": record.get(name) for name in ("step", "tokens", *SCALARS)
+        f"sinktrack/{name}": record.get(name)
+        for name in ("step", "tokens", *(field.name for field in scalars()))
     }
-    for name in BY_BLOCK:
-        for block, value in enumerate(by_block(record, FIELDS[name])):
-            found[f"sinktrack/{name}/block_{block:02d}"] = value
+    for field in blockwise():
+        inputs = by_block(record, field)[: record["model"]["blocks"]]  # of boundaries too
+        for block, value in enumerate(inputs):
+            found[f"sinktrack/{field.name}/block_{block:02d}"] = value
     for test in TESTS:
         for row in record.get("causal", {}).get(test, ()):
             if row["index"] is None:  # heads and experts go into the table
                 where = "" if row["block"] is None else f"_{row['block']:02d}"
                 found[f"sinktrack/causal/{test}/{row['kind']}{where}"] = row["effect"]
     return {key: value for key, value in found.items() if value is not None}
-
-
-def by_block(record: Mapping[str, Any], field: Field) -> Iterator[float | None]:
-    """A field's value of each block: of one by head the mean, of one at boundaries the inputs'."""
-    for value in (record.get(field.name) or [])[: record["model"]["blocks"]]:
-        if isinstance(value, list):
-            known = [number for number in value if number is not None]
-            yield sum(known) / len(known) if known else None
-        else:
-            yield value
 
 
 def components(record: Mapping[str, Any]) -> list[list[Any]]:

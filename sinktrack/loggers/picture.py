@@ -42,6 +42,7 @@ def heat(values: Any) -> NDArray[np.uint8]:
         values: ``[rows, columns]``; None and nan become grey.
     """
     cells = np.array(values, dtype=float)
+    cells = cells.reshape(len(cells), -1)  # of blocks without heads, a column of gaps
     gaps = np.isnan(cells)
     place = np.clip(np.nan_to_num(cells), 0, 1) * (len(_STOPS) - 1)
     low = np.minimum(place.astype(int), len(_STOPS) - 2)

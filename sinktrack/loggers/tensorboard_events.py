@@ -9,9 +9,8 @@ from typing import Any
 from sinktrack import text
 from sinktrack.errors import RecordError, require
 from sinktrack.loggers import picture
-from sinktrack.loggers.curves import COMPONENT, components, metrics
+from sinktrack.loggers.curves import COMPONENT, blockwise, components, metrics, scalars
 from sinktrack.records.run import Run
-from sinktrack.signal.stages import living
 
 _ALWAYS = "sinktrack/norm_ratio/block_00"
 """A curve that every record has."""
@@ -35,6 +34,46 @@ def log(record: Mapping[str, Any], writer: Any) -> None:
     writer.add_text("sinktrack/top_components", _table(record), step)
 
 
+class TensorBoard:
+    """A log directory as a logger: event files that TensorBoard shows while training goes on.
+
+    Where training began anew at an earlier step, what the directory held from there on is dropped.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self._writer: Any = None
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Write a record's curves and pictures, and flush them.
+
+        Raises:
+            MissingExtra: tensorboard is not installed.
+            RecordError: the directory has a name that TensorBoard cannot write.
+        """
+        if self._writer is None:
+            require("tensorboard", "tensorboard")
+            from torch.utils.tensorboard import SummaryWriter
+
+            text.refuse_unencodable(self.directory, "TensorBoard")
+            self._writer = SummaryWriter(str(self.directory), purge_step=record["step"])
+            self._writer.add_custom_scalars(layout(record))
+        log(record, self._writer)
+        self._writer.flush()
+
+    def alert(self, title: str, text: str) -> None:
+        """As text, beside the curves."""
+        if self._writer is not None:
+            self._writer.add_text(title, text)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
 def publish(run: Run, directory: Path) -> int:
     """Write those of the run's records that the event files below ``directory`` do not hold yet.
 
@@ -49,7 +88,7 @@ def publish(run: Run, directory: Path) -> int:
         RecordError: the run holds no records, or the directory cannot be written.
         MissingExtra: tensorboard is not installed.
     """
-    records = living(run.written)
+    records = run.records
     if not records:
         raise RecordError(f"{run.directory} holds no records yet")
     require("tensorboard", "tensorboard")
@@ -76,18 +115,13 @@ def layout(record: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
         for name in _bounded(record)
     }
     blocks = {
-        name: ["Multiline", [rf"sinktrack/{name}/block_\d+"]]
-        for name in ("concentration", "norm_ratio")
+        field.name: ["Multiline", [rf"sinktrack/{field.name}/block_\d+"]] for field in blockwise()
     }
     return {"sinktrack": margins | blocks}
 
 
 def _bounded(record: Mapping[str, Any]) -> list[str]:
-    return [
-        name
-        for name in ("sink_rate", "first_two_share", "first_two_gain", "depth")
-        if record["intervals"].get(name) is not None
-    ]
+    return [field.name for field in scalars() if record["intervals"].get(field.name) is not None]
 
 
 def _steps(directory: Path) -> set[int]:

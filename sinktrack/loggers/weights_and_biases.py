@@ -17,10 +17,20 @@ from typing import Any
 from sinktrack import atomic, text
 from sinktrack.errors import RecordError, require
 from sinktrack.loggers import picture
-from sinktrack.loggers.curves import CAUSAL, COMPONENT, causal, components, gone, metrics, summary
+from sinktrack.loggers.curves import (
+    CAUSAL,
+    COMPONENT,
+    blockwise,
+    causal,
+    components,
+    gone,
+    metrics,
+    summary,
+)
+from sinktrack.metrics.axes import by_block
+from sinktrack.records.lineage import current
 from sinktrack.records.run import Run
 from sinktrack.signal import analyze
-from sinktrack.signal.stages import living
 
 _ROOM = 16 * 2**20
 """Bytes left on a disk, below which what W&B keeps there does not count as kept."""
@@ -70,7 +80,7 @@ def show(
     if active is None:
         return None
     wandb = sys.modules["wandb"]
-    records = living(written)
+    records = current(written)
     _define(active)
     settle()
     shared = active.settings.mode == "shared"  # by several processes, so without a step of its own
@@ -87,6 +97,29 @@ def show(
         _open[active.id] = active.step
     active.summary.update(gone(records[-2:]) | summary(records))
     return Target.of(active, record["step"])
+
+
+class WeightsAndBiases:
+    """The active W&B run as a logger; without one, or with a disabled one, nothing is done.
+
+    It is the default of the callbacks, which also put the trainer's own axis beside a record, and
+    find the process that has the run.
+    """
+
+    def __init__(self) -> None:
+        self._written: list[Mapping[str, Any]] = []
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """As `show`, with the records that came before through this object."""
+        self._written.append(record)
+        show(record, {}, self._written)
+
+    def alert(self, title: str, text: str) -> None:
+        """As the function `alert`."""
+        alert(title, text)
+
+    def close(self) -> None:
+        """Do nothing: the run and its open row are the training's."""
 
 
 def is_active() -> bool:
@@ -151,7 +184,7 @@ def publish(
             there is no W&B run of that id.
         MissingExtra: wandb is not installed.
     """
-    records = living(run.written)
+    records = run.records
     if not records:
         raise RecordError(f"{run.directory} holds no records yet")
     wandb = require("wandb", "wandb")
@@ -267,16 +300,17 @@ def _charts(wandb: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     blocks = range(records[-1]["model"]["blocks"])
     drawn = records[:: -(-len(records) * len(blocks) // _MOST_POINTS)]
     found = {}
-    for name, title in (("concentration", "Attention to P0"), ("norm_ratio", "Norm ratio of P0")):
+    for field in blockwise():
+        rows = [(record["step"], by_block(record, field)) for record in drawn]
         lines = [
-            [(r["step"], r[name][block]) for r in drawn if r[name][block] is not None]
+            [(step, row[block]) for step, row in rows if row and row[block] is not None]
             for block in blocks
         ]
-        found[f"sinktrack/{name}_by_block"] = wandb.plot.line_series(
+        found[f"sinktrack/{field.name}_by_block"] = wandb.plot.line_series(
             xs=[[step for step, _ in line] for line in lines],
             ys=[[value for _, value in line] for line in lines],
             keys=[f"block {block:02d}" for block in blocks],
-            title=f"{title} by block",
+            title=f"{field.title} by block",
             xname="step",
         )
     return found

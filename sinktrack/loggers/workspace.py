@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from sinktrack.errors import RecordError, require
-from sinktrack.loggers.curves import BY_BLOCK, SCALARS
+from sinktrack.loggers.curves import blockwise, scalars
 from sinktrack.loggers.weights_and_biases import Sent
 from sinktrack.records.run import Run
 
 _AXIS = "sinktrack/step"
-_TITLES = {"concentration": "Attention to P0 by block", "norm_ratio": "Norm ratio of P0 by block"}
 
 
 def save(run: Run) -> str:
@@ -47,17 +46,19 @@ def view(entity: str, project: str) -> Any:
     plots = require("wandb_workspaces.reports.v2", "wandb")
 
     headline = [
-        plots.LinePlot(title=name.replace("_", " "), x=_AXIS, y=[f"sinktrack/{name}"])
-        for name in SCALARS
+        plots.LinePlot(
+            title=field.title, x=_AXIS, y=[f"sinktrack/{field.name}"], log_y=field.scale == "log"
+        )
+        for field in scalars()
     ]
     blocks = [
         plots.LinePlot(
-            title=_TITLES[name],
+            title=f"{field.title} by block",
             x=_AXIS,
-            metric_regex=rf"sinktrack/{name}/block_\d+",
-            log_y=name == "norm_ratio",
+            metric_regex=rf"sinktrack/{field.name}/block_\d+",
+            log_y=field.scale == "log",
         )
-        for name in BY_BLOCK
+        for field in blockwise()
     ]
     pictures = [
         plots.MediaBrowser(title=title, media_keys=[f"sinktrack/{key}"])

@@ -56,6 +56,8 @@ class Field:
     """Does every dashboard draw it over training? A field by head as the mean over the heads."""
     rows: Callable[[Any], Iterable[Row]] | None = None
     """Long-form rows of a value that its axes do not describe."""
+    chart: str = ""
+    """Of a value in rows by block, those that charts draw, by their ``metric``: ``.ratio``."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Outliers(Metric):
         Field("max_activation", "largest activation", "Largest absolute value of the stream at P0 "
               "and elsewhere, their channels, and the ratio of the larger to the median: that over "
               "the other positions of each one's median over channels.", ("boundary",), "",
-              "log", rows=_activations),
+              "log", rows=_activations, chart=".ratio"),
         Field("p0_channels", "channels of the P0 state", "The three channels with the largest "
               "share of P0's squared norm at the main phase's peak.", ("channel",), "share",
               form=".1%", rows=_channels),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from sinktrack.metrics import FIELDS
+from sinktrack.metrics.axes import nothing
 from sinktrack.metrics.base import Axis, Row
 
 COLUMNS = ("step", "tokens", "metric", "block", "kind", "index", "level", "value", "low", "high")
@@ -24,7 +25,7 @@ def _measured(record: Mapping[str, Any]) -> Iterator[Row]:
     yield {"metric": "seconds", "value": record.get("seconds")}
     for name, field in FIELDS.items():
         value = record.get(name)
-        if value is None:
+        if nothing(value):
             continue
         found = field.rows(value) if field.rows else _along(field.axes, value, {})
         bounds = record["intervals"].get(name)

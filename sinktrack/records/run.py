@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sinktrack import atomic, text
 from sinktrack.errors import RecordError, require
 from sinktrack.metrics import FIELDS
-from sinktrack.records import locks
+from sinktrack.records import lineage, locks
 
 if TYPE_CHECKING:
     from sinktrack.probe import Probe
@@ -105,16 +105,23 @@ class Run:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """One record per step, ascending; of two of the same step the last counts.
+        """The line of training that led to the weights of today, one record a step, ascending.
+
+        Of two records of one step the last counts; those that training left behind, when it went
+        on from an older checkpoint, are in `history` alone.
 
         Raises:
             RecordError: a damaged line, or one of another schema.
         """
-        found = {record["step"]: record for record in self.written}
-        return [found[step] for step in sorted(found)]
+        return lineage.current(self.history)
 
     @property
     def written(self) -> list[dict[str, Any]]:
+        """`history`, by its older name."""
+        return self.history
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
         """All records in the order in which they were written, also several of one step.
 
         Raises:
@@ -131,7 +138,7 @@ class Run:
 
     @property
     def steps(self) -> list[int]:
-        """The recorded steps, ascending."""
+        """Of `records`, ascending."""
         return [record["step"] for record in self.records]
 
     def __len__(self) -> int:
@@ -330,7 +337,7 @@ class Run:
         if self.probe == probe:
             return
         path = self.directory / "probe.safetensors"
-        recorded = {record["probe"] for record in self.records}
+        recorded = {record["probe"] for record in self.history}
         if recorded - {probe.digest}:
             raise RecordError(
                 f"{self.directory} holds records of probe {', '.join(sorted(recorded))}, not "

@@ -201,7 +201,8 @@ class Job:
 
     def lacking(self, checkpoints: Sequence[Checkpoint], run: Run) -> list[Checkpoint]:
         """Those that the run does not hold, or not with as many blocks, the dtype or the tests."""
-        done = {record["step"] for record in run.records if self._is_in(record)}
+        held = {record["step"]: record for record in run.history}
+        done = {step for step, record in held.items() if self._is_in(record)}
         return [checkpoint for checkpoint in checkpoints if checkpoint.step not in done]
 
     def _is_in(self, record: Mapping[str, Any]) -> bool:
@@ -277,7 +278,7 @@ def _outcomes(
 
 def renamed(checkpoints: Sequence[Checkpoint], run: Run) -> list[str]:
     """Those whose steps the run holds by scans of other names, as ``name (source)``."""
-    held = {record["step"]: record.get("source") for record in run.records}
+    held = {record["step"]: record.get("source") for record in run.history}
     return [
         f"{checkpoint.name} ({held[checkpoint.step]})"
         for checkpoint in checkpoints

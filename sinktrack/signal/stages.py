@@ -14,10 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from sinktrack.records.lineage import current, left_behind
 from sinktrack.records.run import SCHEMA
 from sinktrack.signal import robust
 from sinktrack.signal.phases import BREAKS, LASTING, Span, Story, spans
 from sinktrack.signal.robust import Curve, Interval
+
+living = current
+"""The rule lives with the records."""
 
 ENOUGH = 8
 """Records from which a trend, a plateau or a drop is judged."""
@@ -424,47 +428,11 @@ def head_share(record: Mapping[str, Any]) -> float | None:
     return sum(known) / (heads * len(known)) if known and heads else None
 
 
-def living(written: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The records that led to the weights of today, in step order.
-
-    Args:
-        written: in the order in which they were written.
-    """
-    gone = left_behind((record["step"], record.get("source") or "") for record in written)
-    kept = {record["step"]: record for record in written if record["step"] not in gone}
-    return [kept[step] for step in sorted(kept)]
-
-
 def line_of_training(points: Sequence[Point]) -> tuple[list[Point], set[int]]:
     """As `living`, and the steps that were `left_behind`."""
     gone = left_behind((point.step, point.source) for point in points)
     kept = {point.step: point for point in points if point.step not in gone}
     return [kept[step] for step in sorted(kept)], gone
-
-
-def left_behind(places: Iterable[tuple[int, str]]) -> set[int]:
-    """The steps whose records are of weights that training threw away.
-
-    A callback's record at an earlier step than its last means that training went on from an older
-    checkpoint: what it recorded past that step is of weights that were thrown away. Of two records
-    of one step the last counts. A scanner's records come in any order and leave nothing behind.
-
-    Args:
-        places: step and source of each record, in the order in which they were written.
-    """
-    source: dict[int, str] = {}
-    online: list[int] = []  # steps of the callback's records, ascending
-    gone: set[int] = set()
-    for step, written_by in places:
-        if written_by == "callback":
-            while online and online[-1] >= step:
-                if source[online[-1]] == "callback":
-                    gone.add(online[-1])
-                online.pop()
-            online.append(step)
-        source[step] = written_by
-        gone.discard(step)
-    return gone
 
 
 def highest(y: Curve) -> float:

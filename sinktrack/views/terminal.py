@@ -7,29 +7,34 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from sinktrack.errors import RecordError
+from sinktrack.metrics import FIELDS
 from sinktrack.metrics.attention import EPSILON, uniform
+from sinktrack.metrics.axes import by_block, is_by_block
 from sinktrack.records.twins import equal_weights, told
 from sinktrack.signal import Analysis
+from sinktrack.views.story import story
 
 _BARS = "▁▂▃▄▅▆▇█"
 _PLAIN_BARS = ".:-=+*%#"
 """Where the output's encoding has no such bars, as in the logs of a scheduler."""
 _LONGEST = 24
 _SHORTEST = 4
-_BESIDE_SPARKLINES = 58
-"""Columns of the table that hold no sparkline, and the gaps."""
 _TOP = 5
+_OF_A_SINK = ("first_two_share", "depth", "reference_block", "position_share")
+"""Headline numbers that speak of no sink before one has formed."""
+_IN_THE_TABLE = ("concentration", "norm_ratio")
 
 
 def show(
     records: Sequence[Mapping[str, Any]], signal: Analysis, title: str, console: Console
 ) -> None:
-    """Print headline numbers, the signal, a table of blocks and the largest components.
+    """Print the story, headline numbers, the signal, a table of blocks, the largest components.
 
     Args:
         records: of one run, in step order, without those that training left behind.
@@ -46,15 +51,21 @@ def show(
         )
     last = records[-1]
     console.print(Text(title, style="bold"))
+    for sentence in story(records, signal):
+        console.print(Text(sentence))
+    console.print()
     console.print(_summary(records))
     for steps in equal_weights(records):
         console.print(Text(told(steps).capitalize() + "."))
     console.print()
-    _signal(signal, console)
-    console.print()
-    console.print(_blocks(records, console.width, _bars(console.encoding)))
+    if len(records) > 1:
+        _signal(signal, console)
+        console.print()
+    console.print(_blocks(records, console))
     if evenly := _evenly(last):
         console.print(Text(f"Attention spread evenly would give P0 {evenly}.", style="dim"))
+    for line in _more(last):
+        console.print(Text(line))
     console.print()
     if last["top_components"]:
         console.print(Text("Largest parts of the P0 state, weighted by the blocks that read it:"))
@@ -76,21 +87,19 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
     def add(name: str, value: str) -> None:
         grid.add_row(Text(name, style="dim"), Text(value))
 
-    def measured(name: str, field: str, form: str) -> None:
-        value, interval = last.get(field), last["intervals"].get(field)
+    def measured(name: str) -> None:
+        field, value, interval = FIELDS[name], last.get(name), last["intervals"].get(name)
         if value is not None:
-            low_high = "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
-            add(name, f"{value:{form}}" + (f"  (95 %: {low_high})" if low_high else ""))
+            text = " to ".join(format(bound, field.form) for bound in interval or ())
+            add(field.title, format(value, field.form) + (f"  (95 %: {text})" if text else ""))
 
     tokens = "" if last["tokens"] is None else f", {last['tokens']:,} tokens"
     count = f"{len(records)} record" + ("s" if len(records) > 1 else "")
     add("last step", f"{last['step']:,}{tokens} ({count})")
-    measured("sink rate", "sink_rate", ".1%")
-    add("sink", _sink(last))
-    if last["formed"]:  # before, they speak of no sink
-        measured("first-two share", "first_two_share", ".1%")
-        measured("depth (blocks)", "depth", ".2f")
-    measured("first-two gain", "first_two_gain", ".1%")
+    drawn = [name for name, field in FIELDS.items() if field.curve and not field.axes]
+    for name in drawn:
+        if last["formed"] or name not in _OF_A_SINK:
+            measured(name)
     return grid
 
 
@@ -150,30 +159,42 @@ def _meaning(tests: Mapping[str, Any], console: Console) -> None:
         console.print(Text(f"  super experts by their largest output: {'; '.join(extreme)}"))
 
 
-def _sink(record: Mapping[str, Any]) -> str:
-    """Where blocks rest on P0, the main phase first."""
-    phases = record.get("sinks")
-    if phases is None:  # a record of schema 1
-        reference = record["reference_block"]
-        return f"starts in block {reference}" if record["formed"] else "no block has formed a sink"
-    if not phases:
-        measured = record.get("measured_blocks")
-        where = "" if measured is None else f" in the first {measured} blocks; others not measured"
-        return f"no block rests on P0{where}"
-    main = max(phases, key=lambda phase: phase["mass"])
-    others = [phase for phase in phases if phase is not main]
-    told = f"blocks {main['first_block']} to {main['last_block']}"
-    if main["first_block"] == 0:
-        told += ": it precedes any write"
-    if others:
-        spans = ", ".join(f"{phase['first_block']} to {phase['last_block']}" for phase in others)
-        told += f"; weaker in {spans}"
-    return told
+def _more(record: Mapping[str, Any]) -> list[str]:
+    """A line for each further curve by block: its range, and where it is highest."""
+    found = []
+    for field in FIELDS.values():
+        if not (field.curve and is_by_block(field)) or field.name in _IN_THE_TABLE:
+            continue
+        known = [
+            (value, block)
+            for block, value in enumerate(by_block(record, field))
+            if value is not None
+        ]
+        if known:
+            (low, _), (high, block) = min(known), max(known)
+            span = f"{low:{field.form}} to {high:{field.form}}"
+            title = field.title[0].upper() + field.title[1:]
+            found.append(f"{title} by block: {span}, highest in block {block}")
+    return found
 
 
-def _blocks(records: Sequence[Mapping[str, Any]], width: int, bars: str) -> Table:
+def _blocks(records: Sequence[Mapping[str, Any]], console: Console) -> Table:
+    """A row a block; the curves so far take the room that the numbers leave."""
+    bars = _bars(console.encoding)
+    narrow = _table(records, _SHORTEST, bars)
+    left = console.width - Measurement.get(console, console.options, narrow).maximum
+    first, second = (_header_width(column) for column in (narrow.columns[3], narrow.columns[6]))
+    room = first + second + left
+    both = room // 2 if room >= 2 * second else max(_SHORTEST, room - second)
+    return _table(records, min(_LONGEST, max(_SHORTEST, both)), bars)
+
+
+def _header_width(column: Column) -> int:
+    return max(map(len, str(column.header).split("\n")))
+
+
+def _table(records: Sequence[Mapping[str, Any]], room: int, bars: str) -> Table:
     last = records[-1]
-    room = min(_LONGEST, max(_SHORTEST, (width - _BESIDE_SPARKLINES) // 2))
     norms = [[_log(value) for value in record["norm_ratio"]] for record in records]
     known = [value for row in norms for value in row if value is not None]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
@@ -182,10 +203,10 @@ def _blocks(records: Sequence[Mapping[str, Any]], width: int, bars: str) -> Tabl
         ("\nblock", True),
         ("\nkind", False),
         ("to\nP0", True),
-        ("over the run\nbars 0 to 1", False),
+        ("over run\n0 to 1", False),
         ("sink\nrate", True),
         ("norm\nratio", True),
-        (f"over the run\nlog {math.exp(low):.2g} to {math.exp(high):.2g}", False),
+        (f"log {math.exp(low):.2g}\nto {math.exp(high):.2g}", False),
         ("share\nattn", True),
         ("\nmlp", True),
         ("\ngain", True),
@@ -203,7 +224,7 @@ def _blocks(records: Sequence[Mapping[str, Any]], width: int, bars: str) -> Tabl
             _sparkline([row[block] for row in norms], low, high, room, bars),
             _number(shares.get(("attention", block)), "z.0%"),
             _number(shares.get(("mlp", block)), "z.0%"),
-            _number(last["gain"][block], "+z.2f"),
+            _number(last["gain"][block], FIELDS["gain"].form),
         )
     return table
 

@@ -1,7 +1,7 @@
 "use strict";
 
 // The data, and what the user has chosen to see.
-let { runs, epsilon, live } = JSON.parse(document.getElementById("data").textContent);
+let { runs, epsilon, live, fields } = JSON.parse(document.getElementById("data").textContent);
 const state = { run: 0, record: runs.map((run) => run.records.length - 1) };
 const shown = () => runs[state.run];
 const shownRecord = () => shown().records[state.record[state.run]];
@@ -15,6 +15,20 @@ const count = (value) => (value === null ? "–" : value.toLocaleString("en"));
 const plural = (number, noun) => `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
 const fixed = (value) => (value === null ? "–" : value.toFixed(2));
 const percent = (value) => (value === null ? "–" : `${(100 * value).toFixed(1).replace(/^-(0\.0)$/, "$1")} %`);
+/** A number as its field writes it, by Python's format: .1%, .2f, +z.2f, .3g. */
+const formatted = (value, form) => {
+  if (value === null || value === undefined) return "–";
+  const [, sign, digits, kind] = /^(\+?)z?\.(\d+)([%fg])$/.exec(form);
+  const text = kind === "g" ? String(Number(value.toPrecision(digits))) : (kind === "%" ? 100 * value : value).toFixed(digits);
+  const plain = /^-0(\.0*)?$/.test(text) ? text.slice(1) : text;
+  return (sign && !plain.startsWith("-") ? "+" : "") + plain + (kind === "%" ? " %" : "");
+};
+/** A record's number as its field writes it. */
+const told = (record, name) => formatted(record[name], fields[name].form);
+/** For Plotly's templates, which know no z. */
+const d3form = (form) => form.replace("z", "");
+const sentence = (text) => text[0].toUpperCase() + text.slice(1);
+const titled = (name) => fields[name].title + (fields[name].unit && !["share", "probability"].includes(fields[name].unit) ? ` (${fields[name].unit})` : "");
 const between = (interval, form) => (interval ? `95 %: ${form(interval[0])} to ${form(interval[1])}` : "no interval");
 /** Plotly takes some tags in names for markup. */
 const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");

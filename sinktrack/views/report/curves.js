@@ -1,10 +1,27 @@
 // Charts over training: one colour per run.
 
 const AXES = { step: "optimizer steps", tokens: "tokens", loss: "training loss" };
-const MEASURES = {
-  concentration: { title: "attention to P0", says: "Mean attention to P0 over the heads of a block.", form: ".3f" },
-  sink_rate_by_block: { title: "sink rate", says: "Share of a block's heads and sequences that are sinks.", form: ".1%" },
-  norm_ratio: { title: "norm ratio", says: "Norm of the P0 state at a block's input, over the median norm at other positions.", form: ".3g" },
+/** Along the blocks, what a record holds of a field; null where it was left out to save room. */
+const blockwise = (record, name) => record[name] ?? record.by_block?.[name] ?? null;
+/** Fields along the blocks that differ anywhere: what is the same everywhere is no chart. */
+const measures = () => Object.keys(fields).filter((name) => {
+  if (!fields[name].by_block) return false;
+  const values = new Set(runs.flatMap((run) => run.records.flatMap((record) => blockwise(record, name) ?? [])).filter((value) => value !== null));
+  return values.size > 1;
+});
+/** Single numbers that some record holds. */
+const numbers = () => Object.keys(fields).filter((name) => fields[name].number && runs.some((run) => run.records.some((record) => record[name] !== null)));
+/** Fill a choice of fields by their titles, and keep what was chosen. */
+const offerFields = (id, names, first) => {
+  const select = $(id);
+  const chosen = names.includes(select.value) ? select.value : names.includes(first) ? first : names[0];
+  select.replaceChildren();
+  const titles = names.map((name) => fields[name].title);
+  for (const name of names) {
+    const twice = titles.filter((title) => title === fields[name].title).length > 1;
+    element("option", sentence(fields[name].title) + (twice ? ` (${words(name)})` : ""), select).value = name;
+  }
+  if (names.length) select.value = chosen;
 };
 const choice = (name) => new FormData($("axis")).get(name);
 
@@ -72,14 +89,14 @@ const stageStrips = () => runs.map((run, i) => {
     hovertemplate: `${at()}: %{text}<extra>${escaped(run.name)}</extra>`,
   };
 });
-/** When the rate left its floor: a line, and a shade for its interval. */
+/** When the rate left its floor: a line, and a shade for its interval; of several runs a bar each at the top. */
 const onsets = () => runs.flatMap((run, i) => {
   const onset = run.onset[choice("x")];
   if (!onset || (choice("scale") === "log" && onset[1] <= 0)) return [];
   const [value, low, high] = onset;
   const tone = runColour(i);
   return [
-    { type: "rect", x0: low, x1: high, y0: 0, y1: 1, yref: "y domain", fillcolor: tone, opacity: 0.13, line: { width: 0 }, layer: "below" },
+    { type: "rect", x0: low, x1: high, ...(runs.length > 1 ? { y0: 0.985 - 0.025 * i, y1: 1 - 0.025 * i, opacity: 0.6 } : { y0: 0, y1: 1, opacity: 0.13 }), yref: "y domain", fillcolor: tone, line: { width: 0 }, layer: "below" },
     { type: "line", x0: value, x1: value, y0: 0, y1: 1, yref: "y domain", line: { color: tone, width: 1, dash: "dot" }, layer: "below" },
   ];
 });
@@ -104,76 +121,101 @@ const drawSinkRate = () => {
   }
 };
 
+/** Solid while a sink is there, dotted and pale before: what is measured then is of no sink. */
+const asFormed = (run, i, field, yaxis, showlegend, steps) => {
+  const on = placed(run);
+  const tone = runColour(i);
+  const line = { color: tone, width: 2, ...(steps ? { shape: "hv" } : {}) };
+  const plain = { yaxis, showlegend: false, mode: "lines", hoverinfo: "skip" };
+  const value = (record) => record[field];
+  const formed = on.records.map((record) => ({ ...record, intervals: record.formed ? record.intervals : {} }));
+  return [
+    band({ ...on, records: formed }, field, tone, { yaxis }),
+    curve(on, "", value, "", { ...plain, line: { ...line, dash: "dot", width: 1.2 }, opacity: 0.45 }),
+    curve(on, "", (record) => (record.formed ? value(record) : null), "", { ...plain, line }),
+    curve(on, escaped(run.name), value, tone, {
+      yaxis, showlegend, mode: "markers", meta: field,
+      hovertemplate: on.records.map((record) => `${fields[field].title}, ${at()}: %{y:${d3form(fields[field].form)}}${record.formed ? "" : ", no sink"}<extra>${escaped(run.name)}</extra>`),
+      marker: { color: tone, size: on.mode === "lines" ? 0.1 : 5, symbol: on.records.map((record) => (record.formed ? "circle" : "circle-open")) },
+    }),
+  ];
+};
+
 const drawLocalization = () => {
-  const rows = [["first_two_share", "y", "%{y:.1%}"], ["first_two_gain", "y2", "%{y:.1%}"], ["depth", "y3", "%{y:.2f}"]];
-  const reference = (record) => record.reference_block;
+  const panels = [["first_two_share", [0.79, 1]], ["first_two_gain", [0.53, 0.74]], ["depth", [0.27, 0.48]], ["reference_block", [0, 0.21]]];
+  const traces = runs.flatMap((run, i) => panels.flatMap(([field], j) =>
+    asFormed(run, i, field, j ? `y${j + 1}` : "y", j === 0, fields[field].unit === "block")));
+  const axes = Object.fromEntries(panels.map(([field, domain], j) => [`yaxis${j ? j + 1 : ""}`, axis({
+    title: fields[field].unit === "block" ? "first block" : fields[field].title.replace("first-two ", ""), domain, rangemode: "tozero", nticks: 4,
+    ...(fields[field].form.endsWith("%") ? { tickformat: ".0%" } : fields[field].unit === "block" ? { tickformat: "d" } : {}),
+    ...(runs.some((run) => run.records.some((record) => record[field] !== null)) ? {} : { range: [0, 1] }),
+  })]));
+  Plotly.react("localization", traces, layout({ showlegend: runs.length > 1, xaxis: xAxis({ anchor: "y4" }), ...axes }), config);
+};
+
+/** Any single number over training. */
+const drawNumber = () => {
+  offerFields("number_field", numbers(), "position_share");
+  const name = $("number_field").value;
+  if (!name) return;
+  const { form, help, scale } = fields[name];
+  $("number_help").textContent = help;
   const traces = runs.flatMap((run, i) => {
     const on = placed(run);
-    const tone = runColour(i);
-    const steps = { color: tone, width: 2, shape: "hv" };
-    const lowest = { yaxis: "y4", showlegend: false, mode: "lines", hoverinfo: "skip" };
-    return [
-      ...rows.flatMap(([field, yaxis, form], j) => [
-        band(on, field, tone, { yaxis }),
-        curve(on, escaped(run.name), (record) => record[field], tone, {
-          yaxis, showlegend: j === 0, hovertemplate: `${words(field)}, ${at()}: ${form}<extra>${escaped(run.name)}</extra>`, meta: field,
-        }),
-      ]),
-      curve(on, "", reference, "", { ...lowest, line: { ...steps, dash: "dot", width: 1.5 } }),
-      curve(on, "", (record) => (record.formed ? reference(record) : null), "", { ...lowest, line: steps }),
-      curve(on, escaped(run.name), reference, tone, {
-        yaxis: "y4", showlegend: false, mode: "markers", meta: "reference_block",
-        hovertemplate: on.records.map((record) => `reference, ${at()}: %{y}${record.formed ? "" : ", no sink"}<extra>${escaped(run.name)}</extra>`),
-        marker: { color: tone, size: on.mode === "lines" ? 0.1 : 5, symbol: on.records.map((record) => (record.formed ? "circle" : "circle-open")) },
-      }),
-    ];
+    return [band(on, name, runColour(i)), curve(on, escaped(run.name), (record) => record[name], runColour(i), {
+      hovertemplate: `${fields[name].title}, ${at()}: %{y:${d3form(form)}}<extra>${escaped(run.name)}</extra>`, meta: name,
+    })];
   });
-  const panel = (title, domain, extra, field) => axis({
-    title, domain, rangemode: "tozero", nticks: 4, ...extra,
-    ...(runs.some((run) => run.records.some((record) => record[field] !== null)) ? {} : { range: [0, 1] }),
-  });
-  Plotly.react("localization", traces, layout({
-    showlegend: runs.length > 1, xaxis: xAxis({ anchor: "y4" }),
-    yaxis: panel("share", [0.79, 1], { tickformat: ".0%" }, "first_two_share"),
-    yaxis2: panel("gain", [0.53, 0.74], { tickformat: ".0%" }, "first_two_gain"),
-    yaxis3: panel("depth", [0.27, 0.48], {}, "depth"),
-    yaxis4: panel("reference", [0, 0.21], { tickformat: "d" }, "reference_block"),
+  Plotly.react("number", traces, layout({
+    showlegend: runs.length > 1, xaxis: xAxis(),
+    yaxis: axis({ title: titled(name), type: scale, ...(scale === "log" ? {} : { rangemode: "tozero" }), ...(form.endsWith("%") ? { tickformat: ".0%" } : {}) }),
   }), config);
 };
 
 /** Block by step, the runs side by side on one scale of colour. */
+const narrow = () => $("blocks").clientWidth < 560;
 const drawBlocks = () => {
+  offerFields("measure", measures(), "concentration");
   const measure = $("measure").value;
-  const { title, says, form } = MEASURES[measure];
-  const logarithmic = measure === "norm_ratio";
+  if (!measure) return;
+  const { help, form, scale, unit } = fields[measure];
+  const logarithmic = scale === "log";
   const scaled = (value) => (logarithmic ? value && Math.log10(value) : value);
-  const ons = runs.map((run) => inOrder(placed(run)));
-  const values = ons.flatMap(({ records }) => records.flatMap((record) => record[measure])).filter((value) => value !== null).map(scaled);
-  const low = logarithmic ? values.reduce((least, value) => Math.min(least, value), 0) : 0;
-  const high = largest(values, logarithmic ? low + 1e-9 : epsilon);
+  const ons = runs.map((run) => {
+    const { x, records } = inOrder(placed(run));
+    const held = range(x.length).filter((j) => blockwise(records[j], measure) !== null);
+    return { x: held.map((j) => x[j]), rows: held.map((j) => blockwise(records[j], measure)) };
+  });
+  const values = ons.flatMap(({ rows }) => rows.flat()).filter((value) => value !== null).map(scaled);
+  const least = values.reduce((low, value) => Math.min(low, value), 0);
+  const probability = ["probability", "share"].includes(unit);
+  const high = largest(values, logarithmic || least < 0 ? least + 1e-9 : probability ? epsilon : 0);
+  const below = narrow(); // one below the other
   const axes = {};
-  const width = 1 / runs.length;
-  const traces = ons.map(({ x, records }, i) => {
+  const part = 1 / runs.length;
+  const domain = (i) => (below ? [1 - (i + 1) * part + (runs.length > 1 ? 0.1 * part : 0), 1 - i * part - (runs.length > 1 ? 0.1 * part : 0)] : [i * part, (i + 1) * part - (i < runs.length - 1 ? 0.035 : 0)]);
+  const traces = ons.map(({ x, rows }, i) => {
     const suffix = i ? i + 1 : "";
-    const { blocks } = runs[i].model;
-    const rows = logarithmic ? blocks + 1 : blocks;
-    axes[`xaxis${suffix}`] = xAxis({ showgrid: false, domain: [i * width, (i + 1) * width - (i < runs.length - 1 ? 0.035 : 0)], anchor: `y${suffix}` });
+    const height = largest(rows.map((row) => row.length), runs[i].model.blocks);
+    axes[`xaxis${suffix}`] = xAxis({ showgrid: false, anchor: `y${suffix}`, ...(below ? {} : { domain: domain(i) }), ...(below && i < runs.length - 1 ? { title: "" } : {}) });
     axes[`yaxis${suffix}`] = axis({
-      title: i ? "" : "block", showgrid: false, zeroline: false, autorange: "reversed", anchor: `x${suffix}`, ...(rows > 13 ? {} : { dtick: 1 }),
+      title: i && !below ? "" : "block", showgrid: false, zeroline: false, autorange: "reversed", anchor: `x${suffix}`, ...(below ? { domain: domain(i) } : {}), ...(height > 13 ? {} : { dtick: 1 }),
     });
     return {
-      type: "heatmap", x, y: range(rows), z: range(rows).map((block) => records.map((record) => scaled(record[measure][block]))),
-      customdata: range(rows).map((block) => records.map((record) => record[measure][block])),
-      xaxis: `x${suffix}`, yaxis: `y${suffix}`, name: escaped(runs[i].name), meta: i, zmin: low, zmax: high, hoverongaps: false, colorscale: scaleOf(heats()),
+      type: "heatmap", x, y: range(height), z: range(height).map((block) => rows.map((row) => scaled(row[block] ?? null))),
+      customdata: range(height).map((block) => rows.map((row) => row[block] ?? null)),
+      xaxis: `x${suffix}`, yaxis: `y${suffix}`, name: escaped(runs[i].name), meta: i, zmin: least, zmax: high, hoverongaps: false, colorscale: scaleOf(heats()),
       showscale: i === runs.length - 1,
-      colorbar: { ...bar(title), ...(logarithmic ? { tickvals: range(9).map((power) => power - 2), ticktext: range(9).map((power) => String(10 ** (power - 2))) } : {}) },
-      hovertemplate: `${at()}, block %{y}: %{customdata:${form}}<extra>${escaped(runs[i].name)}</extra>`,
+      colorbar: { ...bar(titled(measure)), ...(logarithmic ? { tickvals: range(13).map((power) => power - 4), ticktext: range(13).map((power) => String(10 ** (power - 4))) } : form.endsWith("%") ? { tickformat: ".0%" } : {}) },
+      hovertemplate: `${escaped(fields[measure].title)}, ${at()}, block %{y}: %{customdata:${d3form(form)}}<extra>${escaped(runs[i].name)}</extra>`,
     };
   });
   const names = runs.length === 1 ? [] : runs.map((run, i) => ({
-    text: escaped(run.name), xref: "paper", yref: "paper", x: i * width, y: 1.01, xanchor: "left", yanchor: "bottom", showarrow: false, font: { color: runColour(i) },
+    text: escaped(run.name), xref: "paper", yref: "paper", x: below ? 0 : i * part, y: below ? domain(i)[1] : 1.01, xanchor: "left", yanchor: "bottom", showarrow: false, font: { color: runColour(i) },
   }));
-  $("measured").textContent = says;
+  const left = runs.reduce((sum, run, i) => sum + placed(run).x.length - ons[i].x.length, 0);
+  $("measured").textContent = help + (left ? ` ${plural(left, "record")} without it here.` : "");
+  $("blocks").style.height = below && runs.length > 1 ? `${230 * runs.length}px` : "";
   Plotly.react("blocks", traces, layout({
     plot_bgcolor: colour("gap"), margin: { l: 48, r: 12, t: runs.length > 1 ? 30 : 10, b: 40 }, annotations: names, shapes: [mark()], ...axes,
   }), config);
@@ -215,4 +257,5 @@ const drawCurves = () => {
   drawLocalization();
   drawBlocks();
   drawNorms();
+  drawNumber();
 };

@@ -5,26 +5,44 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sinktrack.errors import RecordError
 from sinktrack.loggers.curves import causal
+from sinktrack.metrics import FIELDS
 from sinktrack.metrics.attention import EPSILON
+from sinktrack.metrics.axes import by_block, is_by_block, is_by_head, nothing
+from sinktrack.metrics.base import Field
+from sinktrack.records.lineage import current
 from sinktrack.records.twins import equal_weights, told
 from sinktrack.signal import analyze
 from sinktrack.signal.loss import Losses
-from sinktrack.signal.stages import living
+from sinktrack.views.story import (
+    by_mass,
+    circuit,
+    decided,
+    main_writers,
+    sinks,
+    story,
+    where,
+)
+from sinktrack.views.story import (
+    name as named,
+)
 
 BUDGET = 9_700_000
 """Bytes that all records together may take; the page's code takes 5 MB."""
-_FIELDS = (
-    "step", "tokens", "source", "seconds", "concentration", "sink_rate", "norm_ratio", "formed",
-    "reference_block", "share_sum", "first_two_share", "depth", "first_two_gain", "peak_block",
-)  # fmt: skip
-_INTERVALS = ("sink_rate", "first_two_share", "depth", "first_two_gain")
+_ROOM = 300_000
+"""Bytes that the further fields by block, and by head, may take each where records fill the page;
+they are then kept for every so many records."""
+_ABOUT = ("step", "tokens", "source", "seconds")
+_WHOLE = ("concentration", "norm_ratio")
+"""Fields by block that every record holds to six digits; the others have four."""
+_HEADS = "p0_attention"
+"""The field by head that every record holds."""
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -56,16 +74,32 @@ def embedded(
     largest = {name: max(_sample(records), key=_size) for name, records in runs.items()}
     expected = sum(_size(largest[name]) * len(records) for name, records in runs.items())
     stride = math.ceil(expected / BUDGET)
-    drawn = [_run(name, runs[name], losses.get(name), stride) for name in runs]
-    return _escaped({"epsilon": EPSILON, "live": live, "runs": drawn})
+    room = max(_ROOM, (BUDGET - expected) // 2) // len(runs)
+    drawn = [_run(name, runs[name], losses.get(name), stride, room) for name in runs]
+    fields = {field.name: _described(field) for field in FIELDS.values()}
+    return _escaped({"epsilon": EPSILON, "live": live, "fields": fields, "runs": drawn})
 
 
-def _run(name: str, written: Records, losses: Losses | None, stride: int) -> dict[str, Any]:
+def _described(field: Field) -> dict[str, Any]:
+    """What the page knows of a field; it names none itself."""
+    about = ("title", "help", "unit", "scale", "form", "axes")
+    return {name: getattr(field, name) for name in about} | {
+        "by_block": is_by_block(field) and field.name != _HEADS,
+        "by_head": is_by_head(field),
+        "number": not field.axes and field.rows is None and bool(field.unit or field.curve),
+    }
+
+
+def _run(
+    name: str, written: Records, losses: Losses | None, stride: int, room: int
+) -> dict[str, Any]:
     found = analyze(written, losses)
     stages = dict(zip(found.steps, found.stages, strict=True))
-    records = living(written)
+    records = current(written)
     last = records[-1]
     kept = range((len(records) - 1) % stride, len(records), stride)
+    more = [_thinned(records, kept, of, room) for of in (_by_block, _by_head)]
+    stages = stages if len(records) > 1 else {}  # one record is a state, not a course
     loss = _loss_at([record["step"] for record in records], losses)
     onset = {"step": found.onset, "tokens": found.onset_tokens}
     return {
@@ -77,12 +111,18 @@ def _run(name: str, written: Records, losses: Losses | None, stride: int) -> dic
         "versions": last["versions"],
         "total": len(records),
         "same_weights": [told(steps) for steps in equal_weights(records)],
-        "signal": found.lines(),
+        "story": story(records, found),
+        "signal": found.lines() if len(records) > 1 else [],
         "missing": found.missing,
         "onset": {axis: at and _rounded([at.value, at.low, at.high]) for axis, at in onset.items()},
         "records": [
             _drawn(records[i])
             | {"loss": _rounded(loss[i]), "stage": stages.get(records[i]["step"])}
+            | {
+                name: of[i]
+                for name, of in zip(("by_block", "by_head"), more, strict=True)
+                if i in of
+            }
             for i in kept
         ],
     }
@@ -90,22 +130,75 @@ def _run(name: str, written: Records, losses: Losses | None, stride: int) -> dic
 
 def _drawn(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the page draws of a record."""
-    drawn = {name: record.get(name) for name in _FIELDS} | {
-        "intervals": {name: record["intervals"].get(name) for name in _INTERVALS},
-        "sink_rate_by_block": record["sink_rate_by_block"][str(EPSILON)],
+    single = [field.name for field in FIELDS.values() if not field.axes and field.rows is None]
+    drawn = {name: record.get(name) for name in (*_ABOUT, *single, *_WHOLE)} | {
+        "intervals": {
+            name: bounds for name, bounds in record["intervals"].items() if name in single
+        },
         "shares": [[part["kind"], part["block"], part["share"]] for part in record["shares"] or ()],
         "top_components": [
             [part["kind"], part["block"], part["index"], part["share"], part.get("gate")]
             for part in record["top_components"] or ()
         ],
+        "sinks": [_phase(phase) for phase in by_mass(sinks(record))],
+        "says": [where(record), *circuit(record), *decided(record)],
     }
-    quantiles = record["first_token"]["norm_ratio"]
-    drawn["first_tokens"] = [_rounded(quantiles[name], 4) for name in ("5", "50", "95")]
+    quantiles = (record.get("first_token") or {}).get("norm_ratio") or {}
+    drawn["first_tokens"] = [_rounded(quantiles.get(level, []), 4) for level in ("5", "50", "95")]
     if tests := causal(record):
         drawn["causal"] = tests
     return {name: _rounded(value) for name, value in drawn.items()} | {
         "heads": _packed(record["p0_attention"])
     }
+
+
+def _phase(phase: Mapping[str, Any]) -> dict[str, Any]:
+    """A sink phase with the names of those that write and erase it, and its total effects."""
+
+    def parts(rows: Sequence[Mapping[str, Any]], number: str) -> list[list[Any]]:
+        return [[named(row), row["kind"], row["block"], row[number]] for row in rows]
+
+    effects = [
+        row
+        for row in phase.get("total_effects") or ()
+        if row.get("index") is None and row.get("effect") is not None
+    ]
+    return {
+        "first": phase["first_block"],
+        "last": phase["last_block"],
+        "peak": phase["peak_block"],
+        "writers": parts(main_writers(phase), "share"),
+        "erasers": parts((phase.get("erasers") or ())[:4], "share"),
+        "effects": parts(sorted(effects, key=lambda row: -abs(row["effect"]))[:8], "effect"),
+    }
+
+
+def _by_block(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Its further fields along the blocks, those by head as means."""
+    found = {
+        field.name: _rounded(by_block(record, field), 4)
+        for field in FIELDS.values()
+        if is_by_block(field) and field.name not in (*_WHOLE, _HEADS)
+    }
+    return {name: values for name, values in found.items() if any(v is not None for v in values)}
+
+
+def _by_head(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Its further fields by head."""
+    return {
+        field.name: _rounded(record[field.name], 3)
+        for field in FIELDS.values()
+        if is_by_head(field) and field.name != _HEADS and not nothing(record.get(field.name))
+    }
+
+
+def _thinned(
+    records: Records, kept: range, of: Callable[[Mapping[str, Any]], dict[str, Any]], room: int
+) -> dict[int, dict[str, Any]]:
+    """By a record's place, the last always: as many of the kept ones, evenly, as there is room."""
+    size = len(_compact(of(records[-1])))
+    stride = max(1, math.ceil(size * len(kept) / room))
+    return {i: of(records[i]) for i in kept[::-1][::stride]}
 
 
 def _packed(attention: Sequence[Sequence[float | None]]) -> str:

@@ -117,7 +117,7 @@ class _Watched:
             return self._version, self._data
 
     def _found(self) -> dict[str, Records]:
-        return {name: run.written for name, run in self.runs.items() if len(run)}
+        return {name: run.history for name, run in self.runs.items() if len(run)}
 
 
 def _changed(run: Run) -> str:

@@ -13,15 +13,31 @@ const unpacked = (record, blocks) => {
   }));
 };
 
+const PACKED = "p0_attention";
+/** Values by block and head of a field; null where this record holds none. */
+const byHead = (record, name) => (name === PACKED ? unpacked(record, shown().model.blocks) : record.by_head?.[name] ?? null);
+
 const drawHeads = () => {
+  const held = [PACKED, ...Object.keys(fields).filter((name) => shown().records.some((record) => record.by_head?.[name]))];
+  offerFields("of_heads", held, PACKED);
+  const name = $("of_heads").value;
+  const { help, form, scale, axes, unit } = fields[name];
   const { blocks } = shown().model;
-  const z = unpacked(shownRecord(), blocks);
+  const z = byHead(shownRecord(), name);
+  $("heads_help").textContent = z ? help : "This record was left out of it to save room; others have it, the last always.";
+  const rows = z ?? range(blocks).map(() => [null]);
+  const width = largest(rows.map((row) => row?.length ?? 0), 1);
+  const logarithmic = scale === "log";
+  const shade = (value) => (value === null || value === undefined ? null : logarithmic ? Math.log10(value) : value);
   const few = (number) => (number > 16 ? {} : { dtick: 1 });
   Plotly.react("heads", [{
-    type: "heatmap", x: range(z[0].length), y: range(blocks), z, zmin: 0, zmax: 1, hoverongaps: false, colorscale: scaleOf(heats()),
-    colorbar: bar("attention to P0"), hovertemplate: "block %{y}, head %{x}: %{z:.4f}<extra></extra>", xgap: 1, ygap: 1,
+    type: "heatmap", x: range(width), y: range(blocks), z: rows.map((row) => range(width).map((head) => shade(row?.[head]))),
+    customdata: rows.map((row) => range(width).map((head) => row?.[head] ?? null)), hoverongaps: false, colorscale: scaleOf(heats()),
+    ...(["probability", "share"].includes(unit) ? { zmin: 0, zmax: 1 } : {}),
+    colorbar: { ...bar(titled(name)), ...(logarithmic ? { tickvals: range(9).map((power) => power - 4), ticktext: range(9).map((power) => String(10 ** (power - 4))) } : {}) },
+    hovertemplate: `block %{y}, head %{x}: %{customdata:${name === PACKED ? ".4f" : d3form(form)}}<extra></extra>`, xgap: 1, ygap: 1,
   }], layout({
-    plot_bgcolor: colour("gap"), xaxis: axis({ title: "head", showgrid: false, zeroline: false, ...few(z[0].length) }),
+    plot_bgcolor: colour("gap"), xaxis: axis({ title: axes[1] === "kv_head" ? "KV head" : "head", showgrid: false, zeroline: false, ...few(width) }),
     yaxis: axis({ title: "block", showgrid: false, zeroline: false, autorange: "reversed", ...few(blocks) }),
   }), config);
 };
@@ -70,7 +86,7 @@ const drawFirstTokens = () => {
     line("distinct first tokens", middle, tone), line("the probe", record.norm_ratio, colour("muted")),
   ], layout({
     xaxis: axis({ title: "block", ...(blocks.length > 16 ? {} : { dtick: 1 }) }),
-    yaxis: axis({ title: "norm ratio", type: "log" }),
+    yaxis: axis({ title: fields.norm_ratio.title, type: fields.norm_ratio.scale }),
   }), config);
 };
 
@@ -111,30 +127,72 @@ const svg = (tag, attributes, parent, text) => {
   return made;
 };
 
-/** Columns from the embedding through all blocks; bars are shares, squares attention to P0. */
+/** The circuit: sinks in series, who writes and erases each, and the two halves of it below.
+
+Columns run from the embedding through all blocks; bars are shares, squares attention to P0. */
 const drawCircuit = () => {
   const record = shownRecord();
   const { blocks } = shown().model;
-  const step = Math.max(22, Math.min(150, 1200 / (blocks + 1)));
-  const [tallest, middle, height] = [70, 122, 260];
-  const width = step * (blocks + 1) + 24;
+  const left = 92;
+  const step = Math.max(18, Math.min(150, (1200 - left) / (blocks + 1)));
+  const middle = 164;
+  const tallest = 74;
+  const mixing = blockwise(record, "mixing");
+  const ratios = ["attention_write_ratio", "mlp_write_ratio"].map((name) => [name, blockwise(record, name)]).filter(([, values]) => values);
+  const halves = (mixing ? 34 : 0) + (ratios.length ? 74 : 0);
+  const floor = middle + 122 + halves;
+  const height = floor + 40;
+  const width = left + step * (blocks + 1) + 24;
   const scale = tallest / largest(record.shares.map((part) => Math.abs(part[2])), 1e-9);
   const verdicts = record.shares.map((part) => [part, necessity(part)]).filter(([, test]) => test && test[8]);
   const found = verdicts.map(([part, test]) => `${label(part)} is ${test[8]}`).join(", ");
   const said = record.shares.filter((part) => Math.abs(part[2]) >= 0.05).map((part) => `${label(part)} ${percent(part[2])}`).join(", ");
-  const sinks = range(blocks).filter((block) => record.concentration[block] >= epsilon);
   $("circuit").replaceChildren();
   const picture = svg("svg", {
     viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
-    "aria-label": `Written by: ${said}. ${sinks.length ? `Sinks in blocks ${sinks.join(", ")}.` : "No block has a sink."}${found && ` ${found}.`}`,
+    "aria-label": `${record.says[0]} ${said ? `Written by: ${said}.` : ""}${found && ` ${found}.`}`,
   }, $("circuit"));
-  const centre = (block) => 12 + step * (block + 1.5);
-  svg("line", { x1: 12, x2: width - 12, y1: middle, y2: middle, stroke: colour("line"), "stroke-width": 3 }, picture);
+  const centre = (block) => left + step * (block + 1.5);
+  const text = (x, y, words_, className = "small", anchor = "middle") => svg("text", { x, y, "text-anchor": anchor, class: className }, picture, words_);
+  /** Text that stays inside of the picture. */
+  const inside = (x, y, words_, className) => {
+    const half = 3.4 * words_.length;
+    return text(Math.max(left + half, Math.min(width - 6 - half, x)), y, words_, className);
+  };
+  const side = (y, ...lines) => lines.forEach((line, i) => text(left - 12, y + 13 * i, line, "side", "end"));
+  side(middle - 52, "attention", "writes");
+  side(middle + 4, "attention", "to P0");
+  side(middle + 58, "MLP", "writes");
+  svg("line", { x1: left, x2: width - 12, y1: middle, y2: middle, stroke: colour("line"), "stroke-width": 3 }, picture);
+
+  record.sinks.forEach((sink, i) => {
+    const [x0, x1] = [centre(sink.first) - step / 2, centre(sink.last) + step / 2];
+    svg("rect", { x: x0, width: x1 - x0, y: 20, height: floor - 20, class: `phase ${i ? "" : "main"}` }, picture);
+    const span = sink.first === sink.last ? `block ${sink.first}` : `blocks ${sink.first} to ${sink.last}`;
+    inside((x0 + x1) / 2, 15, `${i || record.sinks.length === 1 ? "sink" : "main sink"}: ${span}`, "phase-name");
+    const writer = sink.writers[0];
+    if (writer && step < 64) { // else the bar says it
+      const [name, kind, block, share] = writer;
+      const x = block === null ? left + step / 2 : centre(block);
+      inside(x, kind === "mlp" || block === null ? middle + 92 + 13 * (i % 2) : 58, `${sentence(name)} writes ${percent(share)}`, "writer");
+    }
+    if (sink.erasers.length) {
+      const at = sink.erasers.map(([, , block]) => centre(block));
+      for (const [name, kind, block, share] of sink.erasers) {
+        const y = kind === "mlp" ? middle + 20 : middle - 20;
+        const cross = svg("path", { d: `M${centre(block) - 5},${y - 5}l10,10m0,-10l-10,10`, class: "eraser" }, picture);
+        svg("title", {}, cross, `${name} erases: its write at P0 is ${percent(share)} of the state at the peak`);
+      }
+      const names = sink.erasers.map(([name]) => name);
+      inside(at.reduce((a, b) => a + b) / at.length, 36, `${names.join(", ")} erase${names.length > 1 ? "" : "s"}`, "erased");
+    }
+  });
+
   const column = (x, share, up, name, tone, tested) => {
     const length = Math.abs(share) * scale;
     const negative = share < 0;
     const box = svg("rect", {
-      x: x - 0.3 * step, width: 0.6 * step, y: up ? middle - 14 - length : middle + 14, height: Math.max(length, 0.5), rx: 2,
+      x: x - 0.3 * step, width: 0.6 * step, y: up ? middle - 14 - length : middle + 14, height: Math.max(length, 0.5), rx: 2, class: "part",
       fill: negative ? "none" : tone, stroke: tone, "stroke-dasharray": negative ? "3 2" : "none",
     }, picture);
     const test = tested && necessity(tested);
@@ -143,47 +201,73 @@ const drawCircuit = () => {
     if (test && test[8]) {
       box.setAttribute("stroke", colour("mark"));
       box.setAttribute("stroke-width", 2.5);
-      svg("text", { x, y: up ? middle - 33 - length : middle + 41 + length, "text-anchor": "middle", class: "verdict" }, picture, step >= 90 ? test[8] : test[8][0].toUpperCase());
+      text(x, up ? middle - 33 - length : middle + 41 + length, step >= 90 ? test[8] : test[8][0].toUpperCase(), "verdict");
     }
-    if (step >= 40 && Math.abs(share) >= 0.005) {
-      svg("text", { x, y: up ? middle - 19 - length : middle + 27 + length, "text-anchor": "middle", class: "small" }, picture, `${name.split(" ").at(-1)} ${percent(share)}`);
+    if (step >= 64 && Math.abs(share) >= 0.005) {
+      const writes = record.sinks.some(({ writers: [first] }) => first && tested && first[1] === tested[0] && first[2] === tested[1]);
+      text(x, up ? middle - 19 - length : middle + 27 + length, `${name.split(" ").at(-1)} ${percent(share)}`, writes ? "small writer" : "small");
     }
   };
   for (const part of record.shares) {
     const [kind, block, share] = part;
-    if (block === null) column(12 + step / 2, share, false, kind, colour("muted"));
+    if (block === null) column(left + step / 2, share, false, kind, colour("muted"));
     else column(centre(block), share, kind !== "mlp", label(part), depthColour(block, blocks), part);
   }
+  const cell = Math.min(9, 0.42 * step);
   for (const block of range(blocks)) {
     const value = record.concentration[block];
     const square = svg("rect", {
-      x: centre(block) - 9, y: middle - 9, width: 18, height: 18, rx: 3, "stroke-width": value >= epsilon ? 2.5 : 1,
+      x: centre(block) - cell, y: middle - cell, width: 2 * cell, height: 2 * cell, rx: 3, class: "block", "stroke-width": value >= epsilon ? 2.5 : 1,
       fill: value === null ? colour("gap") : mixed(heats(), value), stroke: value >= epsilon ? colour("accent") : colour("muted"),
     }, picture);
-    svg("title", {}, square, `block ${block}: ${value === null ? "not measured, or no softmax attention" : `attention to P0 ${fixed(value)}`}`);
-    if (blocks <= 24 || block % 4 === 0) svg("text", { x: centre(block), y: height - 6, "text-anchor": "middle", class: "small" }, picture, block);
+    svg("title", {}, square, `block ${block}: ${value === null ? "not measured, or no softmax attention" : `${fields.concentration.title} ${formatted(value, fields.concentration.form)}`}`);
+    if (blocks <= 24 || block % 4 === 0) text(centre(block), floor + 16, block);
   }
-  if (record.reference_block === null) return;
-  const edge = centre(record.reference_block) - step / 2;
-  svg("line", { x1: edge, x2: edge, y1: 18, y2: height - 22, stroke: colour("mark"), "stroke-dasharray": "2 3" }, picture);
-  svg("text", { x: Math.min(edge + 5, width - 170), y: 16, class: "small" }, picture, record.formed ? "the sink starts here" : "judged here; no sink has formed");
+  text(left + step / 2, floor + 16, step >= 60 ? "embedding" : "emb.");
+  text(left + (step * (blocks + 1)) / 2, floor + 33, "block");
+  let y = middle + 128;
+  if (mixing) {
+    side(y + 10, "identified:", "unmixed");
+    for (const block of range(blocks)) {
+      const value = mixing[block] ?? null;
+      const square = svg("rect", { x: centre(block) - 0.42 * step, y, width: 0.84 * step, height: 14, class: "half", fill: value === null ? colour("gap") : mixed(heats(), value) }, picture);
+      svg("title", {}, square, `block ${block}: ${fields.mixing.title} ${value === null ? "not measured" : formatted(value, fields.mixing.form)}; P0 has 1`);
+    }
+    y += 34;
+  }
+  if (ratios.length) {
+    const logs = ratios.flatMap(([, values]) => values).filter((value) => value > 0).map(Math.log10);
+    const [low, high] = [Math.min(0, ...logs), Math.max(1, ...logs)];
+    ratios.forEach(([name, values], i) => values.forEach((value, block) => {
+      if (!(value > 0)) return;
+      const length = (52 * (Math.log10(value) - low)) / (high - low);
+      const box = svg("rect", {
+        x: centre(block) - 0.4 * step + 0.42 * step * i, width: 0.36 * step, y: y + 56 - length, height: Math.max(1, length), class: "half",
+        fill: i ? depthColour(block, blocks) : "none", stroke: depthColour(block, blocks),
+      }, picture);
+      svg("title", {}, box, `block ${block}: ${fields[name].title} ${formatted(value, fields[name].form)}`);
+    }));
+    side(y + 6, "amplified:", "write at P0", "over others,", `log, to ${formatted(10 ** high, ".2g")}×`);
+  }
+};
+
+/** The circuit as a file of its own, with the style that the page gives it. */
+const circuitFile = () => {
+  const copy = $("circuit").firstChild.cloneNode(true);
+  const rules = [...document.styleSheets].flatMap((sheet) => [...sheet.cssRules]).filter((rule) => rule.selectorText?.startsWith("#circuit "));
+  const style = svg("style", {}, copy, `text { font-family: sans-serif; } ${rules.map((rule) => rule.cssText.replaceAll("#circuit ", "").replace(/var\(--([\w-]+)\)/g, (_, name) => colour(name))).join(" ")}`);
+  copy.prepend(style);
+  return new XMLSerializer().serializeToString(copy);
 };
 
 const drawRecord = () => {
   const slider = $("record");
   const record = shownRecord();
-  const block = record.reference_block;
   slider.max = shown().records.length - 1;
   slider.value = state.record[state.run];
   $("chosen").textContent = `step ${count(record.step)}`;
   slider.setAttribute("aria-valuetext", $("chosen").textContent);
-  $("reference").textContent = block === null
-    ? `No sink in the first ${plural(shown().measured_blocks, "block")}; the others were not measured, so nothing is said of who writes the P0 state.`
-    : !record.formed
-    ? `No block's concentration reaches ${epsilon} here; judged at block ${block}, where the norm of P0 stands out most.`
-    : block === 0
-      ? "The sink stands in block 0: it precedes any write, so the embedding is all there is."
-      : `Judged at block ${block}, the first with a sink.` + (block > 2 ? "" : " All block shares lie in the first two blocks by construction.");
+  $("reference").textContent = record.says.join(" ");
   drawCircuit();
   drawHeads();
   drawShares();

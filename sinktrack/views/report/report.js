@@ -34,10 +34,16 @@ for (const chart of document.querySelectorAll("figure > .chart, #shares")) {
   button.setAttribute("aria-label", `Save ${chart.getAttribute("aria-label")} as SVG`);
   button.addEventListener("click", () => Plotly.downloadImage(chart.id, { format: "svg", filename: `sinktrack_${chart.id}`, width: 900, height: 500 }));
 }
+const circuitButton = element("button", "Save", $("circuit").parentElement.querySelector("figcaption"), "save");
+circuitButton.type = "button";
+circuitButton.setAttribute("aria-label", "Save the circuit as SVG");
+circuitButton.addEventListener("click", () => save(circuitFile(), "image/svg+xml", "sinktrack_circuit.svg"));
 /** Once the charts that they change are there. */
 const answer = () => {
   $("axis").addEventListener("change", drawCurves);
   $("measure").addEventListener("change", drawBlocks);
+  $("number_field").addEventListener("change", drawNumber);
+  $("of_heads").addEventListener("change", drawHeads);
   $("compared").addEventListener("change", (event) => showRun(Number(event.target.value)));
   $("record").addEventListener("input", () => showRecord(Number($("record").value)));
   $("records").addEventListener("toggle", listRecords);
@@ -60,14 +66,14 @@ const answer = () => {
 offer();
 compare();
 describe();
-for (const draw of [drawLeftOut, drawSinkRate, drawLocalization, drawBlocks, drawNorms, answer, drawRecord]) setTimeout(draw);
+for (const draw of [drawLeftOut, drawSinkRate, drawLocalization, drawBlocks, drawNorms, drawNumber, answer, drawRecord]) setTimeout(draw);
 
 /** Ask the server for new records; stay with the record that is shown, or follow the newest. */
 const EVERY = 2000;
 const takeIn = (fresh) => {
   const name = shown().name;
   const before = new Map(runs.map((run, i) => [run.name, run.records.length - 1 > state.record[i] ? run.records[state.record[i]].step : Infinity]));
-  runs = fresh.runs;
+  ({ runs, fields } = fresh);
   state.run = Math.max(0, runs.findIndex((run) => run.name === name));
   state.record = runs.map((run) => {
     const later = run.records.findIndex((record) => record.step >= (before.get(run.name) ?? Infinity));

@@ -11,7 +11,7 @@ const describe = () => {
       .filter(Boolean).join(", "),
     steps: records.length > 1 ? `${count(records[0].step)} to ${count(last.step)}` : count(last.step),
     records: records.length < run.total ? `${count(run.total)}, of which ${count(records.length)} are drawn` : count(records.length),
-    probe: run.probe.slice(0, 12),
+    probe: run.probe?.slice(0, 12) ?? "–",
   };
   $("facts").replaceChildren();
   for (const [name, value] of Object.entries(facts)) {
@@ -26,41 +26,40 @@ const describe = () => {
     element("p", value, box, "value");
     element("p", note, box);
   };
-  const measured = (name, field, none) =>
-    card(name, percent(last[field]), last[field] === null ? none : between(last.intervals[field], percent));
-  const reference = last.reference_block;
+  const measured = (field, none) => {
+    const write = (value) => formatted(value, fields[field].form);
+    card(sentence(fields[field].title), write(last[field]), last[field] === null ? none : last.intervals[field] === undefined ? "" : between(last.intervals[field], write));
+  };
   const partly = run.measured_blocks && `measured in ${plural(run.measured_blocks, "block")} of ${model.blocks} only`;
-  measured("Sink rate", "sink_rate", partly || "no block has softmax attention");
-  card("Reference block", last.formed ? `block ${reference}` : "none",
-    last.formed ? "the first with a sink" : reference === null ? partly : "no block has formed a sink");
-  if (last.formed || reference === null) measured("First-two share", "first_two_share", reference === null ? partly : "the sink precedes any write");
-  else card("First-two share", "–", "no sink whose state it could be of");
-  measured("First-two gain", "first_two_gain", partly || "P0's norm has not doubled");
+  measured("sink_rate", partly || "no block has softmax attention");
+  const [main, ...others] = last.sinks;
+  const span = ({ first, last: end }) => (first === end ? first : `${first} to ${end}`);
+  card(others.length ? "Main sink in blocks" : "Sink in blocks", main ? span(main) : "none",
+    others.length ? `weaker: ${others.map(span).join(", ")}` : main ? "they rest on P0" : partly || "no block has formed a sink");
+  const writer = main?.writers[0];
+  if (writer) card("Main writer", sentence(writer[0]), `${percent(writer[3])} of the P0 state`);
+  if (last.position_share !== null) measured("position_share", "");
+  if (last.formed) {
+    measured("first_two_share", partly || "the sink precedes any write");
+    measured("depth", partly || "the sink precedes any write");
+  } else card(sentence(fields.first_two_share.title), "–", "no sink whose state it could be of");
 
-  const ever = records.some((record) => record.formed);
-  const most = largest(last.concentration, 0);
-  const judged = reference === null ? `Only the first ${plural(run.measured_blocks, "block")} were measured.`
-    : `Shares are taken at block ${reference}, where the norm of P0 stands out most.`;
-  const [finding, note] = !ever
-    ? [`No sink has formed in this run: no block's concentration reaches ${epsilon} (largest now: ${fixed(most)}).`, judged]
-    : !last.formed
-      ? [`In the last record no block's concentration reaches ${epsilon} any more (largest: ${fixed(most)}).`, judged]
-      : reference === 0
-        ? ["The sink stands in block 0: it precedes any write.", "So no block has a share in it."]
-        : [`The sink starts in block ${reference}.`, reference > 2 ? "" :
-          "All writes before it lie in the first two blocks by construction: read the first-two share beside the reference block."];
+  const [finding, ...more] = run.story;
   $("verdict").replaceChildren();
   element("b", finding, $("verdict"));
-  $("verdict").append(" ", note);
+  $("story").replaceChildren();
+  for (const line of more) element("li", line, $("story"));
   $("signal").replaceChildren();
   for (const line of run.signal) element("li", line, $("signal"));
   $("probes").hidden = new Set(runs.map((one) => one.probe)).size === 1;
   $("missing").textContent = run.missing.length ? `Not claimed yet: ${run.missing.join("; ")}.` : "";
+  $("statistics").hidden = !run.signal.length && !run.missing.length;
   $("same_weights").textContent = run.same_weights.map((line) => `${line[0].toUpperCase()}${line.slice(1)}.`).join(" ");
   $("same_weights").hidden = !run.same_weights.length;
   $("verdict").parentElement.classList.toggle("warn", !last.formed);
   $("versions").textContent = Object.entries(run.versions).map((pair) => pair.join(" ")).join(", ") + ".";
-  for (const place of document.querySelectorAll(".epsilon")) place.textContent = epsilon;
+  for (const place of document.querySelectorAll("[data-field-help]")) place.textContent = fields[place.dataset.fieldHelp].help;
+  for (const place of document.querySelectorAll("[data-field]")) place.textContent = sentence(fields[place.dataset.field].title);
   for (const place of document.querySelectorAll(".of")) place.textContent = runs.length > 1 ? ` · ${run.name}` : "";
 };
 
@@ -69,12 +68,13 @@ const COLUMNS = {
   tokens: (record) => count(record.tokens),
   loss: (record) => (record.loss === null ? "–" : record.loss.toPrecision(4)),
   stage: (record) => record.stage ?? "–",
-  "sink rate": (record) => percent(record.sink_rate),
-  "95 %": (record) => (record.intervals.sink_rate ? record.intervals.sink_rate.map(percent).join(" to ") : "–"),
-  "reference block": (record) => (record.formed ? record.reference_block : "no sink"),
-  "first-two share": (record) => percent(record.formed ? record.first_two_share : null),
-  "first-two gain": (record) => percent(record.first_two_gain),
-  depth: (record) => fixed(record.formed ? record.depth : null),
+  ...Object.fromEntries([
+    ["sink_rate", () => true], ["reference_block", (record) => record.formed], ["first_two_share", (record) => record.formed],
+    ["first_two_gain", () => true], ["depth", (record) => record.formed], ["position_share", () => true],
+  ].flatMap(([name, of]) => [
+    [fields[name].title, (record) => (of(record) ? told(record, name) : "–")],
+    ...(name === "sink_rate" ? [["95 %", (record) => (record.intervals[name] ? record.intervals[name].map((bound) => formatted(bound, fields[name].form)).join(" to ") : "–")]] : []),
+  ])),
   source: (record) => record.source,
 };
 /** The columns that hold something. */
@@ -125,14 +125,14 @@ const save = (text, type, name) => {
 const quoted = (value) => (/[",\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : value);
 /** One row a record: headline numbers, their intervals, and a column per block where it applies. */
 const asCsv = () => {
-  const scalars = ["step", "tokens", "loss", "source", "stage", "sink_rate", "formed", "reference_block", "first_two_share", "first_two_gain", "depth", "peak_block", "seconds"];
+  const scalars = ["step", "tokens", "loss", "source", "stage", "seconds", "formed", ...numbers()];
   const bounds = Object.keys(shown().records[0].intervals);
-  const widths = Object.keys(MEASURES).map((name) => [name, Math.max(...runs.map((run) => run.records[0][name].length))]);
+  const widths = measures().map((name) => [name, Math.max(...runs.flatMap((run) => run.records.map((record) => blockwise(record, name)?.length ?? 0)))]);
   const head = ["run", ...scalars, ...bounds.flatMap((name) => [`${name}_low`, `${name}_high`]),
     ...widths.flatMap(([name, width]) => range(width).map((block) => `${name}_${String(block).padStart(2, "0")}`))];
   const rows = runs.flatMap((run) => run.records.map((record) => [
     run.name, ...scalars.map((name) => record[name]), ...bounds.flatMap((name) => record.intervals[name] ?? [null, null]),
-    ...widths.flatMap(([name, width]) => range(width).map((block) => record[name][block])),
+    ...widths.flatMap(([name, width]) => range(width).map((block) => blockwise(record, name)?.[block])),
   ]));
   return [head, ...rows].map((cells) => cells.map((cell) => quoted(cell ?? "")).join(",")).join("\n") + "\n";
 };

@@ -1,0 +1,243 @@
+"""A run in plain sentences: what formed, where, since when, who writes it, what decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sinktrack.metrics.attention import EPSILON
+from sinktrack.signal import Analysis
+
+_LARGE_EFFECT, _SMALL_SHARE = 0.3, 0.1
+"""Of a component whose share hides what it does."""
+_FEW = 0.005
+"""Share of the other positions below which P0 has no rivals."""
+_POSITION, _TOKEN = 0.9, 0.1
+"""Share of first tokens from which position decides, and down to which a token does."""
+
+Record = Mapping[str, Any]
+
+
+def story(records: Sequence[Record], signal: Analysis) -> list[str]:
+    """The run told to somebody who sees it for the first time, the most important first.
+
+    Args:
+        records: of one run, on the line of training, in step order; at least one.
+        signal: what they say together.
+    """
+    last = records[-1]
+    told = [where(last), *_since(records, signal), *circuit(last), *decided(last)]
+    return told + _changed(records, signal)
+
+
+def where(record: Record) -> str:
+    """Which blocks rest on P0."""
+    phases = sinks(record)
+    rate = record.get("sink_rate")
+    sink_rate = "" if rate is None else f" Sink rate {rate:.1%}."
+    if not phases and all(value is None for value in record["concentration"]):
+        first = record.get("first_sink_block")
+        heads = "" if first is None else f" The first block with a sink head is block {first}."
+        return f"Which blocks rest on P0 was not measured.{heads}{sink_rate}"
+    if not phases:
+        known = [(v, b) for b, v in enumerate(record["concentration"]) if v is not None]
+        largest, block = max(known, default=(0.0, 0))
+        measured = record.get("measured_blocks")
+        first = "" if measured is None else f" of the first {measured}, the only ones measured,"
+        return (
+            f"No sink has formed: no block{first} rests on P0. The most that a block gives it is "
+            f"{largest:.0%} of its attention (block {block}); {EPSILON:.0%} would begin a sink."
+            f"{sink_rate}"
+        )
+    main, *others = by_mass(phases)
+    text = (
+        f"A sink has formed: {_span(main)} rest{_s(main)} on P0 with "
+        f"{_attention(record, main):.0%} of {_their(main)} attention."
+    )
+    if others:
+        weaker = ", ".join(f"{_span(one)} ({_attention(record, one):.0%})" for one in others)
+        text = (
+            f"{_count(len(phases))} sinks in series have formed. The main one: {_span(main)} "
+            f"rest{_s(main)} on P0 with {_attention(record, main):.0%} of {_their(main)} "
+            f"attention. Weaker: {weaker}."
+        )
+    return text + sink_rate
+
+
+def circuit(record: Record) -> list[str]:
+    """Who writes the state of each phase, who erases it, and what a share does not say."""
+    found = []
+    phases = by_mass(sinks(record))
+    why = (record.get("missing") or {}).get("shares")
+    if phases and why is not None:
+        found.append(f"Who writes the P0 state cannot be told: {why}.")
+    for phase in phases:
+        of = "the main sink" if phase is phases[0] else f"the sink of {_span(phase)}"
+        of = "the sink" if len(phases) == 1 else of
+        if phase["first_block"] == 0:
+            found.append(
+                f"{of[0].upper()}{of[1:]} stands from block 0 on, before anything is written."
+            )
+        elif writers := main_writers(phase):
+            named = ", ".join(f"{name(part)} ({part['share']:.0%})" for part in writers)
+            more = writers[0]["share"] > 1
+            beyond = ": more than is left of it, as others take some back" if more else ""
+            text = f"The P0 state of {of} is written by {named}{beyond}."
+            if erasers := phase.get("erasers"):
+                text += f" Erased by {_listed(name(part) for part in erasers[:4])}."
+            found.append(text)
+        shares = {
+            (part["kind"], part["block"]): part["share"] for part in phase.get("writers") or ()
+        }
+        hidden = [
+            row
+            for row in phase.get("total_effects") or ()
+            if row.get("index") is None
+            and row.get("effect") is not None
+            and row["effect"] >= _LARGE_EFFECT
+            and shares.get((row["kind"], row["block"]), 0.0) < _SMALL_SHARE
+        ]
+        if hidden:
+            named = ", ".join(
+                f"{name(row)} ({row['effect']:.0%})"
+                for row in sorted(hidden, key=lambda row: -row["effect"])[:3]
+            )
+            found.append(f"Small in share, but without it this much of that state goes: {named}.")
+    return found
+
+
+def decided(record: Record) -> list[str]:
+    """Does position or a token decide, and is P0 alone?"""
+    found = []
+    share = record.get("position_share")
+    if share is not None:
+        tried = f"{share:.0%} of {record['first_token']['tokens']} single first tokens make it"
+        if share >= _POSITION:
+            found.append(f"Position decides, whatever token stands first: {tried}.")
+        elif share <= _TOKEN:
+            found.append(f"A token decides, not the position alone: {tried}.")
+        else:
+            found.append(f"Position and token decide together: {tried}.")
+    rivals = record.get("rivals")
+    for phase in by_mass(sinks(record)) if rivals else ():
+        there = rivals[phase["peak_block"]]
+        if there is not None and there >= _FEW:
+            found.append(
+                f"P0 has rivals at block {phase['peak_block']}: {there:.1%} of the other positions "
+                "have at least half its norm."
+            )
+    for field, says in (
+        ("sink_logit_mass", "Learned sink logits take {:.0%} of the attention (mean over heads)."),
+        ("attention_gate", "Heads are gated: {:.0%} of their output passes (mean over heads)."),
+    ):
+        values = [v for row in record.get(field) or () for v in row or () if v is not None]
+        if values:
+            found.append(says.format(sum(values) / len(values)))
+    return found
+
+
+def sinks(record: Record) -> list[Mapping[str, Any]]:
+    """The record's phases in order; of a record of schema 1, one from its reference block on."""
+    phases = record.get("sinks")
+    if phases is not None:
+        return list(phases)
+    if not record.get("formed"):
+        return []
+    first, last = record["reference_block"], len(record["concentration"]) - 1
+    mass = sum(value or 0.0 for value in record["concentration"][first:])
+    peak = min(record["peak_block"] or first, last)
+    return [{"first_block": first, "last_block": last, "mass": mass, "peak_block": peak}]
+
+
+def by_mass(phases: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The main phase first."""
+    return sorted(phases, key=lambda phase: -phase["mass"])
+
+
+def main_writers(phase: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The largest writers, up to those that carry three quarters together; three at most."""
+    found: list[Mapping[str, Any]] = []
+    for part in phase.get("writers") or ():
+        if len(found) == 3 or sum(one["share"] for one in found) >= 0.75:
+            break
+        found.append(part)
+    return found
+
+
+def name(part: Mapping[str, Any]) -> str:
+    """A component in words: ``MLP 11``, ``attention 0``, ``expert 5 of block 2``."""
+    kind = {"mlp": "MLP"}.get(part["kind"], part["kind"].replace("_", " "))
+    if part["block"] is None:
+        return f"the {kind}" if kind == "embedding" else kind
+    if part.get("index") is None:
+        return f"{kind} {part['block']}"
+    return f"{kind} {part['index']} of block {part['block']}"
+
+
+def _since(records: Sequence[Record], signal: Analysis) -> list[str]:
+    """When it formed, as far as several records can tell."""
+    if len(records) == 1:
+        return ["One record shows a state, not a course: since when is not known."]
+    last = records[-1]
+    if signal.onset is not None:
+        low, high = (f"{value:,.0f}" for value in (signal.onset.low, signal.onset.high))
+        if signal.onset.low <= signal.steps[0]:
+            return [f"The sink rate left its floor by step {high}; how long before is not known."]
+        return [
+            f"The sink rate left its floor at step {signal.onset.value:,.0f} (95 %: {low} to "
+            f"{high})."
+        ]
+    if not last.get("formed"):
+        ever = [record["step"] for record in records if record.get("formed")]
+        return [f"There was one, last at step {ever[-1]:,}."] if ever else []
+    first = records[-1]
+    for record in reversed(records):
+        if not record.get("formed"):
+            return [f"It is there since step {first['step']:,}, in every record from then on."]
+        first = record
+    return [f"It is there since the first record, step {first['step']:,}."]
+
+
+def _changed(records: Sequence[Record], signal: Analysis) -> list[str]:
+    """The last change of the sink phases, and of the signal's stage."""
+    found = [f"Last change, {event}." for event in signal.phases[-1:]] if len(records) > 1 else []
+    stages = signal.stages
+    if len(records) > 1 and signal.stage is not None:
+        since = len(stages) - 1
+        while since and stages[since - 1] == signal.stage:
+            since -= 1
+        found.append(
+            f"Stage: {signal.stage}, as could be told from step {signal.steps[since]:,} on; a "
+            "candidate signal of convergence, not an established one."
+        )
+    return found
+
+
+def _attention(record: Record, phase: Mapping[str, Any]) -> float:
+    """Mean concentration over the phase's blocks with softmax attention."""
+    inside = record["concentration"][phase["first_block"] : phase["last_block"] + 1]
+    known = [value for value in inside if value is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+def _span(phase: Mapping[str, Any]) -> str:
+    first, last = phase["first_block"], phase["last_block"]
+    return f"block {first}" if first == last else f"blocks {first} to {last}"
+
+
+def _s(phase: Mapping[str, Any]) -> str:
+    return "s" if phase["first_block"] == phase["last_block"] else ""
+
+
+def _their(phase: Mapping[str, Any]) -> str:
+    return "its" if phase["first_block"] == phase["last_block"] else "their"
+
+
+def _count(number: int) -> str:
+    words = {2: "Two", 3: "Three", 4: "Four", 5: "Five"}
+    return words.get(number, str(number))
+
+
+def _listed(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
