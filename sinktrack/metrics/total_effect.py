@@ -74,7 +74,7 @@ def is_affordable(blocks: int, tokens: int) -> bool:
 
 
 def direction_at(collected: Collector, block: int) -> Tensor:
-    """``[D]`` float64: unit vector from the other positions' mean state to P0's, at a block's input.
+    """``[D]`` float64: unit vector from the others' mean state to P0's, at a block's input.
 
     Args:
         collected: of the probe's pass, which has been there.
