@@ -159,7 +159,9 @@ def test_stacked_edits_equal_one_by_one(family: str) -> None:
                 Patch([Term("attention", 1), Term("mlp", 2)], first, replay.position),
                 Patch([Term(kind, 1, 1)], first, "mean", aside=3),
                 Patch([Term("state", 2)], replay.position, first),
-                AttentionKnockout(replay.position, (1, 3), lambda row, at, n: torch.arange(n) == at),
+                AttentionKnockout(
+                    replay.position, (1, 3), lambda row, at, n: torch.arange(n) == at
+                ),
                 AttentionKnockout(first, (0, 2), lambda row, at, n: torch.ones(n).bool()),
             ]
             together = replay.run(edits, loss=True)
@@ -188,9 +190,7 @@ def test_the_set_in_the_sink_state_equals_eager(family: str) -> None:
         assert found.set_size[:, block].tolist() == inside.sum(-1).tolist()
         for row in range(PROBE.sequences):
             queries = [i for i in range(1, PROBE.length) if not inside[row, i]]
-            onto = [
-                float(matrices[block][row, :, i, inside[row]].sum(-1).mean()) for i in queries
-            ]
+            onto = [float(matrices[block][row, :, i, inside[row]].sum(-1).mean()) for i in queries]
             if queries:
                 wanted = sum(onto) / len(onto)
                 assert float(found.in_set[row, block]) == pytest.approx(wanted, abs=1e-5)

@@ -9,8 +9,8 @@ changed and the sink is looked at:
 * *position* (attention knockout): another position attends to itself alone in the blocks before the
   sink, as P0 does; and P0 is made to attend to all others.
 
-All are read in every sink phase. Each is compared with matched controls; see `sinktrack.interventions.effects` for what makes a
-verdict.
+All are read in every sink phase. Each is compared with matched controls; see
+`sinktrack.interventions.effects` for what makes a verdict.
 """
 
 from sinktrack.interventions.trials import (

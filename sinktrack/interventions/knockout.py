@@ -49,9 +49,7 @@ class AttentionKnockout(Edit):
         return None
 
 
-def note(
-    noted: dict[int, Tensor], block: int, write: Write, rows: Tensor, at: Tensor
-) -> None:
+def note(noted: dict[int, Tensor], block: int, write: Write, rows: Tensor, at: Tensor) -> None:
     """Keep what attention writes at one position of each sequence."""
     if write.sublayer == "attention":
         row = write.added[torch.arange(len(rows)), at[rows]].float().cpu()

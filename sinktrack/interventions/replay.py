@@ -240,9 +240,7 @@ class Replay:
         return watched.outcomes(_losses(logits, stacked))
 
     def _joined(self, parts: Sequence[Outcome], start: int) -> Outcome:
-        joined = Outcome(
-            *(torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS)
-        )
+        joined = Outcome(*(torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS))
         if self._before is not None:
             for name in ("p0", "second", "in_set", "set_size", "norm_ratio"):
                 getattr(joined, name)[:, :start] = getattr(self._before, name)[:, :start]

@@ -342,9 +342,7 @@ class _Tests:
             self.replay.plain({term.block for term in rest})
             trials += self._ablate([("", [term]) for term in rest])
             found = [self._rows(trials, phase) for phase in self.phases]
-        named = {
-            (row["kind"], row["block"]) for rows in found for row in rows if row["verdict"]
-        }
+        named = {(row["kind"], row["block"]) for rows in found for row in rows if row["verdict"]}
         parts: dict[Term, list[Term]] = {}
         for term in [trial.terms[0] for trial in trials]:
             if (term.kind, term.block) in named:
@@ -647,9 +645,7 @@ class _Tests:
             nudged = RandomDirectionControl(at, norms, _seed("nudge", window))
             planned.append((trial, "random_direction", nudged, False))
             if mixed:
-                elsewhere = AttentionKnockout(
-                    self.replay.position, (start, until), _everything
-                )
+                elsewhere = AttentionKnockout(self.replay.position, (start, until), _everything)
                 planned.append((trial, "other_position", elsewhere, False))
             else:
                 some = AttentionKnockout(at, (start, until), _half(_seed("half", window)))
