@@ -90,7 +90,7 @@ class Walk:
         else:
             kwargs = kwargs | {"hidden_states": self.stream}
         output = self._blocks[index](*args, **kwargs)
-        self.stream = output[0] if isinstance(output, tuple) else output
+        self.stream = output[0] if isinstance(output, tuple | list) else output
 
 
 class AblatedWalk:
