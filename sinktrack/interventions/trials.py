@@ -463,7 +463,7 @@ class _Tests:
         return {
             "kind": trial.kind,
             "block": min(term.block for term in trial.terms),
-            "index": trial.terms[0].index if len(trial.terms) == 1 else None,
+            "index": trial.terms[0].index,
             "share": sum(own) if own else None,
             **effect.to_record(),
             "zero": other["zero"].to_record(),
