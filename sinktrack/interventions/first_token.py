@@ -104,7 +104,7 @@ def first_token_dependence(
     begin = _beginnings(probe)
     drawn = torch.randint(int(other.sum()), (int(begin.sum()),), generator=generator)
     replaced[begin] = tokens[other][drawn]
-    instead = measure(model, Probe(replaced, probe.documents))
+    instead = measure(model, Probe(replaced, probe.documents), in_training=True)
     return {
         "bos": usual,
         "tokens": int(other.sum()),

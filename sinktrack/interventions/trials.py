@@ -37,6 +37,8 @@ MATTERS = 0.3
 _MOST = 4
 """Components that are tested for their total effect, and parts of a sublayer, at most."""
 _SUBLAYERS = ("attention", "mlp", "mixer")
+_FIRST_TWO = (0, 2)
+"""Blocks in which the source says that P0 is identified."""
 
 Found = dict[str, Any]
 
@@ -197,6 +199,8 @@ class _Trial:
     """Is it what P0 loses, or what the other position gains?"""
     after: Outcome
     terms: tuple[Term, ...] = ()
+    before: int | None = None
+    """The first block of the one phase in which it is told; None for all."""
     others: dict[str, Outcome] = field(default_factory=dict)
     """The same with other replacements: ``zero`` and ``mean``."""
     controls: dict[str, Outcome] = field(default_factory=dict)
@@ -247,7 +251,7 @@ class _Tests:
         return FirstTokens.of(self.replay.found, first_tokens(self.probe)[0])
 
     def _candidates(self, phase: Sink) -> list[Term]:
-        """Sublayers of a large share, of a large total effect, and of the block of the step up."""
+        """Sublayers of a large share or total effect, and who writes where the state steps up."""
         found = [_term(part) for part in screen(phase.shares, _SUBLAYERS)]
         large = [
             Term(effect.kind, effect.block)
@@ -255,11 +259,13 @@ class _Tests:
             if effect.kind in _SUBLAYERS and abs(effect.effect) >= MATTERS
         ]
         found += large[:_MOST]
-        found += [
-            _term(part)
+        stepping = [
+            part
             for part in phase.shares
             if part.kind in _SUBLAYERS and part.block == phase.step_up_block
         ]
+        if stepping:
+            found.append(_term(max(stepping, key=lambda part: abs(part.share))))
         return sorted(dict.fromkeys(found), key=_order)
 
     def _other(self, term: Term) -> Term | None:
@@ -311,6 +317,7 @@ class _Tests:
             phase.last_block
             for phase in self.phases
             if self._reaches(trial, phase) and self._effect(trial, phase).large
+            if trial.before is None or trial.before == phase.first_block
         ]
         return max(large, default=None)
 
@@ -564,7 +571,9 @@ class _Tests:
         """Of each phase: the state at its first block, and each candidate sublayer's write."""
         to = self.replay.position
         states = [Term("state", phase.first_block) for phase in self.phases]
-        writers = {term for terms in self.candidates for term in terms}
+        writers = {
+            _term(part) for phase in self.phases for part in screen(phase.shares, _SUBLAYERS)
+        }
         terms = [*states, *sorted(writers, key=_order)]
         after = self.replay.run([Patch([term], to, self.p0) for term in terms], loss=True)
         trials = [
@@ -611,7 +620,7 @@ class _Tests:
 
     def _windows(self) -> list[tuple[str, int, int]]:
         """Who attends to what else, in the blocks from one on and before another."""
-        found = [("other_position_alone", 0, 2)]
+        found = [("other_position_alone", *_FIRST_TWO)]
         for place, phase in enumerate(self.phases):
             found += [(kind, 0, phase.first_block) for kind in ("other_position_alone", "p0_mixed")]
             since = self.phases[place - 1].last_block + 1 if place else 0
@@ -630,6 +639,7 @@ class _Tests:
                 window[2] - 1,
                 "lost" if window[0] == "p0_mixed" else "gained",
                 outcome,
+                before=None if window[1:] == _FIRST_TWO else window[2],
             )
             for window, outcome in zip(windows, after, strict=True)
         }
@@ -655,7 +665,7 @@ class _Tests:
             [
                 self._positioned(trials[window], window, phase)
                 for window in windows
-                if window[2] == phase.first_block or window[1:] == (0, 2)
+                if window[2] == phase.first_block or window[1:] == _FIRST_TWO
                 if self._reaches(trials[window], phase)
             ]
             for phase in self.phases
