@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sinktrack.errors import MeasurementError
-from sinktrack.events import Observer, Write
 from sinktrack.lazy import torch
 from sinktrack.metrics.base import Metric, Seen, Unmeasured
 from sinktrack.metrics.localization import Sink
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sinktrack.collect import Collector
+    from sinktrack.events import Write
 
 TOKENS = 16
 """Distinct first tokens, at most."""
@@ -88,7 +88,7 @@ def direction_at(collected: Collector, block: int) -> Tensor:
     return torch.nn.functional.normalize(rows.mean(0) - others.mean(0), dim=-1)
 
 
-class Ablations(Observer):
+class Ablations:
     """Single-token sequences in copies, each of which lacks one component's write at P0.
 
     The copies of a block begin as the unedited states at its input, which come first.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sinktrack.collect import Collector
 from sinktrack.errors import SinktrackError
+from sinktrack.events import Observer, Write
 from sinktrack.metrics.total_effect import SLOTS, Ablations
 from sinktrack.models.huggingface import Decoder, prepared, watch
 
@@ -150,6 +151,16 @@ class AblatedWalk:
         walk.stream = stream
         one = replace(self._found, blocks={index: self._found.blocks[index]})
         self.ablations.open = fresh
-        with watch(one, self.ablations):
+        with watch(one, _Ablating(self.ablations)):
             walk.step(index)
         return walk.stream
+
+
+class _Ablating(Observer):
+    """Shows the writes to ablations; a block whose writes cannot be told is refused."""
+
+    def __init__(self, ablations: Ablations) -> None:
+        self._ablations = ablations
+
+    def write(self, block: int, write: Write) -> Tensor | None:
+        return self._ablations.write(block, write)
