@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from sinktrack.errors import MeasurementError
 from sinktrack.lazy import torch
 from sinktrack.metrics.base import Metric, Seen, Unmeasured
@@ -60,8 +58,7 @@ def thinned(tokens: Tensor) -> Tensor:
     """At most `TOKENS` of distinct tokens ``[n]``, evenly taken."""
     if len(tokens) <= TOKENS:
         return tokens
-    places = np.linspace(0, len(tokens) - 1, TOKENS).astype("int64")
-    return tokens[torch.from_numpy(places)]
+    return tokens[torch.arange(TOKENS) * (len(tokens) - 1) // (TOKENS - 1)]
 
 
 def is_affordable(blocks: int, tokens: int) -> bool:
