@@ -111,7 +111,9 @@ class SinkTracker:
         try:
             if everyone and not spread:
                 _agree(self.probe)
-            measurement = measure(model, self.probe, batch_size=self.options.probe_batch_size)
+            measurement = measure(
+                model, self.probe, batch_size=self.options.probe_batch_size, in_training=True
+            )
             tested = self._causal(step, model, measurement)
             if self._run is None:
                 return None

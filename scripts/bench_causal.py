@@ -4,11 +4,15 @@ An MoE of width 256 with 8 heads and 8 experts in each block, a probe of 32 x 64
 of block 1, or of a block in the middle, writes the P0 state; later blocks rest on it. Ways, rounds
 interleaved, medians:
 
-* necessity: screen, interventions restarted at the changed block, controls, both variants;
+* necessity: screen, interventions restarted at the changed block, controls, all replacements;
 * naive: for every sublayer, head and routed expert before the reference block (and, second number,
   of the whole model) one forward pass with that component removed at P0, without any control.
 
     python scripts/bench_causal.py [--blocks 8 24] [--rounds 3]
+    python scripts/bench_causal.py --model DIRECTORY
+
+The second way takes a checkpoint with its tokenizer and 16 x 64 tokens of the built-in prose, and
+tells the CPU seconds of a measurement and of all tests.
 """
 
 from __future__ import annotations
@@ -26,7 +30,8 @@ from typing import Any
 import torch
 
 import sinktrack
-from sinktrack.interventions import examine, necessity
+from sinktrack.interventions import necessity, run_causal_tests
+from sinktrack.prose import passages
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import planted
@@ -83,7 +88,7 @@ def compare(blocks: int, writer: int, rounds: int) -> str:
         "naive": removed,
         "measure": lambda: sinktrack.measure(model, probe),
         "necessity": lambda: necessity(model, probe, measured),
-        "examine": lambda: examine(model, probe, measured),
+        "all": lambda: run_causal_tests(model, probe, measured),
     }
     forward()
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -97,8 +102,27 @@ def compare(blocks: int, writer: int, rounds: int) -> str:
     cost = median["necessity"] / plain
     return (
         f"| {blocks} | {writer} | {plain:.2f} s | {median['measure'] / plain:.2f} | {cost:.1f} | "
-        f"{median['examine'] / plain:.1f} | {before:.0f} | {whole:.0f} | {before / cost:.1f} | "
+        f"{median['all'] / plain:.1f} | {before:.0f} | {whole:.0f} | {before / cost:.1f} | "
         f"{whole / cost:.1f} |"
+    )
+
+
+def checkpoint(directory: Path) -> str:
+    """CPU seconds of a measurement and of all causal tests of a real model."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    probe = sinktrack.Probe.from_texts(tokenizer, passages()[:16], length=64)
+    start = time.process_time()
+    measured = sinktrack.measure(model, probe)
+    between = time.process_time()
+    found = run_causal_tests(model, probe, measured)
+    end = time.process_time()
+    return (
+        f"{model.config.model_type}, {model.config.num_hidden_layers} blocks, {probe!r}: measure "
+        f"{between - start:.0f} s of CPU, causal tests {end - between:.0f} s of CPU, "
+        f"{found['forwards']:.1f} forward passes"
     )
 
 
@@ -106,7 +130,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 24])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", type=Path)
     arguments = parser.parse_args()
+    if arguments.model is not None:
+        print(checkpoint(arguments.model))
+        return
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, float32")
     print(
         "| blocks | writer in block | forward | measure | necessity | all tests | naive before | "

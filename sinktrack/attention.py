@@ -49,6 +49,9 @@ class Attended:
     """``[B, G, T, Dv]``: the value vectors; None where they are not shown."""
     mixing: Callable[[], Tensor]
     """Computes ``[B, H, T]`` float32: ``sum_j A_ij^2`` of query ``i`` over the keys."""
+    onto: Callable[[Tensor], Tensor]
+    """Computes ``[B, H, T]`` float32: probability of query ``i`` on a set of keys, ``[B, T]``
+    bool, its own included."""
     also: Attended | None = None
     """The same for another key of each sequence, where one was asked for."""
 
@@ -107,6 +110,17 @@ def attend(
             _, doubled = _fused(query, key, value, scale, mask, later, power=2)
         return (doubled - 2 * lse).exp_()
 
+    own = lse
+
+    def onto(keys: Tensor) -> Tensor:
+        marked = keys[:, None, :, None].float().expand(-1, key.shape[1], -1, 1)
+        wide = query.float(), key.float(), marked
+        if softcap is not None:
+            found, _ = _chunked(*wide, scale, mask, softcap, later)
+        else:
+            found, _ = _fused(*wide, scale, mask, later)
+        return found[..., 0] * (own - lse).exp()
+
     sink = None
     if sinks is not None:  # one more term of the denominator, after the fact
         total = torch.logaddexp(lse, sinks.float()[:, None])
@@ -131,7 +145,7 @@ def attend(
         score = score.masked_fill(~visible, -torch.inf)
         p0 = score.sub_(lse).exp_()
         keys_seen = _visible_keys(mask if mask is None else _seen_of(mask), query)
-        return Attended(p0, visible[:, 0], sink, keys_seen, value, mixing)
+        return Attended(p0, visible[:, 0], sink, keys_seen, value, mixing, onto)
 
     attended = on(torch.zeros(1, dtype=torch.int64, device=key.device), sink)
     if also is not None:
@@ -210,10 +224,14 @@ def read_scores(scores: Tensor, also: Tensor | None = None, later: bool = False)
         if not bool((visible == visible[:, :1]).all()):
             raise MeasurementError("its heads differ in which queries see P0; not supported")
         p0 = (column.float() - total).exp_().masked_fill_(~visible, 0.0)
-        return Attended(p0, visible[:, 0], None, _visible_keys(seen, scores), None, mixing)
+        return Attended(p0, visible[:, 0], None, _visible_keys(seen, scores), None, mixing, onto)
 
     def mixing() -> Tensor:
         return ((2 * wide).logsumexp(-1) - 2 * total).exp_()
+
+    def onto(keys: Tensor) -> Tensor:
+        weights = (wide - total[..., None]).exp()
+        return torch.einsum("bhij,bj->bhi", weights, keys.float())
 
     attended = on(torch.zeros(len(scores), dtype=torch.int64, device=scores.device))
     return attended if also is None else replace(attended, also=on(also.to(scores.device)))

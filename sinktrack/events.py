@@ -61,6 +61,41 @@ class Write:
     projection: Projection | None = None
     routed: Routed | None = None
 
+    def parts(self) -> list[tuple[str, int | None]]:
+        """Kind and index of the parts that it is made of: heads, or the experts of any token."""
+        found: list[tuple[str, int | None]] = []
+        if self.projection is not None:
+            found += [("head", head) for head in range(self.projection.heads)]
+        if self.routed is not None:
+            found += [("expert", expert) for expert in self.routed.index.unique().tolist()]
+            found.append(("shared_expert", None))
+        return found
+
+    def part(self, kind: str, index: int | None) -> Tensor | None:
+        """``[B, T, D]``: what a component writes; None where it cannot be told exactly.
+
+        That is a part of a write that goes through an output norm on its way.
+
+        Args:
+            kind: the sublayer itself, ``head``, ``expert`` or ``shared_expert``.
+            index: of the head or expert.
+        """
+        if kind == self.sublayer:
+            return self.added
+        if self.raw is not None and self.raw is not self.added:
+            return None
+        if kind == "head" and self.projection is not None and index is not None:
+            of = self.projection
+            mixed = of.mixed.unflatten(-1, (of.heads, -1))[:, :, index]
+            weight = of.weight.unflatten(1, (of.heads, -1))[:, index]
+            written: Tensor = mixed.to(weight.dtype) @ weight.T * of.factor
+            return written
+        if self.routed is not None and kind == "expert" and index is not None:
+            return self.routed.of(index) * self.routed.factor
+        if self.routed is not None and kind == "shared_expert":
+            return self.added - self.routed.total * self.routed.factor
+        return None
+
 
 class Observer:
     """Receives what a forward pass shows. Tensors are live: copy what must outlast the call.

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,21 +15,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sinktrack.collect import Collector
-from sinktrack.errors import MeasurementError, require
+from sinktrack.errors import MeasurementError, SinktrackError, require
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.metrics import ALONE, METRICS
+from sinktrack.metrics.total_effect import Ablations, is_affordable
 from sinktrack.models.guard import out_of_memory, undisturbed, untouched
 from sinktrack.models.parallel import is_apart
 from sinktrack.probe import Probe
 
 if TYPE_CHECKING:  # transformers is slow to import
+    from sinktrack.models.blockwise import AblatedWalk
     from sinktrack.models.gathered import Gathered
     from sinktrack.models.huggingface import Decoder
     from sinktrack.models.streaming import Streamed
 
 
 def measure(
-    model: nn.Module | list[nn.Module], probe: Probe, *, batch_size: int | None = None
+    model: nn.Module | list[nn.Module],
+    probe: Probe,
+    *,
+    batch_size: int | None = None,
+    in_training: bool = False,
 ) -> Measurement:
     """Measure the P0 sink of a live model with one forward pass of the probe.
 
@@ -43,6 +50,7 @@ def measure(
             process holds the whole model, every one must call, and each gets the measurement.
         probe: the fixed batch.
         batch_size: sequences per forward pass; all at once by default.
+        in_training: leave out the total effects where they would cost over a tenth of the rest.
 
     Raises:
         ProbeError: the probe does not fit the model's vocabulary or positions.
@@ -56,7 +64,7 @@ def measure(
 
         return measure_chunks(model, probe, batch_size)
     if not isinstance(model, list) and is_apart(model):
-        return _measure_apart(model, probe, batch_size)
+        return _measure_apart(model, probe, batch_size, in_training)
     require("transformers", "hf")
     from sinktrack.models.huggingface import watch
 
@@ -69,13 +77,18 @@ def measure(
             with watch(found, observer):
                 for tokens in batches:
                     forward(found.model, tokens.to(device))
+        passes.ablate(found, found.model.base_model, in_training)
+        for index in found.blocks:
+            passes.step_ablated(index)
     digest = _Digest(found.model, passes.first)
     for block in found.blocks.values():
         digest.add(block)
     return passes.measurement(found, digest.hex())
 
 
-def _measure_apart(model: nn.Module, probe: Probe, batch_size: int | None) -> Measurement:
+def _measure_apart(
+    model: nn.Module, probe: Probe, batch_size: int | None, in_training: bool
+) -> Measurement:
     """Measure a model that no process holds whole; every process calls."""
     require("transformers", "hf")
     from sinktrack.models.blockwise import CannotWalk
@@ -87,7 +100,9 @@ def _measure_apart(model: nn.Module, probe: Probe, batch_size: int | None) -> Me
 
     with undisturbed(nn.Identity()):
         try:
-            return measure_streamed(together(gathered), probe, batch_size=batch_size)
+            return measure_streamed(
+                together(gathered), probe, batch_size=batch_size, in_training=in_training
+            )
         except CannotWalk as error:
             raise MeasurementError(
                 f"{error}, and no process holds the whole model; measure the saved checkpoints "
@@ -102,6 +117,7 @@ def measure_streamed(
     *,
     blocks: int | None = None,
     batch_size: int | None = None,
+    in_training: bool = False,
 ) -> Measurement:
     """As `measure`, over a checkpoint of which one block at a time is in memory.
 
@@ -110,6 +126,7 @@ def measure_streamed(
         probe: the fixed batch.
         blocks: measure the first blocks only. What depends on all is left out then: nan or None.
         batch_size: sequences per forward pass of a block; all at once by default.
+        in_training: as of `measure`.
 
     Raises:
         CannotWalk: the blocks do not run one by one; load the model and use `measure`.
@@ -136,6 +153,7 @@ def measure_streamed(
             (observer, [Walk(found, streamed.base, tokens.to(device)) for tokens in batches])
             for observer, batches in passes.both
         ]
+        passes.ablate(found, streamed.base, in_training)
         for index in range(count):
             with streamed.block(index, index + 1 if index + 1 < count else None) as block:
                 digest.add(block)
@@ -143,6 +161,7 @@ def measure_streamed(
                     with watch(shown, observer):
                         for walk in group:
                             walk.step(index)
+                passes.step_ablated(index)
     return passes.measurement(found, digest.hex() if count == total else None)
 
 
@@ -156,6 +175,43 @@ class _Passes:
         self.first = probe.first_tokens()
         self._collected, self._singles = Collector(METRICS), Collector(ALONE)
         self._batches = probe.batches(self.size)
+        self._walk: AblatedWalk | None = None
+        self._ablated: Ablations | str = ""
+
+    def ablate(self, found: Decoder, base: nn.Module, in_training: bool) -> None:
+        """Begin the total effects, or note why they cannot be had."""
+        from sinktrack.models.blockwise import AblatedWalk
+
+        tokens = self._probe.tokens.numel()
+        if in_training and not is_affordable(len(found.blocks), tokens):
+            self._ablated = (
+                f"they would cost over a tenth of this probe of {tokens:,} tokens; scan the "
+                "checkpoints"
+            )
+        elif any(isinstance(value, DTensor) for value in found.model.parameters()):
+            self._ablated = (
+                "several processes share the blocks of this model, which do not run one by one; "
+                "scan the checkpoints"
+            )
+        else:
+            ablations = Ablations(self.first)
+            with self._told():
+                self._walk = AblatedWalk(found, base, ablations, self.size * self._probe.length)
+                self._ablated = ablations
+
+    def step_ablated(self, index: int) -> None:
+        """Take the ablated copies through a block, after the others have been at its input."""
+        if self._walk is not None:
+            with self._told():
+                self._walk.step(index, self._collected, self._singles)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Give up the total effects with the reason; the rest of the measurement stands."""
+        try:
+            yield
+        except (MemoryError, RuntimeError, SinktrackError) as error:
+            self._ablated, self._walk = str(error) or type(error).__name__, None
 
     @property
     def both(self) -> list[tuple[Collector, Sequence[Tensor]]]:
@@ -172,6 +228,7 @@ class _Passes:
             torch.cat([tokens[:, 0] for tokens in self._batches]),
             found.kinds,
             {value.dtype for value in found.model.parameters() if value.is_floating_point()},
+            self._ablated,
             model={
                 "type": found.type,
                 "blocks": len(found.blocks),

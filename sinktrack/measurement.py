@@ -18,6 +18,7 @@ from sinktrack.metrics.base import Seen, Unmeasured
 from sinktrack.metrics.bootstrap import interval, weights
 from sinktrack.metrics.localization import Localization, Sink
 from sinktrack.metrics.phases import first_two_gain
+from sinktrack.metrics.total_effect import Ablations
 from sinktrack.records.run import SCHEMA
 
 _OPTIONAL = ("sink_logit_mass", "attention_gate")
@@ -194,6 +195,7 @@ def assemble(
     first_tokens: Tensor,
     kinds: Sequence[str],
     dtypes: Collection[torch.dtype],
+    ablated: Ablations | str,
     **identity: Any,
 ) -> Measurement:
     """Compute everything from what the two passes left.
@@ -204,6 +206,7 @@ def assemble(
         first_tokens: ``[B]`` int64, token 0 of each of the probe's sequences.
         kinds: the kinds of all L blocks; where the passes saw fewer, the first were measured.
         dtypes: of the parameters.
+        ablated: single first tokens without one component's write, or why they cannot be had.
         identity: ``model``, ``probe``, ``weights`` and ``seconds`` of the Measurement.
 
     Raises:
@@ -213,15 +216,15 @@ def assemble(
         raise MeasurementError("no block has softmax attention, so there is no attention to P0")
     collected.check()
     alone.check()
-    seen = Seen(collected, alone, first_tokens, kinds)
+    seen = Seen(collected, alone, first_tokens, kinds, ablated)
     found: dict[str, Any] = {}
     missing: dict[str, str] = {}
-    for metric in METRICS.values():
+    for name, metric in METRICS.items():
         try:
             computed = metric.compute(seen, found)
         except Unmeasured as error:
             computed = {each.name: None for each in metric.fields}
-            missing |= dict.fromkeys(computed, str(error))
+            missing |= dict.fromkeys(computed or [name], str(error))
         missing |= computed.pop("missing", {})
         found |= computed
     found["intervals"] = _intervals(seen, found)

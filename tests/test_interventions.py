@@ -16,10 +16,17 @@ from test_scan import sinktrack
 
 from sinktrack import MeasurementError, Probe, Run, measure
 from sinktrack.callbacks.loop import SinkTracker
-from sinktrack.interventions import examine, necessity, position, sufficiency
+from sinktrack.interventions import (
+    examine,
+    necessity,
+    position,
+    run_causal_tests,
+    sufficiency,
+)
 from sinktrack.interventions.effects import Effect
 from sinktrack.interventions.experts import super_experts
-from sinktrack.interventions.trials import is_testable, screen
+from sinktrack.interventions.replay import replaying
+from sinktrack.interventions.trials import _seed, is_testable, screen
 from sinktrack.records.run import to_json
 from sinktrack.records.rows import rows as export_rows
 
@@ -31,7 +38,7 @@ def verdicts(
 ) -> dict[tuple[str, str, int | None, int | None], str]:
     """All verdicts, by test, kind, block and index."""
     found = examine(model, probe, measure(model, probe))
-    json.dumps(to_json(found), allow_nan=False)
+    json.dumps(found, allow_nan=False)
     return {
         (test, row["kind"], row.get("block"), row.get("index")): row["verdict"]
         for test in ("necessity", "sufficiency", "position")
@@ -193,6 +200,9 @@ def test_necessity_equals_brute_force(kind: str) -> None:
         if row["kind"] == sublayer and row["block"] == 1
     ]
 
+    with replaying(model, PROBE) as replay:
+        resampled = replay.elsewhere(_seed("resample"))
+
     def attention_and_loss() -> tuple[float, float, float]:
         with torch.no_grad():
             found = model(PROBE.tokens, output_attentions=True, use_cache=False)
@@ -206,23 +216,82 @@ def test_necessity_equals_brute_force(kind: str) -> None:
             float(loss[:, 0].mean()),
         )
 
-    for mode in ("mean", "zero"):
+    for mode in ("resample", "mean", "zero"):
         before = attention_and_loss()
 
         def hook(module: Any, args: Any, output: Any, mode: str = mode) -> Any:
             written = output[0] if isinstance(output, tuple) else output
             written = written.clone()
-            written[:, 0] = written[:, 1:].mean(1) if mode == "mean" else 0
+            if mode == "resample":
+                written[:, 0] = written[torch.arange(len(written)), resampled]
+            else:
+                written[:, 0] = written[:, 1:].mean(1) if mode == "mean" else 0
             return (written, *output[1:]) if isinstance(output, tuple) else written
 
         handle = module.register_forward_hook(hook)
         after = attention_and_loss()
         handle.remove()
-        found = row if mode == "mean" else row["zero"]
+        found = row if mode == "resample" else row[mode]
         assert found["effect"] == pytest.approx(1 - after[0] / before[0], abs=1e-5)
-        if mode == "mean":
+        if mode == "resample":
             assert row["loss"]["effect"] == pytest.approx(after[1] - before[1], abs=1e-5)
             assert row["p0_loss"]["effect"] == pytest.approx(after[2] - before[2], abs=1e-5)
+
+
+def in_series() -> Any:
+    """Block 0 writes what block 1 looks for, block 2 erases it, block 3 writes for block 4."""
+    model = planted.dense()
+    planted.neuron_writer(model, 0)
+    planted.reader(model, 1)
+    planted.neuron_writer(model, 2, size=-0.5)
+    planted.neuron_writer(model, 3, to=planted.DECOY)
+    attention = model.model.layers[4].self_attn
+    with torch.no_grad():
+        for head in range(planted.HEADS):
+            row = head * attention.head_dim + attention.head_dim // 2 - 1
+            attention.q_proj.weight[row, planted.ONE] = 2.0
+            attention.k_proj.weight[row, planted.DECOY] = 2.0
+    return model
+
+
+def test_two_sinks_in_series() -> None:
+    """Each phase has its own writer; the main lists are those of the main phase."""
+    model = in_series()
+    measured = measure(model, PROBE)
+    spans = [(sink.first_block, sink.last_block) for sink in measured.sinks]
+    assert spans == [(1, 1), (4, 4)]
+    found = run_causal_tests(model, PROBE, measured)
+    named = [
+        {
+            (r["kind"], r["block"]): r["verdict"]
+            for r in phase["necessity"]
+            if r["block"] is not None
+        }
+        for phase in found["phases"]
+    ]
+    assert named[0]["mlp", 0] == named[1]["mlp", 3] == "necessary"
+    assert named[1]["mlp", 0] is None and ("mlp", 3) not in named[0]
+    assert [(p["first_block"], p["last_block"]) for p in found["phases"]] == spans
+    main = spans.index((measured.main_sink.first_block, measured.main_sink.last_block))
+    for test in ("necessity", "sufficiency", "position"):
+        assert found[test] == found["phases"][main][test]
+    (row,) = [r for r in found["phases"][0]["necessity"] if (r["kind"], r["block"]) == ("mlp", 0)]
+    assert row["outcome"] == "lost" and row["set_size"]["before"] == 1
+    assert row["by_block"][1] > 0.3 and abs(row["by_block"][4]) < 0.05
+    kinds = [(r["kind"], r["blocks"]) for r in found["phases"][1]["position"]]
+    assert ("other_position_alone_since_last_sink", [2, 3]) in kinds
+    assert ("other_position_alone_in_first_two", [0, 1]) in kinds
+
+
+def test_a_test_alone_is_the_same_as_inside_the_whole() -> None:
+    model = readers(planted.dense(), 2)
+    planted.neuron_writer(model, 0)
+    planted.head_writer(model, 1, head=0)
+    measured = measure(model, PROBE)
+    whole = run_causal_tests(model, PROBE, measured)
+    alone = {"necessity": necessity, "sufficiency": sufficiency, "position": position}
+    for name, test in alone.items():
+        assert test(model, PROBE, measured) == whole[name], name
 
 
 def test_experts_at_p0() -> None:
@@ -370,9 +439,9 @@ def test_the_callback_runs_them_every_so_many_probes(tmp_path: Path) -> None:
         tracker.step(step, model)
     records = Run.read(tmp_path).records
     assert ["causal" in record for record in records] == [True, False, True]
-    row, embedding = records[2]["causal"]["necessity"]
-    assert embedding["kind"] == "embedding"
-    assert (row["kind"], row["verdict"]) == ("mlp", "necessary")
+    rows = records[2]["causal"]["necessity"]
+    assert [row["kind"] for row in rows] == ["mlp", "embedding"]
+    assert rows[0]["verdict"] == "necessary"
 
 
 def test_the_scanner_and_the_table(tmp_path: Path) -> None:
@@ -401,7 +470,8 @@ def test_the_scanner_and_the_table(tmp_path: Path) -> None:
         assert row["verdict"] == other["verdict"]
         assert row["effect"] == pytest.approx(other["effect"], abs=1e-6)
     shown = sinktrack("show", tmp_path / "run").stdout
-    assert "block 1 expert 3 replaced by the mean: necessary" in shown
+    assert "block 1 expert 3 replaced by another position's: necessary" in shown
+    assert "Sink in blocks 2 to 4" in shown
     assert "block 1 mlp of P0, put elsewhere: sufficient" in shown
     assert "sink rate with random first tokens: 0.0% (as it is: 60.0%)" in shown
     assert "super experts by their largest output: block 1 expert 3, at P0" in shown

@@ -10,8 +10,9 @@ import torch
 from reference import blocks_of, eager_attention
 
 from sinktrack import Probe
-from sinktrack.interventions.edits import Change, Sight, Term
-from sinktrack.interventions.replay import replaying
+from sinktrack.interventions.knockout import AttentionKnockout
+from sinktrack.interventions.patching import Patch, Term
+from sinktrack.interventions.replay import Edit, Outcome, replaying
 
 PROBE = Probe.random(models.VOCABULARY, sequences=6, length=12)
 FAMILIES = {
@@ -23,6 +24,13 @@ FAMILIES = {
     "gpt_neox": models.gpt_neox,
     "sliding": models.mistral_sliding,
 }
+
+
+def same(one: Outcome, other: Outcome, atol: float = 1e-6) -> None:
+    for name in Outcome.__dataclass_fields__:
+        torch.testing.assert_close(
+            getattr(one, name), getattr(other, name), atol=atol, rtol=1e-5, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -37,21 +45,25 @@ def test_a_restart_equals_a_whole_pass(family: str) -> None:
         for block in (1, 3):
             for term in (Term("mlp", block), Term("attention", block), Term(kind, block, 1)):
                 before = replay.blocks_run
-                change = Change([term], first, "zero")
-                short = replay.run(change)
-                assert replay.blocks_run - before == blocks - block
+                change = Patch([term], first, "zero")
+                short = replay.run([change], loss=True)[0]
+                assert replay.blocks_run - before == PROBE.sequences * (blocks - block)
                 kept, replay._kept = replay._kept, {}
-                whole = replay.run(change)
+                whole = replay.run([change], loss=True)[0]
                 replay._kept = kept
-                for one, other in zip(short, whole, strict=True):
-                    torch.testing.assert_close(one, other, atol=1e-6, rtol=0, equal_nan=True)
+                same(short, whole)
                 if term.kind == "mlp":
                     assert not torch.allclose(short.p0_loss, plain.p0_loss, atol=1e-6)
-        moved = replay.run(Sight(replay.position, 2, lambda at, length: torch.arange(length) == at))
+        (moved,) = replay.run(
+            [
+                AttentionKnockout(
+                    replay.position, (0, 2), lambda row, at, length: torch.arange(length) == at
+                )
+            ]
+        )
         assert not torch.allclose(moved.p0[:, 1:], plain.p0[:, 1:], atol=1e-6)
         again = replay.plain(())
-    for one, other in zip(plain, again, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=0, equal_nan=True)
+    same(plain, again)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "sliding"])
@@ -64,7 +76,7 @@ def test_attention_to_any_position_equals_eager(family: str) -> None:
             column = matrix[row, :, at + 1 :, at]
             seen = (column[0] > 0).sum().clamp(min=1)
             wanted = float(column.sum(-1).mean() / seen)
-            assert float(found.also[row, block]) == pytest.approx(wanted, abs=1e-6)
+            assert float(found.second[row, block]) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_where_blocks_share_more_than_the_stream_passes_are_whole() -> None:
@@ -86,8 +98,8 @@ def test_where_blocks_share_more_than_the_stream_passes_are_whole() -> None:
     with replaying(model, PROBE) as replay:
         plain = replay.plain({1, 3})
         assert set(replay._kept) == {3}
-        change = Change([Term("mlp", 1)], torch.zeros(PROBE.sequences, dtype=torch.long), "zero")
-        assert not torch.allclose(replay.run(change).loss, plain.loss)
+        change = Patch([Term("mlp", 1)], torch.zeros(PROBE.sequences, dtype=torch.long), "zero")
+        assert not torch.allclose(replay.run([change], loss=True)[0].loss, plain.loss)
     for handle in handles:
         handle.remove()
 
@@ -100,7 +112,7 @@ def test_parts_equal_plain_hooks(kind: str) -> None:
     first = torch.zeros(PROBE.sequences, dtype=torch.long)
     with replaying(model, PROBE) as replay:
         replay.plain({1})
-        found = replay.run(Change([Term(kind, 1, 2)], first, "zero"))
+        (found,) = replay.run([Patch([Term(kind, 1, 2)], first, "zero")], loss=True)
 
     def no_head(module: Any, args: Any) -> Any:
         mixed = args[0].clone()
@@ -130,3 +142,63 @@ def test_parts_equal_plain_hooks(kind: str) -> None:
     )
     torch.testing.assert_close(found.p0_loss, loss[:, 0].double(), atol=1e-5, rtol=0)
     torch.testing.assert_close(found.loss, loss[:, 1:].mean(1).double(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stacked_edits_equal_one_by_one(family: str) -> None:
+    """Whatever they change, and whether the pass ends early or in batches."""
+    model = FAMILIES[family]()
+    first = torch.zeros(PROBE.sequences, dtype=torch.long)
+    kind = "head" if family != "mixtral" else "expert"
+    for batch_size in (None, 4):
+        with replaying(model, PROBE, batch_size) as replay:
+            replay.look({2, 3})
+            replay.plain({1, 2})
+            edits: list[Edit] = [
+                Patch([Term("mlp", 1)], first, "zero"),
+                Patch([Term("attention", 1), Term("mlp", 2)], first, replay.position),
+                Patch([Term(kind, 1, 1)], first, "mean", aside=3),
+                Patch([Term("state", 2)], replay.position, first),
+                AttentionKnockout(
+                    replay.position, (1, 3), lambda row, at, n: torch.arange(n) == at
+                ),
+                AttentionKnockout(first, (0, 2), lambda row, at, n: torch.ones(n).bool()),
+            ]
+            together = replay.run(edits, loss=True)
+            alone = [replay.run([edit], loss=True)[0] for edit in edits]
+            until = replay.run(edits, until=2)
+        for one, other, short in zip(together, alone, until, strict=True):
+            same(one, other, atol=1e-5)
+            torch.testing.assert_close(short.p0[:, :3], one.p0[:, :3], atol=1e-6, rtol=0)
+            assert short.p0[:, 3].isnan().all() and short.loss.isnan().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "sliding"])
+def test_the_set_in_the_sink_state_equals_eager(family: str) -> None:
+    model = FAMILIES[family]()
+    with replaying(model, PROBE) as replay:
+        replay.look({1, 3})
+        found = replay.plain(())
+    matrices = eager_attention(model, PROBE.tokens)
+    with torch.no_grad():
+        states = model(PROBE.tokens, output_hidden_states=True, use_cache=False).hidden_states
+    for block in (1, 3):
+        stream = states[block].double()
+        apart = stream[:, 0].mean(0) - stream[:, 1:].mean((0, 1))
+        towards = stream @ (apart / apart.norm())
+        inside = towards >= towards[:, :1] / 2
+        assert found.set_size[:, block].tolist() == inside.sum(-1).tolist()
+        for row in range(PROBE.sequences):
+            queries = [i for i in range(1, PROBE.length) if not inside[row, i]]
+            onto = [float(matrices[block][row, :, i, inside[row]].sum(-1).mean()) for i in queries]
+            if queries:
+                wanted = sum(onto) / len(onto)
+                assert float(found.in_set[row, block]) == pytest.approx(wanted, abs=1e-5)
+            else:
+                assert found.in_set[row, block].isnan()
+        norms = stream.norm(dim=-1)
+        middle = norms[:, 1:].sort(-1).values[:, 5]
+        assert found.norm_ratio[:, block].tolist() == pytest.approx(
+            (norms[:, 0] / middle).tolist(), rel=1e-4
+        )
+    assert found.in_set[:, [0, 2]].isnan().all()

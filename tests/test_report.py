@@ -98,7 +98,7 @@ def test_causal_tests_mark_the_circuit(open_report: Open) -> None:
     assert page.locator("#circuit .verdict").all_text_contents() == ["necessary"]
     assert "block 0 mlp is necessary" in page.locator("#circuit svg").get_attribute("aria-label")
     rows = [row.split("\t") for row in page.locator("#tests tbody tr").all_inner_texts()]
-    replaced = "replaced at P0 by the mean of the other positions"
+    replaced = "replaced at P0 by what stands at another position"
     assert rows == [
         ["block 0 mlp", replaced, "-75.0 %", "-85.0 % to -65.0 %", "necessary"],
         ["block 1 mlp", replaced, "-2.0 %", "-12.0 % to 8.0 %", ""],

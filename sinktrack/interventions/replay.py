@@ -1,16 +1,18 @@
-"""Run a probe again from any block on, with something changed in it.
+"""Run a probe again from any block on, with something edited in it.
 
-A plain pass keeps the residual stream at the inputs of the blocks that will be changed. A changed
-pass then runs the model as it is, but for the blocks before: those hand on the kept stream. What a
-pass costs is in proportion to the blocks that run.
+A plain pass keeps the residual stream at the inputs of the blocks that will be edited. An edited
+pass then runs the model as it is, but for the blocks before: those hand on the kept stream. Edits
+that start in the same block go through together, stacked along the batch. What a pass costs is in
+proportion to the blocks that run, and it ends with the last block that is asked for.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,19 @@ from torch import Tensor, nn
 from sinktrack.attention import Attended
 from sinktrack.events import Observer, Write
 from sinktrack.measure import forward, readable, refuse_another_model
+from sinktrack.metrics.base import median
 from sinktrack.models.guard import untouched
 from sinktrack.models.huggingface import Decoder, resume, returned, watch
 from sinktrack.probe import Probe
 
 _LOGITS = 2**28
 """Bytes of float32 logits held at a time, from which the sequences per pass follow."""
+_STREAMS = 16
+"""Tensors of the stream's size that a pass without logits holds, for the same limit."""
 _SAME = 1e-5
+IN_STATE = 0.5
+"""Of the projection of P0's own state on the direction of a sink, from which a position is in the
+sink state."""
 
 
 class Edit:
@@ -36,25 +44,43 @@ class Edit:
     def state(self, block: int, stream: Tensor, rows: Tensor) -> Tensor | None:
         """Another residual stream ``[b, T, D]`` at the input of a block, or None."""
 
-    def sight(self, block: int, seen: Tensor, rows: Tensor) -> Tensor | None:
-        """Other keys in sight, ``[b or 1, H or 1, T, T]`` bool, or None."""
+    def edit_mask(self, block: int, seen: Tensor, rows: Tensor) -> Tensor | None:
+        """Other keys that are seen, ``[b or 1, H or 1, T, T]`` bool, or None."""
 
     def write(self, block: int, write: Write, rows: Tensor) -> Tensor | None:
         """Another write ``[b, T, D]``, or None."""
 
 
-class Outcome(NamedTuple):
-    """What a pass shows, per sequence: float64 on the CPU."""
+@dataclass
+class Outcome:
+    """What a pass shows, per sequence: float64 on the CPU, nan for what was not asked for."""
 
     p0: Tensor
     """``[B, L]``: attention to P0, mean over heads and the later queries that see it; nan where a
     block has no softmax attention."""
-    also: Tensor
+    second: Tensor
     """``[B, L]``: the same to the sequence's other position."""
+    in_set: Tensor
+    """``[B, L]``: attention to all positions in the sink state, mean over heads and the queries
+    that are not in it; in the blocks of the phases."""
+    set_size: Tensor
+    """``[B, L]``: how many positions are in the sink state at the input."""
+    norm_ratio: Tensor
+    """``[B, L]``: norm of the state at P0 over its median at the other positions."""
     loss: Tensor
     """``[B]``: next-token loss in nats, mean over positions from 1 on; nan without a head."""
     p0_loss: Tensor
     """``[B]``: of the token after P0."""
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Of the sink at the input of a block."""
+
+    towards: Tensor
+    """``[D]``: from the other positions' mean state to P0's, a unit vector."""
+    least: Tensor
+    """``[B]``: the projection on it from which a position is in the sink state."""
 
 
 class Replay:
@@ -63,34 +89,79 @@ class Replay:
     def __init__(self, found: Decoder, probe: Probe, batch_size: int | None) -> None:
         self.found = found
         fits = max(1, _LOGITS // (4 * probe.length * found.config.vocab_size))
+        width = found.config.hidden_size
+        self._streams = max(fits, _LOGITS // (4 * probe.length * _STREAMS * width))
         device = found.model.get_input_embeddings().weight.device
         batches = probe.batches(min(fits, batch_size or fits))
+        self._fits = min(fits, batch_size or fits)
+        if batch_size is not None:
+            self._streams = max(batch_size, self._fits)
         self.batches = [batch.to(device) for batch in batches]
         count = torch.arange(probe.sequences)
         self.rows = list(count.split([len(batch) for batch in batches]))
         self.lengths = torch.cat([torch.full((len(b),), b.shape[1]) for b in batches])
-        self.generator = torch.Generator().manual_seed(0)
         first, last = self.lengths.sub(2).clamp(1, 3), self.lengths // 2
         spread = (last - first + 1).clamp(min=1)
-        drawn = torch.rand(probe.sequences, generator=self.generator) * spread
+        generator = torch.Generator().manual_seed(0)
+        drawn = torch.rand(probe.sequences, generator=generator) * spread
         self.position = first + drawn.long().clamp(max=spread - 1)
         """``[B]``: one position in the first half of each sequence, from 3 on if it can be."""
-        self.blocks_run = 0
+        self.blocks_run = 0.0
+        """Blocks that ran over a sequence."""
+        self.directions: Mapping[int, Direction] = {}
         self._kept: dict[int, list[Tensor]] = {}
         self._forms: dict[int, int] = {}
         self._before: Outcome | None = None
 
-    def plain(self, keep: Collection[int]) -> Outcome:
-        """A pass without a change, which keeps the streams at the inputs of some blocks."""
-        kept: dict[int, list[Tensor]] = {block: [] for block in keep if block > 0}
+    @property
+    def blocks(self) -> int:
+        """L."""
+        return len(self.found.blocks)
+
+    @property
+    def forwards(self) -> float:
+        """Cost so far, in forward passes of the whole model over the whole probe."""
+        return self.blocks_run / (self.blocks * len(self.lengths))
+
+    def elsewhere(self, seed: int, spared: Tensor | None = None) -> Tensor:
+        """``[B]``: a random position of each sequence beside P0, and beside ``spared`` ``[B]``."""
+        spare = 1 if spared is None else 2
+        generator = torch.Generator().manual_seed(seed)
+        room = (self.lengths - spare).clamp(min=1)
+        chosen = 1 + (torch.rand(len(self.lengths), generator=generator) * room).long()
+        if spared is not None:
+            chosen = torch.where(chosen >= spared, chosen + 1, chosen)
+        return torch.minimum(chosen, self.lengths - 1)
+
+    def look(self, phases: Collection[int]) -> None:
+        """A pass that finds the directions of the sink at the inputs of these blocks."""
+        looked = _Looked(phases, len(self.lengths))
+        self.run([looked], until=max(phases, default=0))
+        self.directions = looked.directions()
+
+    def plain(self, keep: Collection[int], edit: Edit | None = None) -> Outcome:
+        """A pass without a change, which keeps the streams at the inputs of some blocks.
+
+        Args:
+            keep: the blocks.
+            edit: one that changes nothing, and looks.
+        """
+        own = edit or Edit()
+        kept: dict[int, list[Tensor]] = {
+            block: [] for block in keep if block > 0 and block not in self._kept
+        }
 
         class Keep(Edit):
             def state(self, block: int, stream: Tensor, rows: Tensor) -> None:
                 if block in kept:
                     kept[block].append(stream.clone())
 
+            def write(self, block: int, write: Write, rows: Tensor) -> None:
+                own.write(block, write, rows)
+
         with returned(self.found, self._forms):
-            outcome = self._before = self.run(Keep())
+            (outcome,) = self.run([Keep()], loss=True)
+        self._before = outcome
         for block in sorted(kept):
             if all(before in self._forms for before in range(block)):
                 self._kept[block] = kept[block]
@@ -99,71 +170,215 @@ class Replay:
         return outcome
 
     def _restarts(self, block: int, outcome: Outcome) -> bool:
-        """Does a pass from this block on show what the plain pass did?
+        """Does a pass of a sequence from this block on show what the plain pass did?
 
         Not where blocks hand each other more than the stream: then passes run from the beginning.
         """
-        probed = Edit()
-        probed.start = block
         with suppress(Exception):
-            again = self.run(probed, batches=1).p0[:, block:]
-            wanted = outcome.p0[: len(again), block:]
-            return torch.allclose(again, wanted, rtol=0, atol=_SAME, equal_nan=True)
+            again = self._pass([Edit()], block, self.batches[0][:1], self.rows[0][:1], 0)[0]
+            wanted = outcome.p0[:1, block:]
+            return torch.allclose(again.p0[:, block:], wanted, rtol=0, atol=_SAME, equal_nan=True)
         return False
 
-    def run(self, edit: Edit, batches: int | None = None) -> Outcome:
-        """A pass with a change, from the first changed block on where its input was kept."""
-        start = edit.start if edit.start in self._kept else 0
-        shown = []
-        pairs = list(zip(self.batches, self.rows, strict=True))
-        for number, (tokens, rows) in enumerate(pairs[:batches]):
-            watched = _Watched(edit, rows, self.position[rows].to(tokens.device))
-            stream = self._kept[start][number] if start else tokens
-            with (
-                resume(self.found, start, stream, self._forms),
-                watch(self.found, watched, start),
-            ):
-                output = forward(self.found.model, tokens, logits=True)
-            logits = getattr(output, "logits", None)
-            shown.append(watched.outcome(len(self.found.blocks), _losses(logits, tokens)))
-            self.blocks_run += len(self.found.blocks) - start
-        p0, also, loss, p0_loss = (torch.cat(parts) for parts in zip(*shown, strict=True))
+    def run(
+        self, edits: Sequence[Edit], *, loss: bool = False, until: int | None = None
+    ) -> list[Outcome]:
+        """Passes with a change each, from the first changed block on where its input was kept.
+
+        Those that start in the same block go through it together.
+
+        Args:
+            edits: what is changed.
+            loss: is the loss wanted too?
+            until: the last block whose attention is wanted; all by default.
+        """
+        found: dict[int, Outcome] = {}
+        by_start: defaultdict[int, list[int]] = defaultdict(list)
+        for place, edit in enumerate(edits):
+            by_start[edit.start if edit.start in self._kept else 0].append(place)
+        last = self.blocks if loss or until is None else until
+        for start, places in by_start.items():
+            parts: defaultdict[int, list[Outcome]] = defaultdict(list)
+            for number, (tokens, rows) in enumerate(zip(self.batches, self.rows, strict=True)):
+                size = max(1, (self._fits if loss else self._streams) // len(tokens))
+                for first in range(0, len(places), size):
+                    some = places[first : first + size]
+                    shown = self._pass(
+                        [edits[place] for place in some], start, tokens, rows, number, loss, last
+                    )
+                    for place, outcome in zip(some, shown, strict=True):
+                        parts[place].append(outcome)
+            for place in places:
+                found[place] = self._joined(parts[place], start)
+        return [found[place] for place in range(len(edits))]
+
+    def _pass(
+        self,
+        edits: Sequence[Edit],
+        start: int,
+        tokens: Tensor,
+        rows: Tensor,
+        number: int,
+        loss: bool = False,
+        last: int | None = None,
+    ) -> list[Outcome]:
+        """One batch, stacked once for each edit."""
+        last = self.blocks if last is None else last
+        copies = len(edits)
+        stacked = tokens.repeat(copies, 1)
+        stream = self._kept[start][number][: len(rows)].repeat(copies, 1, 1) if start else stacked
+        watched = _Watched(self, edits, rows, tokens.device, last)
+        logits = None
+        with (
+            resume(self.found, start, stream, self._forms),
+            watch(self.found, watched, start),
+            suppress(_Enough),
+        ):
+            output = forward(self.found.model, stacked, logits=loss)
+            logits = getattr(output, "logits", None) if loss else None
+        self.blocks_run += copies * len(rows) * (min(last + 1, self.blocks) - start)
+        return watched.outcomes(_losses(logits, stacked))
+
+    def _joined(self, parts: Sequence[Outcome], start: int) -> Outcome:
+        joined = Outcome(*(torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS))
         if self._before is not None:
-            p0[:, :start] = self._before.p0[: len(p0), :start]
-            also[:, :start] = self._before.also[: len(p0), :start]
-        return Outcome(p0, also, loss, p0_loss)
+            for name in ("p0", "second", "in_set", "set_size", "norm_ratio"):
+                getattr(joined, name)[:, :start] = getattr(self._before, name)[:, :start]
+        return joined
+
+
+_FIELDS = tuple(Outcome.__dataclass_fields__)
+
+
+class _Enough(Exception):
+    """All that was asked for has been seen."""
+
+
+class _Looked(Edit):
+    """A pass that changes nothing and adds up the states at the inputs of some blocks."""
+
+    def __init__(self, blocks: Collection[int], sequences: int) -> None:
+        self._blocks, self._sequences = set(blocks), sequences
+        self._p0: dict[int, Tensor] = {}
+        self._others: dict[int, Tensor] = {}
+
+    def state(self, block: int, stream: Tensor, rows: Tensor) -> None:
+        if block in self._blocks:
+            shape = self._sequences, stream.shape[-1]
+            for kept, value in (
+                (self._p0, stream[:, 0]),
+                (self._others, stream[:, 1:].mean(1, dtype=torch.float32)),
+            ):
+                kept.setdefault(block, torch.zeros(shape))[rows] = value.float().cpu()
+
+    def directions(self) -> dict[int, Direction]:
+        found = {}
+        for block, rows in self._p0.items():
+            apart = rows.double().mean(0) - self._others[block].double().mean(0)
+            towards = torch.nn.functional.normalize(apart, dim=-1)
+            found[block] = Direction(towards.float(), IN_STATE * (rows.double() @ towards))
+        return found
 
 
 class _Watched(Observer):
-    """One batch of a pass."""
+    """One batch of a pass, stacked once for each edit."""
 
-    def __init__(self, edit: Edit, rows: Tensor, position: Tensor) -> None:
-        self.edit, self.rows, self.also = edit, rows, position
-        self._p0: defaultdict[int, list[Tensor]] = defaultdict(list)
-        self._also: defaultdict[int, list[Tensor]] = defaultdict(list)
+    def __init__(
+        self, replay: Replay, edits: Sequence[Edit], rows: Tensor, device: torch.device, last: int
+    ) -> None:
+        self._edits, self._rows, self._last = edits, rows, last
+        self._directions, self._blocks = replay.directions, replay.blocks
+        count = len(rows)
+        self._slices = [slice(at * count, (at + 1) * count) for at in range(len(edits))]
+        self.also = replay.position[rows].repeat(len(edits)).to(device)
+        self._seen: dict[str, defaultdict[int, list[Tensor]]] = {
+            name: defaultdict(list) for name in _FIELDS[:5]
+        }
+        self._inside: Tensor | None = None
 
     def state(self, block: int, stream: Tensor) -> Tensor | None:
-        return self.edit.state(block, stream, self.rows)
+        if block > self._last:
+            raise _Enough
+        changed = self._joined(
+            stream, [edit.state(block, stream[at], self._rows) for edit, at in self._each()]
+        )
+        if block < self._blocks:
+            self._note(block, stream if changed is None else changed)
+        return changed
+
+    def _note(self, block: int, stream: Tensor) -> None:
+        norms = stream.float().norm(dim=-1)
+        self._seen["norm_ratio"][block].append(norms[:, 0] / median(norms[:, 1:]))
+        self._inside = None
+        if (direction := self._directions.get(block)) is not None:
+            least = direction.least[self._rows].repeat(len(self._edits)).to(stream.device)
+            towards = stream.float() @ direction.towards.to(stream.device)
+            self._inside = towards >= least[:, None]
+            self._seen["set_size"][block].append(self._inside.sum(-1))
 
     def sight(self, block: int, seen: Tensor) -> Tensor | None:
-        return self.edit.sight(block, seen, self.rows)
+        size = len(self._rows) * len(self._edits)
+        whole = seen.expand(size, -1, -1, -1)
+        changed = [edit.edit_mask(block, whole[at], self._rows) for edit, at in self._each()]
+        return self._joined(whole, changed)
 
     def write(self, block: int, write: Write) -> Tensor | None:
-        return self.edit.write(block, write, self.rows)
+        of = cache(write.routed.of) if write.routed is not None else None
+        return self._joined(
+            write.added,
+            [edit.write(block, _sliced(write, at, of), self._rows) for edit, at in self._each()],
+        )
+
+    def _each(self) -> Iterator[tuple[Edit, slice]]:
+        return zip(self._edits, self._slices, strict=True)
+
+    def _joined(self, whole: Tensor, parts: Sequence[Tensor | None]) -> Tensor | None:
+        if all(part is None for part in parts):
+            return None
+        own = [
+            whole[at] if part is None else part
+            for part, at in zip(parts, self._slices, strict=True)
+        ]
+        return own[0] if len(own) == 1 else torch.cat(own)
 
     def attention(self, block: int, attended: Attended) -> None:
         assert attended.also is not None and self.also is not None
-        self._p0[block].append(_received(attended, torch.zeros_like(self.also)))
-        self._also[block].append(_received(attended.also, self.also))
+        self._seen["p0"][block].append(_received(attended, torch.zeros_like(self.also)))
+        self._seen["second"][block].append(_received(attended.also, self.also))
+        if self._inside is not None:
+            onto = attended.onto(self._inside).double().mean(1)
+            outside = (~self._inside).double()
+            outside[:, 0] = 0
+            mean = (onto * outside).sum(-1) / outside.sum(-1)
+            self._seen["in_set"][block].append(mean)
 
-    def outcome(self, blocks: int, losses: tuple[Tensor, Tensor]) -> Outcome:
-        def rows(of: dict[int, list[Tensor]]) -> Tensor:
-            found = torch.full((len(self.rows), blocks), torch.nan, dtype=torch.float64)
+    def outcomes(self, losses: tuple[Tensor, Tensor]) -> list[Outcome]:
+        shape = len(self._rows) * len(self._edits), self._blocks
+        found = []
+        for of in self._seen.values():
+            table = torch.full(shape, torch.nan, dtype=torch.float64)
             for block, parts in of.items():
-                found[:, block] = torch.stack(parts).mean(0).cpu()
-            return found
+                table[:, block] = torch.stack(parts).double().mean(0).cpu()
+            found.append(table)
+        return [Outcome(*(value[at].clone() for value in (*found, *losses))) for at in self._slices]
 
-        return Outcome(rows(self._p0), rows(self._also), *losses)
+
+def _sliced(write: Write, at: slice, of: Callable[[int], Tensor] | None) -> Write:
+    """The write of some of the sequences."""
+    raw = None if write.raw is None else write.raw[at]
+    added = raw if raw is not None and write.raw is write.added else write.added[at]
+    projection, routed = write.projection, write.routed
+    if projection is not None:
+        projection = replace(projection, mixed=projection.mixed[at])
+    if routed is not None and of is not None:
+        routed = replace(
+            routed,
+            index=routed.index[at],
+            gate=routed.gate[at],
+            total=routed.total[at],
+            of=lambda expert: of(expert)[at],
+        )
+    return replace(write, added=added, raw=raw, projection=projection, routed=routed)
 
 
 def _received(attended: Attended, position: Tensor) -> Tensor:
@@ -179,11 +394,14 @@ def _losses(logits: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
     if logits is None:
         nothing = torch.full((len(tokens),), torch.nan, dtype=torch.float64)
         return nothing, nothing
-    loss = nn.functional.cross_entropy(
-        logits[:, :-1].float().mT, tokens[:, 1:].to(logits.device), reduction="none"
-    )
-    found = loss.double().cpu()
-    return found[:, 1:].mean(1), found[:, 0]
+    wanted = tokens[:, 1:].to(logits.device)
+    found = torch.stack(
+        [
+            nn.functional.cross_entropy(own[:-1].float(), following, reduction="none")
+            for own, following in zip(logits, wanted, strict=True)
+        ]
+    ).double()
+    return found[:, 1:].mean(1).cpu(), found[:, 0].cpu()
 
 
 @contextmanager

@@ -4,35 +4,49 @@ from __future__ import annotations
 
 import random
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sinktrack.interventions.edits import Change, Nudge, Sight, Term
+from sinktrack.events import Write
 from sinktrack.interventions.effects import LEAST_EFFECT, Effect, mean
 from sinktrack.interventions.experts import Profile, table
-from sinktrack.interventions.meaning import FirstTokens, first_tokens, meaning
-from sinktrack.interventions.replay import Outcome, Replay, replaying
+from sinktrack.interventions.first_token import (
+    FirstTokens,
+    first_token_dependence,
+    first_tokens,
+)
+from sinktrack.interventions.knockout import AttentionKnockout, RandomDirectionControl, note
+from sinktrack.interventions.patching import Patch, Term
+from sinktrack.interventions.replay import Edit, Outcome, Replay, replaying
 from sinktrack.measurement import Measurement
-from sinktrack.metrics.localization import Component
+from sinktrack.metrics.base import number
+from sinktrack.metrics.localization import Component, Sink
 from sinktrack.probe import Probe
 
 SCREENED = 0.95
 """Of the positive share, what the tested components carry."""
+MATTERS = 0.3
+"""Total effect on a phase's state from which a component is tested, whatever its share."""
+_MOST = 4
+"""Components that are tested for their total effect, and parts of a sublayer, at most."""
 _SUBLAYERS = ("attention", "mlp", "mixer")
-_PARTS = ("head", "expert", "shared_expert", "mlp", "mixer")
+_FIRST_TWO = (0, 2)
+"""Blocks in which the source says that P0 is identified."""
 
 Found = dict[str, Any]
 
 
-def examine(
+def run_causal_tests(
     model: nn.Module, probe: Probe, measured: Measurement, *, batch_size: int | None = None
 ) -> Found:
-    """All causal tests; the record's ``causal``.
+    """Run all causal tests; the record's ``causal``.
 
     Where no sink has formed, or it begins in block 0 before anything was written, there is nothing
     to test and the lists are empty.
@@ -40,8 +54,13 @@ def examine(
     Args:
         model: the model that was measured.
         probe: the probe that it was measured with.
-        measured: the measurement, whose shares pick what is tested.
+        measured: the measurement, whose phases pick what is tested.
         batch_size: sequences per forward pass; by default as many as logits of 256 MiB allow.
+
+    Returns:
+        ``necessity``, ``sufficiency`` and ``position`` of the main phase, the same of every phase
+        in ``phases``, ``experts``, ``meaning`` (dependence on the first token); plain numbers that
+        ``json.dumps`` takes.
 
     Raises:
         ProbeError, MeasurementError: as `sinktrack.measure` does.
@@ -54,36 +73,50 @@ def examine(
         "necessity": [],
         "sufficiency": [],
         "position": [],
+        "phases": [],
         "experts": [],
         "meaning": None,
         "forwards": 0.0,
     }
     if is_testable(measured):
         with _tests(model, probe, measured, batch_size) as tests:
-            found["necessity"] = tests.necessity()
-            found["sufficiency"] = tests.sufficiency()
-            found["position"] = tests.position()
-            seen = FirstTokens.of(tests.replay.found, first_tokens(probe)[0])
-            found["experts"] = tests.experts(seen, found["necessity"])
-            found["forwards"] = tests.forwards
-        found["meaning"] = meaning(model, probe, measured, seen)
+            found["phases"] = [
+                {"first_block": phase.first_block, "last_block": phase.last_block,
+                 "peak_block": phase.peak_block}
+                for phase in tests.phases
+            ]  # fmt: skip
+            for name in ("necessity", "sufficiency", "position"):
+                by_phase = getattr(tests, name)()
+                for phase, rows in zip(found["phases"], by_phase, strict=True):
+                    phase[name] = rows
+                found[name] = tests.of_main(by_phase)
+            found["experts"] = tests.experts(found["necessity"])
+            found["forwards"] = tests.replay.forwards
+            seen = tests.seen
+        found["meaning"] = first_token_dependence(model, probe, measured, seen)
     return found | {"seconds": time.perf_counter() - started}
+
+
+examine = run_causal_tests
 
 
 def necessity(
     model: nn.Module, probe: Probe, measured: Measurement, *, batch_size: int | None = None
 ) -> list[Found]:
-    """Remove each candidate's write at P0 and see how much of the downstream attention goes.
+    """Ablate each candidate's write at P0 and see how much of the main phase's attention goes.
 
-    ``effect`` is the share of the attention to P0, in the blocks after the changed one, that is
-    gone when the write is its mean over the other positions; ``zero`` the same for no write. Both
-    stand with the change of the next-token loss, P0's own apart. Verdicts: ``necessary``;
-    ``distinguishing``, where the sink goes with the mean but not with nothing, so that P0 need not
-    have its own write, but must be without that of the others; ``redundant``, neither of these but
-    one of several that stand in for each other: without all of them the sink goes, with this one
-    alone it stays.
+    ``effect`` is the share of the attention to P0, in the phase's blocks after the ablated one,
+    that is gone when the component writes at P0 what it writes at another position of the sequence
+    (resample), and for the embedding, when another token's stands there; ``zero`` and ``mean`` are
+    the same for no write, and for the mean over the other positions. They stand with the change of
+    the next-token loss, P0's own apart, and ``outcome``: ``lost`` where the attention to all
+    positions in the sink state goes too, ``diluted`` where it stays and others share it. Verdicts:
+    ``necessary``; ``distinguishing``, where the sink goes with another position's write but not
+    with nothing, so that P0 need not have its own, but must be without that of the others;
+    ``redundant``, neither of these but one of several that stand in for each other: without all of
+    them the sink goes, with this one alone it stays.
 
-    Arguments and errors are those of `examine`; no test where no sink has formed.
+    Arguments and errors are those of `run_causal_tests`; no test where no sink has formed.
     """
     return _alone(_Tests.necessity, model, probe, measured, batch_size)
 
@@ -91,10 +124,11 @@ def necessity(
 def sufficiency(
     model: nn.Module, probe: Probe, measured: Measurement, *, batch_size: int | None = None
 ) -> list[Found]:
-    """Put P0's writes, and its whole state at the reference block, on another position.
+    """Put P0's writes, and its whole state at the first block of a phase, on another position.
 
     ``effect`` is what that position gains in attention from later queries, over the attention to
-    P0 that was there. Verdict: ``sufficient``. Arguments and errors are those of `examine`.
+    P0 that was there. Verdict: ``sufficient``. Arguments and errors are those of
+    `run_causal_tests`.
     """
     return _alone(_Tests.sufficiency, model, probe, measured, batch_size)
 
@@ -102,19 +136,20 @@ def sufficiency(
 def position(
     model: nn.Module, probe: Probe, measured: Measurement, *, batch_size: int | None = None
 ) -> list[Found]:
-    """Let another position attend to itself alone before the reference block, and P0 to all.
+    """Let another position attend to itself alone before the main phase, and P0 to all.
 
     ``effect`` is what the other position gains in attention from later queries (verdict
     ``follows``), or what P0 loses when it mixes the values of all positions (verdict ``unmixed``:
     the sink needs P0's attention to itself alone), over the attention to P0 that was there.
-    Arguments and errors are those of `examine`.
+    ``share_of_two`` is the other position's part of the attention to both afterwards: 0.5 where it
+    draws as much as P0. Arguments and errors are those of `run_causal_tests`.
     """
     return _alone(_Tests.position, model, probe, measured, batch_size)
 
 
 def is_testable(measured: Measurement) -> bool:
     """Has a sink formed that something was written for?"""
-    return bool(measured.reference_block)
+    return any(sink.first_block for sink in measured.sinks)
 
 
 def screen(components: Sequence[Component], kinds: Sequence[str]) -> list[Component]:
@@ -137,11 +172,11 @@ def _tests(
     model: nn.Module, probe: Probe, measured: Measurement, batch_size: int | None
 ) -> Iterator[_Tests]:
     with replaying(model, probe, batch_size) as replay:
-        yield _Tests(replay, measured)
+        yield _Tests(replay, probe, measured)
 
 
 def _alone(
-    test: Callable[[_Tests], list[Found]],
+    test: Callable[[_Tests], list[list[Found]]],
     model: nn.Module,
     probe: Probe,
     measured: Measurement,
@@ -150,274 +185,561 @@ def _alone(
     if not is_testable(measured):
         return []
     with _tests(model, probe, measured, batch_size) as tests:
-        return test(tests)
+        return tests.of_main(test(tests))
+
+
+@dataclass(eq=False)
+class _Trial:
+    """One change of the circuit, with its controls, to be read in every phase."""
+
+    kind: str
+    block: int
+    """The last block whose attention it cannot change; -1 for none."""
+    reads: Literal["lost", "gained"]
+    """Is it what P0 loses, or what the other position gains?"""
+    after: Outcome
+    terms: tuple[Term, ...] = ()
+    before: int | None = None
+    """The first block of the one phase in which it is told; None for all."""
+    others: dict[str, Outcome] = field(default_factory=dict)
+    """The same with other replacements: ``zero`` and ``mean``."""
+    controls: dict[str, Outcome] = field(default_factory=dict)
+    """By name; of ``other_position`` in a trial that reads a loss, the other position's counts."""
 
 
 class _Tests:
-    """A plain pass, and what the interventions are compared with."""
+    """Plain passes, and what the interventions are compared with."""
 
-    def __init__(self, replay: Replay, measured: Measurement) -> None:
-        self.replay, self.measured = replay, measured
-        where = self.sink = measured.main_sink
-        assert where is not None
-        self.reference = where.first_block
-        self.random = random.Random(0)
-        written = [part for part in (*where.shares, *where.parts) if part.block is not None]
-        self.shares = {_term(part): part.share for part in written}
-        self.shares[Term("state", 0)] = where.shares[0].share
-        self.sublayers = [_term(part) for part in screen(where.shares, _SUBLAYERS)]
-        leaves = [_term(part) for part in screen(where.parts, _PARTS)]
-        self.parts = [term for term in leaves if term.kind not in _SUBLAYERS]
+    def __init__(self, replay: Replay, probe: Probe, measured: Measurement) -> None:
+        self.replay, self.probe, self.measured = replay, probe, measured
+        self.phases = [sink for sink in measured.sinks if sink.first_block > 0]
         self.p0 = torch.zeros_like(replay.position)
-        self.others = {term: self._other(term) for term in (*self.sublayers, *self.parts)}
-        blocks = {term.block for term in (*self.others, *self.others.values()) if term}
-        self.before = replay.plain(blocks | {self.reference})
+        self._joint: dict[tuple[Term, ...], _Trial] = {}
+        self.shares = [_shares(phase) for phase in self.phases]
+        last = max(phase.last_block for phase in self.phases)
+        self.candidates = [self._candidates(phase) for phase in self.phases]
+        tested = sorted(
+            {term for terms in self.candidates for term in terms}
+            | {
+                Term(part.kind, part.block)
+                for phase in self.phases
+                for part in phase.erasers
+                if part.block is not None and part.block < last
+            },
+            key=_order,
+        )
+        self.sublayers = tested
+        blocks = {term.block for term in (*tested, *map(self._other, tested)) if term}
+        starts = {start for window in self._windows() for start in window[1:2]}
+        replay.look(
+            {b for phase in measured.sinks for b in range(phase.first_block, phase.last_block + 1)}
+        )
+        self.plain = _Plain(self.p0, replay.position)
+        firsts = {phase.first_block for phase in self.phases}
+        self.before = replay.plain(blocks | firsts | starts, self.plain)
 
-    @property
-    def forwards(self) -> float:
-        """Cost so far, in forward passes of the whole model over the whole probe."""
-        whole = len(self.replay.found.blocks) * len(self.replay.batches)
-        return self.replay.blocks_run / whole
+    def of_main(self, by_phase: Sequence[list[Found]]) -> list[Found]:
+        """The rows of the main phase; none where nothing was written before it."""
+        main = self.measured.main_sink
+        return next(
+            (rows for phase, rows in zip(self.phases, by_phase, strict=True) if phase is main), []
+        )
+
+    @cached_property
+    def seen(self) -> FirstTokens:
+        """Single first tokens."""
+        return FirstTokens.of(self.replay.found, first_tokens(self.probe)[0])
+
+    def _candidates(self, phase: Sink) -> list[Term]:
+        """Sublayers of a large share or total effect, and who writes where the state steps up."""
+        found = [_term(part) for part in screen(phase.shares, _SUBLAYERS)]
+        large = [
+            Term(effect.kind, effect.block)
+            for effect in phase.total_effects or ()
+            if effect.kind in _SUBLAYERS and abs(effect.effect) >= MATTERS
+        ]
+        found += large[:_MOST]
+        stepping = [
+            part
+            for part in phase.shares
+            if part.kind in _SUBLAYERS and part.block == phase.step_up_block
+        ]
+        if stepping:
+            found.append(_term(max(stepping, key=lambda part: abs(part.share))))
+        return sorted(dict.fromkeys(found), key=_order)
 
     def _other(self, term: Term) -> Term | None:
         """A random component of the same kind that is no candidate; a part, of the same block."""
-        candidates = (*self.sublayers, *self.parts)
-        fits = [
+        candidates = {other for terms in self.candidates for other in terms}
+        whole = term.kind in _SUBLAYERS
+        fits = {
             other
-            for other in self.shares
-            if other.kind == term.kind
-            and other not in candidates
-            and (term.kind in _SUBLAYERS or other.block == term.block)
+            for shares in self.shares
+            for other in shares
+            if other.kind == term.kind and other != term and other not in candidates
+            if whole or other.block == term.block
+        }
+        chooser = random.Random(_seed("other", term))
+        return chooser.choice(sorted(fits, key=_order)) if fits else None
+
+    # Reading an outcome in a phase
+
+    def _mean(self, attention: Tensor, phase: Sink, block: int) -> Tensor:
+        """``[B]``: mean of ``[B, L]`` over the phase's blocks after one."""
+        span = attention[:, max(phase.first_block, block + 1) : phase.last_block + 1]
+        return span.nanmean(-1)
+
+    def _changed(self, trial: _Trial, after: Outcome, phase: Sink, second: bool = False) -> Tensor:
+        before = self.before
+        if trial.reads == "gained":
+            return self._mean(after.second - before.second, phase, trial.block)
+        if second:
+            return self._mean(before.second - after.second, phase, trial.block)
+        return self._mean(before.p0 - after.p0, phase, trial.block)
+
+    def _effect(self, trial: _Trial, phase: Sink, after: Outcome | None = None) -> Effect:
+        whole = self._mean(self.before.p0, phase, trial.block)
+        if after is not None:
+            return Effect(self._changed(trial, after, phase), whole, {})
+        controls = {
+            name: self._changed(trial, other, phase, second=name == "other_position")
+            for name, other in trial.controls.items()
+        }
+        seen = {name: changed for name, changed in controls.items() if not changed.isnan().any()}
+        return Effect(self._changed(trial, trial.after, phase), whole, seen)
+
+    def _reaches(self, trial: _Trial, phase: Sink) -> bool:
+        return trial.block < phase.last_block
+
+    def _until(self, trial: _Trial) -> int | None:
+        """The last block of the phases where the effect is large; None where it is nowhere."""
+        large = [
+            phase.last_block
+            for phase in self.phases
+            if self._reaches(trial, phase) and self._effect(trial, phase).large
+            if trial.before is None or trial.before == phase.first_block
         ]
-        return self.random.choice(fits) if fits else None
+        return max(large, default=None)
 
-    def _lost(self, after: Outcome, block: int) -> Tensor:
-        return _downstream(self.before.p0 - after.p0, block)
+    def _control(self, planned: Sequence[tuple[_Trial, str, Edit, bool]]) -> None:
+        """Run what is compared with trials, those together that end in the same block.
 
-    def _gained(self, after: Outcome, block: int) -> Tensor:
-        return _downstream(after.also - self.before.also, block)
-
-    def _attention(self, block: int) -> Tensor:
-        return _downstream(self.before.p0, block)
+        Args:
+            planned: of a trial, the name, the change, and whether it is another replacement.
+        """
+        by_end: dict[int, list[tuple[_Trial, str, Edit, bool]]] = {}
+        for one in planned:
+            until = self._until(one[0])
+            if until is not None:
+                by_end.setdefault(until, []).append(one)
+        for until, several in by_end.items():
+            outcomes = self.replay.run([edit for _, _, edit, _ in several], until=until)
+            for (trial, name, _, replaces), outcome in zip(several, outcomes, strict=True):
+                (trial.others if replaces else trial.controls)[name] = outcome
 
     # Necessity
 
-    def necessity(self) -> list[Found]:
-        """Sublayers, the embedding, blocks of which both were tested, and parts."""
-        found = self._several(self.sublayers)
-        if not any(row["verdict"] for row in found):  # the screen missed who writes what is read
-            rest = [term for term in self.shares if term.kind in _SUBLAYERS]
-            self.sublayers += [term for term in rest if term not in self.sublayers]
-            self.others |= dict.fromkeys(self.sublayers)
-            self.replay.plain({term.block for term in self.sublayers})
-            found = self._several(self.sublayers)
-        found.append(self._necessary("embedding", [Term("state", 0)]) | {"block": None})
-        for block in sorted({term.block for term in self.sublayers}):
-            inside = [term for term in self.sublayers if term.block == block]
-            if len(inside) > 1:
-                found.append(self._necessary("block", inside))
-        named = {(row["kind"], row["block"]) for row in found if row["verdict"]}
-        for sublayer in self.sublayers:
-            norm = Term(f"{sublayer.kind}_norm", sublayer.block)
-            if norm not in self.shares:  # behind an output norm the parts are no terms of a sum
-                parts = [term for term in self.parts if term.within(sublayer)]
-                if not parts and (sublayer.kind, sublayer.block) in named:
-                    parts = self._largest(sublayer)
-                found += self._several(parts)
-        return found
+    def necessity(self) -> list[list[Found]]:
+        """Of each phase: sublayers, the embedding, and parts of what has a verdict."""
+        trials = self._ablate([("", [term]) for term in self.sublayers])
+        embedding = self._ablate([("embedding", [Term("state", 0)])])
+        found = [self._rows(trials, phase) for phase in self.phases]
+        rest = self._rest(found)
+        if rest:  # the screen missed who writes what is read
+            self.replay.plain({term.block for term in rest})
+            trials += self._ablate([("", [term]) for term in rest])
+            found = [self._rows(trials, phase) for phase in self.phases]
+        named = {(row["kind"], row["block"]) for rows in found for row in rows if row["verdict"]}
+        parts: dict[Term, list[Term]] = {}
+        for term in [trial.terms[0] for trial in trials]:
+            if (term.kind, term.block) in named:
+                parts[term] = self._parts(term)
+        inside = self._ablate([("", [part]) for own in parts.values() for part in own])
+        result = []
+        for place, (phase, rows) in enumerate(zip(self.phases, found, strict=True)):
+            spared = [
+                trial
+                for trial, row in zip(self._reaching(trials, phase), rows, strict=True)
+                if row["verdict"] is None
+                and (trial.terms[0] in self.candidates[place] or trial.terms[0] in rest)
+                and trial.terms[0].block < phase.first_block
+            ]
+            rows += self._redundant(spared, rows, phase)
+            rows += [row | {"block": None} for row in self._rows(embedding, phase)]
+            for own in parts.values():
+                tried = [trial for trial in inside if trial.terms[0] in own]
+                of_parts = self._rows(tried, phase)
+                left = [
+                    trial
+                    for trial, row in zip(self._reaching(tried, phase), of_parts, strict=True)
+                    if row["verdict"] is None
+                ]
+                rows += of_parts + self._redundant(left, of_parts, phase)
+            result.append(rows)
+        return result
 
-    def _largest(self, sublayer: Term) -> list[Term]:
-        """The parts that carry most of one sublayer's share."""
-        own = [
-            part
-            for part in self.sink.parts
-            if part.kind not in _SUBLAYERS and part.block is not None
-            if _term(part).within(sublayer)
-        ]
-        return [_term(part) for part in screen(own, _PARTS)]
-
-    def _several(self, terms: Sequence[Term]) -> list[Found]:
-        """Terms one by one; those that are not necessary together as well."""
-        found = [self._necessary(term.kind, [term]) for term in terms]
-        spared = [row for row in found if row["verdict"] is None]
-        return found + self._redundant([terms[found.index(row)] for row in spared], spared)
-
-    def _necessary(self, kind: str, terms: Sequence[Term]) -> Found:
-        effect, after = self._removed(terms)
-        block = _before(terms)
-        zero = self._effect(
-            self._lost(self.replay.run(Change(terms, self.p0, "zero")), block), block
+    def _rest(self, found: Sequence[list[Found]]) -> list[Term]:
+        """The untested sublayers before each phase in which none has a verdict."""
+        tested = set(self.sublayers)
+        return sorted(
+            {
+                term
+                for phase, shares, rows in zip(self.phases, self.shares, found, strict=True)
+                if not any(row["verdict"] for row in rows)
+                for term in shares
+                if term.kind in _SUBLAYERS and term.block < phase.first_block
+            }
+            - tested,
+            key=_order,
         )
-        verdict = "necessary" if zero.large else "distinguishing"
+
+    def _parts(self, sublayer: Term) -> list[Term]:
+        """The parts that carry most of one sublayer's share, in any phase."""
+        found: dict[Term, None] = {}
+        for phase, shares in zip(self.phases, self.shares, strict=True):
+            if Term(f"{sublayer.kind}_norm", sublayer.block) in shares:
+                return []  # behind an output norm the parts are no terms of a sum
+            own = [
+                part
+                for part in phase.parts
+                if part.kind not in _SUBLAYERS and part.block is not None
+                if _term(part).within(sublayer)
+            ]
+            kinds = ("head", "expert", "shared_expert")
+            found |= dict.fromkeys(_term(part) for part in screen(own, kinds)[:_MOST])
+        return sorted(found, key=_order)
+
+    def _ablate(self, jobs: Sequence[tuple[str, Sequence[Term]]]) -> list[_Trial]:
+        """Ablate terms at P0; the controls only where they could matter."""
+        if not jobs:
+            return []
+        sources = [self._resampled(terms) for _, terms in jobs]
+        after = self.replay.run(
+            [Patch(terms, self.p0, own) for (_, terms), own in zip(jobs, sources, strict=True)],
+            loss=True,
+        )
+        nothing = self.replay.run([Patch(terms, self.p0, "zero") for _, terms in jobs])
+        trials = [
+            _Trial(kind or terms[0].kind, _before(terms), "lost", outcome, tuple(terms))
+            for (kind, terms), outcome in zip(jobs, after, strict=True)
+        ]
+        planned: list[tuple[_Trial, str, Edit, bool]] = []
+        for trial, source, without in zip(trials, sources, nothing, strict=True):
+            trial.others["zero"] = without
+            terms, at = trial.terms, self.replay.position
+            aside = Patch(terms, self.p0, source, aside=_seed("aside", terms))
+            elsewhere = Patch(terms, at, self._resampled(terms, spared=at))
+            planned += [
+                (trial, "mean", Patch(terms, self.p0, "mean"), True),
+                (trial, "random_direction", aside, False),
+                (trial, "other_position", elsewhere, False),
+            ]
+            other = self._other(terms[0]) if len(terms) == 1 and terms[0].kind != "state" else None
+            if other is not None:
+                instead = Patch([other], self.p0, self._resampled([other]))
+                planned.append((trial, "other_component", instead, False))
+        self._control(planned)
+        return trials
+
+    def _resampled(self, terms: Sequence[Term], spared: Tensor | None = None) -> Tensor:
+        """What comes in the place of terms: the same at other positions, another embedding."""
+        if terms[0].kind != "state":
+            return self.replay.elsewhere(_seed("resample"), spared)
+        tokens, _ = first_tokens(self.probe)
+        own = torch.cat([batch[:, 0].cpu() for batch in self.replay.batches])
+        generator = torch.Generator().manual_seed(_seed("embedding"))
+        drawn = torch.randint(len(tokens), (len(own),), generator=generator)
+        drawn = torch.where(tokens[drawn] == own, (drawn + 1) % len(tokens), drawn)
+        return self.seen.embedded[drawn]
+
+    def _reaching(self, trials: Sequence[_Trial], phase: Sink) -> list[_Trial]:
+        return [trial for trial in trials if self._reaches(trial, phase)]
+
+    def _rows(self, trials: Sequence[_Trial], phase: Sink) -> list[Found]:
+        return [self._necessary(trial, phase) for trial in self._reaching(trials, phase)]
+
+    def _necessary(self, trial: _Trial, phase: Sink) -> Found:
+        effect = self._effect(trial, phase)
+        other = {name: self._effect(trial, phase, of) for name, of in trial.others.items()}
+        average = other.get("mean")
+        if average is not None and average.changed.isnan().any():
+            average = None  # its pass ended before
+        verdict = "necessary" if other["zero"].large else "distinguishing"
+        shares = self.shares[self.phases.index(phase)]
+        own = [shares[term] for term in trial.terms if term in shares]
         return {
-            "kind": kind,
-            "block": min(term.block for term in terms),
-            "index": terms[0].index,
-            "share": sum(self.shares[term] for term in terms),
+            "kind": trial.kind,
+            "block": min(term.block for term in trial.terms),
+            "index": trial.terms[0].index,
+            "share": sum(own) if own else None,
             **effect.to_record(),
-            "zero": zero.to_record(),
-            "loss": mean(after.loss - self.before.loss),
-            "p0_loss": mean(after.p0_loss - self.before.p0_loss),
+            "zero": other["zero"].to_record(),
+            "mean": average and average.to_record(),
+            "loss": mean(trial.after.loss - self.before.loss),
+            "p0_loss": mean(trial.after.p0_loss - self.before.p0_loss),
+            **self._fate(trial, phase, effect),
+            "by_block": self._by_block(trial),
             "verdict": verdict if effect.holds else None,
         }
 
-    def _removed(self, terms: Sequence[Term]) -> tuple[Effect, Outcome]:
-        """Writes at P0 give way to their means; controls only where they could matter."""
-        block = _before(terms)
-        after = self.replay.run(Change(terms, self.p0, "mean"))
-        effect = self._effect(self._lost(after, block), block)
-        if not effect.large:
-            return effect, after
-        aside = self.replay.run(Change(terms, self.p0, "mean", aside=self.replay.generator))
-        elsewhere = self.replay.run(Change(terms, self.replay.position, "mean"))
-        controls = {
-            "random_direction": self._lost(aside, block),
-            "other_position": -self._gained(elsewhere, block),
-        }
-        other = self.others.get(terms[0]) if len(terms) == 1 else None
-        if other is not None:
-            instead = self.replay.run(Change([other], self.p0, "mean"))
-            controls["other_component"] = self._lost(instead, block)
-        return replace(effect, controls=controls), after
+    def _fate(self, trial: _Trial, phase: Sink, effect: Effect) -> Found:
+        """Is the sink lost, or is P0 one of several positions that share it?"""
+        peak = phase.peak_block
 
-    def _redundant(self, terms: Sequence[Term], rows: Sequence[Found]) -> list[Found]:
+        def both(of: Callable[[Outcome], Tensor]) -> Found:
+            return {
+                name: number(of(outcome).nanmean())
+                for name, outcome in (("before", self.before), ("after", trial.after))
+            }
+
+        attention = both(lambda outcome: self._mean(outcome.in_set, phase, trial.block))
+        outcome = None
+        if effect.large and attention["before"]:
+            gone = 1 - (attention["after"] or 0.0) / attention["before"]
+            outcome = "diluted" if gone < effect.value / 2 else "lost"
+        return {
+            "p0_norm_ratio": both(lambda outcome: outcome.norm_ratio[:, peak]),
+            "set_size": both(lambda outcome: outcome.set_size[:, peak]),
+            "attention_to_set": attention,
+            "outcome": outcome,
+        }
+
+    def _by_block(self, trial: _Trial) -> list[float | None]:
+        """Of each block, the attention that P0 loses, or that the other position gains."""
+        change = (
+            trial.after.second - self.before.second
+            if trial.reads == "gained"
+            else self.before.p0 - trial.after.p0
+        )
+        return [number(value) for value in change.mean(0)]
+
+    def _redundant(
+        self, trials: Sequence[_Trial], rows: Sequence[Found], phase: Sink
+    ) -> list[Found]:
         """Mark those of the terms, none of them necessary, that stand in for each other.
 
         Returns:
             The test of removing them together, if there are several.
         """
-        if len(terms) < 2:
+        if len(trials) < 2:
             return []
-        joint = self._necessary("joint", terms) | {"components": [asdict(term) for term in terms]}
-        if joint["verdict"] != "necessary":
-            return [joint]
-        block = _before(terms)
-        gone, _ = self._removed(terms)
-        saved = []
-        for term, row in zip(terms, rows, strict=True):
-            rest = [other for other in terms if other != term]
-            left = self._lost(self.replay.run(Change(rest, self.p0, "mean")), block)
-            if self._effect(gone.changed - left, block).large:
-                saved.append(row)
+        terms = [term for trial in trials for term in trial.terms]
+        key = tuple(terms)
+        if key not in self._joint:
+            (self._joint[key],) = self._ablate([("joint", terms)])
+        gone = self._joint[key]
+        row = self._necessary(gone, phase) | {"components": [asdict(term) for term in terms]}
+        if row["verdict"] != "necessary":
+            return [row]
+        rests = [[other for other in terms if other not in trial.terms] for trial in trials]
+        kept = self.replay.run(
+            [Patch(rest, self.p0, self._resampled(rest)) for rest in rests],
+            until=phase.last_block,
+        )
+        lost = self._changed(gone, gone.after, phase)
+        whole = self._mean(self.before.p0, phase, gone.block)
+        saved = [
+            trial
+            for trial, left in zip(trials, kept, strict=True)
+            if Effect(lost - self._changed(gone, left, phase), whole, {}).large
+        ]
         if len(saved) > 1:
-            for row in saved:
-                row["verdict"] = "redundant"
-        return [joint]
+            names = {(trial.kind, trial.terms[0].block, trial.terms[0].index) for trial in saved}
+            for other in rows:
+                if (other["kind"], other["block"], other["index"]) in names:
+                    other["verdict"] = "redundant"
+        return [row]
 
-    def _effect(self, changed: Tensor, block: int) -> Effect:
-        return Effect(changed, self._attention(block), {})
-
-    def experts(self, seen: FirstTokens, necessity: list[Found]) -> list[Found]:
+    def experts(self, necessity: list[Found]) -> list[Found]:
         """The routed experts at P0 and the super experts; see `experts.table`."""
         profile = Profile()
-        if seen.experts:
-            self.replay.run(profile)
+        if self.seen.experts:
+            self.replay.run([profile])
+        main = self.measured.main_sink
+        assert main is not None
         shares = {
             (term.block, term.index): share
-            for term, share in self.shares.items()
+            for term, share in _shares(main).items()
             if term.kind == "expert" and term.index is not None
         }
-        first = {block: torch.cat(parts) for block, parts in seen.experts.items()}
-        sequences, blocks = len(self.p0), len(self.replay.found.blocks)
-        return table(profile, first, necessity, shares, sequences, blocks)
+        first = {block: torch.cat(parts) for block, parts in self.seen.experts.items()}
+        return table(profile, first, necessity, shares, len(self.p0), self.replay.blocks)
 
     # Sufficiency
 
-    def sufficiency(self) -> list[Found]:
-        """The state at the reference block, and each candidate sublayer's write."""
-        terms = [Term("state", self.reference), *self.sublayers]
-        return [self._transferred(term) for term in terms]
+    def sufficiency(self) -> list[list[Found]]:
+        """Of each phase: the state at its first block, and each candidate sublayer's write."""
+        to = self.replay.position
+        states = [Term("state", phase.first_block) for phase in self.phases]
+        writers = {
+            _term(part) for phase in self.phases for part in screen(phase.shares, _SUBLAYERS)
+        }
+        terms = [*states, *sorted(writers, key=_order)]
+        after = self.replay.run([Patch([term], to, self.p0) for term in terms], loss=True)
+        trials = [
+            _Trial(term.kind, _before([term]), "gained", outcome, (term,))
+            for term, outcome in zip(terms, after, strict=True)
+        ]
+        planned: list[tuple[_Trial, str, Edit, bool]] = []
+        for trial in trials:
+            aside = Patch(trial.terms, to, self.p0, aside=_seed("patched", trial.terms))
+            other = self.replay.elsewhere(_seed("patched", trial.terms), spared=to)
+            planned += [
+                (trial, "random_direction", aside, False),
+                (trial, "other_position", Patch(trial.terms, to, other), False),
+            ]
+        self._control(planned)
+        return [
+            [
+                self._sufficient(trial, phase)
+                for trial in self._reaching(trials, phase)
+                if trial.kind != "state" or trial.terms[0].block <= phase.first_block
+            ]
+            for phase in self.phases
+        ]
 
-    def _transferred(self, term: Term) -> Found:
-        block = _before([term])
-        to, replay = self.replay.position, self.replay
-        after = replay.run(Change([term], to, self.p0))
-        effect = self._effect(self._gained(after, block), block)
-        if effect.large:
-            aside = replay.run(Change([term], to, self.p0, aside=replay.generator))
-            elsewhere = replay.run(Change([term], to, self._elsewhere()))
-            controls = {
-                "random_direction": self._gained(aside, block),
-                "other_position": self._gained(elsewhere, block),
-            }
-            effect = replace(effect, controls=controls)
+    def _sufficient(self, trial: _Trial, phase: Sink) -> Found:
+        effect = self._effect(trial, phase)
         return {
-            "kind": term.kind,
-            "block": term.block,
+            "kind": trial.kind,
+            "block": trial.terms[0].block,
             "index": None,
             **effect.to_record(),
-            "loss": mean(after.loss - self.before.loss),
+            "share_of_two": self._share_of_two(trial, phase),
+            "loss": mean(trial.after.loss - self.before.loss),
+            "by_block": self._by_block(trial),
             "verdict": "sufficient" if effect.holds else None,
         }
 
-    def _elsewhere(self) -> Tensor:
-        """A position of each sequence that is neither P0 nor the other one."""
-        position, lengths = self.replay.position, self.replay.lengths
-        drawn = torch.rand(len(lengths), generator=self.replay.generator) * (lengths - 2)
-        chosen = 1 + drawn.long()
-        return torch.where(chosen >= position, chosen + 1, chosen).clamp(max=lengths - 1)
+    def _share_of_two(self, trial: _Trial, phase: Sink) -> float | None:
+        """The other position's part of the attention to it and P0 together."""
+        second = self._mean(trial.after.second, phase, trial.block).mean()
+        return number(second / (second + self._mean(trial.after.p0, phase, trial.block).mean()))
 
     # Position
 
-    def position(self) -> list[Found]:
-        """Another position unmixed, and P0 mixed."""
-        other, before = self.replay.position, self.reference - 1
-        alone = Sight(other, self.reference, _only_itself)
-        follows = self._effect(self._gained(self.replay.run(alone), before), before)
-        if follows.large:
-            some = self.replay.run(Sight(other, self.reference, self._half))
-            controls = {
-                "random_direction": self._gained(self._nudged(alone), before),
-                "random_keys": self._gained(some, before),
+    def _windows(self) -> list[tuple[str, int, int]]:
+        """Who attends to what else, in the blocks from one on and before another."""
+        found = [("other_position_alone", *_FIRST_TWO)]
+        for place, phase in enumerate(self.phases):
+            found += [(kind, 0, phase.first_block) for kind in ("other_position_alone", "p0_mixed")]
+            since = self.phases[place - 1].last_block + 1 if place else 0
+            if 0 < since < phase.first_block:
+                found.append(("other_position_alone", since, phase.first_block))
+        return sorted(dict.fromkeys(found), key=lambda window: window[1:])
+
+    def position(self) -> list[list[Found]]:
+        """Of each phase: another position unmixed, and P0 mixed, in the blocks before it."""
+        windows = self._windows()
+        changes = [self._knocked_out(*window) for window in windows]
+        after = self.replay.run(changes)
+        trials = {
+            window: _Trial(
+                window[0],
+                window[2] - 1,
+                "lost" if window[0] == "p0_mixed" else "gained",
+                outcome,
+                before=None if window[1:] == _FIRST_TWO else window[2],
+            )
+            for window, outcome in zip(windows, after, strict=True)
+        }
+        planned: list[tuple[_Trial, str, Edit, bool]] = []
+        for window, change in zip(windows, changes, strict=True):
+            kind, start, until = window
+            trial, mixed = trials[window], kind == "p0_mixed"
+            at = self.p0 if mixed else self.replay.position
+            before = self.plain.at_p0 if mixed else self.plain.at_other
+            norms = {
+                block: (row - before[block]).norm(dim=-1) for block, row in change.noted.items()
             }
-            follows = replace(follows, controls=controls)
-        mixed = Sight(self.p0, self.reference, _everything)
-        needs = self._effect(self._lost(self.replay.run(mixed), before), before)
-        if needs.large:
-            elsewhere = self.replay.run(Sight(other, self.reference, _everything))
-            controls = {
-                "random_direction": self._lost(self._nudged(mixed), before),
-                "other_position": -self._gained(elsewhere, before),
-            }
-            needs = replace(needs, controls=controls)
+            nudged = RandomDirectionControl(at, norms, _seed("nudge", window))
+            planned.append((trial, "random_direction", nudged, False))
+            if mixed:
+                elsewhere = AttentionKnockout(self.replay.position, (start, until), _everything)
+                planned.append((trial, "other_position", elsewhere, False))
+            else:
+                some = AttentionKnockout(at, (start, until), _half(_seed("half", window)))
+                planned.append((trial, "random_keys", some, False))
+        self._control(planned)
         return [
-            _row("other_position_alone", follows, "follows"),
-            _row("p0_mixed", needs, "unmixed"),
+            [
+                self._positioned(trials[window], window, phase)
+                for window in windows
+                if window[2] == phase.first_block or window[1:] == _FIRST_TWO
+                if self._reaches(trials[window], phase)
+            ]
+            for phase in self.phases
         ]
 
-    def _nudged(self, changed: Sight) -> Outcome:
-        """Attention's writes moved as far as other sight moved them, in random directions."""
-        plain = Sight(changed.at, changed.until, None)
-        self.replay.run(plain)
-        norms = {
-            block: (row - plain.noted[block]).norm(dim=-1) for block, row in changed.noted.items()
+    def _knocked_out(self, kind: str, start: int, until: int) -> AttentionKnockout:
+        if kind == "p0_mixed":
+            return AttentionKnockout(self.p0, (start, until), _everything)
+        return AttentionKnockout(self.replay.position, (start, until), _only_itself)
+
+    def _positioned(self, trial: _Trial, window: tuple[str, int, int], phase: Sink) -> Found:
+        effect = self._effect(trial, phase)
+        kind, start, until = window
+        if until != phase.first_block:
+            kind = f"{kind}_in_first_two"
+        elif start:
+            kind = f"{kind}_since_last_sink"
+        mixed = trial.kind == "p0_mixed"
+        found = {
+            "kind": kind,
+            "block": None,
+            "index": None,
+            "blocks": [start, until - 1],
+            **effect.to_record(),
+            "share_of_two": None if mixed else self._share_of_two(trial, phase),
+            "by_block": self._by_block(trial),
         }
-        return self.replay.run(Nudge(changed.at, norms, self.replay.generator))
-
-    def _half(self, at: int, length: int) -> Tensor:
-        """A random half of the earlier keys: fewer, but mixed all the same."""
-        seen = torch.zeros(length, dtype=torch.bool)
-        chosen = torch.randperm(at, generator=self.replay.generator)[: max(2, at // 2)]
-        seen[chosen] = True
-        return seen
+        if mixed:
+            found |= self._fate(trial, phase, effect)
+        verdict = "unmixed" if mixed else "follows"
+        return found | {"verdict": verdict if effect.holds else None}
 
 
-def _only_itself(at: int, length: int) -> Tensor:
+class _Plain(Edit):
+    """Notes what attention writes at P0 and at the other position, in a pass without a change."""
+
+    def __init__(self, p0: Tensor, other: Tensor) -> None:
+        self._p0, self._other = p0, other
+        self.at_p0: dict[int, Tensor] = {}
+        self.at_other: dict[int, Tensor] = {}
+
+    def write(self, block: int, write: Write, rows: Tensor) -> None:
+        """Note both."""
+        note(self.at_p0, block, write, rows, self._p0)
+        note(self.at_other, block, write, rows, self._other)
+
+
+def _only_itself(row: int, at: int, length: int) -> Tensor:
     return torch.arange(length) == at
 
 
-def _everything(at: int, length: int) -> Tensor:
+def _everything(row: int, at: int, length: int) -> Tensor:
     return torch.ones(length, dtype=torch.bool)
 
 
-def _row(kind: str, effect: Effect, verdict: str) -> Found:
-    return {
-        "kind": kind,
-        "block": None,
-        "index": None,
-        **effect.to_record(),
-        "verdict": verdict if effect.holds else None,
-    }
+def _half(seed: int) -> Callable[[int, int, int], Tensor]:
+    """A random half of the earlier keys: fewer, but mixed all the same."""
+
+    def sees(row: int, at: int, length: int) -> Tensor:
+        seen = torch.zeros(length, dtype=torch.bool)
+        generator = torch.Generator().manual_seed(seed + row)
+        seen[torch.randperm(at, generator=generator)[: max(2, at // 2)]] = True
+        return seen
+
+    return sees
+
+
+def _seed(*key: object) -> int:
+    """The same for the same test, whatever ran before."""
+    return zlib.crc32(repr(key).encode())
+
+
+def _order(term: Term) -> tuple[int, str, int]:
+    return term.block, term.kind, -1 if term.index is None else term.index
 
 
 def _term(component: Component) -> Term:
@@ -425,11 +747,13 @@ def _term(component: Component) -> Term:
     return Term(component.kind, component.block, component.index)
 
 
+def _shares(phase: Sink) -> dict[Term, float]:
+    """By term, with the embedding as the state that enters block 0."""
+    written = [part for part in (*phase.shares, *phase.parts) if part.block is not None]
+    embedding = {Term("state", 0): phase.shares[0].share} if phase.shares else {}
+    return {_term(part): part.share for part in written} | embedding
+
+
 def _before(terms: Sequence[Term]) -> int:
     """The last block whose attention the terms cannot change; -1 for none."""
     return min(term.block - (term.kind == "state") for term in terms)
-
-
-def _downstream(attention: Tensor, block: int) -> Tensor:
-    """``[B]``: mean over the blocks after one, of ``[B, L]``."""
-    return attention[:, block + 1 :].nanmean(-1)

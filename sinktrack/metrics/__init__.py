@@ -8,6 +8,7 @@ from sinktrack.metrics.mixing import Mixing, WriteRatios
 from sinktrack.metrics.outliers import Outliers
 from sinktrack.metrics.phases import Phases
 from sinktrack.metrics.state import P0State
+from sinktrack.metrics.total_effect import TotalEffects
 from sinktrack.metrics.values import Values
 
 METRICS: dict[str, Metric] = {
@@ -17,6 +18,7 @@ METRICS: dict[str, Metric] = {
     "state": P0State(),
     "phases": Phases(),
     "localization": Localize(),
+    "total_effects": TotalEffects(),
     "first_token": FirstTokens(),
     "mixing": Mixing(),
     "write_ratios": WriteRatios(),

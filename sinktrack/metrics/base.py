@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sinktrack.attention import Attended
     from sinktrack.collect import Collector
     from sinktrack.events import Write
+    from sinktrack.metrics.total_effect import Ablations
 
 Row = dict[str, Any]
 """One number of a record: ``value``, and those that apply of ``metric`` (appended to the field's
@@ -148,6 +149,7 @@ class Seen:
         alone: of the pass of single first tokens.
         first_tokens: ``[B]`` int64, token 0 of each sequence, in the order of the batches.
         kinds: of all L blocks.
+        ablated: single first tokens without one component's write, or why they cannot be had.
     """
 
     def __init__(
@@ -156,8 +158,9 @@ class Seen:
         alone: Collector,
         first_tokens: Tensor,
         kinds: Sequence[str],
+        ablated: Ablations | str = "",
     ) -> None:
-        self.collected, self.alone = collected, alone
+        self.collected, self.alone, self.ablated = collected, alone, ablated
         self.first_tokens, self.kinds = first_tokens, tuple(kinds)
         self.blocks = len(self.kinds)
         self.measured = len(collected.of("state", "row")) - 1

@@ -19,6 +19,8 @@ from sinktrack.metrics.phases import Phase, component_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sinktrack.metrics.total_effect import TotalEffect
+
 SHARE_TOLERANCE = 1e-3
 READ = 0.01
 """Mean weight of the readers from which the headline is told: below, nobody reads P0 yet."""
@@ -89,6 +91,9 @@ class Sink(Phase):
     shares: tuple[Component, ...] = ()
     """As those of `Localization`, weighted by the phase's own blocks."""
     parts: tuple[Component, ...] = ()
+    total_effects: tuple[TotalEffect, ...] | None = None
+    """Of the components before the peak on the state there, by absolute effect; None where they
+    could not be had."""
     erasers: tuple[Component, ...] = ()
     """Sublayers from the phase's first block to the next phase, whose write at P0 projects on the
     state at the peak with -10 % of it or less; ``share`` is that projection."""
@@ -106,9 +111,12 @@ class Sink(Phase):
             "erasers": self.erasers,
             "top_components": self.parts[:_TOP],
         }
-        return super().to_record() | {
+        found = super().to_record() | {
             name: [part.to_record() for part in parts] for name, parts in several.items()
         }
+        if self.total_effects is not None:
+            found["total_effects"] = [effect.to_record() for effect in self.total_effects[:_TOP]]
+        return found
 
 
 class Localize(Metric):

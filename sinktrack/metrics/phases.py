@@ -51,6 +51,10 @@ def _rows(phases: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
         for name in ("writers", "erasers", "top_components"):
             for row in component_rows(phase.get(name, ())):
                 yield {**row, "metric": f".{name}{row.get('metric', '')}", "level": place}
+        for effect in phase.get("total_effects") or ():
+            where = {key: effect[key] for key in ("kind", "block", "index")}
+            value = effect["effect"]
+            yield {**where, "metric": ".total_effects", "level": place, "value": value}
 
 
 def component_rows(parts: Sequence[Mapping[str, Any]]) -> Iterator[Row]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from sinktrack.collect import Collector
 from sinktrack.errors import SinktrackError
-from sinktrack.models.huggingface import Decoder, prepared
+from sinktrack.events import Observer, Write
+from sinktrack.metrics.total_effect import SLOTS, Ablations
+from sinktrack.models.huggingface import Decoder, prepared, watch
 
 
 class CannotWalk(SinktrackError):
@@ -86,4 +91,76 @@ class Walk:
         else:
             kwargs = kwargs | {"hidden_states": self.stream}
         output = self._blocks[index](*args, **kwargs)
-        self.stream = output[0] if isinstance(output, tuple) else output
+        self.stream = output[0] if isinstance(output, tuple | list) else output
+
+
+class AblatedWalk:
+    """Single-token sequences and their edited copies on the way through the blocks.
+
+    A block runs once over the unedited sequences with fresh copies of them, and once over the
+    copies that lack something of an earlier block.
+
+    Args:
+        found: the decoder.
+        base: its model without the language head.
+        ablations: what the copies lack.
+        most: rows that go through a block at once; copies of one block always do.
+
+    Raises:
+        CannotWalk: as of `Walk`.
+    """
+
+    def __init__(self, found: Decoder, base: nn.Module, ablations: Ablations, most: int) -> None:
+        self._found, self._base, self.ablations = found, base, ablations
+        self._count = len(ablations.tokens)
+        self._most = max(1, most // self._count) * self._count
+        device = base.get_input_embeddings().weight.device  # type: ignore[operator]
+        self._tokens = ablations.tokens.to(device)
+        self._stream = self._walk(self._count).stream
+
+    def _walk(self, rows: int) -> Walk:
+        tokens = self._tokens.repeat(rows // self._count)[:, None]
+        return Walk(self._found, self._base, tokens)
+
+    def step(self, index: int, collected: Collector, alone: Collector) -> None:
+        """Go through one block; they come in order.
+
+        Args:
+            index: of the block.
+            collected: of the probe's pass, which has been at its input.
+            alone: of the pass of single first tokens.
+
+        Raises:
+            CannotWalk: as of `Walk`.
+            MeasurementError: what else is in a batch makes a difference.
+        """
+        ablations, count = self.ablations, self._count
+        ablations.enter(index, self._stream, collected, alone)
+        begun = self._stream[:count].repeat(1 + SLOTS, 1, 1)
+        begun = self._through(index, begun, fresh=True)
+        used = count * (1 + ablations.leave())
+        older = [
+            self._through(index, rows, fresh=False)
+            for rows in self._stream[count:].split(self._most)
+            if len(rows)
+        ]
+        self._stream = torch.cat([begun[:count], *older, begun[count:used]])
+
+    def _through(self, index: int, stream: Tensor, fresh: bool) -> Tensor:
+        walk = self._walk(len(stream))
+        walk.stream = stream
+        one = replace(self._found, blocks={index: self._found.blocks[index]})
+        self.ablations.open = fresh
+        with watch(one, _Ablating(self.ablations)):
+            walk.step(index)
+        return walk.stream
+
+
+class _Ablating(Observer):
+    """Shows the writes to ablations; a block whose writes cannot be told is refused."""
+
+    def __init__(self, ablations: Ablations) -> None:
+        self._ablations = ablations
+
+    def write(self, block: int, write: Write) -> Tensor | None:
+        return self._ablations.write(block, write)

@@ -113,39 +113,55 @@ def _signal(signal: Analysis, console: Console) -> None:
             console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2)))
 
 
-_TESTS = {
-    "necessity": "replaced by the mean",
-    "sufficiency": "of P0, put elsewhere",
-    "other_position_alone": "another position, attending to itself alone",
-    "p0_mixed": "P0, attending to all positions",
-}
+_TESTS = {"necessity": "replaced by another position's", "sufficiency": "of P0, put elsewhere"}
 
 
 def _causal(record: Mapping[str, Any], console: Console) -> None:
     """What became of the sink under each intervention that had an effect, or a verdict."""
     tests = record["causal"]
     where = f"step {record['step']:,}, {tests['forwards']:.0f} forward passes"
-    if not tests["position"]:
+    phases = tests.get("phases") or [tests]
+    if not any(phase["position"] for phase in phases):
         why = "the sink precedes any write" if tests["formed"] else "no sink to test"
         console.print(Text(f"Causal tests (step {record['step']:,}): {why}"))
         return
     console.print(Text(f"Causal tests ({where}): change of the attention to P0, 95 % interval"))
-    for test in ("necessity", "sufficiency", "position"):
-        for row in tests[test]:
-            if row["verdict"] is None and row["interval"][1] < tests["least_effect"]:
-                continue
-            name = "" if test == "position" else f"{_name(row)} "
-            what = name + _TESTS[row["kind"] if test == "position" else test]
-            lost = test == "necessity" or row["kind"] == "p0_mixed"
-            sign = -1 if lost else 1
-            low, high = sorted(sign * value for value in row["interval"])
-            console.print(
-                Text(
-                    f"  {_percent(sign * row['effect']):>8}  ({low:+z.0%} to {high:+z.0%})  {what}"
-                    + (f": {row['verdict']}" if row["verdict"] else "")
-                )
-            )
-    _meaning(tests, console)
+    for phase in phases:
+        if "first_block" in phase:
+            span = f"blocks {phase['first_block']} to {phase['last_block']}"
+            console.print(Text(f"  Sink in {span}"))
+        for test in ("necessity", "sufficiency", "position"):
+            for row in phase[test]:
+                if row["verdict"] or row["interval"][1] >= tests["least_effect"]:
+                    console.print(Text(_tested(test, row)))
+    if tests["meaning"] is not None:
+        _meaning(tests, console)
+
+
+def _tested(test: str, row: Mapping[str, Any]) -> str:
+    """One test of a phase: what changed, what was done to what, and the verdict."""
+    lost = test == "necessity" or row["kind"] == "p0_mixed"
+    sign = -1 if lost else 1
+    low, high = sorted(sign * value for value in row["interval"])
+    told = f"  {_percent(sign * row['effect']):>8}  ({low:+z.0%} to {high:+z.0%})  "
+    told += _set_up(test, row) + (f": {row['verdict']}" if row["verdict"] else "")
+    if row.get("outcome") == "diluted":
+        told += ", P0 shares it with others"
+    if test == "position" and row.get("share_of_two") is not None:
+        told += f" ({row['share_of_two']:.0%} of what both get)"
+    return told
+
+
+def _set_up(test: str, row: Mapping[str, Any]) -> str:
+    if test == "position":
+        first, last = row.get("blocks") or (None, None)
+        where = "" if first is None else f" in blocks {first} to {last}"
+        if row["kind"] == "p0_mixed":
+            return f"P0, attending to all positions{where}"
+        return f"another position, attending to itself alone{where}"
+    if row["kind"] == "embedding":
+        return "embedding replaced by another token's"
+    return f"{_name(row)} {_TESTS[test]}"
 
 
 def _meaning(tests: Mapping[str, Any], console: Console) -> None:
@@ -259,6 +275,8 @@ def _sparkline(
 
 
 def _name(part: Mapping[str, Any]) -> str:
+    if part.get("components"):
+        return f"{', '.join(map(_name, part['components']))} together"
     where = "" if part["block"] is None else f"block {part['block']} "
     number = "" if part["index"] is None else f" {part['index']}"
     return f"{where}{part['kind'].replace('_', ' ')}{number}"

@@ -96,6 +96,8 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
             torch.cat([batch[:, 0] for batch in batches]),
             [kinds[block] for block in range(found.count)],
             {value.dtype for value in bare.parameters() if value.is_floating_point()},
+            "the blocks of a Megatron-Core model in training do not run one by one; scan its "
+            "checkpoints",
             model={
                 "type": type(found.bare[0]).__name__.removeprefix("FSDP"),
                 "blocks": found.count,

@@ -99,8 +99,11 @@ const drawComponents = () => {
 };
 
 const MEANING = {
-  necessity: "replaced at P0 by the mean of the other positions", sufficiency: "put on another position",
-  other_position_alone: "another position attends to itself alone", p0_mixed: "P0 attends to all positions",
+  necessity: "replaced at P0 by what stands at another position", sufficiency: "put on another position",
+  other_position_alone: "another position attends to itself alone",
+  other_position_alone_in_first_two: "another position attends to itself alone in blocks 0 and 1",
+  other_position_alone_since_last_sink: "another position attends to itself alone from the end of the sink before on",
+  p0_mixed: "P0 attends to all positions",
 };
 /** Of the attention to P0: what goes when a sublayer's write is replaced there; null where it was not tested. */
 const necessity = ([kind, block]) => (shownRecord().causal ?? []).find(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sinktrack.events import Observer, Write
 from sinktrack.measure import forward, measure
 from sinktrack.measurement import Measurement
+from sinktrack.metrics.base import number
 from sinktrack.models.huggingface import Decoder, watch
 from sinktrack.probe import Probe
 
@@ -19,17 +20,26 @@ _TOKENS = 256
 
 
 class FirstTokens(Observer):
-    """Single-token sequences: norms of the state, and who each token is routed to."""
+    """Single-token sequences: their embedding, norms, and who each token is routed to."""
 
     def __init__(self) -> None:
         self.norms: defaultdict[int, list[Tensor]] = defaultdict(list)
         """By block, ``[n]`` at its input."""
         self.experts: defaultdict[int, list[Tensor]] = defaultdict(list)
         """By block, ``[n, K]``."""
+        self._embedded: list[Tensor] = []
+
+    @property
+    def embedded(self) -> Tensor:
+        """``[n, D]`` float32: the states that enter block 0."""
+        return torch.cat(self._embedded)
 
     def state(self, block: int, stream: Tensor) -> None:
         """Note the norms."""
-        self.norms[block].append(stream[:, 0].float().norm(dim=-1).cpu())
+        row = stream[:, 0].float().cpu()
+        self.norms[block].append(row.norm(dim=-1))
+        if block == 0:
+            self._embedded.append(row)
 
     def write(self, block: int, write: Write) -> None:
         """Note the routing."""
@@ -66,7 +76,7 @@ def _beginnings(probe: Probe) -> Tensor:
     return found
 
 
-def meaning(
+def first_token_dependence(
     model: nn.Module, probe: Probe, measured: Measurement, seen: FirstTokens
 ) -> dict[str, Any]:
     """The P0 state over distinct first tokens, and the sink without the usual one.
@@ -94,7 +104,7 @@ def meaning(
     begin = _beginnings(probe)
     drawn = torch.randint(int(other.sum()), (int(begin.sum()),), generator=generator)
     replaced[begin] = tokens[other][drawn]
-    instead = measure(model, Probe(replaced, probe.documents))
+    instead = measure(model, Probe(replaced, probe.documents), in_training=True)
     return {
         "bos": usual,
         "tokens": int(other.sum()),
@@ -117,5 +127,5 @@ def _sinks(measured: Measurement) -> dict[str, Any]:
     return {
         "sink_rate": measured.sink_rate(),
         "interval": measured.intervals["sink_rate"],
-        "concentration": measured.concentration,
+        "concentration": [number(value) for value in measured.concentration],
     }
