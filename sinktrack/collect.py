@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -76,6 +76,14 @@ class Collector(Observer):
         self.writes.begin(block, len(stream))
         for name, metric in self._metrics.items():
             self.keep(name, block, metric.on_state(stream, self.held))
+
+    def factors(self, block: int, factors: Mapping[tuple[int, int], float]) -> None:
+        """What each term of the stream at a boundary is multiplied with."""
+        if self.writes.factors.setdefault(block, dict(factors)) != factors:
+            self.lost = (
+                f"what the terms of the stream at block {block} are multiplied with depends on the "
+                "probe's tokens"
+            )
 
     def attention(self, block: int, attended: Attended) -> None:
         """A softmax attention of a block.

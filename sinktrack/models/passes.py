@@ -1,0 +1,111 @@
+"""The passes of a probe through a model, whatever its framework, and the digest of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from sinktrack.collect import Collector
+from sinktrack.measurement import Measurement, assemble
+from sinktrack.metrics import ALONE, METRICS
+from sinktrack.probe import Probe
+
+
+class Shown(Protocol):
+    """What a measurement says of the model that it is of."""
+
+    @property
+    def model(self) -> nn.Module:
+        """With all parameters."""
+
+    @property
+    def type(self) -> str:
+        """What kind of model it is."""
+
+    @property
+    def blocks(self) -> Mapping[int, nn.Module]:
+        """By number."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of the blocks, see `Measurement.block_kinds`."""
+
+    @property
+    def most_heads(self) -> int | None:
+        """Query heads per block; where blocks differ, the most."""
+
+    @property
+    def experts(self) -> int | None:
+        """Routed experts per block, None for a dense model."""
+
+
+class Passes:
+    """A probe on its way through a model: its sequences, and its first tokens one by one."""
+
+    def __init__(self, probe: Probe, batch_size: int | None) -> None:
+        self._started = time.perf_counter()
+        self._probe = probe
+        self.size = batch_size or probe.sequences
+        self.first = probe.first_tokens()
+        self.collected, self._singles = Collector(METRICS), Collector(ALONE)
+        self._batches = probe.batches(self.size)
+
+    @property
+    def both(self) -> list[tuple[Collector, Sequence[Tensor]]]:
+        """Who observes a pass, and its batches ``[b, T]``."""
+        singles = self.first[:, None].split(max(self.size, 256))
+        return [(self.collected, self._batches), (self._singles, singles)]
+
+    def measurement(self, found: Shown, weights: str | None) -> Measurement:
+        """What the passes showed; errors as of `assemble`."""
+        return assemble(
+            self.collected,
+            self._singles,
+            torch.cat([tokens[:, 0] for tokens in self._batches]),
+            found.kinds,
+            {value.dtype for value in found.model.parameters() if value.is_floating_point()},
+            model={
+                "type": found.type,
+                "blocks": len(found.blocks),
+                "heads": found.most_heads,
+                "experts": found.experts,
+            },
+            probe=self._probe.digest,
+            weights=weights,
+            seconds=time.perf_counter() - self._started,
+        )
+
+
+class Digest:
+    """Of the probe's embedding rows and the blocks' vectors (norms, biases): cheap to compare."""
+
+    def __init__(self, weight: Tensor, tokens: Tensor) -> None:
+        self._hasher = hashlib.blake2b(digest_size=16)
+        embedding = _whole(weight)
+        self._update(embedding[tokens.to(embedding.device)])
+
+    def add(self, block: nn.Module) -> None:
+        """The vectors of the next block."""
+        for value in block.parameters():
+            if value.ndim == 1:
+                self._update(_whole(value))
+
+    def _update(self, value: Tensor) -> None:
+        data = value.cpu().contiguous()
+        self._hasher.update(f"{data.dtype}{tuple(data.shape)}".encode())
+        self._hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
+
+    def hex(self) -> str:
+        return self._hasher.hexdigest()
+
+
+def _whole(value: Tensor) -> Tensor:
+    """A parameter's values, gathered where FSDP shards it; then every process must be here."""
+    value = value.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
