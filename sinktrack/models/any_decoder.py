@@ -329,6 +329,8 @@ class _Tap:
         """Functions that took the stream and gave no stream, the last ones."""
         self.first: Tensor | None = None
         self.attended = self.written = self.places = 0
+        self.unmixed = False
+        """Do the probabilities of a softmax still wait for their values?"""
         self.heads: Tensor | None = None
         """float32 ``[B, H * Dv]``: what P0's heads yield, gates included."""
         self.beside: list[Tensor] = []
@@ -542,6 +544,7 @@ class _Tap:
             self.observer.factors(self.block, dict(known.form))
         mark(stream, known)
         self.attended = self.written = self.places = 0
+        self.unmixed = False
         self.heads, self.routed, self.went = None, None, []
         self.flow.forget()
         self.flow.following = True
@@ -633,6 +636,11 @@ class _Tap:
                 "no softmax attention was seen: neither scaled_dot_product_attention, nor "
                 "flex_attention, nor softmax over scores [B, H, T, T], nor an operator whose "
                 f"output is causal softmax attention of its arguments{how}; not supported"
+            )
+        if self.unmixed:
+            raise self.refuse(
+                "its attention's probabilities were not seen to meet its values, so they may be "
+                "others by then; not supported"
             )
         if not self.written and self.lost is None:
             self.lose("the attention's output was not seen on its way into the residual stream")
@@ -756,6 +764,7 @@ class _Tap:
             attended = read_scores(wide, self.observer.also)
         with self.flow.paused():
             self.show(attended, None)
+        self.unmixed = True
         return scores, Mark("weights", heads=wide.shape[1])
 
     def scaled_dot_product_attention(
@@ -1086,7 +1095,7 @@ class _Flow(Lineage):
         if name == "topk":
             tap.chose(args[0], result)
         if any(found.origin == "weights" for found in marks) and name in _MAPS:
-            tap.heads = self._mixed(result)
+            tap.heads, tap.unmixed = self._mixed(result), False
         if _is_opaque(func, name):
             with self.paused():
                 tap.opaque(name, args, kwargs, result)
