@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -79,10 +80,15 @@ class Collector(Observer):
 
     def factors(self, block: int, factors: Mapping[tuple[int, int], float]) -> None:
         """What each term of the stream at a boundary is multiplied with."""
-        if self.writes.factors.setdefault(block, dict(factors)) != factors:
-            self.lost = (
+        known = self.writes.factors.setdefault(block, dict(factors))
+        alike = known.keys() == factors.keys() and all(
+            math.isclose(known[term], factors[term], rel_tol=1e-4, abs_tol=1e-5) for term in known
+        )
+        if not alike:
+            self.untold(
+                block,
                 f"what the terms of the stream at block {block} are multiplied with depends on the "
-                "probe's tokens"
+                "probe's tokens",
             )
 
     def attention(self, block: int, attended: Attended) -> None:

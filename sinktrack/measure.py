@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from sinktrack.collect import Collector
 from sinktrack.errors import MeasurementError, require
 from sinktrack.measurement import Measurement
-from sinktrack.models.guard import out_of_memory, undisturbed, untouched
 from sinktrack.models.base import adapt
+from sinktrack.models.guard import out_of_memory, undisturbed, untouched
 from sinktrack.models.parallel import is_apart
 from sinktrack.models.passes import Digest, Passes
 from sinktrack.probe import Probe

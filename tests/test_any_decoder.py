@@ -10,7 +10,7 @@ import torch_models
 from torch_models import BLOCKS, HEADS, VOCABULARY, Kind, Net, by_hand, reading, shares
 
 import sinktrack as st
-from sinktrack import Decoder, MeasurementError, Probe, measure
+from sinktrack import MeasurementError, Probe, measure
 
 PROBE = Probe.random(VOCABULARY, sequences=5, length=17)
 KINDS = {
@@ -35,9 +35,7 @@ KINDS = {
 }
 
 
-def check(
-    found: st.Measurement, model: Net, tokens: torch.Tensor, atol: float = 5e-7
-) -> None:
+def check(found: st.Measurement, model: Net, tokens: torch.Tensor, atol: float = 5e-7) -> None:
     """Against the sums by hand: attention within 5e-7, norms and shares to rounding."""
     hand = by_hand(model, tokens)
     for block, a in enumerate(hand.attention):
@@ -50,7 +48,9 @@ def check(
 
     for block, state in enumerate(hand.states):
         size = state.norm(dim=-1)
-        torch.testing.assert_close(found.p0_norm[block].double(), size[:, 0].mean(), rtol=2e-6, atol=0)
+        torch.testing.assert_close(
+            found.p0_norm[block].double(), size[:, 0].mean(), rtol=2e-6, atol=0
+        )
         ratio = size[:, 0].mean() / size[:, 1:].median()
         assert float(found.norm_ratio[block]) == pytest.approx(float(ratio), rel=0.2)
     total, parts = shares(hand)
@@ -108,3 +108,179 @@ def test_batches_join_to_the_same() -> None:
     torch.testing.assert_close(whole.p0_attention, parts.p0_attention)
     for one, two in zip(whole.localization.shares, parts.localization.shares, strict=True):
         assert one.share == pytest.approx(two.share, abs=1e-6)
+
+
+class Broken(torch_models.Block):
+    """A block that does something else on its way, by name."""
+
+    how = ""
+
+    def forward(self, x: Any, value: Any = None, late: Any = None) -> Any:
+        how, attention = self.how, self.attention
+        wrote, value = attention(torch_models.norm(x), value)
+        if how == "in place out of sight":
+            x = x + wrote
+            x.data.copy_(x.data * 3)
+        elif how == "one position in place":
+            x = x + wrote
+            x[:, 0] = x[:, 0] * 2
+        elif how == "through numpy":
+            x = torch.from_numpy((x + wrote).numpy().copy())
+        elif how == "gated sum":
+            gate = torch.sigmoid(torch_models.norm(x))
+            x = gate * x + (1 - gate) * wrote
+        elif how == "norm after the sum":
+            x = torch_models.norm(x + wrote)
+        elif how == "halves":
+            half = x.shape[-1] // 2
+            x = torch.cat(
+                [x[..., :half] + wrote[..., :half], x[..., half:] + wrote[..., half:]], -1
+            )
+        elif how == "a scaled operator":
+            x = torch.ops.sinktrack_tests.scaled_add(wrote, x)
+        elif how == "an embedding in every block":
+            x = x + wrote + self.weight
+            x = x + torch.arange(x.numel(), dtype=x.dtype).view(x.shape) / x.numel()
+        elif how == "a convolution":
+            kernel = torch.ones(x.shape[-1], 1, 3) / 3
+            past = torch.nn.functional.pad(x.transpose(1, 2), (2, 0))
+            mixed = torch.nn.functional.conv1d(past, kernel, groups=x.shape[-1])
+            x = x + wrote + mixed.transpose(1, 2)
+        elif how == "channels scaled":
+            x = x * self.weight.mul(1.5) + wrote
+        elif how == "fused projection":
+            x = x + torch.cat([wrote, self.mlp.up(torch_models.norm(x))[..., :8]], -1)[..., :32]
+        elif how == "a layer on the attention":
+            x = x + self.mlp(torch.tanh(wrote))
+        elif how == "a factor of the tokens":
+            x = x * (1 + 0.1 * torch.tanh(x.mean())) + wrote
+        else:
+            raise AssertionError(how)
+        return x + self.mlp(torch_models.norm(x)), value
+
+
+@torch.library.custom_op("sinktrack_tests::scaled_add", mutates_args=())
+def scaled_add(write: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+    return stream + 0.7 * write
+
+
+UNTOLD = (
+    "in place out of sight", "one position in place", "through numpy", "gated sum",
+    "norm after the sum", "halves", "a scaled operator", "an embedding in every block",
+    "a convolution", "channels scaled", "fused projection", "a layer on the attention",
+    "a factor of the tokens",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", UNTOLD)
+def test_writes_that_cannot_be_told_are_null(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention and norms stand, by the blocks' own inputs."""
+    model = Net(Kind())
+    for block in model.layers:
+        block.__class__ = Broken
+    monkeypatch.setattr(Broken, "how", how)
+    norms, taken = [], []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: taken.append(args[0].clone()))
+        for block in model.layers
+    ]
+    hooks.append(model.layers[-1].register_forward_hook(lambda _, args, out: taken.append(out[0])))
+    with torch.no_grad():
+        model(PROBE.tokens)
+    for hook in hooks:
+        hook.remove()
+    norms = [state[:, 0].norm(dim=-1).mean() for state in taken]
+    found = measure(model, PROBE)
+    assert found.localization.share_sum is None
+    assert found.localization.parts == ()
+    assert "block" in found.missing["shares"], found.missing
+    assert "reads P0" not in found.missing["shares"], found.missing
+    torch.testing.assert_close(found.p0_norm, torch.stack(norms))
+
+
+class Attends(torch_models.Attention):
+    """An attention that does something else, by name."""
+
+    how = ""
+
+    def attend(self, q: Any, k: Any, v: Any) -> Any:
+        how, length = self.how, q.shape[2]
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        at = torch.arange(length)
+        seen = at[:, None] >= at
+        attention = torch.nn.functional.scaled_dot_product_attention
+        weights = (q @ k.mT / 3).masked_fill(~seen, -torch.inf)
+        talk = torch.eye(4) + 0.1
+        if how == "not causal":
+            return attention(q, k, v)
+        if how == "two attentions":
+            return attention(q, k, v, is_causal=True) - attention(k, q, v, is_causal=True)
+        if how == "talking heads by einsum":
+            return torch.einsum("bhij,hg->bgij", weights.softmax(-1), talk) @ v
+        if how == "talking heads by a product":
+            mixed = talk @ weights.softmax(-1).flatten(2)
+            return mixed.view(*weights.shape) @ v
+        if how == "talking heads by a convolution":
+            return torch.nn.functional.conv2d(weights.softmax(-1), talk[:, :, None, None]) @ v
+        if how == "a factor after the softmax":
+            return (weights.softmax(-1) * 0.5) @ v
+        if how == "through numpy":
+            return torch.from_numpy(weights.softmax(-1).numpy() ** 2) @ v
+        if how == "exponentials by hand":
+            high = (weights - weights.amax(-1, keepdim=True)).exp()
+            return high / high.sum(-1, keepdim=True) @ v
+        if how == "memory keys":
+            more = torch.cat([torch.zeros(length, 1), weights.new_zeros(length, 0)], -1)
+            scores = torch.cat([more.expand(*weights.shape[:2], -1, -1), weights], -1)
+            return scores.softmax(-1)[..., 1:] @ v
+        if how == "an operator with a soft cap":
+            return torch.ops.sinktrack_tests.capped(q, k, v)
+        if how == "linear":
+            return (q.unsqueeze(-1) * (k.unsqueeze(-1) * v.unsqueeze(-2)).cumsum(2)).sum(-2)
+        if how == "heads that see differently":
+            mask = seen.repeat(4, 1, 1)
+            mask[0] &= at[:, None] - at < 3
+            return attention(q, k, v, attn_mask=mask[None])
+        if how == "pieces of a sequence":
+            parts = [z.reshape(-1, 4, 2, z.shape[-1]) for z in (q, k, v)]
+            return attention(*parts, is_causal=True).reshape(q.shape)
+        if how == "a mask of the learned sort":
+            return attention(q, k, v, attn_mask=torch.zeros(length, length))
+        raise AssertionError(how)
+
+
+@torch.library.custom_op("sinktrack_tests::capped", mutates_args=())
+def capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = 5 * torch.tanh(q @ k.mT / 5)
+    seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("not causal", "not causal"),
+        ("a mask of the learned sort", "not causal"),
+        ("two attentions", "attends more than once|beside the softmax"),
+        ("talking heads by einsum", "changed after the softmax"),
+        ("talking heads by a product", "changed after the softmax"),
+        ("talking heads by a convolution", "changed after the softmax"),
+        ("a factor after the softmax", "changed after the softmax"),
+        ("through numpy", "not seen to meet its values"),
+        ("exponentials by hand", "no softmax attention was seen"),
+        ("memory keys", "no softmax attention was seen"),
+        ("an operator with a soft cap", "capped.* something else than causal softmax"),
+        ("linear", "no softmax attention was seen"),
+        ("heads that see differently", "heads differ in which queries see P0"),
+        ("pieces of a sequence", "chunks of a sequence"),
+    ],
+)
+def test_attention_that_is_not_known_is_refused(
+    how: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Net(Kind())
+    for block in model.layers:
+        block.attention.__class__ = Attends
+    monkeypatch.setattr(Attends, "how", how)
+    with pytest.raises(MeasurementError, match=rf"block 0 \(Block\).*({reason})"):
+        measure(model, Probe.random(VOCABULARY, sequences=5, length=16))

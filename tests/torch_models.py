@@ -167,9 +167,7 @@ class Block(nn.Module):
     def __init__(self, kind: Kind) -> None:
         super().__init__()
         self.kind, self.attention = kind, Attention(kind)
-        self.mlp = (
-            Experts(kind.experts, kind.shared) if kind.experts else Dense(kind.squared_relu)
-        )
+        self.mlp = Experts(kind.experts, kind.shared) if kind.experts else Dense(kind.squared_relu)
         self.weight = nn.Parameter(torch.ones(WIDTH))
 
     def forward(self, x: Tensor, value: Any = None, late: Any = None) -> Any:
@@ -282,7 +280,9 @@ def by_hand(model: Net, tokens: Tensor) -> ByHand:
         found.terms.append(terms)
         y = _norm(x)
         q, k, v = (
-            (y @ w[f"attention.{name}.weight"].T).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2)
+            (y @ w[f"attention.{name}.weight"].T)
+            .unflatten(-1, (-1, WIDTH // HEADS))
+            .transpose(1, 2)
             for name in "qkv"
         )
         if kind.value_residual and first is not None:
@@ -327,9 +327,7 @@ def _norm(value: Tensor) -> Tensor:
     return value / (value.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def _mlp(
-    kind: Kind, w: Mapping[str, Tensor], x: Tensor, found: ByHand, index: int
-) -> Tensor:
+def _mlp(kind: Kind, w: Mapping[str, Tensor], x: Tensor, found: ByHand, index: int) -> Tensor:
     def dense(prefix: str, squared: bool, y: Tensor) -> Tensor:
         inner = y @ w[f"{prefix}.up.weight"].T + w[f"{prefix}.up.bias"]
         inner = inner.clamp(min=0).square() if squared else F.gelu(inner)

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 from sinktrack.attention import Attended, attend, read_scores
 from sinktrack.collect import Collector
 from sinktrack.errors import MeasurementError, SinktrackError
-from sinktrack.events import Observer, Projection, Routed, Write
+from sinktrack.events import Projection, Routed, Write
 from sinktrack.measurement import Measurement
 from sinktrack.models.experts import Expert, NotTold, apart
 from sinktrack.models.guard import untouched
 from sinktrack.models.parallel import is_apart
 from sinktrack.models.passes import Digest, Passes
-from sinktrack.models.tracer import Lineage, Mark, mark, mark_of
-from sinktrack.models.tracer import _ADD, _MULTIPLY, _SAME, _tensors  # noqa: PLC2701
+from sinktrack.models.tracer import _ADD, _MULTIPLY, _SAME, Lineage, Mark, _tensors, mark, mark_of
 from sinktrack.probe import Probe
 
 Blocks = Iterable[nn.Module] | nn.ModuleDict
@@ -46,12 +45,29 @@ _READS = {
     "storage_offset", "stride", "untyped_storage", "get_device", "is_complex", "item", "tolist",
 }  # fmt: skip
 """Functions of tensors that compute nothing."""
-_ACROSS = {"conv1d", "conv2d", "cumsum", "cumprod", "roll", "lstm", "gru", "rnn_tanh", "logcumsumexp"}
+_ACROSS = {
+    "conv1d",
+    "conv2d",
+    "cumsum",
+    "cumprod",
+    "roll",
+    "lstm",
+    "gru",
+    "rnn_tanh",
+    "logcumsumexp",
+}
 """Functions that mix positions without a softmax."""
 _MAPS = {
     "linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "einsum", "addmm", "baddbmm",
 }  # fmt: skip
 """Functions that apply a linear map."""
+_BLENDS = {
+    "cat", "concat", "concatenate", "stack", "hstack", "vstack", "where", "lerp", "lerp_", "sub",
+    "sub_", "__sub__", "__rsub__", "__isub__", "rsub", "subtract", "addcmul", "addcmul_", "addcdiv",
+    "addmm", "baddbmm", "addbmm",
+}  # fmt: skip
+"""Functions that make one tensor of several, by more than a sum."""
+_PARTS = ("mixed", "attention", "experts", "sum")
 _NORMS = {"rms_norm", "layer_norm", "linear", "float", "to", "norm", "pow", "square"}
 """Functions that take the stream in any block, and give what is computed from it."""
 _DERIVED = "_sinktrack_derived"
@@ -105,8 +121,10 @@ class Decoder:
         except (TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as e:
             if isinstance(e, SinktrackError):
                 raise
-            way = "a forward= that runs it" if self._forward else (
-                "forward=lambda model, tokens: model(tokens, ...) to sinktrack.Decoder"
+            way = (
+                "a forward= that runs it"
+                if self._forward
+                else ("forward=lambda model, tokens: model(tokens, ...) to sinktrack.Decoder")
             )
             raise MeasurementError(
                 f"{type(self.model).__name__} does not run on tokens {tuple(tokens.shape)} "
@@ -275,7 +293,6 @@ def _show(decoder: Decoder, found: Found, observer: Collector, tokens: Tensor) -
     with tap.watching():
         decoder.run(tap.tokens)
         tap.end()
-    observer.lost = observer.lost or tap.lost
     found.notes += tap.notes
 
 
@@ -309,9 +326,7 @@ class _Reached(Exception):
 class _Tap:
     """What one watched forward pass goes through."""
 
-    def __init__(
-        self, decoder: Decoder, found: Found, observer: Collector, tokens: Tensor
-    ) -> None:
+    def __init__(self, decoder: Decoder, found: Found, observer: Collector, tokens: Tensor) -> None:
         self.decoder, self.found, self.observer, self.tokens = decoder, found, observer, tokens
         self.batch, self.length = tokens.shape
         self.width = 0
@@ -358,10 +373,21 @@ class _Tap:
 
     def lose(self, reason: str) -> None:
         """Who writes the P0 state cannot be told; the rest stands."""
-        self.lost = self.lost or f"{self.name()}: {reason}"
+        self._untold(f"{self.name()}: {reason}")
 
-    def rows(self, value: Any, width: int | None = None) -> Tensor | None:
-        """``[B, T, width]`` of a tensor of that size in a known order, or None."""
+    def _untold(self, reason: str) -> None:
+        if self.lost is None:
+            self.lost = reason
+            self.observer.untold(max(self.block, 0), reason)
+
+    def rows(self, value: Any, width: int | None = None, turned: bool = False) -> Tensor | None:
+        """``[B, T, width]`` of a tensor of that size in a known order, or None.
+
+        Args:
+            value: anything.
+            width: of the stream by default.
+            turned: read it in the other order where its shape leaves that open.
+        """
         width = self.width if width is None else width
         total = self.batch * self.length
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.ndim:
@@ -369,15 +395,15 @@ class _Tap:
         if value.shape[-1] != width or value.numel() != total * width:
             return None
         lead = tuple(size for size in value.shape[:-1] if size != 1)
-        both, turned = (self.batch, self.length), (self.length, self.batch)
-        if both != turned and lead in (both, turned):
-            time_first = lead == turned
-        elif lead in (both, (total,), (max(both),)):
-            time_first = self.time_first
+        both, other = (self.batch, self.length), (self.length, self.batch)
+        if both != other and lead in (both, other):
+            time_first = lead == other
+        elif lead in (both, (total,)) or (1 in both and lead == (max(both),)):
+            time_first = self.time_first != turned
         else:
             return None
         if time_first:
-            return value.reshape(*turned, width).transpose(0, 1)
+            return value.reshape(*other, width).transpose(0, 1)
         return value.reshape(*both, width)
 
     def p0(self, value: Tensor, width: int | None = None) -> Tensor:
@@ -477,9 +503,7 @@ class _Tap:
                 continue
             lead = tuple(size for size in value.shape[:-1] if size != 1)
             both, turned = (self.batch, self.length), (self.length, self.batch)
-            if lead not in (both, turned, (total,)) and not (
-                1 in both and lead == (max(both),)
-            ):
+            if lead not in (both, turned, (total,)) and not (1 in both and lead == (max(both),)):
                 continue
             self.width = value.shape[-1]
             if 1 not in both and (both == turned or lead == (total,)):
@@ -530,7 +554,7 @@ class _Tap:
             self.size = torch.zeros(self.batch, dtype=torch.float64, device=stream.device)
         elif not isinstance(known, Stream):
             last = f" (it went into {', '.join(self.went[-3:])})" if self.went else ""
-            self.lost = self.lost or (
+            self._untold(
                 f"the stream at block {self.block} is not its first input plus writes, by sums and "
                 f"numbers that were seen{last}, so what writes the P0 state cannot be told"
             )
@@ -561,7 +585,7 @@ class _Tap:
         bad = error > torch.finfo(dtype).eps * size * 2
         if bool(bad.any()):
             worst = float((error / torch.linalg.vector_norm(row, dim=-1)).max())
-            self.lost = (
+            self._untold(
                 f"the terms that were seen make another stream at block {self.block} than is there "
                 f"(off by {worst:.2g} of it): something writes to it out of sight, such as an "
                 "operation in place on its memory or by an operator of its own"
@@ -576,7 +600,8 @@ class _Tap:
                 if isinstance(output, dict):
                     outputs = tuple(output.values())
                 self.handed = [
-                    value for value in _distinct(_tensors(tuple(outputs), {}))
+                    value
+                    for value in _distinct(_tensors(tuple(outputs), {}))
                     if self.rows(value) is not None
                 ]
                 if index == len(self.found.blocks) - 1:
@@ -689,13 +714,15 @@ class _Tap:
         return None
 
     def _write(self, found: Mark | None, value: Tensor, added: Tensor) -> Write:
-        if found is not None and found.origin in ("attention", "mixed", "weights"):
+        if found is not None and found.origin in ("attention", "mixed"):
             self.written += 1
-            raw = None if found.raw is None else self.rows(found.raw)
-            if found.origin == "attention" and found.operands is not None:
-                whole = value if raw is None else raw
-                projection = self._projection(found, whole)
+            wholes = [value]
+            if found.raw is not None:
+                wholes += [self.rows(found.raw), self.rows(found.raw, turned=True)]
+            for whole in wholes if found.origin == "attention" else ():
+                projection = None if whole is None else self._projection(found, whole)
                 if projection is not None:
+                    raw = None if whole is value else whole
                     return Write("attention", value, raw, projection)
             self.notes.append(
                 f"{self.name()}: which head writes what cannot be told: the attention's output is "
@@ -712,17 +739,19 @@ class _Tap:
         """The output projection, if by value it makes the write of the heads as they were."""
         assert found.operands is not None
         mixed, heads, weight, bias = found.operands
-        rows = self.rows(mixed.reshape(*mixed.shape[: mixed.ndim - 1], -1), weight.shape[1])
-        if rows is None or self.heads is None or rows.shape[-1] != self.heads.shape[1]:
-            return None
-        own = rows[:, 0].float()
-        made = own @ weight.float().T
-        if bias is not None:
-            made = made + bias.float()
-        same = _close(own, self.heads, rows.dtype) and _close(
-            made * found.factor, whole[:, 0].float(), whole.dtype, 32
-        )
-        return Projection(rows, heads, weight, bias, found.factor) if same else None
+        for turned in (False, True):
+            rows = self.rows(mixed, weight.shape[1], turned)
+            if rows is None or self.heads is None or rows.shape[-1] != self.heads.shape[1]:
+                return None
+            own = rows[:, 0].float()
+            made = own @ weight.float().T
+            if bias is not None:
+                made = made + bias.float()
+            if _close(own, self.heads, rows.dtype) and _close(
+                made * found.factor, whole[:, 0].float(), whole.dtype, 32
+            ):
+                return Projection(rows, heads, weight, bias, found.factor)
+        return None
 
     # Attention
 
@@ -816,7 +845,10 @@ class _Tap:
         """Flex attention in eager mode, which computes all scores too."""
         result = function(*args, **kwargs)
         query, key, value, score_mod, block_mask, scale = args[:6]
-        buffers, mask_buffers = (args[7] if len(args) > 7 else ()), (args[8] if len(args) > 8 else ())
+        buffers, mask_buffers = (
+            (args[7] if len(args) > 7 else ()),
+            (args[8] if len(args) > 8 else ()),
+        )
         batch, heads, length, _ = query.shape
         if (batch, length) != (self.batch, self.length) or key.shape[2] != length:
             raise self.refuse(
@@ -935,7 +967,7 @@ class _Tap:
                 continue
             if _close(view[:, 0].flatten(1).float(), self.heads, view.dtype):
                 gates = next(
-                    (g for g in self._head_views(gate.expand_as(mixed), heads, mixed, view))
+                    g for g in self._head_views(gate.expand_as(mixed), heads, mixed, view)
                 )
                 self.heads = (view[:, 0] * gates[:, 0]).flatten(1).float()
                 self.observer.gate(self.block, gates.mean(-1, dtype=torch.float32))
@@ -1089,6 +1121,10 @@ class _Flow(Lineage):
         if name in _READS:
             return func(*args, **kwargs)
         marks = [found for value in values if (found := mark_of(value))]
+        if name in _BLENDS and tap.inside and any(found.origin in _PARTS for found in marks):
+            beside = [value for value in values if mark_of(value) is None]
+            if any(self.derived(value) and value.is_floating_point() for value in beside):
+                tap.lose(f"{name} joins its attention or experts with something else it computes")
         if name in _MAPS and any(m.origin == "attention" and m.raw is not None for m in marks):
             return func(*args, **kwargs)  # a layer of its own on the attention's output
         result = super().__torch_function__(func, types, args, kwargs)
@@ -1198,9 +1234,7 @@ class _Flow(Lineage):
                     found.append((stream, other, left + right))
         return found
 
-    def _by_value(
-        self, value: Tensor, sums: list[tuple[Tensor, Tensor, Tensor]]
-    ) -> Stream | None:
+    def _by_value(self, value: Tensor, sums: list[tuple[Tensor, Tensor, Tensor]]) -> Stream | None:
         """The form of an operator's output that is a sum of what went in."""
         rows = self.tap.rows(value)
         if rows is None:
@@ -1223,7 +1257,9 @@ class _Flow(Lineage):
         if name in _MULTIPLY:
             stream, other = (a, right) if isinstance(a, Stream) else (b, left)
             factor = self._number(other)
-            return stream.times(factor) if isinstance(stream, Stream) and factor is not None else None
+            return (
+                stream.times(factor) if isinstance(stream, Stream) and factor is not None else None
+            )
         if name in _DIVIDE and isinstance(a, Stream) and not kwargs.get("rounding_mode"):
             factor = self._number(right)
             return a.times(1 / factor) if factor else None

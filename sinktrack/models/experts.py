@@ -61,7 +61,9 @@ def apart(call: Expert, output: Tensor, layout: Layout) -> Routed:
     try:
         return _apart(call, output, layout)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise NotTold(f"P0 alone does not run through {type(call.module).__name__}: {error}") from error
+        raise NotTold(
+            f"P0 alone does not run through {type(call.module).__name__}: {error}"
+        ) from error
     finally:
         layout.flow.replaying = False
 
@@ -179,7 +181,9 @@ def _stack_remover(module: nn.Module, count: int) -> Callable[[int], Any]:
         own = dict(held.named_parameters(recurse=False))
         stacks = [value for value in own.values() if value.ndim == 3 and len(value) == count]
         if stacks:
-            beside = [name for name, value in own.items() if value.ndim == 2 and len(value) == count]
+            beside = [
+                name for name, value in own.items() if value.ndim == 2 and len(value) == count
+            ]
             if beside:
                 raise NotTold(f"it holds {', '.join(beside)} beside the experts' matrices")
             owners += stacks
