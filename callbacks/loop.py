@@ -17,7 +17,7 @@ from sinktrack.errors import MeasurementError
 from sinktrack.interventions import examine
 from sinktrack.loggers import weights_and_biases as wandb
 from sinktrack.loggers.base import Logger
-from sinktrack.measure import measure
+from sinktrack.measure import measure, readable
 from sinktrack.measurement import Measurement
 from sinktrack.models.any_decoder import Decoder, check
 from sinktrack.models.base import Model as Adapted
@@ -114,6 +114,8 @@ class SinkTracker:
             adapted = adapt(model, self.options.decoder)
             if adapted.backend == "torch" and (records or adapted.every_process):
                 _log.info("%s", check(adapted.model, self.probe))
+            elif adapted.backend == "transformers" and not adapted.every_process:
+                readable(adapted.model, self.probe)
         except Exception as error:
             self._failed("trial of the model", step, error)
 

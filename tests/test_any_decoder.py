@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch_models
+from test_callbacks import assert_identical
 from torch_models import BLOCKS, HEADS, VOCABULARY, Kind, Net, by_hand, reading, shares
 
 import sinktrack as st
-from sinktrack import MeasurementError, Probe, measure
+from sinktrack import Decoder, MeasurementError, Probe, ProbeError, Run, measure
+from sinktrack.callbacks.loop import SinkTracker
+from sinktrack.cli import main
 
 PROBE = Probe.random(VOCABULARY, sequences=5, length=17)
 KINDS = {
@@ -284,3 +290,174 @@ def test_attention_that_is_not_known_is_refused(
     monkeypatch.setattr(Attends, "how", how)
     with pytest.raises(MeasurementError, match=rf"block 0 \(Block\).*({reason})"):
         measure(model, Probe.random(VOCABULARY, sequences=5, length=16))
+
+
+def train(steps: int, tracker: Any = None, model: Any = None) -> dict[str, Any]:
+    torch.manual_seed(3)
+    model = Net(KINDS["stacked experts"]) if model is None else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for step in range(1, steps + 1):
+        tokens = torch.randint(VOCABULARY, (4, 12), generator=generator)
+        logits = model(tokens)
+        dropped = torch.nn.functional.dropout(logits, 0.1)  # draws a random number
+        loss = torch.nn.functional.cross_entropy(
+            dropped[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+        if tracker is not None:
+            tracker.step(step, model)
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "losses": losses,
+        "random": torch.get_rng_state(),
+    }
+
+
+def test_training_is_the_same_to_the_bit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = train(8)
+    tracker = SinkTracker(
+        PROBE, tmp_path / "run", every=3, on_error="raise",
+        decoder=Decoder(blocks=lambda model: model.layers),
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO, "sinktrack"):
+        tracked = train(8, tracker)
+    assert_identical(plain, tracked)
+    assert f"Net: {BLOCKS} blocks, {HEADS} heads, 5 experts" in caplog.text
+    records = Run.read(tmp_path / "run").records
+    assert [record["step"] for record in records] == [3, 6]
+    assert records[-1]["model"]["type"] == "Net"
+    assert main(["show", str(tmp_path / "run")]) in (0, None)
+    assert "Net" in capsys.readouterr().out
+
+
+def test_a_compiled_model_trains_on_without_compiling_again(tmp_path: Path) -> None:
+    tracker = SinkTracker(PROBE, tmp_path / "run", every=2, on_error="raise")
+    own = Net(KINDS["nanochat"])
+    model = torch.compile(own, backend="eager")
+    train(2, None, model)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(5, tracker, model)
+    found = measure(model, PROBE)
+    torch.testing.assert_close(found.p0_norm, measure(own, PROBE).p0_norm)
+    assert found.model["type"] == "Net"
+
+
+class Unknown(torch.nn.Module):
+    """Two lists of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.other = Net(Kind()), Net(Kind())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.net(tokens)
+
+
+def test_what_to_write_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    line = r"decoder=sinktrack\.Decoder\(blocks=lambda model: model\.net\.layers\)"
+    with pytest.raises(MeasurementError, match=line):
+        measure(Unknown(), PROBE)
+    tracker = SinkTracker(PROBE, tmp_path / "run", every=100)
+    tracker.step(1, Unknown())
+    assert re.search(line, caplog.text)
+    named = Decoder(Unknown(), blocks=lambda model: model.net.layers)
+    assert measure(named, PROBE).model["blocks"] == BLOCKS
+
+
+def test_tokens_beyond_the_vocabulary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    large = Probe.from_tokens([[1, 2, 3, 4], [4, VOCABULARY + 7, 6, 5]])
+    with pytest.raises(ProbeError, match=f"token id {VOCABULARY + 7}"):
+        measure(Net(Kind()), large)
+    tracker = SinkTracker(large, tmp_path / "run", every=100)
+    tracker.step(1, Net(Kind()))
+    assert f"token id {VOCABULARY + 7}" in caplog.text
+
+
+def test_a_forward_that_takes_more_than_tokens() -> None:
+    class Picky(Net):
+        def forward(self, tokens: torch.Tensor, scale: float) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(tokens) * scale
+
+    with pytest.raises(MeasurementError, match="forward=lambda model, tokens"):
+        measure(Picky(Kind()), PROBE)
+    named = Decoder(Picky(Kind()), forward=lambda model, tokens: model(tokens, scale=1.0))
+    assert measure(named, PROBE).model["type"] == "Picky"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = reading(KINDS["nanochat"], PROBE.tokens)
+    exact = measure(model, PROBE)
+    found = measure(model.to(dtype), PROBE)
+    atol = 0.03 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(found.p0_attention, exact.p0_attention, atol=atol, rtol=0)
+    assert found.localization.share_sum == pytest.approx(1, abs=0.02)
+
+
+def test_several_streams_are_refused() -> None:
+    class Streams(torch_models.Block):
+        def forward(self, x: Any, value: Any = None, late: Any = None) -> Any:
+            return super().forward(x.mean(2))[0].unsqueeze(2) + x, value
+
+    class Wide(Net):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.embed(tokens).unsqueeze(2).expand(-1, -1, 3, -1)
+            for block in self.layers:
+                x, _ = block(x)
+            return self.head(x.mean(2))
+
+    model = Wide(Kind())
+    for block in model.layers:
+        block.__class__ = Streams
+    with pytest.raises(MeasurementError, match="hyper-connections"):
+        measure(model, PROBE)
+
+
+def test_one_block_twice_is_refused() -> None:
+    model = Net(Kind())
+    model.layers[1] = model.layers[0]
+    with pytest.raises(MeasurementError, match="several depths"):
+        measure(model, PROBE)
+
+
+def test_an_encoder_layer_of_torch() -> None:
+    """``nn.TransformerEncoderLayer``, whose fast path has no functions to see."""
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = torch.nn.Embedding(VOCABULARY, 32)
+            layer = torch.nn.TransformerEncoderLayer(32, 4, 64, norm_first=True, batch_first=True)
+            self.encoder = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+            for value in self.parameters():
+                torch.nn.init.normal_(value, std=0.3)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            mask = torch.nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+            return self.encoder(self.embed(tokens), mask=mask, is_causal=True)
+
+    model, matrices = Encoder().eval(), []
+    found = measure(model, PROBE)
+    with torch.no_grad():
+        x = model.embed(PROBE.tokens)
+        hidden = torch.ones(17, 17, dtype=torch.bool).triu(1)
+        for layer in model.encoder.layers:
+            y = layer.norm1(x)
+            wrote, weights = layer.self_attn(
+                y, y, y, attn_mask=hidden, need_weights=True, average_attn_weights=False
+            )
+            matrices.append(weights)
+            x = x + wrote
+            x = x + layer.linear2(torch.relu(layer.linear1(layer.norm2(x))))
+    for block, weights in enumerate(matrices):
+        p0 = weights[:, :, 1:, 0].mean(-1)
+        torch.testing.assert_close(found.p0_attention_by_sequence[:, block], p0, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.p0_norm[-1], x[:, 0].norm(dim=-1).mean())

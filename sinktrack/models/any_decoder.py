@@ -187,7 +187,9 @@ def _evident(model: nn.Module) -> list[nn.Module]:
         inside = any(path == other or path.startswith(f"{other}.") for other in found)
         if inside or not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
             continue
-        items = list(module.children())
+        items = [item for item in module._modules.values() if item is not None]
+        if not items:
+            continue
         alike = len({type(_unwrap(item)) for item in items}) == 1
         if alike and all(next(_unwrap(item).children(), None) is not None for item in items):
             found[path] = items
@@ -966,9 +968,7 @@ class _Tap:
             if view.shape[-1] * heads != width:
                 continue
             if _close(view[:, 0].flatten(1).float(), self.heads, view.dtype):
-                gates = next(
-                    g for g in self._head_views(gate.expand_as(mixed), heads, mixed, view)
-                )
+                gates = next(g for g in self._head_views(gate.expand_as(mixed), heads, mixed, view))
                 self.heads = (view[:, 0] * gates[:, 0]).flatten(1).float()
                 self.observer.gate(self.block, gates.mean(-1, dtype=torch.float32))
                 return

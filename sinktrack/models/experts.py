@@ -148,25 +148,28 @@ def _remover(module: nn.Module, count: int) -> Callable[[int], Any]:
     """How to silence one expert."""
     for held in module.modules():
         if isinstance(held, nn.ModuleList | nn.ModuleDict) and len(held) == count:
-            items = list(held.children())
-
-            @contextmanager
-            def silent(expert: int) -> Iterator[list[Tensor]]:
-                own, ungated = items[expert], []
-                whole = type(own).forward is not nn.Module.forward
-
-                def nothing(module: nn.Module, args: Any, output: Any) -> Any:
-                    if whole and isinstance(output, Tensor):
-                        ungated.append(output.detach())
-                    return _zero(output)
-
-                with ExitStack() as stack:
-                    for part in [own] if whole else own.children():
-                        stack.callback(part.register_forward_hook(nothing).remove)
-                    yield ungated
-
-            return silent
+            return _module_remover(list(held.children()))
     return _stack_remover(module, count)
+
+
+def _module_remover(experts: list[nn.Module]) -> Callable[[int], Any]:
+    @contextmanager
+    def silent(expert: int) -> Iterator[list[Tensor]]:
+        own = experts[expert]
+        whole = type(own).forward is not nn.Module.forward  # else what it holds is called
+        ungated: list[Tensor] = []
+
+        def nothing(module: nn.Module, args: Any, output: Any) -> Any:
+            if whole and isinstance(output, Tensor):
+                ungated.append(output.detach())
+            return _zero(output)
+
+        with ExitStack() as stack:
+            for part in [own] if whole else own.children():
+                stack.callback(part.register_forward_hook(nothing).remove)
+            yield ungated
+
+    return silent
 
 
 def _zero(output: Any) -> Any:

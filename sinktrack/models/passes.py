@@ -102,6 +102,7 @@ class Digest:
         self._hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
 
     def hex(self) -> str:
+        """The digest of what was added."""
         return self._hasher.hexdigest()
 
 
