@@ -113,11 +113,13 @@ class Decoder:
         Raises:
             MeasurementError: the model does not run on tokens alone.
         """
+        assert self.model is not None
+        bare = _unwrap(self.model)
         try:
             if self._forward is None:
-                self.model(tokens)  # type: ignore[misc]
+                bare(tokens)
             else:
-                self._forward(self.model, tokens)
+                self._forward(bare, tokens)
         except (TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as e:
             if isinstance(e, SinktrackError):
                 raise
@@ -165,15 +167,14 @@ class Decoder:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """Out of torch.compile and data parallelism."""
-    for name, wrapper in (("_orig_mod", "OptimizedModule"), ("module", "DistributedDataParallel")):
-        while type(model).__name__ == wrapper or (name == "module" and _is_wrapper(model)):
-            model = getattr(model, name)
-    return _unwrap(model._orig_mod) if hasattr(model, "_orig_mod") else model
-
-
-def _is_wrapper(model: nn.Module) -> bool:
-    return type(model).__name__ in ("DataParallel",) and hasattr(model, "module")
+    """Out of torch.compile and data parallelism, whose own forward all processes would await."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def _evident(model: nn.Module) -> list[nn.Module]:
@@ -214,8 +215,8 @@ class Found:
     kinds: tuple[str, ...] = ()
     most_heads: int | None = None
     experts: int | None = None
-    embedding: Tensor | None = None
-    """``[V, D]``: the weight in which the tokens were looked up."""
+    embedding: str | None = None
+    """The parameter in which the tokens were looked up, by name."""
     notes: list[str] = field(default_factory=list)
     """What could not be told of the parts of its writes, and why."""
 
@@ -234,7 +235,7 @@ def measure_decoder(decoder: Decoder, probe: Probe, batch_size: int | None) -> M
         for tokens in batches:
             _show(decoder, found, collected, tokens)
         for tokens in firsts:  # twice, as code for one token may expect a cache; P0 sees itself
-            _show(decoder, found, singles, tokens.expand(-1, 2))
+            _show(decoder, found, singles, tokens.expand(-1, 2), parts=False)
     seen = collected.of("attention", "visible")
     length = probe.length - 1
     found.kinds = tuple(
@@ -243,7 +244,7 @@ def measure_decoder(decoder: Decoder, probe: Probe, batch_size: int | None) -> M
     )
     weights = None
     if found.embedding is not None:
-        digest = Digest(found.embedding, passes.first)
+        digest = Digest(found.model.get_parameter(found.embedding), passes.first)
         for block in found.blocks.values():
             digest.add(block)
         weights = digest.hex()
@@ -269,7 +270,14 @@ def check(decoder: Decoder, probe: Probe) -> str:
 def _found(decoder: Decoder) -> Found:
     model = decoder.model
     assert model is not None
+    model = _unwrap(model)
     blocks = decoder.blocks()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise MeasurementError(
+                f"{name} is DistributedDataParallel inside of the model, whose forward waits for "
+                "all processes; give the model that it wraps"
+            )
     if is_apart(model):
         raise MeasurementError(
             f"no process holds the whole of {type(_unwrap(model)).__name__} (FSDP1, tensor, expert "
@@ -289,13 +297,16 @@ def _found(decoder: Decoder) -> Found:
     return Found(model, blocks)
 
 
-def _show(decoder: Decoder, found: Found, observer: Collector, tokens: Tensor) -> None:
+def _show(
+    decoder: Decoder, found: Found, observer: Collector, tokens: Tensor, parts: bool = True
+) -> None:
+    """Show a forward pass of tokens ``[B, T]``, with the parts of its writes or without."""
     device = next(found.model.parameters()).device
-    tap = _Tap(decoder, found, observer, tokens.to(device))
+    tap = _Tap(decoder, found, observer, tokens.to(device), parts)
     with tap.watching():
         decoder.run(tap.tokens)
         tap.end()
-    found.notes += tap.notes
+    found.notes += tap.notes if parts else []
 
 
 @dataclass(frozen=True)
@@ -328,8 +339,11 @@ class _Reached(Exception):
 class _Tap:
     """What one watched forward pass goes through."""
 
-    def __init__(self, decoder: Decoder, found: Found, observer: Collector, tokens: Tensor) -> None:
+    def __init__(
+        self, decoder: Decoder, found: Found, observer: Collector, tokens: Tensor, parts: bool
+    ) -> None:
         self.decoder, self.found, self.observer, self.tokens = decoder, found, observer, tokens
+        self.parts = parts
         self.batch, self.length = tokens.shape
         self.width = 0
         self.time_first = False
@@ -435,13 +449,16 @@ class _Tap:
         """Before tokens are looked up: an index too large would be an error of the device."""
         if not isinstance(index, Tensor) or not isinstance(weight, Tensor):
             return
+        if index.is_floating_point() or index.dtype == torch.bool:
+            return
         if index.numel() != self.tokens.numel() or not torch.equal(
             index.reshape(-1).sort().values, self.tokens.reshape(-1).sort().values
         ):
             return
         Probe.from_tokens(self.tokens.cpu()).check(weight.shape[0], None, None)
         if self.found.embedding is None:
-            self.found.embedding = weight
+            named = self.found.model.named_parameters()
+            self.found.embedding = next((name for name, own in named if own is weight), None)
 
     def enter(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -1016,7 +1033,7 @@ class _Tap:
         while self.experts and (call := self.experts.pop()).module is not module:
             pass
         values = [v for v in _tensors((output,), {}) if self.rows(v) is not None]
-        if not call.chosen or not values or self.flow.replaying:
+        if not call.chosen or not values or self.flow.replaying or not self.parts:
             return
         for outer in self.experts:
             outer.chosen = None
