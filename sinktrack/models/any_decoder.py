@@ -170,7 +170,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
     """Out of torch.compile and data parallelism, whose own forward all processes would await."""
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         else:
@@ -422,6 +422,11 @@ class _Tap:
             return value.reshape(*other, width).transpose(0, 1)
         return value.reshape(*both, width)
 
+    def wrote_last(self, value: Tensor) -> bool:
+        """Is a write of the present block in a stream?"""
+        found = mark_of(value)
+        return isinstance(found, Stream) and any(term[0] == self.block for term in found.form)
+
     def p0(self, value: Tensor, width: int | None = None) -> Tensor:
         found = self.rows(value, width)
         assert found is not None
@@ -484,7 +489,7 @@ class _Tap:
         if not like:
             self._refuse_input(index, given)
         marked = [value for value in like if isinstance(mark_of(value), Stream)]
-        newest = [v for v in marked if any(term[0] == self.block for term in mark_of(v).form)]
+        newest = [value for value in marked if self.wrote_last(value)]
         own = [value for value in like if any(value is one for one in self.handed)]
         for chosen in (marked, newest, own if len(self.handed) == 1 else [], like):
             if len(chosen) == 1:
@@ -631,7 +636,7 @@ class _Tap:
     def _finish(self) -> None:
         """The last block's output is the stream at the end, or its write still comes to it."""
         marked = [value for value in self.handed if isinstance(mark_of(value), Stream)]
-        newest = [v for v in marked if any(term[0] == self.block for term in mark_of(v).form)]
+        newest = [value for value in marked if self.wrote_last(value)]
         chosen = marked if len(marked) == 1 else newest
         if len(chosen) == 1:
             beside = [value for value in self.handed if not isinstance(mark_of(value), Stream)]
@@ -735,7 +740,7 @@ class _Tap:
     def _write(self, found: Mark | None, value: Tensor, added: Tensor) -> Write:
         if found is not None and found.origin in ("attention", "mixed"):
             self.written += 1
-            wholes = [value]
+            wholes: list[Tensor | None] = [value]
             if found.raw is not None:
                 wholes += [self.rows(found.raw), self.rows(found.raw, turned=True)]
             for whole in wholes if found.origin == "attention" else ():
@@ -929,7 +934,8 @@ class _Tap:
 
         def split(name: str, place: int) -> Tensor:
             value = F.linear(given[name], parts[place], biases[place])
-            return value.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+            by_head: Tensor = value.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+            return by_head
 
         with self.flow.paused():
             q, k, v = (split(name, place) for place, name in enumerate(("query", "key", "value")))
@@ -1062,7 +1068,7 @@ class _Flow(Lineage):
     """Follows streams as linear forms, and knows what is derived from them."""
 
     def __init__(self, tap: _Tap) -> None:
-        super().__init__(tap)  # type: ignore[arg-type]
+        super().__init__(tap)
         self.tap = tap
         self.probing = self.replaying = False
         self._pauses = 0
@@ -1167,7 +1173,7 @@ class _Flow(Lineage):
             second = tuple(by_position.shape[:3]) == (batch, length, found.heads)
             if first == second:
                 return None
-            rows = by_head[:, :, 0] if first else by_position[:, 0]
+            rows: Tensor = by_head[:, :, 0] if first else by_position[:, 0]
             return rows.detach().float().flatten(1)
 
     def _on_stream(
@@ -1284,7 +1290,7 @@ class _Flow(Lineage):
             return a.times(-1.0)
         if name in ("lerp", "lerp_"):
             factor = self._number(args[2] if len(args) > 2 else kwargs.get("weight"))
-            if factor is None or not isinstance(right, Tensor):
+            if factor is None or not isinstance(left, Tensor) or not isinstance(right, Tensor):
                 return None
             one, two = self._term(left, 1 - factor), self._term(right, factor)
             return one.plus(two) if one and two else None

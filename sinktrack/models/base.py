@@ -57,8 +57,8 @@ def adapt(model: Any, decoder: Decoder | None = None) -> Model:
     if decoder is not None:
         return _torch(decoder.of(model))
     if "megatron" in sys.modules and _is_megatron(model):
-        reason = "causal tests do not run on Megatron-Core models; run them on the checkpoints"
-        return Model("megatron", model, True, ("megatron-core",), reason)
+        why = "causal tests do not run on Megatron-Core models; run them on the checkpoints"
+        return Model("megatron", model, True, ("megatron-core",), why)
     if not isinstance(model, nn.Module):
         raise MeasurementError(f"a {type(model).__name__} is no model; give a torch.nn.Module")
     if "transformers" in sys.modules and _holds_transformers(model):

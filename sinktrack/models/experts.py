@@ -91,7 +91,8 @@ def _apart(call: Expert, output: Tensor, layout: Layout) -> Routed:
         result = call.module.forward(*args, **kwargs)
         if isinstance(result, tuple | list):
             result = next(v for v in result if v.numel() == len(at) * layout.width)
-        return result.reshape(len(at), layout.width).detach().float()
+        rows: Tensor = result.reshape(len(at), layout.width).detach().float()
+        return rows
 
     whole = replay(everyone)
     if not same(whole, written):

@@ -254,8 +254,8 @@ def _over_keys(name: str, args: tuple[Any, ...], weights: Tensor) -> bool:
         return False
     terms, arrow, result = args[0].replace(" ", "").partition("->")
     place = next(i for i, value in enumerate(args[1:]) if value is weights)
-    *others, keys = terms.split(",")[place]
-    return bool(arrow) and keys not in result and all(letter in result for letter in others)
+    of = terms.split(",")[place]
+    return bool(arrow) and of[-1] not in result and all(letter in result for letter in of[:-1])
 
 
 def _biased(found: Mark, added: Tensor) -> Mark:
