@@ -258,10 +258,10 @@ def measure_decoder(decoder: Decoder, probe: Probe, batch_size: int | None) -> M
 def check(decoder: Decoder, probe: Probe) -> str:
     """Try a model on a few tokens of the probe, and say what was found; errors as of `measure`."""
     found = _found(decoder)
-    few = Probe.from_tokens(probe.tokens[: min(2, probe.sequences), : min(8, probe.length)])
+    few = probe.tokens[:2, :8]
     collected = Collector({})
-    with untouched(found.model, 2, few):
-        _show(decoder, found, collected, few.tokens)
+    with untouched(found.model, len(few), probe):
+        _show(decoder, found, collected, few)
     experts = f", {found.experts} experts" if found.experts else ""
     lost = f"; {collected.lost}" if collected.lost else ""
     return f"{found.type}: {len(found.blocks)} blocks, {found.most_heads} heads{experts}{lost}"
@@ -460,7 +460,8 @@ class _Tap:
             index.reshape(-1).sort().values, self.tokens.reshape(-1).sort().values
         ):
             return
-        Probe.from_tokens(self.tokens.cpu()).check(weight.shape[0], None, None)
+        if int(index.max()) >= weight.shape[0]:
+            Probe.from_tokens(self.tokens.cpu()).check(weight.shape[0], None, None)
         if self.found.embedding is None:
             named = self.found.model.named_parameters()
             self.found.embedding = next((name for name, own in named if own is weight), None)
