@@ -9,26 +9,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from transformers import PreTrainedModel
 
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.callbacks.options import OptionArguments
-from sinktrack.errors import MeasurementError
 from sinktrack.probe import Probe
 
 
 class SinkTrackLightning(Callback):
     """Probes every ``every`` optimizer steps and at the end of training.
 
-    The model is the one transformers model that the module holds. Where a callback of Lightning
+    The model is the one transformers model that the module holds, or what ``decoder`` finds in the
+    module, whose ``forward`` it then runs. Where a callback of Lightning
     puts averaged weights into it at the end, the last step is probed only if it is due or the
     trainer's ``max_steps``.
 
     Arguments and errors are those of `sinktrack.callbacks.loop.SinkTracker`.
 
-    Raises:
-        MeasurementError: at the start of training, the module holds no transformers model, or
-            several.
+    With ``on_error="raise"`` training ends at its start where the module holds no such model, or
+    several.
     """
 
     def __init__(
@@ -42,11 +40,14 @@ class SinkTrackLightning(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the first step, or the first after a resume: probe if the step is due."""
-        self._model: nn.Module = _model(pl_module)
+        self._model: nn.Module = pl_module  # what stands around the model in it is looked at
         wrapped = trainer.strategy.model
         if isinstance(wrapped, FullyShardedDataParallel):  # its outermost unit holds parameters
             self._model = wrapped
-        self._probe(trainer, self.tracker.due(trainer.global_step))
+        due = self.tracker.due(trainer.global_step)
+        self._probe(trainer, due)
+        if not due:
+            self.tracker.try_once(trainer.global_step, self._model)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any
@@ -107,18 +108,3 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
 
     def _log(self, record: dict[str, Any]) -> None:
         self._waiting.append((record, self.axes))
-
-
-def _model(module: LightningModule) -> LightningModule:
-    """The module whole: what stands around the model in it is looked at where it is measured."""
-    found: list[PreTrainedModel] = []
-    for inner in module.modules():
-        within = any(inner in outer.modules() for outer in found)
-        if isinstance(inner, PreTrainedModel) and not within:
-            found.append(inner)
-    if len(found) != 1:
-        raise MeasurementError(
-            f"{type(module).__name__} holds {len(found)} transformers models, wanted one; call "
-            "sinktrack.callbacks.loop.SinkTracker.step from its on_train_batch_end instead"
-        )
-    return module

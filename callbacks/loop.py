@@ -17,10 +17,11 @@ from sinktrack.errors import MeasurementError
 from sinktrack.interventions import examine
 from sinktrack.loggers import weights_and_biases as wandb
 from sinktrack.loggers.base import Logger
-from sinktrack.measure import measure
+from sinktrack.measure import measure, readable
 from sinktrack.measurement import Measurement
-from sinktrack.models.megatron.hooks import is_megatron
-from sinktrack.models.parallel import is_apart, takes_every_process
+from sinktrack.models.any_decoder import Decoder, check
+from sinktrack.models.base import Model as Adapted
+from sinktrack.models.base import adapt
 from sinktrack.probe import Probe
 from sinktrack.records.run import Run, to_json, versions
 from sinktrack.signal import Stages, alarm
@@ -29,8 +30,8 @@ _log = logging.getLogger("sinktrack")
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Variables of the environment by which a process may be one of several, or be told nothing."""
 _FELL = "sinktrack: the P0 sink fell back"
-Model = nn.Module | list[nn.Module]
-"""A model, or the chunks of one."""
+Model = nn.Module | list[nn.Module] | Decoder
+"""A model, the chunks of one, or a decoder that holds its model."""
 
 
 class SinkTracker:
@@ -64,6 +65,7 @@ class SinkTracker:
         self._directory = self._named(run)
         self.probe = probe_of(probe)
         self.loggers = loggers_of(self.options.loggers)
+        self._tried = False
         self.axes: dict[str, int] = {}
         """More axes to log beside ``sinktrack/step``, by W&B key."""
         self.measured: int | None = None
@@ -97,34 +99,58 @@ class SinkTracker:
             model: the model in training, as it is wrapped.
             tokens: tokens seen so far, for the record.
         """
-        self._decide(step)
-        return self.probe_now(step, model, tokens) if self.due(step) else None
+        records = self._decide(step)
+        if self.due(step):
+            return self.probe_now(step, model, tokens)
+        self.try_once(step, model, records)
+        return None
+
+    def try_once(self, step: int, model: Model, records: bool = True) -> None:
+        """Say at the first sight of a model if it cannot be measured, not at the first probe."""
+        if self._tried:
+            return
+        self._tried = True
+        try:
+            adapted = adapt(model, self.options.decoder)
+            if adapted.backend == "torch" and (records or adapted.every_process):
+                _log.info("%s", check(adapted.model, self.probe))
+            elif adapted.backend == "transformers" and not adapted.every_process:
+                readable(adapted.model, self.probe)
+        except Exception as error:
+            self._failed("trial of the model", step, error)
 
     def probe_now(self, step: int, model: Model, tokens: int | None = None) -> Measurement | None:
         """Probe whatever the step; None on a process that does not write, or after a failure."""
-        self.measured = step
-        spread = is_megatron(model)
-        everyone = spread or _takes_every_process(model)
-        if not self._decide(step, again=True) and not everyone:
+        self.measured, self._tried = step, True
+        try:
+            adapted = adapt(model, self.options.decoder)
+        except Exception as error:
+            self.failed += 1
+            self._failed("probe", step, error)
+            return None
+        if not self._decide(step, again=True) and not adapted.every_process:
             self.failed += not self._silent
             return None
         try:
-            if everyone and not spread:
+            if adapted.every_process and not adapted.agrees:
                 _agree(self.probe)
             measurement = measure(
-                model, self.probe, batch_size=self.options.probe_batch_size, in_training=True
+                adapted.model,
+                self.probe,
+                batch_size=self.options.probe_batch_size,
+                in_training=True,
             )
-            tested = self._causal(step, model, measurement)
+            tested = self._causal(step, adapted, measurement)
             if self._run is None:
                 return None
-            packages = versions("megatron-core") if spread else versions()
+            packages = versions(*adapted.packages)
             record = measurement.to_record(step, "callback", packages, tokens) | tested
             record = to_json(record)
             self._run.append(record)
             self.recorded += 1
         except Exception as error:
             self.failed += 1
-            self._failed("probe", step, error, everywhere=spread)
+            self._failed("probe", step, error, everywhere=adapted.agrees)
             return None
         for logger in self.loggers:
             self._try(f"{_name(logger)} log", step, self._show, logger, record)
@@ -214,23 +240,16 @@ class SinkTracker:
         assert self._run is not None
         wandb.log(record, self.axes, self._run)
 
-    def _causal(self, step: int, model: Model, measurement: Measurement) -> dict[str, Any]:
+    def _causal(self, step: int, adapted: Adapted, measurement: Measurement) -> dict[str, Any]:
         """The record's causal tests, where they are due."""
         every = self.options.causal_every
         if every is None or step % (self.options.every * every):
             return {}
         try:
-            if isinstance(model, list) or is_megatron(model):
-                raise MeasurementError(
-                    "causal tests do not run on Megatron-Core models; run them on the checkpoints"
-                )
-            if is_apart(model):
-                raise MeasurementError(
-                    "causal tests do not run on a model that no process holds whole (FSDP1, tensor "
-                    "parallelism); run them on the checkpoints"
-                )
+            if adapted.no_causal_tests is not None:
+                raise MeasurementError(adapted.no_causal_tests)
             found = examine(
-                model, self.probe, measurement, batch_size=self.options.probe_batch_size
+                adapted.model, self.probe, measurement, batch_size=self.options.probe_batch_size
             )
         except Exception as error:
             self._failed("causal tests", step, error)
@@ -332,7 +351,3 @@ def _agree(probe: Probe) -> None:
             f"the processes hold different probes ({', '.join(sorted(set(digests)))}); a sharded "
             "model needs the same one on each"
         )
-
-
-def _takes_every_process(model: Model) -> bool:
-    return not isinstance(model, list) and takes_every_process(model)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from sinktrack.loggers.base import Logger
+from sinktrack.models.any_decoder import Decoder
 from sinktrack.probe import Probe
 
 
@@ -21,6 +22,7 @@ class OptionArguments(TypedDict, total=False):
     probe_batch_size: int | None
     causal_every: int | None
     loggers: Sequence[Logger] | None
+    decoder: Decoder | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,10 @@ class Options:
     loggers: Sequence[Logger] | None = None
     """Where each record is shown, such as ``TensorBoard("runs/tb")``; by default the active W&B
     run, if there is one."""
+    decoder: Decoder | None = None
+    """Which modules of a model of your own are its blocks, and how it is run, see
+    docs/any-decoder.md; not needed for transformers and Megatron-Core, or where a model holds one
+    evident list of blocks."""
 
     def __post_init__(self) -> None:
         self._count("every", "the interval is at least one step")
@@ -55,6 +61,11 @@ class Options:
             raise TypeError(f"early={self.early!r}: wanted True or False")
         if self.on_error not in ("warn", "raise"):
             raise ValueError(f"on_error={self.on_error!r}: wanted 'warn' or 'raise'")
+        if self.decoder is not None and not isinstance(self.decoder, Decoder):
+            raise TypeError(
+                f"decoder is of type {type(self.decoder).__name__}: wanted a sinktrack.Decoder, "
+                "such as sinktrack.Decoder(blocks=lambda model: model.layers)"
+            )
 
     def _count(self, name: str, least: str, optional: bool = False) -> None:
         """Refuse what is no whole number of 1 or more; numpy's become plain ones."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sinktrack import figures, signal
     from sinktrack.measure import measure
     from sinktrack.measurement import Measurement
+    from sinktrack.models.any_decoder import Decoder
     from sinktrack.probe import Probe
     from sinktrack.records.run import Run
     from sinktrack.scan import scan
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArchiveError",
+    "Decoder",
     "Measurement",
     "MeasurementError",
     "MissingExtra",
@@ -43,6 +45,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Decoder": "sinktrack.models.any_decoder",
     "Measurement": "sinktrack.measurement",
     "Probe": "sinktrack.probe",
     "Run": "sinktrack.records.run",

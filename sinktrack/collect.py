@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -76,6 +77,19 @@ class Collector(Observer):
         self.writes.begin(block, len(stream))
         for name, metric in self._metrics.items():
             self.keep(name, block, metric.on_state(stream, self.held))
+
+    def factors(self, block: int, factors: Mapping[tuple[int, int], float]) -> None:
+        """What each term of the stream at a boundary is multiplied with."""
+        known = self.writes.factors.setdefault(block, dict(factors))
+        alike = known.keys() == factors.keys() and all(
+            math.isclose(known[term], factors[term], rel_tol=1e-4, abs_tol=1e-5) for term in known
+        )
+        if not alike:
+            self.untold(
+                block,
+                f"what the terms of the stream at block {block} are multiplied with depends on the "
+                "probe's tokens",
+            )
 
     def attention(self, block: int, attended: Attended) -> None:
         """A softmax attention of a block.

@@ -6,7 +6,7 @@ business.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -111,6 +111,15 @@ class Observer:
 
         After the last block, once more with ``block`` equal to the number of blocks; what is
         returned then has no effect.
+        """
+
+    def factors(self, block: int, factors: Mapping[tuple[int, int], float]) -> None:
+        """After `state`, where terms of the stream were multiplied with numbers on their way.
+
+        Args:
+            block: as in `state`.
+            factors: of the n-th write of block k by ``(k, n)``, and of the stream at the input of
+                block 0 by ``(-1, 0)``: what it stands in this stream with; none for 0.
         """
 
     def sight(self, block: int, seen: Tensor) -> Tensor | None:

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from sinktrack.collect import Collector
-from sinktrack.errors import MeasurementError, SinktrackError, require
-from sinktrack.measurement import Measurement, assemble
-from sinktrack.metrics import ALONE, METRICS
-from sinktrack.metrics.total_effect import Ablations, is_affordable
+from sinktrack.errors import MeasurementError, require
+from sinktrack.measurement import Measurement
+from sinktrack.models.base import adapt
 from sinktrack.models.guard import out_of_memory, undisturbed, untouched
 from sinktrack.models.parallel import is_apart
+from sinktrack.models.passes import Digest, Passes
 from sinktrack.probe import Probe
 
 if TYPE_CHECKING:  # transformers is slow to import
-    from sinktrack.models.blockwise import AblatedWalk
+    from sinktrack.models.any_decoder import Decoder as AnyDecoder
     from sinktrack.models.gathered import Gathered
     from sinktrack.models.huggingface import Decoder
     from sinktrack.models.streaming import Streamed
 
 
 def measure(
-    model: nn.Module | list[nn.Module],
+    model: nn.Module | list[nn.Module] | AnyDecoder,
     probe: Probe,
     *,
     batch_size: int | None = None,
@@ -46,8 +41,10 @@ def measure(
     Args:
         model: a transformers decoder, bare or wrapped (DDP, FSDP, torch.compile, PEFT, a module of
             your own that holds no other), or the text decoder of a vision-language model; or a
-            Megatron-Core model, bare, wrapped or as the list of chunks of ``get_model``. Where no
-            process holds the whole model, every one must call, and each gets the measurement.
+            Megatron-Core model, bare, wrapped or as the list of chunks of ``get_model``; or any
+            other PyTorch decoder, by itself where it holds one evident list of blocks, else as a
+            `sinktrack.Decoder` that names them. Where no process holds the whole model, every one
+            must call, and each gets the measurement.
         probe: the fixed batch.
         batch_size: sequences per forward pass; all at once by default.
         in_training: leave out the total effects where they would cost over a tenth of the rest.
@@ -57,19 +54,21 @@ def measure(
         MeasurementError: the model cannot be measured exactly, which names the block and the
             reason; or there is not enough memory, which names the number to lower.
     """
-    from sinktrack.models.megatron.hooks import is_megatron
-
-    if is_megatron(model):
+    adapted = adapt(model)
+    if adapted.backend == "megatron":
         from sinktrack.models.megatron.measure import measure_chunks
 
         return measure_chunks(model, probe, batch_size)
-    if not isinstance(model, list) and is_apart(model):
-        return _measure_apart(model, probe, batch_size, in_training)
-    require("transformers", "hf")
+    if adapted.backend == "torch":
+        from sinktrack.models.any_decoder import measure_decoder
+
+        return measure_decoder(adapted.model, probe, batch_size)
+    if is_apart(adapted.model):
+        return _measure_apart(adapted.model, probe, batch_size, in_training)
     from sinktrack.models.huggingface import watch
 
-    passes = _Passes(probe, batch_size)
-    found = readable(model, probe)  # type: ignore[arg-type]  # refuses a list by name
+    passes = Passes(probe, batch_size)
+    found = readable(adapted.model, probe)
     device = found.model.get_input_embeddings().weight.device
     refuse_another_model(found, probe)
     with untouched(found.model, passes.size, probe):
@@ -80,9 +79,10 @@ def measure(
         passes.ablate(found, found.model.base_model, in_training)
         for index in found.blocks:
             passes.step_ablated(index)
-    digest = _Digest(found.model, passes.first)
+    digest = Digest(found.model.get_input_embeddings().weight, passes.first)
     for block in found.blocks.values():
         digest.add(block)
+    _refuse_a_part(found, passes.collected)
     return passes.measurement(found, digest.hex())
 
 
@@ -136,7 +136,7 @@ def measure_streamed(
     from sinktrack.models.blockwise import Walk
     from sinktrack.models.huggingface import watch
 
-    passes = _Passes(probe, batch_size)
+    passes = Passes(probe, batch_size)
     found = streamed.decoder
     _check(probe, found)
     streamed.load_surroundings(probe.tokens)
@@ -147,7 +147,7 @@ def measure_streamed(
     )
     embedding = streamed.base.get_input_embeddings()
     device = embedding.weight.device
-    digest = _Digest(streamed.model, passes.first)
+    digest = Digest(embedding.weight, passes.first)
     with out_of_memory(passes.size, probe), undisturbed(embedding):
         walks = [
             (observer, [Walk(found, streamed.base, tokens.to(device)) for tokens in batches])
@@ -162,83 +162,8 @@ def measure_streamed(
                         for walk in group:
                             walk.step(index)
                 passes.step_ablated(index)
+    _refuse_a_part(found, passes.collected)
     return passes.measurement(found, digest.hex() if count == total else None)
-
-
-class _Passes:
-    """A probe on its way through a model: its sequences, and its first tokens one by one."""
-
-    def __init__(self, probe: Probe, batch_size: int | None) -> None:
-        self._started = time.perf_counter()
-        self._probe = probe
-        self.size = batch_size or probe.sequences
-        self.first = probe.first_tokens()
-        self._collected, self._singles = Collector(METRICS), Collector(ALONE)
-        self._batches = probe.batches(self.size)
-        self._walk: AblatedWalk | None = None
-        self._ablated: Ablations | str = ""
-
-    def ablate(self, found: Decoder, base: nn.Module, in_training: bool) -> None:
-        """Begin the total effects, or note why they cannot be had."""
-        from sinktrack.models.blockwise import AblatedWalk
-
-        tokens = self._probe.tokens.numel()
-        if in_training and not is_affordable(len(found.blocks), tokens):
-            self._ablated = (
-                f"they would cost over a tenth of this probe of {tokens:,} tokens; scan the "
-                "checkpoints"
-            )
-        elif any(isinstance(value, DTensor) for value in found.model.parameters()):
-            self._ablated = (
-                "several processes share the blocks of this model, which do not run one by one; "
-                "scan the checkpoints"
-            )
-        else:
-            ablations = Ablations(self.first)
-            with self._told():
-                self._walk = AblatedWalk(found, base, ablations, self.size * self._probe.length)
-                self._ablated = ablations
-
-    def step_ablated(self, index: int) -> None:
-        """Take the ablated copies through a block, after the others have been at its input."""
-        if self._walk is not None:
-            with self._told():
-                self._walk.step(index, self._collected, self._singles)
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """Give up the total effects with the reason; the rest of the measurement stands."""
-        try:
-            yield
-        except (MemoryError, RuntimeError, SinktrackError) as error:
-            self._ablated, self._walk = str(error) or type(error).__name__, None
-
-    @property
-    def both(self) -> list[tuple[Collector, Sequence[Tensor]]]:
-        """Who observes a pass, and its batches ``[b, T]``."""
-        singles = self.first[:, None].split(max(self.size, 256))
-        return [(self._collected, self._batches), (self._singles, singles)]
-
-    def measurement(self, found: Decoder, weights: str | None) -> Measurement:
-        """What the passes showed; errors as of `assemble`, and where it is a part of the model."""
-        _refuse_a_part(found, self._collected)
-        return assemble(
-            self._collected,
-            self._singles,
-            torch.cat([tokens[:, 0] for tokens in self._batches]),
-            found.kinds,
-            {value.dtype for value in found.model.parameters() if value.is_floating_point()},
-            self._ablated,
-            model={
-                "type": found.type,
-                "blocks": len(found.blocks),
-                "heads": found.most_heads,
-                "experts": found.experts,
-            },
-            probe=self._probe.digest,
-            weights=weights,
-            seconds=time.perf_counter() - self._started,
-        )
 
 
 def readable(model: nn.Module, probe: Probe) -> Decoder:
@@ -284,12 +209,6 @@ def forward(model: nn.Module, tokens: Tensor, logits: bool = False) -> Any:
     return model(input_ids=tokens, **given)
 
 
-def _whole(value: Tensor) -> Tensor:
-    """A parameter's values, gathered where FSDP shards it; then every process must be here."""
-    value = value.detach()
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def _refuse_unreadable(model: nn.Module) -> None:
     """Refuse weights that are not there, or not numbers that we can multiply with."""
     for name, parameter in model.named_parameters():
@@ -329,26 +248,3 @@ def _refuse_a_part(found: Decoder, collected: Collector) -> None:
                 "measured as if it were all; give the whole model, or measure the saved "
                 "checkpoints with `sinktrack scan`"
             )
-
-
-class _Digest:
-    """Of the probe's embedding rows and the blocks' vectors (norms, biases): cheap to compare."""
-
-    def __init__(self, model: Any, tokens: Tensor) -> None:
-        self._hasher = hashlib.blake2b(digest_size=16)
-        embedding = _whole(model.get_input_embeddings().weight)
-        self._update(embedding[tokens.to(embedding.device)])
-
-    def add(self, block: nn.Module) -> None:
-        """The vectors of the next block."""
-        for value in block.parameters():
-            if value.ndim == 1:
-                self._update(_whole(value))
-
-    def _update(self, value: Tensor) -> None:
-        data = value.cpu().contiguous()
-        self._hasher.update(f"{data.dtype}{tuple(data.shape)}".encode())
-        self._hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
-
-    def hex(self) -> str:
-        return self._hasher.hexdigest()

@@ -181,9 +181,7 @@ def test_a_model_without_softmax_attention_is_refused() -> None:
 def test_the_table_is_up_to_date() -> None:
     notes = dict.fromkeys(TOGETHER, "its routed experts are reported together, as one MLP")
     rows = [f"| {family} | exact | {notes.get(family, '')} |" for family in EXACT]
-    rows += [
-        f"| {family} | without shares | {reason} |" for family, (reason, _) in PARTLY.items()
-    ]
+    rows += [f"| {family} | without shares | {reason} |" for family, (reason, _) in PARTLY.items()]
     rows += [f"| {family} | refused | {reason} |" for family, (reason, _) in REFUSED.items()]
     text = "\n".join(
         [

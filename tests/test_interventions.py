@@ -27,7 +27,6 @@ from sinktrack.interventions.effects import Effect
 from sinktrack.interventions.experts import super_experts
 from sinktrack.interventions.replay import replaying
 from sinktrack.interventions.trials import _seed, is_testable, screen
-from sinktrack.records.run import to_json
 from sinktrack.records.rows import rows as export_rows
 
 PROBE = planted.probe()

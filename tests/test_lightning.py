@@ -8,12 +8,13 @@ from typing import Any
 import models
 import pytest
 import torch
+import torch_models
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from test_callbacks import PROBE, assert_identical
 from torch.utils.data import DataLoader
 
-from sinktrack import MeasurementError, Run, measure
+from sinktrack import Decoder, MeasurementError, Probe, Run, measure
 from sinktrack.callbacks.lightning import SinkTrackLightning
 
 
@@ -105,6 +106,35 @@ def test_a_module_of_several_models_is_refused(tmp_path: Path) -> None:
             super().__init__()
             self.other = models.llama()
 
-    callback = SinkTrackLightning(PROBE, tmp_path / "run")
+    callback = SinkTrackLightning(PROBE, tmp_path / "run", on_error="raise")
     with pytest.raises(MeasurementError, match="Two holds 2 transformers models"):
-        callback.on_train_start(None, Two())
+        train(tmp_path, [callback], module=Two)
+
+
+def test_a_decoder_of_ones_own(tmp_path: Path) -> None:
+    """It is found in the module, whose forward is run; a model that is not only warns."""
+
+    class Own(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch_models.Net(torch_models.Kind())
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.inner(tokens)
+            return logits
+
+        def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+            return self(batch % torch_models.VOCABULARY).square().mean()
+
+    probe = Probe.random(torch_models.VOCABULARY, sequences=4, length=16)
+    decoder = Decoder(blocks=lambda module: module.inner.layers)
+    callback = SinkTrackLightning(
+        probe, tmp_path / "run", every=4, on_error="raise", decoder=decoder
+    )
+    plain, tracked = train(tmp_path, [], module=Own), train(tmp_path, [callback], module=Own)
+    model = tracked.pop("model")
+    del plain["model"]
+    assert_identical(plain, tracked)
+    records = Run.read(tmp_path / "run").records
+    assert [record["step"] for record in records] == [0, 4, 8, 10]
+    assert records[-1]["weights"] == measure(model.eval(), probe).weights

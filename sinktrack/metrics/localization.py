@@ -60,6 +60,8 @@ class Contribution:
     write: Tensor
     """``[D]``."""
     gate: float | None = None
+    place: int = 0
+    """Of the write among those of its block."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ class Localize(Metric):
             seen.collected.writes.rows(),
             seen.collected.writes.contributions(),
             seen.rounding,
+            seen.collected.writes.table(),
         )
         concentration = found["concentration"][: seen.measured].double()
         softmax = ~concentration.isnan()
@@ -193,6 +196,8 @@ class Projections:
         writes: sublayer, block and write at P0 ``[B, D]``, in the order of the forward pass.
         parts: of the writes, averaged over the sequences.
         rounding: unit roundoff of the stream's dtype.
+        factors: float64 ``[n + 1, 1 + W]``: what the embedding and each of the W writes stand in
+            each state with; None where that is 1 for all before it, as in most models.
 
     Raises:
         Unmeasured: at some block the shares do not sum to 1.
@@ -205,8 +210,10 @@ class Projections:
         writes: Sequence[tuple[str, int, Tensor]],
         parts: Sequence[Contribution],
         rounding: float,
+        factors: Tensor | None = None,
     ) -> None:
         self.states, self.writes, self.parts = states, writes, parts
+        self.factors = factors
         mean = states.double().mean(1)
         direction = mean - others.double().mean(1)
         self.direction = torch.nn.functional.normalize(direction, dim=-1)
@@ -221,10 +228,15 @@ class Projections:
         norms = self.states.double().norm(dim=-1).mean(-1)
         written = self.embedding.clone()
         size, place = float(norms[0]), 0
+        scaled = None
+        if self.factors is not None:
+            scaled = self.factors @ torch.stack([self.embedding, *self.means])
         for block in range(1, len(self.total)):
             while place < len(self.writes) and self.writes[place][1] < block:
                 written = written + self.means[place]
                 place += 1
+            if scaled is not None:
+                written = scaled[block]
             total = float(self.total[block])
             size += float(norms[block])
             if not abs(total) > 0:  # nan where it has no direction
@@ -274,16 +286,23 @@ class Projections:
         after = weighted.flip(0).cumsum(0).flip(0)  # of blocks from one on
         beyond = torch.cat([after[1:], torch.zeros_like(after[:1])])
         """``[n, D]``: what a write of block ``k`` is projected on, all later blocks."""
-        first = Component("embedding", None, None, float(self.embedding @ after[0]))
+        if self.factors is None:
+            reach = [after[0], *(beyond[block] for _, block, _ in self.writes)]
+        else:
+            reach = list(self.factors[: len(readers)].T @ weighted)
+        first = Component("embedding", None, None, float(self.embedding @ reach[0]))
         shares = [first]
-        for (kind, block, _), mean in zip(self.writes, self.means, strict=True):
-            shares.append(Component(kind, block, None, float(mean @ beyond[block])))
+        of_block: dict[int, list[Tensor]] = {}
+        """What each write of a block is projected on, by their places."""
+        for (kind, block, _), mean, on in zip(self.writes, self.means, reach[1:], strict=True):
+            shares.append(Component(kind, block, None, float(mean @ on)))
+            of_block.setdefault(block, []).append(on)
         parts = [
             Component(
                 part.kind,
                 part.block,
                 part.index,
-                float(part.write.double() @ beyond[part.block]),
+                float(part.write.double() @ of_block[part.block][part.place]),
                 part.gate,
             )
             for part in self.parts
@@ -304,9 +323,13 @@ class Projections:
         peak = phase.peak_block
         end = len(readers) if later is None else later.first_block
         erasers = []
-        for (kind, block, _), mean in zip(self.writes, self.means, strict=True):
+        for write, ((kind, block, _), mean) in enumerate(
+            zip(self.writes, self.means, strict=True), start=1
+        ):
             if phase.first_block <= block < end:
                 projection = float(mean @ self.direction[peak]) / float(self.total[peak])
+                if self.factors is not None:  # as it enters the stream
+                    projection *= float(self.factors[block + 1, write])
                 if projection <= ERASES:
                     erasers.append(Component(kind, block, None, projection))
         plain = {name: getattr(phase, name) for name in Phase.__dataclass_fields__}
@@ -328,8 +351,11 @@ class Projections:
         directions = self.direction[:blocks].float()
         own = torch.einsum("lbd,ld->bl", self.states[:blocks], directions).double()
         written = torch.zeros(sequences, blocks, blocks, dtype=torch.float64)  # reader, writer
-        for _, block, write in self.writes:
-            written[:, :, block] += (write @ directions.T).double()
+        for place, (_, block, write) in enumerate(self.writes, start=1):
+            projected = (write @ directions.T).double()
+            if self.factors is not None:
+                projected = projected * self.factors[:blocks, place]
+            written[:, :, block] += projected
         reads = torch.arange(blocks)[:, None] > torch.arange(blocks)
         written *= reads
         weight = weights(sequences)
@@ -372,10 +398,12 @@ class Writes:
 
     def __init__(self) -> None:
         self._rows: dict[tuple[int, int, str], list[Tensor]] = {}
-        self._parts: dict[tuple[int, str, int], Tensor] = {}
+        self._parts: dict[tuple[int, int, str, int], Tensor] = {}
         self._gates: dict[tuple[int, int], list[float]] = {}
         self._order: dict[int, int] = {}
         self._sequences = 0
+        self.factors: dict[int, dict[tuple[int, int], float]] = {}
+        """By boundary, what the terms of the stream stand in it with; see `Observer.factors`."""
 
     def begin(self, block: int, sequences: int) -> None:
         """A batch of sequences enters a block."""
@@ -408,9 +436,10 @@ class Writes:
             self._add(block, f"{terms.sublayer}_norm", -1, row.sum(0) - raw.sum(0))
 
     def _add(self, block: int, kind: str, index: int, part: Tensor) -> None:
-        known = self._parts.get((block, kind, index))
+        key = (block, self._order[block] - 1, kind, index)
+        known = self._parts.get(key)
         part = part.cpu()
-        self._parts[block, kind, index] = part if known is None else known + part
+        self._parts[key] = part if known is None else known + part
 
     def rows(self) -> list[tuple[str, int, Tensor]]:
         """Sublayer, block and write at P0 ``[B, D]``, in the order of the forward pass."""
@@ -419,8 +448,25 @@ class Writes:
             for (block, _, sublayer), parts in sorted(self._rows.items())
         ]
 
+    def table(self) -> Tensor | None:
+        """float64 ``[n + 1, 1 + W]``: the factors of the embedding and all writes at each boundary.
+
+        None where nothing is scaled.
+        """
+        keys = [(-1, 0), *((block, place) for block, place, _ in sorted(self._rows))]
+        plain = {at: {key: 1.0 for key in keys if key[0] < at} for at in self.factors}
+        if plain == self.factors:
+            return None
+        rows = [[self.factors[at].get(key, 0.0) for key in keys] for at in sorted(self.factors)]
+        return torch.tensor(rows, dtype=torch.float64)
+
     def contributions(self) -> list[Contribution]:
-        """The parts of all writes, averaged over the sequences."""
+        """The parts of all writes, averaged over the sequences; several of one kind as one."""
+        apart = self.table() is not None
+        joined: dict[tuple[int, int, str, int], Tensor] = {}
+        for (block, place, kind, index), part in self._parts.items():
+            key = (block, place if apart else 0, kind, index)
+            joined[key] = joined[key] + part if key in joined else part
         return [
             Contribution(
                 kind,
@@ -428,8 +474,9 @@ class Writes:
                 None if index < 0 else index,
                 part / self._sequences,
                 _mean(self._gates[block, index]) if kind == "expert" else None,
+                place,
             )
-            for (block, kind, index), part in self._parts.items()
+            for (block, place, kind, index), part in joined.items()
         ]
 
 

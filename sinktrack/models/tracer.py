@@ -209,7 +209,8 @@ class Lineage(TorchFunctionMode):
         if found.origin == "weights":
             if name not in _PRODUCT:
                 return found
-            if not self._is_softmax(next(v for v in _tensors(args, kwargs) if mark_of(v) is found)):
+            weights = next(v for v in _tensors(args, kwargs) if mark_of(v) is found)
+            if not _over_keys(name, args, weights) or not self._is_softmax(weights):
                 self._watcher.reweighted()
             return replace(found, origin="mixed")
         if found.origin == "mixed" and name in _JOIN:
@@ -226,8 +227,9 @@ class Lineage(TorchFunctionMode):
                 return replace(found, factor=found.factor * number[0])
         if found.origin == "sum":
             return None
-        if found.raw is None and args and isinstance(args[0], Tensor):
-            return replace(found, raw=args[0])
+        if found.raw is None:
+            marked = (value for value in _tensors(args, kwargs) if mark_of(value) is found)
+            return replace(found, raw=next(marked))
         return found
 
     def _is_softmax(self, weights: Tensor) -> bool:
@@ -241,6 +243,19 @@ class Lineage(TorchFunctionMode):
         return torch.equal(before, weights) or torch.equal(
             before.nan_to_num(), weights.nan_to_num()
         )
+
+
+def _over_keys(name: str, args: tuple[Any, ...], weights: Tensor) -> bool:
+    """Is it the keys, the last dimension of the weights, that a product sums over?"""
+    if name != "einsum":
+        left = args[1] if name == "__rmatmul__" else args[0]
+        return left is weights
+    if not isinstance(args[0], str):
+        return False
+    terms, arrow, result = args[0].replace(" ", "").partition("->")
+    place = next(i for i, value in enumerate(args[1:]) if value is weights)
+    of = terms.split(",")[place]
+    return bool(arrow) and of[-1] not in result and all(letter in result for letter in of[:-1])
 
 
 def _biased(found: Mark, added: Tensor) -> Mark:

@@ -1,0 +1,85 @@
+"""Which backend knows a model: the one place where that is asked.
+
+A backend is asked only where its framework is imported already, as a model of it must have been
+made by it.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from sinktrack.errors import MeasurementError
+from sinktrack.models.any_decoder import Decoder
+from sinktrack.models.parallel import is_apart, takes_every_process
+
+_APART = (
+    "causal tests do not run on a model that no process holds whole (FSDP1, tensor parallelism); "
+    "run them on the checkpoints"
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in training, and what its framework asks of who measures it."""
+
+    backend: Literal["megatron", "transformers", "torch"]
+    model: Any
+    """A module; chunks of Megatron-Core's; or of ``torch`` a `Decoder` that holds its model."""
+    every_process: bool
+    """Must every process measure, since none holds the whole model?"""
+    packages: tuple[str, ...] = ()
+    """Packages whose versions belong in a record, beside those of every record."""
+    no_causal_tests: str | None = None
+    """Why the causal tests do not run on it, where they do not."""
+
+    @property
+    def agrees(self) -> bool:
+        """Do its processes compare their probes themselves?"""
+        return self.backend == "megatron"
+
+
+def adapt(model: Any, decoder: Decoder | None = None) -> Model:
+    """Find who knows a model.
+
+    Args:
+        model: as `sinktrack.measure` takes it.
+        decoder: how to see a model that is no known framework's; it decides where it is given.
+
+    Raises:
+        MeasurementError: nobody does, and there is no evident list of blocks in it.
+    """
+    if decoder is None and isinstance(model, Decoder):
+        decoder = model
+    if decoder is not None:
+        return _torch(decoder.of(model))
+    if "megatron" in sys.modules and _is_megatron(model):
+        why = "causal tests do not run on Megatron-Core models; run them on the checkpoints"
+        return Model("megatron", model, True, ("megatron-core",), why)
+    if not isinstance(model, nn.Module):
+        raise MeasurementError(f"a {type(model).__name__} is no model; give a torch.nn.Module")
+    if "transformers" in sys.modules and _holds_transformers(model):
+        reason = _APART if is_apart(model) else None
+        return Model("transformers", model, takes_every_process(model), (), reason)
+    return _torch(Decoder(model))
+
+
+def _torch(decoder: Decoder) -> Model:
+    reason = "causal tests run on transformers models alone; export the model to that format"
+    assert decoder.model is not None
+    return Model("torch", decoder, takes_every_process(decoder.model), (), reason)
+
+
+def _is_megatron(model: Any) -> bool:
+    from sinktrack.models.megatron.hooks import is_megatron
+
+    return is_megatron(model)
+
+
+def _holds_transformers(model: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    return any(isinstance(module, PreTrainedModel) for module in model.modules())

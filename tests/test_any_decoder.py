@@ -1,0 +1,463 @@
+"""Any PyTorch decoder, against its arithmetic done once more in float64."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch_models
+from test_callbacks import assert_identical
+from torch_models import BLOCKS, HEADS, VOCABULARY, Kind, Net, by_hand, reading, shares
+from typer.testing import CliRunner
+
+import sinktrack as st
+from sinktrack import Decoder, MeasurementError, Probe, ProbeError, Run, measure
+from sinktrack.callbacks.loop import SinkTracker
+from sinktrack.cli import app
+
+PROBE = Probe.random(VOCABULARY, sequences=5, length=17)
+KINDS = {
+    "plain": Kind(),
+    "parallel": Kind(parallel=True),
+    "nanochat": Kind(squared_relu=True, qk_norm=True, lambdas=True),
+    "modded": Kind(squared_relu=True, qk_norm=True, lambdas=True, value_residual=True, skips=True),
+    "residual scale": Kind(residual=0.4),
+    "residual scale and experts": Kind(residual=0.4, experts="list", shared=True),
+    "gated": Kind(gated=True),
+    "output norm": Kind(output_norm=True),
+    "window": Kind(window=6),
+    "softmax": Kind(attention="softmax", window=6),
+    "einsum": Kind(attention="einsum"),
+    "flex": Kind(attention="flex"),
+    "flex window": Kind(attention="flex", window=6),
+    "experts": Kind(experts="list"),
+    "stacked experts": Kind(experts="stacked", shared=True, lambdas=True),
+    "time first": Kind(time_first=True),
+    "flat": Kind(flat=True),
+    "carried": Kind(carried=True),
+}
+
+
+def check(found: st.Measurement, model: Net, tokens: torch.Tensor, atol: float = 5e-7) -> None:
+    """Against the sums by hand: attention within 5e-7, norms and shares to rounding."""
+    hand = by_hand(model, tokens)
+    for block, a in enumerate(hand.attention):
+        visible = (a[0, 0, 1:, 0] > 0).sum()
+        p0 = (a[:, :, 1:, 0].sum(-1) / visible).float()
+        assert float((found.p0_attention_by_sequence[:, block] - p0).abs().max()) < atol
+        assert found.visible_queries[block] == int(visible)
+        mixing = a[:, :, 1:].square().sum(-1).mean((0, 2))
+        torch.testing.assert_close(found.mixing[block].double(), mixing, rtol=1e-5, atol=1e-6)
+
+    for block, state in enumerate(hand.states):
+        size = state.norm(dim=-1)
+        torch.testing.assert_close(
+            found.p0_norm[block].double(), size[:, 0].mean(), rtol=2e-6, atol=0
+        )
+        ratio = size[:, 0].mean() / size[:, 1:].median()
+        assert float(found.norm_ratio[block]) == pytest.approx(float(ratio), rel=0.2)
+    total, parts = shares(hand)
+    assert found.localization.share_sum == pytest.approx(1, abs=1e-5)
+    seen = {
+        part.kind if part.block is None else (part.kind, part.block): part.share
+        for part in found.localization.shares
+    }
+    scale = max(abs(value) for value in total.values())
+    assert {key for key in total if abs(total[key]) > 1e-9} <= set(seen)
+    for key, share in seen.items():
+        assert share == pytest.approx(total[key], abs=2e-6 * scale), key
+    told = {
+        (part.kind, part.block, part.index): part.share
+        for part in found.localization.parts if part.kind in ("head", "expert")
+    }  # fmt: skip
+    for key, share in parts.items():
+        if abs(share) > 1e-9:
+            assert told[key] == pytest.approx(share, abs=4e-6 * scale), key
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_exact(name: str) -> None:
+    model = reading(KINDS[name], PROBE.tokens)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    found = measure(model, PROBE)
+    check(found, model, PROBE.tokens)
+    assert found.model == {
+        "type": "Net", "blocks": BLOCKS, "heads": HEADS,
+        "experts": torch_models.EXPERTS if KINDS[name].experts else None,
+    }  # fmt: skip
+    assert found.block_kinds == ("sliding" if KINDS[name].window else "full",) * BLOCKS
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    if KINDS[name].experts:
+        assert any(part.kind == "expert" for part in found.localization.parts)
+        assert "parts" not in found.missing
+
+
+@pytest.mark.parametrize("name", ["plain", "time first", "flat", "modded", "experts"])
+@pytest.mark.parametrize("sequences", [1, 2, 17, 19])
+def test_any_number_of_sequences(name: str, sequences: int) -> None:
+    """As many as positions leave the layout to be told by value."""
+    probe = Probe.random(VOCABULARY, sequences=sequences, length=17)
+    model = reading(KINDS[name], probe.tokens)
+    check(measure(model, probe), model, probe.tokens, 2e-6)
+    half = measure(model, probe, batch_size=2)
+    if sequences > 1:
+        whole = measure(model, probe)
+        torch.testing.assert_close(half.p0_norm, whole.p0_norm)
+
+
+def test_batches_join_to_the_same() -> None:
+    model = reading(KINDS["modded"], PROBE.tokens)
+    whole, parts = measure(model, PROBE), measure(model, PROBE, batch_size=2)
+    torch.testing.assert_close(whole.p0_attention, parts.p0_attention)
+    for one, two in zip(whole.localization.shares, parts.localization.shares, strict=True):
+        assert one.share == pytest.approx(two.share, abs=1e-6)
+
+
+class Broken(torch_models.Block):
+    """A block that does something else on its way, by name."""
+
+    how = ""
+
+    def forward(self, x: Any, value: Any = None, late: Any = None) -> Any:
+        how, attention = self.how, self.attention
+        wrote, value = attention(torch_models.norm(x), value)
+        if how == "in place out of sight":
+            x = x + wrote
+            x.data.copy_(x.data * 3)
+        elif how == "one position in place":
+            x = x + wrote
+            x[:, 0] = x[:, 0] * 2
+        elif how == "through numpy":
+            x = torch.from_numpy((x + wrote).numpy().copy())
+        elif how == "gated sum":
+            gate = torch.sigmoid(torch_models.norm(x))
+            x = gate * x + (1 - gate) * wrote
+        elif how == "norm after the sum":
+            x = torch_models.norm(x + wrote)
+        elif how == "halves":
+            half = x.shape[-1] // 2
+            x = torch.cat(
+                [x[..., :half] + wrote[..., :half], x[..., half:] + wrote[..., half:]], -1
+            )
+        elif how == "a scaled operator":
+            x = torch.ops.sinktrack_tests.scaled_add(wrote, x)
+        elif how == "an embedding in every block":
+            x = x + wrote + self.weight
+            x = x + torch.arange(x.numel(), dtype=x.dtype).view(x.shape) / x.numel()
+        elif how == "a convolution":
+            kernel = torch.ones(x.shape[-1], 1, 3) / 3
+            past = torch.nn.functional.pad(x.transpose(1, 2), (2, 0))
+            mixed = torch.nn.functional.conv1d(past, kernel, groups=x.shape[-1])
+            x = x + wrote + mixed.transpose(1, 2)
+        elif how == "channels scaled":
+            x = x * self.weight.mul(1.5) + wrote
+        elif how == "fused projection":
+            x = x + torch.cat([wrote, self.mlp.up(torch_models.norm(x))[..., :8]], -1)[..., :32]
+        elif how == "a layer on the attention":
+            x = x + self.mlp(torch.tanh(wrote))
+        elif how == "a factor of the tokens":
+            x = x * (1 + 0.1 * torch.tanh(x.mean())) + wrote
+        else:
+            raise AssertionError(how)
+        return x + self.mlp(torch_models.norm(x)), value
+
+
+@torch.library.custom_op("sinktrack_tests::scaled_add", mutates_args=())
+def scaled_add(write: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+    return stream + 0.7 * write
+
+
+UNTOLD = (
+    "in place out of sight", "one position in place", "through numpy", "gated sum",
+    "norm after the sum", "halves", "a scaled operator", "an embedding in every block",
+    "a convolution", "channels scaled", "fused projection", "a layer on the attention",
+    "a factor of the tokens",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", UNTOLD)
+def test_writes_that_cannot_be_told_are_null(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention and norms stand, by the blocks' own inputs."""
+    model = Net(Kind())
+    for block in model.layers:
+        block.__class__ = Broken
+    monkeypatch.setattr(Broken, "how", how)
+    norms, taken = [], []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: taken.append(args[0].clone()))
+        for block in model.layers
+    ]
+    hooks.append(model.layers[-1].register_forward_hook(lambda _, args, out: taken.append(out[0])))
+    with torch.no_grad():
+        model(PROBE.tokens)
+    for hook in hooks:
+        hook.remove()
+    norms = [state[:, 0].norm(dim=-1).mean() for state in taken]
+    found = measure(model, PROBE)
+    assert found.localization.share_sum is None
+    assert found.localization.parts == ()
+    assert "block" in found.missing["shares"], found.missing
+    assert "reads P0" not in found.missing["shares"], found.missing
+    torch.testing.assert_close(found.p0_norm, torch.stack(norms))
+
+
+class Attends(torch_models.Attention):
+    """An attention that does something else, by name."""
+
+    how = ""
+
+    def attend(self, q: Any, k: Any, v: Any) -> Any:
+        how, length = self.how, q.shape[2]
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        at = torch.arange(length)
+        seen = at[:, None] >= at
+        attention = torch.nn.functional.scaled_dot_product_attention
+        weights = (q @ k.mT / 3).masked_fill(~seen, -torch.inf)
+        talk = torch.eye(4) + 0.1
+        if how == "not causal":
+            return attention(q, k, v)
+        if how == "two attentions":
+            return attention(q, k, v, is_causal=True) - attention(k, q, v, is_causal=True)
+        if how == "talking heads by einsum":
+            return torch.einsum("bhij,hg->bgij", weights.softmax(-1), talk) @ v
+        if how == "talking heads by a product":
+            mixed = talk @ weights.softmax(-1).flatten(2)
+            return mixed.view(*weights.shape) @ v
+        if how == "talking heads by a convolution":
+            return torch.nn.functional.conv2d(weights.softmax(-1), talk[:, :, None, None]) @ v
+        if how == "a factor after the softmax":
+            return (weights.softmax(-1) * 0.5) @ v
+        if how == "through numpy":
+            return torch.from_numpy(weights.softmax(-1).numpy() ** 2) @ v
+        if how == "exponentials by hand":
+            high = (weights - weights.amax(-1, keepdim=True)).exp()
+            return high / high.sum(-1, keepdim=True) @ v
+        if how == "memory keys":
+            more = torch.cat([torch.zeros(length, 1), weights.new_zeros(length, 0)], -1)
+            scores = torch.cat([more.expand(*weights.shape[:2], -1, -1), weights], -1)
+            return scores.softmax(-1)[..., 1:] @ v
+        if how == "an operator with a soft cap":
+            return torch.ops.sinktrack_tests.capped(q, k, v)
+        if how == "linear":
+            return (q.unsqueeze(-1) * (k.unsqueeze(-1) * v.unsqueeze(-2)).cumsum(2)).sum(-2)
+        if how == "heads that see differently":
+            mask = seen.repeat(4, 1, 1)
+            mask[0] &= at[:, None] - at < 3
+            return attention(q, k, v, attn_mask=mask[None])
+        if how == "pieces of a sequence":
+            parts = [z.reshape(-1, 4, 2, z.shape[-1]) for z in (q, k, v)]
+            return attention(*parts, is_causal=True).reshape(q.shape)
+        if how == "a mask of the learned sort":
+            return attention(q, k, v, attn_mask=torch.zeros(length, length))
+        raise AssertionError(how)
+
+
+@torch.library.custom_op("sinktrack_tests::capped", mutates_args=())
+def capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    scores = 5 * torch.tanh(q @ k.mT / 5)
+    seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("not causal", "not causal"),
+        ("a mask of the learned sort", "not causal"),
+        ("two attentions", "attends more than once|beside the softmax"),
+        ("talking heads by einsum", "changed after the softmax"),
+        ("talking heads by a product", "changed after the softmax"),
+        ("talking heads by a convolution", "changed after the softmax"),
+        ("a factor after the softmax", "changed after the softmax"),
+        ("through numpy", "not seen to meet its values"),
+        ("exponentials by hand", "no softmax attention was seen"),
+        ("memory keys", "no softmax attention was seen"),
+        ("an operator with a soft cap", "capped.* something else than causal softmax"),
+        ("linear", "no softmax attention was seen"),
+        ("heads that see differently", "heads differ in which queries see P0"),
+        ("pieces of a sequence", "chunks of a sequence"),
+    ],
+)
+def test_attention_that_is_not_known_is_refused(
+    how: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Net(Kind())
+    for block in model.layers:
+        block.attention.__class__ = Attends
+    monkeypatch.setattr(Attends, "how", how)
+    with pytest.raises(MeasurementError, match=rf"block 0 \(Block\).*({reason})"):
+        measure(model, Probe.random(VOCABULARY, sequences=5, length=16))
+
+
+def train(steps: int, tracker: Any = None, model: Any = None) -> dict[str, Any]:
+    torch.manual_seed(3)
+    model = Net(KINDS["stacked experts"]) if model is None else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for step in range(1, steps + 1):
+        tokens = torch.randint(VOCABULARY, (4, 12), generator=generator)
+        logits = model(tokens)
+        dropped = torch.nn.functional.dropout(logits, 0.1)  # draws a random number
+        loss = torch.nn.functional.cross_entropy(
+            dropped[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+        )
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+        if tracker is not None:
+            tracker.step(step, model)
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "losses": losses,
+        "random": torch.get_rng_state(),
+    }
+
+
+def test_training_is_the_same_to_the_bit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plain = train(8)
+    tracker = SinkTracker(
+        PROBE, tmp_path / "run", every=3, on_error="raise",
+        decoder=Decoder(blocks=lambda model: model.layers),
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO, "sinktrack"):
+        tracked = train(8, tracker)
+    assert_identical(plain, tracked)
+    assert f"Net: {BLOCKS} blocks, {HEADS} heads, 5 experts" in caplog.text
+    records = Run.read(tmp_path / "run").records
+    assert [record["step"] for record in records] == [3, 6]
+    assert records[-1]["model"]["type"] == "Net"
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "run")])
+    assert shown.exit_code == 0, shown.output
+    assert "Net" in shown.output or "blocks" in shown.output
+
+
+def test_a_compiled_model_trains_on_without_compiling_again(tmp_path: Path) -> None:
+    tracker = SinkTracker(PROBE, tmp_path / "run", every=2, on_error="raise")
+    own = Net(KINDS["nanochat"])
+    model = torch.compile(own, backend="eager")
+    train(2, None, model)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(5, tracker, model)
+    found = measure(model, PROBE)
+    torch.testing.assert_close(found.p0_norm, measure(own, PROBE).p0_norm)
+    assert found.model["type"] == "Net"
+
+
+class Unknown(torch.nn.Module):
+    """Two lists of blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.other = Net(Kind()), Net(Kind())
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.net(tokens)
+
+
+def test_what_to_write_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    line = r"decoder=sinktrack\.Decoder\(blocks=lambda model: model\.net\.layers\)"
+    with pytest.raises(MeasurementError, match=line):
+        measure(Unknown(), PROBE)
+    tracker = SinkTracker(PROBE, tmp_path / "run", every=100)
+    tracker.step(1, Unknown())
+    assert re.search(line, caplog.text)
+    named = Decoder(Unknown(), blocks=lambda model: model.net.layers)
+    assert measure(named, PROBE).model["blocks"] == BLOCKS
+
+
+def test_tokens_beyond_the_vocabulary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    large = Probe.from_tokens([[1, 2, 3, 4], [4, VOCABULARY + 7, 6, 5]])
+    with pytest.raises(ProbeError, match=f"token id {VOCABULARY + 7}"):
+        measure(Net(Kind()), large)
+    tracker = SinkTracker(large, tmp_path / "run", every=100)
+    tracker.step(1, Net(Kind()))
+    assert f"token id {VOCABULARY + 7}" in caplog.text
+
+
+def test_a_forward_that_takes_more_than_tokens() -> None:
+    class Picky(Net):
+        def forward(self, tokens: torch.Tensor, scale: float) -> torch.Tensor:  # type: ignore[override]
+            return super().forward(tokens) * scale
+
+    with pytest.raises(MeasurementError, match="forward=lambda model, tokens"):
+        measure(Picky(Kind()), PROBE)
+    named = Decoder(Picky(Kind()), forward=lambda model, tokens: model(tokens, scale=1.0))
+    assert measure(named, PROBE).model["type"] == "Picky"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    model = reading(KINDS["nanochat"], PROBE.tokens)
+    exact = measure(model, PROBE)
+    found = measure(model.to(dtype), PROBE)
+    atol = 0.03 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(found.p0_attention, exact.p0_attention, atol=atol, rtol=0)
+    assert found.localization.share_sum == pytest.approx(1, abs=0.02)
+
+
+def test_several_streams_are_refused() -> None:
+    class Streams(torch_models.Block):
+        def forward(self, x: Any, value: Any = None, late: Any = None) -> Any:
+            return super().forward(x.mean(2))[0].unsqueeze(2) + x, value
+
+    class Wide(Net):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.embed(tokens).unsqueeze(2).expand(-1, -1, 3, -1)
+            for block in self.layers:
+                x, _ = block(x)
+            return self.head(x.mean(2))
+
+    model = Wide(Kind())
+    for block in model.layers:
+        block.__class__ = Streams
+    with pytest.raises(MeasurementError, match="hyper-connections"):
+        measure(model, PROBE)
+
+
+def test_one_block_twice_is_refused() -> None:
+    model = Net(Kind())
+    model.layers[1] = model.layers[0]
+    with pytest.raises(MeasurementError, match="several depths"):
+        measure(model, PROBE)
+
+
+def test_an_encoder_layer_of_torch() -> None:
+    """``nn.TransformerEncoderLayer``, whose fast path has no functions to see."""
+
+    class Encoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = torch.nn.Embedding(VOCABULARY, 32)
+            layer = torch.nn.TransformerEncoderLayer(32, 4, 64, norm_first=True, batch_first=True)
+            self.encoder = torch.nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+            for value in self.parameters():
+                torch.nn.init.normal_(value, std=0.3)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            mask = torch.nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+            return self.encoder(self.embed(tokens), mask=mask, is_causal=True)
+
+    model, matrices = Encoder().eval(), []
+    found = measure(model, PROBE)
+    with torch.no_grad():
+        x = model.embed(PROBE.tokens)
+        hidden = torch.ones(17, 17, dtype=torch.bool).triu(1)
+        for layer in model.encoder.layers:
+            y = layer.norm1(x)
+            wrote, weights = layer.self_attn(
+                y, y, y, attn_mask=hidden, need_weights=True, average_attn_weights=False
+            )
+            matrices.append(weights)
+            x = x + wrote
+            x = x + layer.linear2(torch.relu(layer.linear1(layer.norm2(x))))
+    for block, weights in enumerate(matrices):
+        p0 = weights[:, :, 1:, 0].mean(-1)
+        torch.testing.assert_close(found.p0_attention_by_sequence[:, block], p0, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.p0_norm[-1], x[:, 0].norm(dim=-1).mean())
