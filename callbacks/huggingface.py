@@ -27,7 +27,7 @@ class SinkTrackCallback(TrainerCallback):  # type: ignore[misc]
         probe: Probe | str | Path,
         run: str | Path | None = None,
         every: int = 100,
-        **options: Unpack[OptionArguments],
+        **options: Unpack[OptionArguments],  # type: ignore[misc]
     ) -> None:
         self.tracker = _Tracker(probe, run, every, **options)
 
@@ -91,4 +91,4 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
     def below(self, directory: str) -> None:
         """The Trainer's directory is known."""
         if self._directory is None:
-            self._directory = Path(directory) / "sinktrack"
+            self._directory: Path | None = Path(directory) / "sinktrack"

@@ -34,7 +34,7 @@ class SinkTrackLightning(Callback):
         probe: Probe | str | Path,
         run: str | Path,
         every: int = 100,
-        **options: Unpack[OptionArguments],
+        **options: Unpack[OptionArguments],  # type: ignore[misc]
     ) -> None:
         self.tracker = _Tracker(probe, run, every, **options)
 

@@ -189,7 +189,8 @@ def judge(seed: int) -> tuple[dict[str, Any], dict[str, bool | None]]:
         "false plateau": _false_plateau(truth, signal),
         "false fall": bool(false_falls or lost_early),
         "new main phase told at its step": any(
-            0 <= event.step - truth.second < 4 * EVERY for event in main
+            truth.second is not None and 0 <= event.step - truth.second < 4 * EVERY
+            for event in main
         ) if new else None,
         "new main phase taken for a move": bool(moved) if new else None,
         "move claimed where nothing moved": bool(moved) if not new else None,

@@ -341,7 +341,7 @@ def _encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
         ordinary: Callable[[str], Sequence[int]] = tokenizer.encode_ordinary
         return ordinary
     if callable(tokenizer):
-        return lambda text: tokenizer(text)["input_ids"]  # type: ignore[no-any-return]
+        return lambda text: tokenizer(text)["input_ids"]
     if hasattr(tokenizer, "encode") and hasattr(tokenizer, "token_to_id"):
 
         def encode(text: str) -> list[int]:

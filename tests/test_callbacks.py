@@ -259,7 +259,7 @@ def test_options_are_what_the_keyword_arguments_are() -> None:
     options = Options(every=np.int64(7), causal_every=np.int32(2))
     assert (options.every, type(options.every), options.causal_every) == (7, int, 2)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        options.every = 3  # type: ignore[misc]
+        options.every = 3
 
 
 def test_a_path_of_a_probe_is_loaded(tmp_path: Path) -> None:

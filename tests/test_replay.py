@@ -71,7 +71,7 @@ def test_attention_to_any_position_equals_eager(family: str) -> None:
     model = FAMILIES[family]()
     with replaying(model, PROBE) as replay:
         found, position = replay.plain(()), replay.position
-    for block, matrix in enumerate(eager_attention(model, PROBE.tokens)):
+    for block, matrix in enumerate(eager_attention(model, PROBE.tokens)[0]):
         for row, at in enumerate(position.tolist()):
             column = matrix[row, :, at + 1 :, at]
             seen = (column[0] > 0).sum().clamp(min=1)
@@ -179,7 +179,7 @@ def test_the_set_in_the_sink_state_equals_eager(family: str) -> None:
     with replaying(model, PROBE) as replay:
         replay.look({1, 3})
         found = replay.plain(())
-    matrices = eager_attention(model, PROBE.tokens)
+    matrices, _ = eager_attention(model, PROBE.tokens)
     with torch.no_grad():
         states = model(PROBE.tokens, output_hidden_states=True, use_cache=False).hidden_states
     for block in (1, 3):

@@ -118,7 +118,7 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.up(x)
-        return self.down(F.relu(inner).square() if self.squared else F.gelu(inner))
+        return self.down(F.relu(inner).square() if self.squared else F.gelu(inner))  # type: ignore[no-any-return]
 
 
 class Experts(nn.Module):
@@ -136,7 +136,7 @@ class Experts(nn.Module):
 
     def one(self, expert: int, x: Tensor) -> Tensor:
         if self.how == "list":
-            return self.experts[expert](x)
+            return self.experts[expert](x)  # type: ignore[no-any-return]
         return F.relu(x @ self.up[expert]).square() @ self.down[expert]
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,7 +214,8 @@ class Net(nn.Module):
         Net.length = tokens.shape[1]
         x = x.transpose(0, 1) if kind.time_first else x
         x = x.reshape(-1, WIDTH) if kind.flat else x
-        x0, value, kept, late = x, None, [], None
+        kept: list[Any] = []
+        x0, value, late = x, None, None
         for index, block in enumerate(self.layers):
             if kind.lambdas:
                 x = self.lambdas[index, 0] * x + self.lambdas[index, 1] * x0
@@ -229,7 +230,7 @@ class Net(nn.Module):
                 kept.append(x)
         x = x + late if kind.carried else x
         x = x.view(-1, Net.length, WIDTH) if kind.flat else x
-        return self.head(norm(x.transpose(0, 1) if kind.time_first else x))
+        return self.head(norm(x.transpose(0, 1) if kind.time_first else x))  # type: ignore[no-any-return]
 
 
 @dataclass

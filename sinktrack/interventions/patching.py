@@ -108,4 +108,5 @@ class Patch(Edit):
 def unit_vectors(count: int, width: int, seed: int) -> Tensor:
     """``[count, width]`` in random directions."""
     drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
-    return drawn / drawn.norm(dim=-1, keepdim=True)
+    unit: Tensor = drawn / drawn.norm(dim=-1, keepdim=True)
+    return unit

@@ -26,7 +26,7 @@ def by_block(record: Mapping[str, Any], field: Field) -> list[float | None]:
     Of a field by head the mean over the heads, of one by level that at `EPSILON`, or the
     only one that is there.
     """
-    value = record.get(field.name)
+    value: Any = record.get(field.name)
     if nothing(value):
         return []
     if field.rows is not None:

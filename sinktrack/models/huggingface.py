@@ -662,10 +662,11 @@ class _Tap:
 
     def write(self, found: Mark | None, added: Tensor) -> Tensor | None:
         if added.numel() != math.prod(self.shape):
-            return self._untold(
+            self._untold(
                 f"a {tuple(added.shape)} is added to its residual stream {self.shape}, which is no "
                 "sublayer's write"
             )
+            return None
         added = added.view(self.shape)
         raw = None if found is None else found.raw
         if raw is not None:  # of another shape, it went through more than a norm
@@ -675,10 +676,11 @@ class _Tap:
             assert found.operands is not None
             mixed, heads, weight, bias = found.operands
             if mixed.numel() != self.shape[0] * self.shape[1] * weight.shape[1]:
-                return self._untold(
+                self._untold(
                     "its attention heads are routed like experts, so what each writes at P0 cannot "
                     "be told"
                 )
+                return None
             mixed = mixed.view(*self.shape[:2], -1)
             projection = Projection(mixed, heads, weight, bias, found.factor)
             write = Write("attention", added, raw, projection)

@@ -12,11 +12,10 @@ import numpy as np
 from sinktrack.records.run import Run
 from sinktrack.signal import robust
 from sinktrack.signal.loss import Losses, Relation, read_losses, relate
-from sinktrack.signal.phases import Event, Span, main_of, spans
+from sinktrack.signal.phases import LASTING, Event, Span, main_of, spans
 from sinktrack.signal.robust import Interval
 from sinktrack.signal.stages import (
     ENOUGH,
-    LASTING,
     LEAST_MOVE,
     LEAST_RISE,
     MATERIAL,
@@ -249,7 +248,7 @@ def shown(record: Mapping[str, Any]) -> list[str]:
 
 def _main_writer(record: Mapping[str, Any], at: str) -> list[str]:
     sinks = record.get("sinks") or ()
-    main = max(sinks, key=lambda sink: sink["mass"], default={})
+    main: Mapping[str, Any] = max(sinks, key=lambda sink: sink["mass"], default={})
     for part in (main.get("writers") or ())[:1]:
         where = "" if part["block"] is None else f" of block {part['block']}"
         name = part["kind"].replace("mlp", "MLP")

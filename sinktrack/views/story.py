@@ -118,7 +118,7 @@ def decided(record: Record) -> list[str]:
             found.append(f"A token decides, not the position alone: {tried}.")
         else:
             found.append(f"Position and token decide together: {tried}.")
-    rivals = record.get("rivals")
+    rivals = record.get("rivals") or []
     for phase in by_mass(sinks(record)) if rivals else ():
         there = rivals[phase["peak_block"]]
         if there is not None and there >= _FEW:
