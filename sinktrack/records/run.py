@@ -228,7 +228,8 @@ class Run:
             MissingExtra: pandas is not installed.
         """
         pandas = require("pandas", "report")
-        scalars = [*_ABOUT, *(name for name, field in FIELDS.items() if not field.axes)]
+        numbers = {name for name, field in FIELDS.items() if field.rows is None}
+        scalars = [*_ABOUT, *(name for name in FIELDS if name in numbers and not FIELDS[name].axes)]
         by_block = [
             name
             for name, field in FIELDS.items()
