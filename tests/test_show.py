@@ -221,7 +221,7 @@ def test_any_encoding_of_the_output(encoding: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr.decode()
     text = done.stdout.decode("utf-8" if encoding == "utf-8" else "latin-1")
     name = {"utf-8": "\u2581", "C": "\\udce2"}.get(encoding, "\\u2581")
-    assert name in text.splitlines()[0]
+    assert name in "".join(text.splitlines()[:4])  # a long path is wrapped
     assert row(text, 0).split()[3].startswith("\u2581" if encoding == "utf-8" else ".")
 
 
