@@ -59,7 +59,7 @@ class SinkTracker:
         probe: Probe | str | Path,
         run: str | Path,
         every: int = 100,
-        **options: Unpack[OptionArguments],
+        **options: Unpack[OptionArguments],  # type: ignore[misc]
     ) -> None:
         self.options = Options(every=every, **options)
         self._directory = self._named(run)
@@ -83,7 +83,8 @@ class SinkTracker:
 
     def _named(self, run: Any) -> Path | None:
         """The run directory; None where a framework's callback names one later."""
-        return directory_of(run)
+        found: Path | None = directory_of(run)
+        return found
 
     def due(self, step: int) -> bool:
         """Is this one of the steps to probe?"""

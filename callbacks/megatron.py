@@ -33,7 +33,7 @@ class SinkTrackMegatron:
         probe: Probe | str | Path,
         run: str | Path,
         every: int = 100,
-        **options: Unpack[OptionArguments],
+        **options: Unpack[OptionArguments],  # type: ignore[misc]
     ) -> None:
         self.tracker = _Tracker(probe, run, every, **options)
         self._iteration = 0

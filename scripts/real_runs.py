@@ -110,7 +110,8 @@ def kept(record: dict[str, Any], writers: int = 0) -> dict[str, Any]:
         else {}) for sink in record["sinks"]
     ]  # fmt: skip
     found["intervals"] = {name: record["intervals"][name] for name in INTERVALS}
-    return rounded(found)
+    result: dict[str, Any] = rounded(found)
+    return result
 
 
 def rounded(value: Any) -> Any:

@@ -61,7 +61,7 @@ def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
                 smollm2.make(directory)
             except RuntimeError as error:
                 pytest.skip(str(error))
-    return directory
+    return Path(directory)
 
 
 @pytest.fixture(scope="session")

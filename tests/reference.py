@@ -417,9 +417,8 @@ def _check_sinks(found: Measurement, alphas: Mapping[int, torch.Tensor]) -> None
         for start in (0, 2):
             later = [a.flatten() for block, a in alphas.items() if block >= start]
             rates = (torch.cat(later) > eps).double().mean() if later else torch.tensor(math.nan)
-            rate = float(rates)
             assert found.sink_rate(eps, start_block=start) == pytest.approx(
-                rate, abs=1e-9, nan_ok=True
+                float(rates), abs=1e-9, nan_ok=True
             )
             if eps == 0.3 and start == 2:
                 assert found.sink_rate_from_2 == found.sink_rate(eps, start_block=start)

@@ -124,7 +124,8 @@ def test_a_decoder_of_ones_own(tmp_path: Path) -> None:
             return logits
 
         def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
-            return self(batch % torch_models.VOCABULARY).square().mean()
+            loss: torch.Tensor = self(batch % torch_models.VOCABULARY).square().mean()
+            return loss
 
     probe = Probe.random(torch_models.VOCABULARY, sequences=4, length=16)
     decoder = Decoder(blocks=lambda module: module.inner.layers)

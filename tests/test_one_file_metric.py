@@ -143,7 +143,7 @@ def test_a_logger_is_an_object_of_three_methods(tmp_path: Path) -> None:
     assert isinstance(JsonLines(tmp_path / "log"), Logger)
     for wrong in ([print], [JsonLines], "tensorboard"):
         with pytest.raises(TypeError, match="logger"):
-            SinkTracker(PROBE, tmp_path / "run", loggers=wrong)  # type: ignore[arg-type]
+            SinkTracker(PROBE, tmp_path / "run", loggers=wrong)
 
 
 def test_a_logger_that_fails_stops_neither_the_others_nor_training(

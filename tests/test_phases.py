@@ -130,10 +130,10 @@ def test_phases_over_any_concentrations(rows: list[list[float]]) -> None:
     ended = [one.phase for one in told if one.what in ("lost", "merged")]
     assert began == sorted(set(began)) and len(ended) == len(set(ended))
     alive: set[int] = set()
-    for one in told:
-        assert (one.phase in alive) != (one.what in ("born", "split"))
-        assert one.blocks.first_block <= one.blocks.last_block and str(one)
-        alive = alive - {one.phase} if one.what in ("lost", "merged") else alive | {one.phase}
+    for event in told:
+        assert (event.phase in alive) != (event.what in ("born", "split"))
+        assert event.blocks.first_block <= event.blocks.last_block and str(event)
+        alive = alive - {event.phase} if event.what in ("lost", "merged") else alive | {event.phase}
     for value in (tuple(row) for row in rows[-1:]):
         assert bool(stages.story.now) == (max(value) >= 0.3)
 

@@ -260,7 +260,8 @@ def by_hand(model: Net, tokens: Tensor) -> ByHand:
         seen = seen & (at[:, None] - at < kind.window)
     x = weights["embed.weight"][tokens]
     x[:, 0] += weights["start"]
-    x0, terms = x, {"embedding": x[:, 0]}
+    x0 = x
+    terms: dict[Any, Tensor] = {"embedding": x[:, 0]}
     kept: list[Any] = []
     first = None
     for index in range(BLOCKS):
@@ -315,7 +316,7 @@ def by_hand(model: Net, tokens: Tensor) -> ByHand:
         made = _mlp(kind, w, _norm(middle), found, index) * scale
         x = x + wrote + made
         written = {("attention", index): wrote[:, 0], ("mlp", index): made[:, 0]}
-        terms = terms | written
+        terms = {**terms, **written}
         found.written |= written
         if kind.skips and index < BLOCKS // 2:
             kept.append((x, terms))
