@@ -156,7 +156,7 @@ class Broken(torch_models.Block):
         elif how == "channels scaled":
             x = x * self.weight.mul(1.5) + wrote
         elif how == "fused projection":
-            x = x + torch.cat([wrote, self.mlp.up(torch_models.norm(x))[..., :8]], -1)[..., :32]
+            x = x + torch.cat([wrote, self.mlp.up(torch_models.norm(x))[..., :8]], -1)[..., :32]  # type: ignore[operator]
         elif how == "a layer on the attention":
             x = x + self.mlp(torch.tanh(wrote))
         elif how == "a factor of the tokens":
@@ -250,7 +250,7 @@ class Attends(torch_models.Attention):
             return attention(q, k, v, attn_mask=mask[None])
         if how == "pieces of a sequence":
             parts = [z.reshape(-1, 4, 2, z.shape[-1]) for z in (q, k, v)]
-            return attention(*parts, is_causal=True).reshape(q.shape)
+            return attention(*parts, is_causal=True).reshape(q.shape)  # type: ignore[misc]
         if how == "a mask of the learned sort":
             return attention(q, k, v, attn_mask=torch.zeros(length, length))
         raise AssertionError(how)
@@ -344,7 +344,7 @@ def test_a_compiled_model_trains_on_without_compiling_again(tmp_path: Path) -> N
     train(2, None, model)
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(5, tracker, model)
-    found = measure(model, PROBE)
+    found = measure(model, PROBE)  # type: ignore[arg-type]
     torch.testing.assert_close(found.p0_norm, measure(own, PROBE).p0_norm)
     assert found.model["type"] == "Net"
 
@@ -357,7 +357,7 @@ class Unknown(torch.nn.Module):
         self.net, self.other = Net(Kind()), Net(Kind())
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.net(tokens)
+        return self.net(tokens)  # type: ignore[no-any-return]
 
 
 def test_what_to_write_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -411,7 +411,7 @@ def test_several_streams_are_refused() -> None:
             x = self.embed(tokens).unsqueeze(2).expand(-1, -1, 3, -1)
             for block in self.layers:
                 x, _ = block(x)
-            return self.head(x.mean(2))
+            return self.head(x.mean(2))  # type: ignore[no-any-return]
 
     model = Wide(Kind())
     for block in model.layers:
@@ -442,7 +442,7 @@ def test_an_encoder_layer_of_torch() -> None:
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             mask = torch.nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
-            return self.encoder(self.embed(tokens), mask=mask, is_causal=True)
+            return self.encoder(self.embed(tokens), mask=mask, is_causal=True)  # type: ignore[no-any-return]
 
     model, matrices = Encoder().eval(), []
     found = measure(model, PROBE)

@@ -271,7 +271,9 @@ def test_two_sinks_in_series() -> None:
     assert named[0]["mlp", 0] == named[1]["mlp", 3] == "necessary"
     assert named[1]["mlp", 0] is None and ("mlp", 3) not in named[0]
     assert [(p["first_block"], p["last_block"]) for p in found["phases"]] == spans
-    main = spans.index((measured.main_sink.first_block, measured.main_sink.last_block))
+    sink = measured.main_sink
+    assert sink is not None
+    main = spans.index((sink.first_block, sink.last_block))
     for test in ("necessity", "sufficiency", "position"):
         assert found[test] == found["phases"][main][test]
     (row,) = [r for r in found["phases"][0]["necessity"] if (r["kind"], r["block"]) == ("mlp", 0)]
