@@ -24,11 +24,10 @@ def command(
     """
     from sinktrack.records.run import Run
     from sinktrack.signal import analyze
-    from sinktrack.signal.stages import living
     from sinktrack.views.terminal import show as show_records
 
     opened = Run.read(run)
-    records, signal = living(opened.written), analyze(opened, loss)
+    records, signal = opened.records, analyze(opened, loss)
     if as_json:
         if records:
             records[-1] |= {"signal": signal.to_json()}
