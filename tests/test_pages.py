@@ -82,7 +82,7 @@ def test_the_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             Run.open("runs/one", given["probe"]).append(measured | {"probe": given["probe"].digest})
         exec(block, given)
     if page == "README.md":
-        assert len(run) == 3 and Run.read("runs/one").steps == [0, 1]
+        assert len(run) == 4 and Run.read("runs/one").steps == [0, 1]
     if page == "docs/quickstart.md":
         assert Run.read("runs/one").steps == [0] and Probe.load("probe.safetensors").length == 64
     if page == "docs/dashboards.md":

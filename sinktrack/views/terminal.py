@@ -113,7 +113,7 @@ def _signal(signal: Analysis, console: Console) -> None:
             console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2)))
 
 
-_TESTS = {"necessity": "replaced by another position's", "sufficiency": "of P0, put elsewhere"}
+_TESTS = {"necessity": "from another position", "sufficiency": "of P0, put elsewhere"}
 
 
 def _causal(record: Mapping[str, Any], console: Console) -> None:
@@ -160,7 +160,7 @@ def _set_up(test: str, row: Mapping[str, Any]) -> str:
             return f"P0, attending to all positions{where}"
         return f"another position, attending to itself alone{where}"
     if row["kind"] == "embedding":
-        return "embedding replaced by another token's"
+        return "embedding of another token"
     return f"{_name(row)} {_TESTS[test]}"
 
 

@@ -64,7 +64,7 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
 
     def passes() -> None:
         taps = []
-        with untouched(bare, size, probe), _ready(found):
+        with _synced(found), untouched(bare, size, probe), _ready(found):
             fresh(found, all_of)
             for shard, plan in zip((collected, singles), planned, strict=True):
                 with megatron.watch(found, shard) as tap:
@@ -152,21 +152,19 @@ def _vocabulary(found: Any) -> int | None:
 
 
 @contextmanager
-def _ready(found: Any) -> Iterator[None]:
-    """Parameters gathered, no timers, no logits, no jitter; inside `untouched`, which ends it."""
+def _synced(found: Any) -> Iterator[None]:
+    """Parameters are gathered, and no hook gathers them anew; around `untouched`.
+
+    `untouched` would put the handles of these hooks back where something of the model leads to
+    them, as ``no_sync_func`` does, after new hooks are set.
+    """
     gathering = {
         wrapped: len(handles)
         for wrapped in found.models
         if (handles := getattr(wrapped, "remove_forward_pre_hook_handles", None))
     }
-    scalers = {scaler: scaler.main_loss_backward_scale for scaler in _scalers()}
-    own = {name: getattr(found.config, name) for name in ("timers", "param_sync_func")}
 
     def undo() -> None:
-        for name, value in own.items():
-            setattr(found.config, name, value)
-        for scaler, scale in scalers.items():
-            scaler.main_loss_backward_scale = scale
         for wrapped, count in gathering.items():
             handles = wrapped.remove_forward_pre_hook_handles
             if len(handles) != count:  # none, or some where disabling broke off
@@ -177,6 +175,22 @@ def _ready(found: Any) -> Iterator[None]:
     with undone(undo):
         for wrapped in gathering:
             wrapped.disable_forward_pre_hook()
+        yield
+
+
+@contextmanager
+def _ready(found: Any) -> Iterator[None]:
+    """No timers, no logits, no jitter; inside `untouched`, which ends it."""
+    scalers = {scaler: scaler.main_loss_backward_scale for scaler in _scalers()}
+    own = {name: getattr(found.config, name) for name in ("timers", "param_sync_func")}
+
+    def undo() -> None:
+        for name, value in own.items():
+            setattr(found.config, name, value)
+        for scaler, scale in scalers.items():
+            scaler.main_loss_backward_scale = scale
+
+    with undone(undo):
         for name in own:
             setattr(found.config, name, None)
         for chunk in found.bare:
