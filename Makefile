@@ -4,13 +4,16 @@ BIN := $(VENV)/bin
 PYTHON312 ?= python3.12
 MEGATRON := 0.16.1 0.17.1 0.18.2 0.19.2
 
-.PHONY: demo test check coverage lowest megatron docs linkcheck bench clean
+.PHONY: demo test slow check coverage lowest megatron docs linkcheck bench clean
 
 demo: $(VENV)/ready  ## train a tiny MoE, scan its checkpoints, draw demo/report.html
 	$(BIN)/sinktrack demo --out demo
 
 test: $(VENV)-test/ready  ## run the tests
 	$(VENV)-test/bin/python -m pytest -n 2 --dist loadfile
+
+slow: $(VENV)-test/ready  ## run the tests that take minutes or packages of their own
+	$(VENV)-test/bin/python -m pytest -m slow
 
 check: $(VENV)-test/ready  ## what must hold before a change goes in: style, structure, types, tests
 	$(VENV)-test/bin/ruff check .
