@@ -13,7 +13,7 @@ from sinktrack.collect import Collector
 from sinktrack.errors import MeasurementError, require
 from sinktrack.measurement import Measurement
 from sinktrack.models.base import adapt
-from sinktrack.models.guard import out_of_memory, undisturbed, untouched
+from sinktrack.models.guard import out_of_memory, refuse_unreadable, undisturbed, untouched
 from sinktrack.models.parallel import is_apart
 from sinktrack.models.passes import Digest, Passes
 from sinktrack.probe import Probe
@@ -95,7 +95,7 @@ def _measure_apart(
     from sinktrack.models.gathered import Gathered, together
 
     def gathered() -> Gathered:
-        _refuse_unreadable(model)
+        refuse_unreadable(model)
         return Gathered(model)
 
     with undisturbed(nn.Identity()):
@@ -171,7 +171,7 @@ def readable(model: nn.Module, probe: Probe) -> Decoder:
     from sinktrack.models.huggingface import decoder
 
     found = decoder(model)
-    _refuse_unreadable(found.model)
+    refuse_unreadable(found.model)
     _check(probe, found)
     return found
 
@@ -207,25 +207,6 @@ def forward(model: nn.Module, tokens: Tensor, logits: bool = False) -> Any:
     wanted: dict[str, Any] = {"use_cache": False, "logits_to_keep": 0 if logits else 1}
     given = {name: value for name, value in wanted.items() if name in accepted}
     return model(input_ids=tokens, **given)
-
-
-def _refuse_unreadable(model: nn.Module) -> None:
-    """Refuse weights that are not there, or not numbers that we can multiply with."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise MeasurementError(
-                f"{name} is on the meta device and has no values; load the weights first"
-            )
-        if hasattr(parameter, "ds_id"):
-            raise MeasurementError(
-                f"{name} is partitioned by DeepSpeed ZeRO-3, so no process holds the model; "
-                "measure the saved checkpoints with `sinktrack scan`, or train with ZeRO-2 or FSDP2"
-            )
-        if not parameter.is_floating_point() or parameter.element_size() < 2:
-            raise MeasurementError(
-                f"{name} is stored as {parameter.dtype}: quantized weights are not supported; "
-                "measure the model before quantization"
-            )
 
 
 def _refuse_a_part(found: Decoder, collected: Collector) -> None:

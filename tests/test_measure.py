@@ -6,6 +6,7 @@ import random
 import re
 from typing import Any
 
+import accelerate
 import models
 import numpy as np
 import pytest
@@ -427,6 +428,20 @@ def test_a_model_on_meta_is_refused() -> None:
         model = models.llama()
     with pytest.raises(MeasurementError, match=r"embed_tokens.*meta device.*load"):
         measure(model, PROBE)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_models_that_accelerate_placed(offload: bool) -> None:
+    """A device map is measured as the model is; weights that are elsewhere are called so."""
+    model = models.mixtral().eval()
+    if offload:
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        with pytest.raises(MeasurementError, match=r"embed_tokens.*offloaded.*sinktrack scan"):
+            measure(model, PROBE)
+    else:
+        wanted = measured_fields(model, PROBE)
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        assert measured_fields(model, PROBE) == wanted
 
 
 def test_not_a_transformers_model() -> None:

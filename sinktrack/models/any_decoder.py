@@ -26,7 +26,7 @@ from sinktrack.errors import MeasurementError, SinktrackError
 from sinktrack.events import Projection, Routed, Write
 from sinktrack.measurement import Measurement
 from sinktrack.models.experts import Expert, NotTold, apart
-from sinktrack.models.guard import untouched
+from sinktrack.models.guard import refuse_unreadable, untouched
 from sinktrack.models.parallel import is_apart
 from sinktrack.models.passes import Digest, Passes
 from sinktrack.models.tracer import _ADD, _MULTIPLY, _SAME, Lineage, Mark, _tensors, mark, mark_of
@@ -284,16 +284,7 @@ def _found(decoder: Decoder) -> Found:
             "or pipeline parallelism); of models that are not transformers only whole ones, DDP "
             "and FSDP2 are supported: measure the saved checkpoints with `sinktrack scan`"
         )
-    for name, value in model.named_parameters():
-        if value.is_meta:
-            raise MeasurementError(
-                f"{name} is on the meta device and has no values; load the weights first"
-            )
-        if not value.is_floating_point() or value.element_size() < 2:
-            raise MeasurementError(
-                f"{name} is stored as {value.dtype}: quantized weights are not supported; "
-                "measure the model before quantization"
-            )
+    refuse_unreadable(model)
     return Found(model, blocks)
 
 

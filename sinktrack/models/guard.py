@@ -29,6 +29,34 @@ def untouched(model: nn.Module, size: int, probe: Probe) -> Iterator[None]:
         yield
 
 
+def refuse_unreadable(model: nn.Module) -> None:
+    """Refuse weights that are not there, or not numbers that we can multiply with.
+
+    Raises:
+        MeasurementError: names the first such parameter, why it is so and what to do.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            if any(getattr(module, "_hf_hook", None) for module in model.modules()):
+                raise MeasurementError(
+                    f"{name} is on the meta device: accelerate has offloaded it (device_map); "
+                    "measure the checkpoint with `sinktrack scan`, which holds one block at a time"
+                )
+            raise MeasurementError(
+                f"{name} is on the meta device and has no values; load the weights first"
+            )
+        if hasattr(parameter, "ds_id"):
+            raise MeasurementError(
+                f"{name} is partitioned by DeepSpeed ZeRO-3, so no process holds the model; "
+                "measure the saved checkpoints with `sinktrack scan`, or train with ZeRO-2 or FSDP2"
+            )
+        if not parameter.is_floating_point() or parameter.element_size() < 2:
+            raise MeasurementError(
+                f"{name} is stored as {parameter.dtype}: quantized weights are not supported; "
+                "measure the model before quantization"
+            )
+
+
 @contextmanager
 def undone(undo: Callable[[], object]) -> Iterator[None]:
     """Call ``undo`` on leaving; once more where a signal's handler raises in the middle of it."""
