@@ -4,7 +4,10 @@ BIN := $(VENV)/bin
 PYTHON312 ?= python3.12
 MEGATRON := 0.16.1 0.17.1 0.18.2 0.19.2
 
-.PHONY: demo test slow check coverage lowest megatron docs linkcheck bench clean
+.PHONY: help demo test slow check coverage lowest megatron docs linkcheck bench clean
+
+help:  ## print these lines
+	@sed -n 's/^\([a-z]*\):.*##/\1:/p' Makefile
 
 demo: $(VENV)/ready  ## train a tiny MoE, scan its checkpoints, draw demo/report.html
 	$(BIN)/sinktrack demo --out demo
@@ -18,6 +21,7 @@ slow: $(VENV)-test/ready  ## run the tests that take minutes or packages of thei
 check: $(VENV)-test/ready  ## what must hold before a change goes in: style, structure, types, tests
 	$(VENV)-test/bin/ruff check .
 	$(VENV)-test/bin/ruff format --check .
+	$(VENV)-test/bin/codespell sinktrack callbacks tests scripts docs examples *.md
 	$(VENV)-test/bin/lint-imports
 	$(VENV)-test/bin/mypy
 	$(MAKE) test
