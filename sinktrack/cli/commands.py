@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from sinktrack.cli import demo, export, probe, publish, report, scan, show
+from sinktrack.cli import compare, demo, export, probe, publish, report, scan, show
 
 _EXIT_CODES = "Exit codes: 0 done, 1 some checkpoints failed, 2 wrong use, 130 interrupted."
 
@@ -65,6 +65,7 @@ for _name, _module, _group, _example in (
     ("scan", scan, _MEASURE, "sinktrack scan checkpoints --run runs/one --workers 2"),
     ("show", show, _LOOK, "sinktrack show runs/one"),
     ("report", report, _LOOK, "sinktrack report runs/one runs/two --out report.html"),
+    ("compare", compare, _LOOK, "sinktrack compare runs/* --table runs.csv"),
     ("export", export, _LOOK, "sinktrack export runs/one --format parquet"),
     ("publish", publish, _LOOK, "sinktrack publish runs/one --to wandb --project pretraining"),
 ):

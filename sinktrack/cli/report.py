@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sinktrack.cli.common import ERR
+from sinktrack.cli.common import ERR, named
 
 
 def command(
@@ -28,7 +28,7 @@ def command(
     from sinktrack.signal.loss import read_losses
     from sinktrack.views.report import write_report
 
-    opened = {name: Run.read(path) for name, path in _named(runs).items()}
+    opened = {name: Run.read(path) for name, path in named(runs).items()}
     if loss and len(loss) != len(opened):
         raise typer.BadParameter(f"--loss {len(loss)} times for {len(opened)} runs")
     losses = dict(zip(opened, map(read_losses, loss or []), strict=False))
@@ -42,15 +42,3 @@ def command(
             serving.serve_forever()
     write_report({name: run.written for name, run in opened.items()}, out, losses)
     ERR.print(f"wrote {out}", markup=False)
-
-
-def _named(runs: list[Path]) -> dict[str, Path]:
-    """The runs by the shortest end of their paths that tells them apart."""
-    from sinktrack.text import printable
-
-    paths = [run.absolute() for run in dict.fromkeys(runs)]
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = [printable("/".join(path.parts[-depth:])) for path in paths]
-        if len(set(names)) == len(paths):
-            break
-    return dict(zip(names, paths, strict=True))

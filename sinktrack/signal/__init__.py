@@ -1,6 +1,7 @@
 """From the records of a run to its signal: onset, stage, plateau, regression; a candidate."""
 
 from sinktrack.signal.analysis import Analysis, FirstBlock, Migration, Plateau, alarm, analyze
+from sinktrack.signal.compare import Comparison, compare
 from sinktrack.signal.phases import Event
 from sinktrack.signal.robust import Interval
 from sinktrack.signal.stages import Regression, Stages
@@ -8,6 +9,7 @@ from sinktrack.signal.timeline import Timeline, timeline
 
 __all__ = [
     "Analysis",
+    "Comparison",
     "Event",
     "FirstBlock",
     "Interval",
@@ -18,5 +20,6 @@ __all__ = [
     "Timeline",
     "alarm",
     "analyze",
+    "compare",
     "timeline",
 ]

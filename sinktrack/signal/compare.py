@@ -1,0 +1,587 @@
+"""Several runs side by side: the spread over seeds, settings against each other, and outcomes.
+
+Sources: Student (1908) for the interval between seeds; Welch (1947) for that of a difference;
+Fisher (1935) for the permutation test; Holm (1979) for many tests; Bonett and Wright (2000) for the
+interval of a rank correlation.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+
+from sinktrack import text
+from sinktrack.errors import RecordError
+from sinktrack.records.lineage import current
+from sinktrack.records.run import Run
+from sinktrack.signal import robust
+from sinktrack.signal.analysis import analyze
+from sinktrack.signal.loss import Losses
+from sinktrack.signal.quantiles import ranks, student_t
+from sinktrack.signal.robust import Interval
+
+Axis = Literal["step", "tokens", "loss"]
+QUANTITIES = {
+    "onset": "onset",
+    "sink_rate": "sink rate",
+    "first_two_share": "first-two share",
+    "depth": "depth",
+}
+"""What is compared, with its name: the onset on the axis, the rest where all runs have been."""
+LEAST_SEEDS = 5
+"""Runs of a setting from which an interval between seeds is given, and a difference is claimed."""
+LEAST_RUNS = 10
+"""Runs with an outcome from which a correlation with it is given."""
+PARTS = (0.25, 0.5, 1.0)
+"""Of the stretch that all runs share, where the sink rate is held against outcomes."""
+_MOST = 20_000
+"""Regroupings up to which all are counted; of more, so many are drawn."""
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run in the numbers that are compared; None where it has none."""
+
+    name: str
+    setting: str
+    stage: str | None
+    reached: float | None
+    """How far its records go on the axis."""
+    onset: Interval | None
+    """On the axis."""
+    sink_rate: float | None
+    probe: float | None
+    """Half the 95 % interval of the sink rate over the probe's sequences."""
+    first_two_share: float | None
+    depth: float | None
+    first_sink_block: int | None
+    score: float | None
+
+    def value(self, quantity: str) -> float | None:
+        """One of `QUANTITIES`."""
+        if quantity == "onset":
+            return None if self.onset is None else self.onset.value
+        found: float | None = getattr(self, quantity)
+        return found
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """A quantity over the runs of one setting."""
+
+    setting: str
+    quantity: str
+    runs: int
+    """With a value."""
+    without: int
+    """Runs of the setting that have none."""
+    mean: float
+    low: float
+    """The smallest."""
+    high: float
+    interval: Interval | None
+    """Of the mean between seeds, by Student's t; None below `LEAST_SEEDS`."""
+    probe: float | None
+    """Of the sink rate: half the 95 % interval over the probe's sequences, the mean over runs."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A quantity of one setting less that of another."""
+
+    quantity: str
+    settings: tuple[str, str]
+    value: Interval
+    """Second less first, by Welch's t."""
+    p: float
+    """Of a permutation test, two-sided, adjusted by Holm's method for all that were made."""
+
+    @property
+    def claimed(self) -> bool:
+        """Is it beyond chance at 5 %, over all tests that were made?"""
+        return self.p <= 1 - robust.SURE
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Rank correlation of a quantity with the outcome over runs."""
+
+    quantity: str
+    at: float | None
+    """Place on the axis; None of the onset."""
+    runs: int
+    correlation: Interval
+    """Spearman's."""
+    beyond_loss: Interval | None
+    """The same, partial to the loss at that place; None without losses."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side. Every interval is one of 95 %."""
+
+    axis: Axis
+    at: float | None
+    """The furthest place on the axis that all runs have reached."""
+    runs: tuple[RunSummary, ...]
+    spreads: tuple[SeedSpread, ...]
+    differences: tuple[Difference, ...]
+    predictions: tuple[Prediction, ...]
+    missing: tuple[str, ...]
+    """What is not said, and why."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        found = asdict(self)
+        for one, own in zip(found["differences"], self.differences, strict=True):
+            one["claimed"] = own.claimed
+        return found
+
+    def __str__(self) -> str:
+        return "\n".join([*self.table(), *self.lines(), *(f"not said: {m}" for m in self.missing)])
+
+    def table(self) -> list[str]:
+        """One line a run, under a line of titles."""
+        titles = ["run", "setting", "stage", f"onset ({self.axis})", "sink rate", "first two",
+                  "depth", "first sink block"]  # fmt: skip
+        rows = [
+            [
+                one.name, one.setting, one.stage or "-",
+                "-" if one.onset is None else _axis(one.onset.value, self.axis),
+                _number("sink_rate", one.sink_rate),
+                _number("first_two_share", one.first_two_share),
+                _number("depth", one.depth),
+                "-" if one.first_sink_block is None else str(one.first_sink_block),
+            ]
+            for one in self.runs
+        ]  # fmt: skip
+        if len({one.setting for one in self.runs}) < 2:
+            titles, rows = titles[:1] + titles[2:], [row[:1] + row[2:] for row in rows]
+        widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+        return [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [titles, *rows]
+        ]
+
+    def lines(self) -> list[str]:
+        """What was found, in words."""
+        found = []
+        if self.at is not None:
+            found.append(
+                f"Numbers but the onset are at {self.axis} {_axis(self.at, self.axis)}, which all "
+                "runs have reached."
+            )
+        found += [self._spread(one) for one in self.spreads]
+        for one in self.differences:
+            name = QUANTITIES[one.quantity]
+            of = f"{one.settings[1]} less {one.settings[0]}"
+            value, low, high = (self._told(one.quantity, bound) for bound in one.value)
+            verdict = "beyond" if one.claimed else "within"
+            found.append(
+                f"{name}, {of}: {value} (95 %: {low} to {high}), {verdict} what seeds explain "
+                f"(permutation test, p = {one.p:.3f} after Holm)"
+            )
+        for row in self.predictions:
+            where = "" if row.at is None else f" at {self.axis} {_axis(row.at, self.axis)}"
+            told = f"rank correlation of {QUANTITIES[row.quantity]}{where} with the outcome: "
+            told += f"{_signed(row.correlation)}, {row.runs} runs"
+            if row.beyond_loss is not None:
+                told += f"; beyond the loss there {_signed(row.beyond_loss)}"
+            found.append(told)
+        return found
+
+    def _spread(self, one: SeedSpread) -> str:
+        of = f"{one.setting}: " if one.setting else ""
+        told = f"{of}{QUANTITIES[one.quantity]} {self._told(one.quantity, one.mean)}"
+        low, high = self._told(one.quantity, one.low), self._told(one.quantity, one.high)
+        if one.interval is not None:
+            ends = [self._told(one.quantity, bound) for bound in one.interval[1:]]
+            told += f" (95 % between seeds: {ends[0]} to {ends[1]})"
+        told += f", {one.runs} runs from {low} to {high}"
+        if one.probe is not None:
+            told += f"; over one run's sequences ±{100 * one.probe:.1f} points"
+        return told + (f"; {one.without} without" if one.without else "")
+
+    def _told(self, quantity: str, value: float) -> str:
+        if quantity == "onset":
+            return _axis(value, self.axis)
+        return _number(quantity, value)
+
+
+def compare(
+    runs: Mapping[str, Run | Iterable[Mapping[str, Any]]],
+    *,
+    settings: Mapping[str, str] | None = None,
+    scores: Mapping[str, float] | None = None,
+    losses: Mapping[str, Losses] | None = None,
+    axis: Axis = "step",
+) -> Comparison:
+    """Put runs side by side.
+
+    Args:
+        runs: by name, a run or its records in the order in which they were written.
+        settings: by run, what it is a seed of; one for all unless given.
+        scores: by run, its outcome: a final loss, or a score of a downstream task.
+        losses: by run, the loss by step.
+        axis: on what runs are aligned: ``step``, ``tokens`` of the records, or ``loss``.
+
+    Raises:
+        RecordError: runs of different probes; a name that is no run's; no losses for that axis.
+    """
+    given = {name: list(run.written if isinstance(run, Run) else run) for name, run in runs.items()}
+    _check(given, settings or {}, scores or {}, losses or {}, axis)
+    lines = {name: _Line(current(records), (losses or {}).get(name), axis)
+             for name, records in given.items()}  # fmt: skip
+    ends = [line.end for line in lines.values() if line.end is not None]
+    at = None
+    if ends and len(ends) == len(lines):
+        at = max(ends) if axis == "loss" else min(ends)
+    summaries = tuple(
+        _summary(name, given[name], lines[name], at, (settings or {}).get(name, ""),
+                 (scores or {}).get(name))
+        for name in runs
+    )  # fmt: skip
+    missing = [f"{one.name}: no record with a place on this axis ({axis})"
+               for one in summaries if one.reached is None]  # fmt: skip
+    spreads = _spreads(summaries)
+    differences = _differences(summaries, missing)
+    predictions: tuple[Prediction, ...] = ()
+    if scores:
+        predictions = _predictions(summaries, lines, axis, at, missing)
+    return Comparison(axis, at, summaries, spreads, differences, predictions, tuple(missing))
+
+
+def read_table(path: str | Path) -> tuple[dict[str, str], dict[str, float]]:
+    """Settings and outcomes of runs from a CSV with the columns run, and setting or score or both.
+
+    Returns:
+        setting by run, and score by run.
+
+    Raises:
+        RecordError: the file cannot be read, lacks these columns, or holds a score that is none.
+    """
+    try:
+        rows = list(csv.DictReader(io.StringIO(text.read(Path(path)), newline="")))
+    except (OSError, ValueError, csv.Error) as error:
+        raise RecordError(f"cannot read {path}: {error}") from error
+    columns = set(rows[0]) if rows else set()
+    if "run" not in columns or not columns & {"setting", "score"}:
+        raise RecordError(
+            f"{path} has the columns {', '.join(map(str, columns)) or 'none'}; wanted are run, and "
+            "setting or score"
+        )
+    settings, scores = {}, {}
+    for row in rows:
+        if row.get("setting"):
+            settings[row["run"]] = row["setting"]
+        if row.get("score"):
+            try:
+                scores[row["run"]] = float(row["score"])
+            except ValueError as error:
+                raise RecordError(f"{path}: the score of {row['run']} is no number") from error
+    return settings, scores
+
+
+class _Line:
+    """A run's current records by their place on an axis."""
+
+    def __init__(
+        self, records: Sequence[Mapping[str, Any]], losses: Losses | None, axis: Axis
+    ) -> None:
+        whole = [record for record in records if record.get("sink_rate") is not None]
+        self._steps = np.array([record["step"] for record in whole], dtype=np.float64)
+        self._known = sorted(step for step, loss in (losses or {}).items() if math.isfinite(loss))
+        self._losses = [float((losses or {})[step]) for step in self._known]
+        if axis == "step":
+            places: list[float | None] = [float(record["step"]) for record in whole]
+        elif axis == "tokens":
+            places = [record.get("tokens") for record in whole]
+        else:
+            places = [self.loss_at(record["step"]) for record in whole]
+        kept: list[tuple[int, float]] = []
+        for i, place in enumerate(places):
+            known = place is not None
+            if known and axis == "loss":  # only where it is lower than ever before
+                known = not kept or place < kept[-1][1]
+            if known:
+                kept.append((i, place))
+        self.records = [whole[i] for i, _ in kept]
+        self.places = np.array([place for _, place in kept], dtype=np.float64)
+        self._steps = self._steps[[i for i, _ in kept]] if kept else self._steps[:0]
+        self._sign = -1.0 if axis == "loss" else 1.0
+
+    @property
+    def end(self) -> float | None:
+        """The last place."""
+        return float(self.places[-1]) if len(self.places) else None
+
+    @property
+    def start(self) -> float | None:
+        """The first place."""
+        return float(self.places[0]) if len(self.places) else None
+
+    def loss_at(self, step: float) -> float | None:
+        """Of the straight line between the logged ones around a step; None outside of them."""
+        if not self._known or not self._known[0] <= step <= self._known[-1]:
+            return None
+        return float(np.interp(step, self._known, self._losses))
+
+    def place(self, step: float) -> float | None:
+        """On the axis, of a step between two records."""
+        if not len(self.places) or not self._steps[0] <= step <= self._steps[-1]:
+            return None
+        return float(np.interp(step, self._steps, self.places))
+
+    def at(self, place: float) -> Mapping[str, Any] | None:
+        """The last record that is not beyond a place."""
+        index = int(np.searchsorted(self._sign * self.places, self._sign * place, "right")) - 1
+        return self.records[index] if index >= 0 else None
+
+
+def _check(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: Mapping[str, str],
+    scores: Mapping[str, float],
+    losses: Mapping[str, Losses],
+    axis: Axis,
+) -> None:
+    for what, names in (("setting", settings), ("score", scores), ("loss", losses)):
+        if unknown := set(names) - set(runs):
+            raise RecordError(
+                f"a {what} of {', '.join(sorted(unknown))}, which is none of the runs "
+                f"{', '.join(runs)}"
+            )
+    if axis not in ("step", "tokens", "loss"):
+        raise RecordError(f"runs are aligned by step, tokens or loss, not by {axis!r}")
+    if axis == "loss" and (without := set(runs) - set(losses)):
+        raise RecordError(f"to align by loss, {', '.join(sorted(without))} want one")
+    probes: dict[Any, str] = {}
+    for name, records in runs.items():
+        if records and records[-1].get("probe") is not None:
+            probes.setdefault(records[-1]["probe"], name)
+    if len(probes) > 1:
+        one, other = list(probes.values())[:2]
+        raise RecordError(
+            f"{one} and {other} were measured with different probes; scan them again with one probe"
+        )
+
+
+def _summary(
+    name: str,
+    records: Sequence[Mapping[str, Any]],
+    line: _Line,
+    at: float | None,
+    setting: str,
+    score: float | None,
+) -> RunSummary:
+    found = analyze(records)
+    onset = None
+    if found.onset is not None:
+        ends = [line.place(step) for step in found.onset]
+        if None not in ends:
+            value, low, high = (float(end) for end in ends if end is not None)
+            onset = Interval(value, min(low, high), max(low, high))
+    record = (line.at(at) if at is not None else None) or {}
+    interval = (record.get("intervals") or {}).get("sink_rate")
+    formed = bool(record.get("formed"))
+    return RunSummary(
+        name=name,
+        setting=setting,
+        stage=found.stage,
+        reached=line.end,
+        onset=onset,
+        sink_rate=record.get("sink_rate"),
+        probe=(interval[1] - interval[0]) / 2 if interval else None,
+        first_two_share=record.get("first_two_share") if formed else None,
+        depth=record.get("depth") if formed else None,
+        first_sink_block=record.get("first_sink_block"),
+        score=score,
+    )
+
+
+def _values(runs: Sequence[RunSummary], quantity: str) -> list[float]:
+    return [value for run in runs if (value := run.value(quantity)) is not None]
+
+
+def _by_setting(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
+    found: dict[str, list[RunSummary]] = {}
+    for run in runs:
+        found.setdefault(run.setting, []).append(run)
+    return found
+
+
+def _spreads(runs: Sequence[RunSummary]) -> tuple[SeedSpread, ...]:
+    found = []
+    for setting, members in _by_setting(runs).items():
+        for quantity in QUANTITIES:
+            values = np.array(_values(members, quantity))
+            if not len(values):
+                continue
+            mean, interval = float(values.mean()), None
+            if len(values) >= LEAST_SEEDS:
+                half = _t(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+                interval = Interval(mean, mean - half, mean + half)
+            probes = [run.probe for run in members if run.probe is not None]
+            found.append(SeedSpread(
+                setting, quantity, len(values), len(members) - len(values), mean,
+                float(values.min()), float(values.max()), interval,
+                float(np.mean(probes)) if probes and quantity == "sink_rate" else None,
+            ))  # fmt: skip
+    return tuple(found)
+
+
+def _differences(runs: Sequence[RunSummary], missing: list[str]) -> tuple[Difference, ...]:
+    groups = _by_setting(runs)
+    tested: list[tuple[str, tuple[str, str], Interval, float]] = []
+    for one, other in combinations(groups, 2):
+        of = f"{one or 'no setting'} against {other or 'no setting'}"
+        if small := [s for s in (one, other) if len(groups[s]) < LEAST_SEEDS]:
+            missing.append(
+                f"{of}: {LEAST_SEEDS} runs of each are wanted, {small[0] or 'no setting'} has "
+                f"{len(groups[small[0]])}"
+            )
+            continue
+        for quantity, name in QUANTITIES.items():
+            ones, others = (np.array(_values(groups[s], quantity)) for s in (one, other))
+            if len(ones) < len(groups[one]) or len(others) < len(groups[other]):
+                without = sum(map(len, (groups[one], groups[other]))) - len(ones) - len(others)
+                missing.append(f"{of}: {name}, which {without} runs do not have")
+                continue
+            tested.append((quantity, (one, other), _welch(ones, others), _permuted(ones, others)))
+    adjusted = _holm([p for *_, p in tested])
+    return tuple(Difference(*row[:3], p) for row, p in zip(tested, adjusted, strict=True))
+
+
+def _welch(ones: robust.Curve, others: robust.Curve) -> Interval:
+    """Second mean less first."""
+    value = float(others.mean() - ones.mean())
+    parts = [float(x.var(ddof=1)) / len(x) for x in (ones, others)]
+    error = sum(parts)
+    if error == 0:
+        return Interval(value, value, value)
+    free = error**2 / sum(p**2 / (len(x) - 1) for p, x in zip(parts, (ones, others), strict=True))
+    half = _t(int(free)) * math.sqrt(error)
+    return Interval(value, value - half, value + half)
+
+
+def _permuted(ones: robust.Curve, others: robust.Curve) -> float:
+    """Part of the regroupings whose means differ at least as much."""
+    values, size = np.concatenate([ones, others]), len(ones)
+    if math.comb(len(values), size) <= _MOST:
+        rows = np.array(list(combinations(range(len(values)), size)))
+        drawn = 0
+    else:
+        order = np.random.default_rng(0).random((_MOST, len(values))).argsort(-1)
+        rows, drawn = order[:, :size], 1
+    of_first = values[rows].sum(-1)
+    rest = (values.sum() - of_first) / len(others)
+    apart = np.abs(of_first / size - rest)
+    least = abs(float(ones.mean() - others.mean())) * (1 - 1e-12)
+    return float((np.count_nonzero(apart >= least) + drawn) / (len(rows) + drawn))
+
+
+def _holm(p: Sequence[float]) -> list[float]:
+    order = np.argsort(p, kind="stable")
+    found, least = [1.0] * len(p), 0.0
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, (len(p) - rank) * p[index]))
+        found[index] = least
+    return found
+
+
+def _predictions(
+    runs: Sequence[RunSummary],
+    lines: Mapping[str, _Line],
+    axis: Axis,
+    at: float | None,
+    missing: list[str],
+) -> tuple[Prediction, ...]:
+    scored = [run for run in runs if run.score is not None]
+    if len(scored) < LEAST_RUNS:
+        missing.append(f"outcomes: {len(scored)} runs have one, {LEAST_RUNS} are wanted")
+        return ()
+    found = []
+    starts = [x for run in scored if (x := lines[run.name].start) is not None]
+    if at is not None:
+        start = min(starts) if axis == "loss" else max(starts)
+        for part in PARTS:
+            place = start + part * (at - start)
+            rows = []
+            for run in scored:
+                record = lines[run.name].at(place)
+                if record is not None:
+                    loss = lines[run.name].loss_at(record["step"])
+                    rows.append((float(record["sink_rate"]), run.score, loss))
+            found += _predicted("sink_rate", place, rows)
+    rows = [(run.onset.value, run.score, None) for run in scored if run.onset is not None]
+    found += _predicted("onset", None, rows)
+    for name, one in (("sink rate", "sink_rate"), ("onset", "onset")):
+        if not any(row.quantity == one for row in found):
+            missing.append(
+                f"outcomes: {name}, which {LEAST_RUNS} runs with an outcome have to have, and not "
+                "all the same"
+            )
+    return tuple(found)
+
+
+def _predicted(
+    quantity: str, place: float | None, rows: Sequence[tuple[float, Any, float | None]]
+) -> list[Prediction]:
+    if len(rows) < LEAST_RUNS:
+        return []
+    values, scores = (np.array([row[i] for row in rows], dtype=np.float64) for i in (0, 1))
+    if np.ptp(values) == 0 or np.ptp(scores) == 0:
+        return []
+    one, other = ranks(values), ranks(scores)
+    beyond = None
+    losses = [row[2] for row in rows if row[2] is not None]
+    if len(losses) == len(rows) and np.ptp(losses) > 0:
+        given = ranks(np.array(losses, dtype=np.float64))
+        beyond = _rank_interval(_less(one, given), _less(other, given), 1)
+    return [Prediction(quantity, place, len(rows), _rank_interval(one, other, 0), beyond)]
+
+
+def _less(values: robust.Curve, given: robust.Curve) -> robust.Curve:
+    """Less what a straight line in ``given`` explains."""
+    values, given = values - values.mean(), given - given.mean()
+    return np.asarray(values - given * (values @ given) / (given @ given))
+
+
+def _rank_interval(one: robust.Curve, other: robust.Curve, given: int) -> Interval:
+    """Correlation of ranks with its interval by Fisher's z, as Bonett and Wright widen it."""
+    one, other = one - one.mean(), other - other.mean()
+    size = math.sqrt(float(one @ one) * float(other @ other))
+    value = float(one @ other) / size if size > 1e-9 else 0.0
+    most = 1 - 1 / len(one) ** 2  # a perfect order of few runs is no certainty
+    inner = min(most, max(-most, value))
+    error = math.sqrt((1 + inner**2 / 2) / (len(one) - 3 - given))
+    reach = NormalDist().inv_cdf((1 + robust.SURE) / 2) * error
+    low, high = (math.tanh(math.atanh(inner) + sign * reach) for sign in (-1, 1))
+    return Interval(value, min(low, value), max(high, value))
+
+
+def _t(free: int) -> float:
+    return student_t((1 - robust.SURE) / 2, max(1, free))
+
+
+def _axis(value: float, axis: Axis) -> str:
+    return f"{value:.3f}" if axis == "loss" else f"{value:,.0f}"
+
+
+def _number(quantity: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if quantity == "depth" else f"{value:.1%}"
+
+
+def _signed(interval: Interval) -> str:
+    return f"{interval.value:+.2f} (95 %: {interval.low:+.2f} to {interval.high:+.2f})"
