@@ -4,6 +4,7 @@ from sinktrack.signal.analysis import Analysis, FirstBlock, Migration, Plateau, 
 from sinktrack.signal.compare import Comparison, compare
 from sinktrack.signal.phases import Event
 from sinktrack.signal.robust import Interval
+from sinktrack.signal.sensitivity import OnsetBy, Sensitivity, sensitivity
 from sinktrack.signal.stages import Regression, Stages
 from sinktrack.signal.timeline import Timeline, timeline
 
@@ -14,12 +15,15 @@ __all__ = [
     "FirstBlock",
     "Interval",
     "Migration",
+    "OnsetBy",
     "Plateau",
     "Regression",
+    "Sensitivity",
     "Stages",
     "Timeline",
     "alarm",
     "analyze",
     "compare",
+    "sensitivity",
     "timeline",
 ]

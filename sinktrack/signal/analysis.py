@@ -14,6 +14,7 @@ from sinktrack.signal import robust
 from sinktrack.signal.loss import Losses, Relation, read_losses, relate
 from sinktrack.signal.phases import LASTING, Event, Span, main_of, spans
 from sinktrack.signal.robust import Interval
+from sinktrack.signal.sensitivity import Sensitivity, sensitivity
 from sinktrack.signal.stages import (
     ENOUGH,
     LEAST_MOVE,
@@ -108,6 +109,8 @@ class Analysis:
     """What the last record shows by itself, in words."""
     notes: tuple[str, ...] = ()
     """What to bear in mind of these records, in words."""
+    sensitivity: Sensitivity | None = None
+    """The onset under other definitions; None where none is claimed."""
     rate: str = "sink rate"
     """What the stages are told by: the share of sink heads where no record has a sink rate."""
 
@@ -140,6 +143,8 @@ class Analysis:
             found += self.shows
         if self.onset is not None:
             found.append(f"candidate onset: the {self.rate} left its floor {self._when()}")
+        if self.sensitivity is not None and self.sensitivity.onsets:
+            found.append(str(self.sensitivity))
         if self.plateau is not None:
             level, change = self.plateau.level, self.plateau.change
             found.append(
@@ -213,6 +218,7 @@ def analyze(
         first_sink_block=tuple(_first_sink_block(left)),
         shows=tuple(shown(left[-1])) if left else (),
         notes=tuple(_notes(stages)),
+        sensitivity=None if onset is None else sensitivity(left),
         rate=_rate(stages),
     )
 

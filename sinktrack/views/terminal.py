@@ -107,6 +107,9 @@ def _signal(signal: Analysis, console: Console) -> None:
     console.print(Text("Signal: a candidate for the state of convergence, not an established one"))
     for line in signal.lines():
         console.print(Padding(Text(line), (0, 0, 0, 2)))
+    if signal.sensitivity is not None and signal.sensitivity.steps:
+        for line in ["Onset by definition (step)", *signal.sensitivity.table()]:
+            console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2)))
     if signal.missing:
         console.print(Text("Not claimed yet", style="dim"))
         for line in signal.missing:
