@@ -1,0 +1,339 @@
+"""Check everything that a GPU changes, in one command of under nine minutes.
+
+Attention to P0 in every dtype and layout against float64; training with the callback against
+training without, to the bit; records of a training against the scan of its checkpoints on the
+device; FSDP2; Megatron-Core with Transformer Engine where that is installed; the cost of a probe
+against a plain forward pass. What fails does not stop the rest. On a CPU the same runs in small, so
+that it works the day a GPU is at hand.
+
+    python scripts/gpu_check.py [--device cuda] [--out gpu.json]
+
+Prints a Markdown table; the exit code is 1 where a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import sinktrack as st
+from sinktrack.attention import attend
+from sinktrack.callbacks.loop import SinkTracker
+
+VOCABULARY = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check."""
+
+    name: str
+    value: float | None
+    """What was found: a largest difference, or a ratio of times."""
+    most: float | None
+    """What it may be; None where nothing is asked."""
+    note: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Is it more than it may be, or no number?"""
+        return self.most is not None and not (self.value is not None and self.value <= self.most)
+
+
+def model(device: str, dtype: torch.dtype, width: int, blocks: int, length: int) -> Any:
+    """A mixture of experts with GQA and heads of 64."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        moe_intermediate_size=width // 2,
+        num_hidden_layers=blocks,
+        num_attention_heads=max(2, width // 64),
+        num_key_value_heads=max(1, width // 128),
+        head_dim=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=length,
+        attn_implementation="sdpa",
+    )
+    return Qwen3MoeForCausalLM(config).to(device, dtype)
+
+
+def attention(device: str, length: int) -> Iterator[Row]:
+    """`attend` against softmax in float64 of the same queries and keys."""
+    generator = torch.Generator().manual_seed(0)
+    layouts: dict[str, dict[str, Any]] = {
+        "plain": {}, "GQA": {"groups": 2}, "window": {"window": length // 4},
+        "softcap": {"softcap": 20.0}, "sink logits": {"sinks": True}, "heads of 128": {"size": 128},
+    }  # fmt: skip
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for (name, layout), dtype in itertools.product(layouts.items(), dtypes):
+        size, groups = layout.get("size", 64), layout.get("groups", 8)
+        query = torch.randn(2, 8, length, size, generator=generator).to(dtype)
+        key, value = (
+            torch.randn(2, groups, length, size, generator=generator).to(dtype) for _ in range(2)
+        )
+        mask = None
+        if "window" in layout:
+            places = torch.arange(length)
+            apart = places[:, None] - places
+            mask = ((apart >= 0) & (apart < layout["window"]))[None, None]
+        sinks = torch.randn(8, generator=generator) if "sinks" in layout else None
+        scale, softcap = 2 * size**-0.5, layout.get("softcap")
+        _, found = attend(
+            *(x.to(device) for x in (query, key, value)), scale=scale, softcap=softcap,
+            mask=None if mask is None else mask.to(device),
+            sinks=None if sinks is None else sinks.to(device),
+        )  # fmt: skip
+        wanted = _in_float64(query, key, scale, mask, softcap, sinks)
+        most = 5e-6 if dtype == torch.float32 else 2**-13
+        difference = float((found.p0.cpu().double() - wanted).abs().max())
+        yield Row(f"attention to P0, {name}, {_short(dtype)}, T {length}", difference, most)
+
+
+def _in_float64(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    wide = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = query.double() @ wide.mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if mask is None else mask
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        own = sinks.double()[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, own], -1)
+    return scores.softmax(-1)[..., 0]
+
+
+def backends(device: str, length: int) -> Iterator[Row]:
+    """A probe gives the same whatever kernel the training has chosen."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    own = model(device, dtype, 256, 2, length)
+    probe = st.Probe.random(VOCABULARY, 2, length)
+    wanted = st.measure(own, probe).p0_attention
+    kernels = {"math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION}
+    if device == "cuda":
+        kernels |= {
+            "efficient": SDPBackend.EFFICIENT_ATTENTION,
+            "cuDNN": SDPBackend.CUDNN_ATTENTION,
+        }
+    for name, kernel in kernels.items():
+        with sdpa_kernel(kernel):
+            found = st.measure(own, probe).p0_attention
+        yield Row(f"probe under the {name} kernel", float((found - wanted).abs().max()), 0.0)
+
+
+def _train(device: str, steps: int, tracker: SinkTracker | None, out: Path | None = None) -> Any:
+    own = model(device, torch.float32, 128, 3, 64)
+    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for step in range(1, steps + 1):
+        tokens = torch.randint(VOCABULARY, (4, 32), generator=generator).to(device)
+        loss = own(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if tracker is not None:
+            tracker.step(step, own)
+        if out is not None and step % 4 == 0:
+            own.save_pretrained(out / f"checkpoint-{step}")
+    random = torch.get_rng_state(), *([torch.cuda.get_rng_state()] if device == "cuda" else [])
+    state = {name: value.cpu() for name, value in own.state_dict().items()}
+    return losses, state, random
+
+
+def training(device: str, steps: int) -> Iterator[Row]:
+    """Training with the callback is training without it; the scan gives what the callback gave."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        probe = st.Probe.random(VOCABULARY, 4, 32)
+        plain = _train(device, steps, None)
+        again = _train(device, steps, None)
+        tracker = SinkTracker(probe, here / "live", every=2, on_error="raise")
+        tracked = _train(device, steps, tracker, here / "archive")
+        tracker.close()
+        note = "" if _bits(plain) == _bits(again) else "training does not repeat itself without it"
+        apart = None if note else float(_bits(plain) != _bits(tracked))
+        yield Row(
+            "training with the callback: bits that differ", apart, None if note else 0.0, note
+        )
+        list(st.scan(here / "archive", probe=probe, run=here / "scanned", device=device))
+        live = {record["step"]: record for record in st.Run.read(here / "live").records}
+        difference = 0.0
+        for record in st.Run.read(here / "scanned").records:
+            for name in ("p0_attention", "p0_norm"):
+                one, other = (torch.tensor(r[name]) for r in (record, live[record["step"]]))
+                difference = max(difference, float(((one - other) / other.abs().max()).abs().max()))
+        yield Row("scan on the device against the callback", difference, 1e-5)
+    torch.use_deterministic_algorithms(False)
+
+
+def _bits(result: Any) -> list[Any]:
+    losses, state, random = result
+    tensors = [*(state[name] for name in sorted(state)), *random]
+    return [losses, *(x.contiguous().view(torch.uint8).numpy().tobytes() for x in tensors)]
+
+
+def sharded(device: str) -> Iterator[Row]:
+    """FSDP2 over one process: its hooks and DTensors, without a second device."""
+    from torch.distributed.fsdp import fully_shard
+
+    probe = st.Probe.random(VOCABULARY, 2, 32)
+    own = model(device, torch.float32, 128, 3, 64)
+    wanted = st.measure(own, probe).p0_attention
+    with tempfile.NamedTemporaryFile() as store:
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{store.name}", rank=0, world_size=1)
+        try:
+            mesh = dist.init_device_mesh(device, (1,))
+            for block in own.model.layers:
+                fully_shard(block, mesh=mesh)
+            fully_shard(own, mesh=mesh)
+            found = st.measure(own, probe).p0_attention
+        finally:
+            dist.destroy_process_group()
+    yield Row("FSDP2, one process", float((found - wanted).abs().max()), 1e-6)
+
+
+def transformer_engine(device: str) -> Iterator[Row]:
+    """Is a Megatron-Core model of Transformer Engine's layers measured, twice alike?"""
+    try:
+        import transformer_engine  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError:
+        yield Row("Megatron-Core with Transformer Engine", None, None, "not installed")
+        return
+    import megatron_cpu
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    megatron_cpu.start()
+    config = TransformerConfig(num_layers=2, hidden_size=256, num_attention_heads=4)
+    layers = get_gpt_layer_with_transformer_engine_spec()
+    own = GPTModel(config, layers, VOCABULARY, 64, position_embedding_type="rope").to(device)
+    probe = st.Probe.random(VOCABULARY, 2, 64)
+    one, other = (st.measure([own], probe).p0_attention for _ in range(2))
+    yield Row("Megatron-Core with Transformer Engine", float((one - other).abs().max()), 0.0)
+
+
+def cost(device: str, lengths: tuple[int, ...], width: int, blocks: int) -> Iterator[Row]:
+    """`measure` over a plain forward pass of the same tokens, interleaved; medians."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    for length in lengths:
+        own = model(device, dtype, width, blocks, length).eval()
+        probe = st.Probe.random(VOCABULARY, max(1, lengths[-1] // length), length)
+        tokens = probe.tokens.to(device)
+
+        def plain(own: Any = own, tokens: Tensor = tokens) -> None:
+            with torch.no_grad():
+                own(tokens, use_cache=False, logits_to_keep=1)
+
+        def probed(own: Any = own, probe: st.Probe = probe) -> None:
+            st.measure(own, probe, in_training=True)
+
+        seconds: dict[str, list[float]] = {"plain": [], "probed": []}
+        for _ in range(6):
+            for name, run in (("plain", plain), ("probed", probed)):
+                _synchronize(device)
+                start = time.perf_counter()
+                run()
+                _synchronize(device)
+                seconds[name].append(time.perf_counter() - start)
+        ratio = statistics.median(seconds["probed"][1:]) / statistics.median(seconds["plain"][1:])
+        milliseconds = 1000 * statistics.median(seconds["plain"][1:])
+        yield Row(f"probe over forward, T {length}", ratio, None, f"forward {milliseconds:.1f} ms")
+        del own
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def run(name: str, check: Callable[[], Iterator[Row]]) -> list[Row]:
+    """A check's rows; one more where it broke off."""
+    found: list[Row] = []
+    try:
+        found.extend(check())
+    except Exception as error:
+        traceback.print_exc()
+        found.append(Row(name, None, 0.0, f"{type(error).__name__}: {error}"[:200]))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    arguments = parser.parse_args()
+    device, large = arguments.device, arguments.device == "cuda"
+    machine = torch.cuda.get_device_name() if large else platform.processor() or platform.machine()
+    start = time.perf_counter()
+    checks: dict[str, Callable[[], Iterator[Row]]] = {
+        "attention": lambda: attention(device, 1024 if large else 64),
+        "backends": lambda: backends(device, 1024 if large else 64),
+        "training": lambda: training(device, 20 if large else 8),
+        "FSDP2": lambda: sharded(device),
+        "Transformer Engine": lambda: transformer_engine(device),
+        "cost": lambda: cost(
+            device,
+            (512, 2048, 8192, 32768) if large else (64, 128),
+            *((2048, 8) if large else (64, 2)),
+        ),
+    }  # fmt: skip
+    rows = []
+    print(
+        f"{machine}, torch {torch.__version__}\n\n| check | found | at most | |\n|---|---|---|---|"
+    )
+    for name, check in checks.items():
+        for row in run(name, check):
+            rows.append(row)
+            value = "-" if row.value is None else f"{row.value:.3g}"
+            most = "-" if row.most is None else f"{row.most:.3g}"
+            told = f"**failed** {row.note}" if row.failed else row.note
+            print(f"| {row.name} | {value} | {most} | {told} |", flush=True)
+    seconds = time.perf_counter() - start
+    failed = [row.name for row in rows if row.failed]
+    print(f"\n{len(rows)} checks in {seconds:.0f} s, {len(failed)} failed")
+    if arguments.out:
+        arguments.out.write_text(json.dumps(
+            {"machine": machine, "torch": torch.__version__, "sinktrack": st.__version__,
+             "seconds": seconds, "rows": [asdict(row) | {"failed": row.failed} for row in rows]},
+            indent=1,
+        ))  # fmt: skip
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
