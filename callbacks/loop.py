@@ -158,6 +158,24 @@ class SinkTracker:
         self._try("signal", step, self._judge, record)
         return measurement
 
+    def mark(self, step: int, what: str) -> None:
+        """Note that something but the model changes, as the data: a line on every curve.
+
+        Call it on every process; trends are judged anew from there on.
+
+        Args:
+            step: from which on it holds.
+            what: in a few words.
+        """
+        self._try("mark", step, self._mark, step, what)
+
+    def _mark(self, step: int, what: str) -> None:
+        if not self._decide(step) or self._run is None:
+            return
+        self._run.mark(step, what)
+        if self._stages is not None:
+            self._stages.marks = tuple(mark.step for mark in self._run.marks)
+
     def finish(self) -> None:
         """At the end of training: say how many records were written and how many probes failed."""
         if self._silent:
@@ -261,7 +279,8 @@ class SinkTracker:
         """Follow the signal; a fall of the sink is told in the log and as a W&B alert."""
         assert self._run is not None
         if self._stages is None:
-            self._stages = Stages.of(self._run.written[:-1])
+            marks = [mark.step for mark in self._run.marks]
+            self._stages = Stages.of(self._run.written[:-1], marks)
         before, abandoned = self._stages.stage, set(self._stages.abandoned)
         text = alarm(self._stages.add(record), before)
         if gone := self._stages.abandoned - abandoned:

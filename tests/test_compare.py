@@ -29,9 +29,7 @@ def a_run(level: float, onset: int = 1000, noise: float = 0.01, seed: int = 0) -
         part = min(1.0, max(0.0, (record["step"] - onset) / 500))
         rate = record["sink_rate"] = 0.02 + part * level + noise * float(draws.normal())
         record["formed"] = part > 0.5
-        record["intervals"] = {
-            "sink_rate": [record["sink_rate"] - 0.01, record["sink_rate"] + 0.01]
-        }
+        record["intervals"] = {"sink_rate": [rate - 0.01, rate + 0.01]}
     return records
 
 

@@ -18,6 +18,7 @@ from sinktrack.cli import app
 from sinktrack.errors import RecordError
 from sinktrack.loggers.curves import summary
 from sinktrack.metrics import FIELDS
+from sinktrack.records.marks import Mark
 from sinktrack.signal import analyze
 from sinktrack.views.report import write_report
 from sinktrack.views.story import story
@@ -39,10 +40,11 @@ def open_report(browser: Any, tmp_path: Path) -> Iterator[Open]:
         runs: list[dict[str, Any]] | dict[str, list[dict[str, Any]]],
         name: str = "run",
         losses: dict[str, dict[int, float]] | None = None,
+        marks: dict[str, list[Mark]] | None = None,
         **options: Any,
     ) -> Any:
         path = tmp_path / "report.html"
-        write_report(runs if isinstance(runs, dict) else {name: runs}, path, losses)
+        write_report(runs if isinstance(runs, dict) else {name: runs}, path, losses, marks)
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
         page.on("request", lambda request: requests.append(request.url))
@@ -525,6 +527,19 @@ def test_stages_and_onset(open_report: Open) -> None:
     assert found.onset_tokens is not None
     _, line = page.evaluate("document.getElementById('sink_rate').layout.shapes")
     assert line["x0"] == found.onset_tokens.value
+
+
+def test_a_line_on_every_curve(open_report: Open) -> None:
+    marks = {"run": [Mark(5000, "other <data>")]}
+    page = open_report(synthetic_records(steps=range(0, 7000, 100)), marks=marks)
+    for chart in ("sink_rate", "localization", "number", "norm_ratio"):
+        shapes = page.evaluate(f"document.getElementById('{chart}').layout.shapes")
+        assert any(one["x0"] == one["x1"] == 5000 for one in shapes), chart
+    (name,) = page.evaluate("document.getElementById('sink_rate').layout.annotations")
+    assert name["text"] == "other &lt;data>"
+    page.get_by_label("tokens", exact=True).check()
+    shapes = page.evaluate("document.getElementById('number').layout.shapes")
+    assert any(one["x0"] == 5000 * 2048 for one in shapes)
 
 
 def test_what_is_not_claimed_yet_is_said(open_report: Open) -> None:

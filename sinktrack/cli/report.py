@@ -40,5 +40,10 @@ def command(
         with server(opened, port, losses) as serving:
             ERR.print(f"http://127.0.0.1:{serving.server_port}/  (Ctrl-C ends it)", markup=False)
             serving.serve_forever()
-    write_report({name: run.written for name, run in opened.items()}, out, losses)
+    write_report(
+        {name: run.written for name, run in opened.items()},
+        out,
+        losses,
+        {name: run.marks for name, run in opened.items()},
+    )
     ERR.print(f"wrote {out}", markup=False)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sinktrack import atomic, text
 from sinktrack.errors import RecordError, require
 from sinktrack.metrics import FIELDS
-from sinktrack.records import lineage, locks
+from sinktrack.records import lineage, locks, marks
 
 if TYPE_CHECKING:
     from sinktrack.probe import Probe
@@ -140,6 +140,30 @@ class Run:
     def steps(self) -> list[int]:
         """Of `records`, ascending."""
         return [record["step"] for record in self.records]
+
+    @property
+    def marks(self) -> tuple[marks.Mark, ...]:
+        """Steps at which something but the model changed, ascending.
+
+        Raises:
+            RecordError: a damaged line.
+        """
+        return marks.read(self.directory)
+
+    def mark(self, step: int, what: str) -> None:
+        """Note that something but the model changes at a step: a line on every curve.
+
+        Trends are judged anew from there on. What the run has already is not noted twice.
+
+        Args:
+            step: from which on it holds.
+            what: in a few words, as ``learning rate decays``.
+
+        Raises:
+            ValueError: no step, or nothing said.
+            RecordError: the file cannot be written.
+        """
+        marks.append(self.directory, [marks.checked(step, what)])
 
     def __len__(self) -> int:
         return len(self.records)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sinktrack.records.marks import Mark
 from sinktrack.records.run import Run
 from sinktrack.signal import robust
 from sinktrack.signal.loss import Losses, Relation, read_losses, relate
@@ -111,6 +112,8 @@ class Analysis:
     """What to bear in mind of these records, in words."""
     sensitivity: Sensitivity | None = None
     """The onset under other definitions; None where none is claimed."""
+    marks: tuple[Mark, ...] = ()
+    """Where something but the model changed; trends and level are judged from the last on."""
     rate: str = "sink rate"
     """What the stages are told by: the share of sink heads where no record has a sink rate."""
 
@@ -152,6 +155,7 @@ class Analysis:
                 f"since step {self.plateau.since.value:,.0f}; change over the last window "
                 f"{100 * change.low:+.1f} to {100 * change.high:+.1f} points"
             )
+        found += [f"marked at step {mark.step:,}: {mark.what}" for mark in self.marks]
         found += _events(self.phases)
         found += _first_blocks(self.first_sink_block)
         found += [_moved(migration) for migration in self.migration]
@@ -177,7 +181,9 @@ class Analysis:
 
 
 def analyze(
-    run: Run | Iterable[Mapping[str, Any]], loss: str | Path | Losses | None = None
+    run: Run | Iterable[Mapping[str, Any]],
+    loss: str | Path | Losses | None = None,
+    marks: Iterable[Mark] | None = None,
 ) -> Analysis:
     """Read the signal of a run.
 
@@ -185,13 +191,17 @@ def analyze(
         run: a run, or its records in the order in which they were written.
         loss: the run's loss to compare with, by step, or a file of it
             (`sinktrack.signal.loss.read_losses`).
+        marks: where something but the model changed; those of the run unless given.
 
     Raises:
         RecordError: the run's records, or the losses, cannot be read.
     """
     losses = read_losses(loss) if isinstance(loss, str | Path) else loss
+    marks = None if marks is None else tuple(marks)
     written = list(run.written if isinstance(run, Run) else run)
-    stages = Stages.of(written)
+    if marks is None:
+        marks = run.marks if isinstance(run, Run) else ()
+    stages = Stages.of(written, [mark.step for mark in marks])
     found, left = stages.found, living(written)
     onset = stages.onset()
     missing, relation = _missing(stages), None
@@ -219,6 +229,7 @@ def analyze(
         shows=tuple(shown(left[-1])) if left else (),
         notes=tuple(_notes(stages)),
         sensitivity=None if onset is None else sensitivity(left),
+        marks=tuple(marks),
         rate=_rate(stages),
     )
 
@@ -399,7 +410,8 @@ def _plateau(stages: Stages) -> Plateau | None:
     if stages.stage != "settled":
         return None
     trend = stages.trend("sink_rate")
-    assert trend is not None
+    if trend is None:  # too few records since a mark
+        return None
     if max(-trend.low, trend.high) > 2 * MATERIAL * stages.found[-1].because["rise"]:
         return None  # it may have moved since it was found flat
     return Plateau(stages.top(), stages.level(), trend)
@@ -440,6 +452,9 @@ def _slope(x: robust.Curve, y: robust.Curve) -> Interval:
 def _missing(stages: Stages) -> list[str]:
     count = len(stages.points)
     found = []
+    marked = stages.marked() if stages.points else 0
+    if stages.left is not None and marked > stages.left and count - marked < ENOUGH:
+        found.append(f"trends: {_more(count - marked, ENOUGH)} since the last mark")
     if stages.partial:
         found.append(f"records of the first blocks alone have no sink rate ({stages.partial})")
     if stages.left is None:
@@ -460,9 +475,11 @@ def _missing(stages: Stages) -> list[str]:
     elif since < ENOUGH:
         found.append(f"plateau: {_more(since, ENOUGH)} since the rise")
         found.append(f"regression: {_more(since, ENOUGH)} since the rise")
-    elif stages.stage in ("emerging", "migrating", "settled") and _plateau(stages) is None:
-        trend = stages.trend("sink_rate")
-        assert trend is not None
+    elif (
+        stages.stage in ("emerging", "migrating", "settled")
+        and _plateau(stages) is None
+        and (trend := stages.trend("sink_rate")) is not None
+    ):
         most = MATERIAL * stages.found[-1].because["rise"]
         window = (
             f"{UNSURE} whether the rate moves over the last window"
@@ -487,7 +504,7 @@ def _more(have: int, need: int) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Interval | Span):
+    if isinstance(value, Interval | Span | Mark):
         return value._asdict()
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}

@@ -22,6 +22,7 @@ import numpy as np
 from sinktrack import text
 from sinktrack.errors import RecordError
 from sinktrack.records.lineage import current
+from sinktrack.records.marks import Mark
 from sinktrack.records.run import Run
 from sinktrack.signal import robust
 from sinktrack.signal.analysis import analyze
@@ -246,9 +247,9 @@ def compare(
     if ends and len(ends) == len(lines):
         at = max(ends) if axis == "loss" else min(ends)
     summaries = tuple(
-        _summary(name, given[name], lines[name], at, (settings or {}).get(name, ""),
-                 (scores or {}).get(name))
-        for name in runs
+        _summary(name, given[name], run.marks if isinstance(run, Run) else (), lines[name], at,
+                 (settings or {}).get(name, ""), (scores or {}).get(name))
+        for name, run in runs.items()
     )  # fmt: skip
     missing = [f"{one.name}: no record with a place on this axis ({axis})"
                for one in summaries if one.reached is None]  # fmt: skip
@@ -378,12 +379,13 @@ def _check(
 def _summary(
     name: str,
     records: Sequence[Mapping[str, Any]],
+    marks: Sequence[Mark],
     line: _Line,
     at: float | None,
     setting: str,
     score: float | None,
 ) -> RunSummary:
-    found = analyze(records)
+    found = analyze(records, marks=marks)
     onset = None
     if found.onset is not None:
         ends = [line.place(step) for step in found.onset]

@@ -131,6 +131,8 @@ class Stages:
     found: list[Found] = field(default_factory=list)
     abandoned: set[int] = field(default_factory=set)
     """Steps whose records come from before a restart at an earlier step."""
+    marks: tuple[int, ...] = ()
+    """Steps at which something but the model changed: trends are judged anew from there on."""
     partial: int = 0
     """Records without a sink rate, of the first blocks alone."""
     floor: float | None = None
@@ -166,16 +168,20 @@ class Stages:
         return self.found[-1].stage if self.found else None
 
     @classmethod
-    def of(cls, records: Iterable[Mapping[str, Any]]) -> Stages:
+    def of(cls, records: Iterable[Mapping[str, Any]], marks: Iterable[int] = ()) -> Stages:
         """Judge records that are given in the order in which they were written.
 
         Those of the first blocks alone, which have no sink rate, do not count.
+
+        Args:
+            records: all of them.
+            marks: steps at which something but the model changed.
         """
         records = list(records)
         whole = [record for record in records if record.get("sink_rate") is not None]
         whole = whole or [record for record in records if head_share(record) is not None]
         points, abandoned = line_of_training([Point.of(record) for record in whole])
-        stages = cls(abandoned=abandoned, partial=len(records) - len(whole))
+        stages = cls(abandoned=abandoned, marks=tuple(marks), partial=len(records) - len(whole))
         for point in points:
             stages._judge(point)
         return stages
@@ -186,7 +192,7 @@ class Stages:
         if self.points and point.step <= self.points[-1].step:
             points, gone = line_of_training([*self.points, point])
             left_behind = (self.abandoned | gone) - {point.step}
-            fresh = Stages(abandoned=left_behind, partial=self.partial)
+            fresh = Stages(abandoned=left_behind, marks=self.marks, partial=self.partial)
             for old in points:
                 fresh._judge(old)
             self.__dict__.update(fresh.__dict__)
@@ -327,11 +333,17 @@ class Stages:
     def trend(self, name: str) -> Interval | None:
         """Change over the trailing window; None before there are enough records.
 
-        That of share and depth since the set of phases is the same.
+        That of share and depth since the set of phases is the same; all since the last mark.
         """
-        since = self.window()
+        since = max(self.window(), self.marked())
         x, y = self.curve(name, since if name == "sink_rate" else max(since, self.broke))
         return robust.change(x, y) if len(y) >= ENOUGH else None
+
+    def marked(self) -> int:
+        """Index of the first record from the last mark on."""
+        steps = self.columns["step"]
+        past = [step for step in self.marks if step <= steps[-1]]
+        return bisect_left(steps, max(past)) if past else 0
 
     def onset(self) -> Interval | None:
         """Step at which the rate left its floor; None where too little of the floor was seen."""
@@ -371,7 +383,7 @@ class Stages:
 
     def level(self) -> Interval:
         """The rate over the trailing window, with the probe's own interval."""
-        points = self.points[self.window() :]
+        points = self.points[max(self.window(), self.marked()) :]
         probe = float(np.median([point.probe["sink_rate"] for point in points]))
         return robust.level(np.array([point.sink_rate for point in points]), probe)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
 from sinktrack.errors import RecordError, require
+from sinktrack.records.marks import Mark
 from sinktrack.signal.loss import Losses
 from sinktrack.views.report.data import Records, embedded
 
@@ -19,6 +20,7 @@ def write_report(
     runs: Mapping[str, Records],
     path: Path,
     losses: Mapping[str, Losses] | None = None,
+    marks: Mapping[str, Sequence[Mark]] | None = None,
 ) -> None:
     """Draw runs side by side.
 
@@ -26,12 +28,13 @@ def write_report(
         runs: records in the order in which they were written, by the run's name.
         path: the file to write.
         losses: by the run's name, the training loss by step.
+        marks: by the run's name, where something but the model changed.
 
     Raises:
         RecordError: a run holds no records, or the file cannot be written.
         MissingExtra: plotly is not installed.
     """
-    text = page(runs, losses)
+    text = page(runs, losses, marks)
     try:
         path.write_bytes(text.encode("utf-8", "backslashreplace"))
     except OSError as error:
@@ -41,6 +44,7 @@ def write_report(
 def page(
     runs: Mapping[str, Records],
     losses: Mapping[str, Losses] | None = None,
+    marks: Mapping[str, Sequence[Mark]] | None = None,
     live: bool = False,
 ) -> str:
     """The page as text.
@@ -48,13 +52,14 @@ def page(
     Args:
         runs: records in the order in which they were written, by the run's name.
         losses: by the run's name, the training loss by step.
+        marks: by the run's name, where something but the model changed.
         live: ask the server that sent the page for new records.
 
     Raises:
         RecordError: a run holds no records.
         MissingExtra: plotly is not installed.
     """
-    data = embedded(runs, losses, live)
+    data = embedded(runs, losses, marks, live)
     require("plotly", "report")
     from plotly.offline import get_plotlyjs
 

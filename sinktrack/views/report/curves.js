@@ -101,6 +101,14 @@ const onsets = () => runs.flatMap((run, i) => {
   ];
 });
 
+/** Where something but the model changed: a line on every curve, named on the first. */
+const noted = (of = runs) => of.flatMap((run) => run.marks).map((mark) => ({ ...mark, x: mark[choice("x")] }))
+  .filter(({ x }) => x !== null && (choice("scale") === "linear" || x > 0));
+const noteLines = (of) => noted(of).map(({ x }) => ({ type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: { color: colour("muted"), width: 1 }, layer: "below" }));
+const noteNames = () => noted().map(({ x, what }) => ({
+  x: choice("scale") === "log" ? Math.log10(x) : x, y: 1, yref: "paper", xanchor: "left", yanchor: "top", textangle: 90, showarrow: false, text: escaped(what), font: { color: colour("muted"), size: 11 },
+}));
+
 const drawSinkRate = () => {
   const curves = runs.flatMap((run, i) => {
     const on = placed(run);
@@ -109,7 +117,7 @@ const drawSinkRate = () => {
   });
   const strip = Math.min(0.4, 0.05 * runs.length);
   Plotly.react("sink_rate", [...curves, ...stageStrips()], layout({
-    showlegend: runs.length > 1, shapes: onsets(), xaxis: xAxis({ anchor: "y2" }),
+    showlegend: runs.length > 1, shapes: [...onsets(), ...noteLines()], annotations: noteNames(), xaxis: xAxis({ anchor: "y2" }),
     yaxis: axis({ range: [-0.02, 1.02], tickformat: ".0%", domain: [strip + 0.04, 1] }),
     yaxis2: axis({ domain: [0, strip], visible: false, range: [runs.length - 0.5, -0.5] }),
   }), config);
@@ -150,7 +158,7 @@ const drawLocalization = () => {
     ...(fields[field].form.endsWith("%") ? { tickformat: ".0%" } : fields[field].unit === "block" ? { tickformat: "d" } : {}),
     ...(runs.some((run) => run.records.some((record) => record[field] !== null)) ? {} : { range: [0, 1] }),
   })]));
-  Plotly.react("localization", traces, layout({ showlegend: runs.length > 1, xaxis: xAxis({ anchor: "y4" }), ...axes }), config);
+  Plotly.react("localization", traces, layout({ showlegend: runs.length > 1, shapes: noteLines(), xaxis: xAxis({ anchor: "y4" }), ...axes }), config);
 };
 
 /** Any single number over training. */
@@ -167,7 +175,7 @@ const drawNumber = () => {
     })];
   });
   Plotly.react("number", traces, layout({
-    showlegend: runs.length > 1, xaxis: xAxis(),
+    showlegend: runs.length > 1, shapes: noteLines(), xaxis: xAxis(),
     yaxis: axis({ title: titled(name), type: scale, ...(scale === "log" ? {} : { rangemode: "tozero" }), ...(form.endsWith("%") ? { tickformat: ".0%" } : {}) }),
   }), config);
 };
@@ -247,7 +255,7 @@ const drawNorms = () => {
       marker: { color: [0], cmin: 0, cmax: blocks, colorscale: scaleOf(depths()), showscale: true,
         colorbar: { ...bar("block"), ...(blocks > 12 ? {} : { tickvals: range(blocks + 1), ticktext: [...range(blocks), "output"] }) } } },
   ], layout({
-    showlegend: false, xaxis: xAxis(), yaxis: axis({ type: "log", tickformat: "~g", ...(spread > 5 ? { dtick: "D2" } : {}) }),
+    showlegend: false, shapes: noteLines([shown()]), xaxis: xAxis(), yaxis: axis({ type: "log", tickformat: "~g", ...(spread > 5 ? { dtick: "D2" } : {}) }),
   }), config);
 };
 

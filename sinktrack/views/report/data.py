@@ -17,6 +17,7 @@ from sinktrack.metrics.attention import EPSILON
 from sinktrack.metrics.axes import by_block, is_by_block, is_by_head, nothing
 from sinktrack.metrics.base import Field
 from sinktrack.records.lineage import current
+from sinktrack.records.marks import Mark
 from sinktrack.records.twins import equal_weights, told
 from sinktrack.signal import analyze
 from sinktrack.signal.loss import Losses
@@ -48,7 +49,10 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def embedded(
-    runs: Mapping[str, Records], losses: Mapping[str, Losses] | None = None, live: bool = False
+    runs: Mapping[str, Records],
+    losses: Mapping[str, Losses] | None = None,
+    marks: Mapping[str, Sequence[Mark]] | None = None,
+    live: bool = False,
 ) -> str:
     """The page's data as JSON that no HTML parser takes for markup.
 
@@ -58,6 +62,7 @@ def embedded(
     Args:
         runs: records in the order in which they were written, by the run's name.
         losses: by the run's name, the training loss by step.
+        marks: by the run's name, where something but the model changed.
         live: does the page ask its server for more?
 
     Raises:
@@ -75,7 +80,10 @@ def embedded(
     expected = sum(_size(largest[name]) * len(records) for name, records in runs.items())
     stride = math.ceil(expected / BUDGET)
     room = max(_ROOM, (BUDGET - expected) // 2) // len(runs)
-    drawn = [_run(name, runs[name], losses.get(name), stride, room) for name in runs]
+    noted = marks or {}
+    drawn = [
+        _run(name, runs[name], losses.get(name), noted.get(name, ()), stride, room) for name in runs
+    ]
     fields = {field.name: _described(field) for field in FIELDS.values()}
     return _escaped({"epsilon": EPSILON, "live": live, "fields": fields, "runs": drawn})
 
@@ -91,9 +99,14 @@ def _described(field: Field) -> dict[str, Any]:
 
 
 def _run(
-    name: str, written: Records, losses: Losses | None, stride: int, room: int
+    name: str,
+    written: Records,
+    losses: Losses | None,
+    marks: Sequence[Mark],
+    stride: int,
+    room: int,
 ) -> dict[str, Any]:
-    found = analyze(written, losses)
+    found = analyze(written, losses, marks)
     stages = dict(zip(found.steps, found.stages, strict=True))
     records = current(written)
     last = records[-1]
@@ -115,6 +128,7 @@ def _run(
         "signal": found.lines() if len(records) > 1 else [],
         "missing": found.missing,
         "onset": {axis: at and _rounded([at.value, at.low, at.high]) for axis, at in onset.items()},
+        "marks": [_placed(mark, records, losses) for mark in marks],
         "records": [
             _drawn(records[i])
             | {"loss": _rounded(loss[i]), "stage": stages.get(records[i]["step"])}
@@ -126,6 +140,15 @@ def _run(
             for i in kept
         ],
     }
+
+
+def _placed(mark: Mark, records: Records, losses: Losses | None) -> dict[str, Any]:
+    """A mark on each x axis, between the records around it; null where it is outside of them."""
+    known = [(one["step"], one["tokens"]) for one in records if one.get("tokens") is not None]
+    tokens = None
+    if known and known[0][0] <= mark.step <= known[-1][0]:
+        tokens = float(np.interp(mark.step, *zip(*known, strict=True)))
+    return mark._asdict() | {"tokens": tokens, "loss": _loss_at([mark.step], losses)[0]}
 
 
 def _drawn(record: Mapping[str, Any]) -> dict[str, Any]:

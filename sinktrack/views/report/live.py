@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from sinktrack.errors import RecordError, SinktrackError, require
+from sinktrack.records.marks import Mark
 from sinktrack.records.run import Run
 from sinktrack.signal.loss import Losses
 from sinktrack.views.report import page
@@ -102,17 +103,20 @@ class _Watched:
         self._lock = threading.Lock()
         self._version, self._data = "", ""
 
+    def _marks(self) -> dict[str, tuple[Mark, ...]]:
+        return {name: run.marks for name, run in self.runs.items()}
+
     def page(self) -> str:
         with self._lock:
             found = self._found()
-        return page(found, self.losses, live=True) if found else _WAITING
+        return page(found, self.losses, self._marks(), live=True) if found else _WAITING
 
     def data(self) -> tuple[str, str]:
         """What the page draws, and a name for its version."""
         with self._lock:
             version = f'"{"-".join(map(_changed, self.runs.values()))}"'
             if version != self._version:
-                self._data = embedded(self._found(), self.losses, live=True)
+                self._data = embedded(self._found(), self.losses, self._marks(), live=True)
                 self._version = version
             return self._version, self._data
 
@@ -121,9 +125,13 @@ class _Watched:
 
 
 def _changed(run: Run) -> str:
-    """Differs whenever the records do."""
-    try:
-        status = (run.directory / "records.jsonl").stat()
-    except FileNotFoundError:
-        return "0"
-    return f"{status.st_size:x}.{status.st_mtime_ns:x}"
+    """Differs whenever the records or the marks do."""
+    found = []
+    for name in ("records.jsonl", "marks.jsonl"):
+        try:
+            status = (run.directory / name).stat()
+        except FileNotFoundError:
+            found.append("0")
+        else:
+            found.append(f"{status.st_size:x}.{status.st_mtime_ns:x}")
+    return ".".join(found)
