@@ -542,6 +542,24 @@ def test_a_line_on_every_curve(open_report: Open) -> None:
     assert any(one["x0"] == 5000 * 2048 for one in shapes)
 
 
+def test_the_address_keeps_what_is_shown(open_report: Open) -> None:
+    page = open_report({"one": synthetic_records(), "two & more": synthetic_records()})
+    page.get_by_label("tokens", exact=True).check()
+    page.locator("#measure").select_option("norm_ratio")
+    page.locator("input[name=run][value='1']").check()
+    page.locator("#record").fill("7")
+    page.reload()
+    page.wait_for_selector("#shares .main-svg")
+    assert page.evaluate("[state.run, state.record[1]]") == [1, 7]
+    assert page.locator("input[name=run][value='1']").is_checked()
+    assert page.input_value("#record") == "7" and page.input_value("#measure") == "norm_ratio"
+    assert page.evaluate("choice('x')") == "tokens"
+    page.goto(page.url.split("#")[0] + "#run=nobody&step=x&x=miles&measure=none")
+    page.reload()
+    page.wait_for_selector("#shares .main-svg")
+    assert page.evaluate("[state.run, choice('x')]") == [0, "step"]
+
+
 def test_what_is_not_claimed_yet_is_said(open_report: Open) -> None:
     records = synthetic_records(steps=[0, 100])
     page = open_report(records)

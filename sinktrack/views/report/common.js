@@ -4,6 +4,8 @@
 let { runs, epsilon, live, fields } = JSON.parse(document.getElementById("data").textContent);
 const state = { run: 0, record: runs.map((run) => run.records.length - 1) };
 const shown = () => runs[state.run];
+/** What the address asks for: run, step, x, scale, and the fields chosen by the id of their list. */
+const wanted = new URLSearchParams(location.hash.slice(1));
 const shownRecord = () => shown().records[state.record[state.run]];
 
 const $ = (id) => document.getElementById(id);

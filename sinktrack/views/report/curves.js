@@ -14,7 +14,7 @@ const numbers = () => Object.keys(fields).filter((name) => fields[name].number &
 /** Fill a choice of fields by their titles, and keep what was chosen. */
 const offerFields = (id, names, first) => {
   const select = $(id);
-  const chosen = names.includes(select.value) ? select.value : names.includes(first) ? first : names[0];
+  const chosen = [select.value, wanted.get(id)].find((name) => names.includes(name)) ?? (names.includes(first) ? first : names[0]);
   select.replaceChildren();
   const titles = names.map((name) => fields[name].title);
   for (const name of names) {

@@ -7,6 +7,22 @@ const offer = () => {
   }
   document.querySelector("input[value=log]").disabled = !runs.some((run) => run.records.some((record) => record.step > 0));
 };
+const LISTS = ["measure", "number_field", "of_heads"];
+/** Keep in the address what is shown, so that a reload and whoever gets the link see it too. */
+const remember = () => {
+  const held = { run: shown().name, step: shownRecord().step, x: choice("x"), scale: choice("scale") };
+  for (const id of LISTS) if ($(id).value) held[id] = $(id).value;
+  history.replaceState(null, "", `#${new URLSearchParams(held)}`);
+};
+const recall = () => {
+  state.run = Math.max(0, runs.findIndex((run) => run.name === wanted.get("run")));
+  const record = shown().records.findIndex(({ step }) => String(step) === wanted.get("step"));
+  if (record >= 0) state.record[state.run] = record;
+  for (const name of ["x", "scale"]) {
+    const input = [...document.querySelectorAll(`input[name=${name}]`)].find(({ value }) => value === wanted.get(name));
+    if (input && !input.disabled) input.checked = true;
+  }
+};
 const drawAll = () => {
   offer();
   compare();
@@ -25,6 +41,7 @@ const showRun = (index) => {
 const showRecord = (index) => {
   state.record[state.run] = index;
   drawRecord();
+  remember();
   Plotly.relayout("blocks", { shapes: [mark()] });
 };
 
@@ -59,11 +76,14 @@ const answer = () => {
       showRun(run);
     }
   });
+  document.addEventListener("change", remember);
+  addEventListener("hashchange", () => location.reload());
   dark.addEventListener("change", drawAll);
 };
 
 // One chart after the other, so that the page answers while the later ones are drawn.
 offer();
+recall();
 compare();
 describe();
 for (const draw of [drawLeftOut, drawSinkRate, drawLocalization, drawBlocks, drawNorms, drawNumber, answer, drawRecord]) setTimeout(draw);
