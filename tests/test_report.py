@@ -64,7 +64,7 @@ def open_report(browser: Any, tmp_path: Path) -> Iterator[Open]:
 def drawn(page: Any, chart: str) -> list[dict[str, Any]]:
     traces: list[dict[str, Any]] = page.evaluate(
         """chart => document.getElementById(chart).data.map(
-            ({type, name, meta, x, y, z}) => ({type, name, meta, x, y, z}))""",
+            ({type, name, meta, x, y, z, text}) => ({type, name, meta, x, y, z, text}))""",
         chart,
     )
     return traces
@@ -517,7 +517,11 @@ def test_stages_and_onset(open_report: Open) -> None:
     stages = page.evaluate("STAGES")
     drawn_stages = [None if code is None else stages[code] for code in strip["z"][0]]
     assert drawn_stages == list(found.stages)
-    assert set(page.inner_text("#stages").split()) == set(found.stages) - {None}
+    told = set(found.stages) - {None}
+    assert set(page.inner_text("#stages").split()) == told | {stage[0].upper() for stage in told}
+    letters = [letter for letter in strip["text"][0] if letter]
+    firsts = [s for s, before in zip(found.stages, (None, *found.stages), strict=False) if s != before]
+    assert letters == [stage[0].upper() for stage in firsts if stage]
     shade, line = page.evaluate("document.getElementById('sink_rate').layout.shapes")
     assert [shade["x0"], line["x0"], shade["x1"]] == [
         found.onset.low, found.onset.value, found.onset.high,

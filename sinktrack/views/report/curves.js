@@ -79,14 +79,16 @@ const drawLeftOut = () => {
 };
 
 const STAGES = ["absent", "emerging", "migrating", "settled", "displaced", "lost"];
-/** A strip of stages for each run. */
+const initial = (stage) => stage[0].toUpperCase();
+/** A strip of stages for each run; letters tell them apart where colours do not. */
 const stageStrips = () => runs.map((run, i) => {
   const { x, records } = inOrder(placed(run));
   return {
-    type: "heatmap", x, y: [i], z: [records.map((record) => (record.stage === null ? null : STAGES.indexOf(record.stage)))], text: [records.map((record) => record.stage)],
+    type: "heatmap", x, y: [i], z: [records.map((record) => (record.stage === null ? null : STAGES.indexOf(record.stage)))], text: [records.map(({ stage }, j) => (stage === null || stage === records[j - 1]?.stage ? "" : initial(stage)))], texttemplate: "%{text}",
+    customdata: [records.map((record) => record.stage)], textfont: { color: colour("card"), size: 11 },
     yaxis: "y2", zmin: -0.5, zmax: STAGES.length - 0.5, showscale: false, name: "stages", meta: i,
     colorscale: STAGES.flatMap((stage, k) => [[k / STAGES.length, colour(stage)], [(k + 1) / STAGES.length, colour(stage)]]),
-    hovertemplate: `${at()}: %{text}<extra>${escaped(run.name)}</extra>`,
+    hovertemplate: `${at()}: %{customdata}<extra>${escaped(run.name)}</extra>`,
   };
 });
 /** When the rate left its floor: a line, and a shade for its interval; of several runs a bar each at the top. */
@@ -124,8 +126,8 @@ const drawSinkRate = () => {
   $("stages").replaceChildren();
   const seen = new Set(runs.flatMap((run) => run.records.map((record) => record.stage)));
   for (const stage of STAGES.filter((stage) => seen.has(stage))) {
-    element("i", "", $("stages"), "swatch").style.background = colour(stage);
-    $("stages").append(`${stage} `);
+    element("i", initial(stage), $("stages"), "swatch").style.background = colour(stage);
+    $("stages").append(` ${stage} `);
   }
 };
 
