@@ -520,7 +520,9 @@ def test_stages_and_onset(open_report: Open) -> None:
     told = set(found.stages) - {None}
     assert set(page.inner_text("#stages").split()) == told | {stage[0].upper() for stage in told}
     letters = [letter for letter in strip["text"][0] if letter]
-    firsts = [s for s, before in zip(found.stages, (None, *found.stages), strict=False) if s != before]
+    firsts = [
+        s for s, before in zip(found.stages, (None, *found.stages), strict=False) if s != before
+    ]
     assert letters == [stage[0].upper() for stage in firsts if stage]
     shade, line = page.evaluate("document.getElementById('sink_rate').layout.shapes")
     assert [shade["x0"], line["x0"], shade["x1"]] == [

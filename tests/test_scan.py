@@ -73,6 +73,31 @@ def test_what_is_recorded_is_skipped(archive: Path, tmp_path: Path) -> None:
     assert Run.read(tmp_path / "run").steps == [4, 30, 200]
 
 
+def test_parts_at_once_into_one_run(archive: Path, tmp_path: Path) -> None:
+    """As jobs of an array: every record once, and the same as of one scan."""
+    PROBE.save(tmp_path / "probe")
+    command = ("scan", archive, "--run", tmp_path / "run", "--probe", tmp_path / "probe", "--part")
+    jobs = [
+        subprocess.Popen(
+            [*COMMAND, *map(str, command), f"{i}/2"], stderr=subprocess.PIPE, text=True
+        )
+        for i in (0, 1)
+    ]
+    said = [job.communicate(timeout=300)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert "2 measured" in said[0] and "1 measured" in said[1]
+    list(scan(archive, probe=PROBE, run=tmp_path / "whole"))
+    parts, whole = (Run.read(tmp_path / name) for name in ("run", "whole"))
+    assert len(parts.history) == 3
+    assert [r | {"seconds": 0} for r in parts.records] == [
+        r | {"seconds": 0} for r in whole.records
+    ]
+    with parts.claimed("0-of-2"):
+        assert "is being scanned by" in sinktrack(*command, "0/2").stderr
+    wrong = sinktrack(*command, "2/2")
+    assert wrong.returncode == 2 and "from 0 to N - 1" in wrong.stderr
+
+
 def test_steps_of_checkpoints_of_other_names_are_told_of(archive: Path, tmp_path: Path) -> None:
     """Their weights may be another training's, which only measuring them would show."""
     list(scan(archive / "checkpoint-4", probe=PROBE, run=tmp_path / "run"))

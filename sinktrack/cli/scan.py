@@ -70,6 +70,13 @@ def command(
         bool,
         typer.Option("--causal", help="Run the causal tests too; tens of passes each."),
     ] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Of an array job: every Nth checkpoint, from the Ith on, counted from 0.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure every checkpoint that the run does not hold yet."""
@@ -90,7 +97,7 @@ def command(
     _quiet()
     if follow and len(archives) > 1:
         raise ArchiveError("--follow takes one archive; start a scan for each")
-    checkpoints = Checkpoints(archives, pattern, hf_config, poll if follow else None)
+    checkpoints = Checkpoints(archives, pattern, hf_config, poll if follow else None, _part(part))
     for found in checkpoints.by_archive:
         if [checkpoint.step for checkpoint in found] == [0] and found[0].reason is None:
             ERR.print(f"{found[0].name} is recorded as step 0", markup=False)
@@ -132,6 +139,15 @@ def command(
         raise
     told.summary(recorded, run)
     raise typer.Exit(1 if told.failed else 0)
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    which, _, of = text.partition("/")
+    if not (which.isdecimal() and of.isdecimal() and int(which) < int(of)):
+        raise typer.BadParameter(f"--part {text}: wanted is I/N with I from 0 to N - 1, as 3/16")
+    return int(which), int(of)
 
 
 class _Told:

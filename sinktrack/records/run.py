@@ -217,13 +217,16 @@ class Run:
             ) from error
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self, part: str | None = None) -> Iterator[None]:
         """Keep other scanners off this run; a process that dies lets go.
+
+        Args:
+            part: of the archive that this scanner has; others may have the others.
 
         Raises:
             RecordError: another scanner has it, which is named.
         """
-        path = self.directory / "scan.lock"
+        path = self.directory / ("scan.lock" if part is None else f"scan-{part}.lock")
         try:
             descriptor, holder = locks.take(path)
         except OSError as error:

@@ -48,6 +48,7 @@ def scan(
     workers: int | None = None,
     follow: float | None = None,
     causal: bool = False,
+    part: tuple[int, int] | None = None,
     notify: Notify | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure every checkpoint of an archive that the run does not hold yet, in step order.
@@ -67,6 +68,8 @@ def scan(
         workers: processes or tasks at a time; by default as many as cores and memory allow.
         follow: wait for new checkpoints without end, looking every so many seconds.
         causal: run the causal tests too, with the whole checkpoint in memory.
+        part: measure every so manyth checkpoint alone, as (which, of how many) counted from 0: the
+            scans of all parts may run at once, on several machines, into one run.
         notify: called after each checkpoint with its record or its error; without it, failures
             are raised together at the end.
 
@@ -87,7 +90,7 @@ def scan(
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
     job = Job(run.probe, device, batch_size, blocks, causal, dtype)
-    checkpoints = Checkpoints([archive], pattern, hf_config, follow)
+    checkpoints = Checkpoints([archive], pattern, hf_config, follow, part)
     failed = []
 
     def told(checkpoint: Checkpoint, outcome: Outcome) -> None:
@@ -107,6 +110,7 @@ class Checkpoints:
         pattern: see `discover`.
         hf_config: see `discover`.
         follow: look every so many seconds, without end, at one archive.
+        part: see `scan`.
 
     Raises:
         ArchiveError: as of `discover`, but for what is to be followed: that may come.
@@ -118,7 +122,11 @@ class Checkpoints:
         pattern: str | None = None,
         hf_config: str | Path | None = None,
         follow: float | None = None,
+        part: tuple[int, int] | None = None,
     ) -> None:
+        if part is not None and not 0 <= part[0] < part[1]:
+            raise ValueError(f"part {part[0]} of {part[1]}: they are counted from 0")
+        self.part = part
         require("transformers", "scan")  # reads configurations, tokenizers and layouts
         if pattern is not None:
             Pattern(pattern)  # wrong use is said at once, also where a scan waits
@@ -127,12 +135,16 @@ class Checkpoints:
         """What is there now, in the order of the archives; empty where one is followed."""
         if follow is None:
             self.by_archive = [one() for one in find]
-        self.found = in_order(chain.from_iterable(self.by_archive))
+        self.found = self._own(in_order(chain.from_iterable(self.by_archive)))
         """The same by step."""
         self.rounds: Iterator[list[Checkpoint]] = iter([self.found])
         """Of each look, what to measure if it is not in the run."""
         if follow is not None:
-            self.rounds = looks(archives[0], find[0], follow)
+            self.rounds = map(self._own, looks(archives[0], find[0], follow))
+
+    def _own(self, found: list[Checkpoint]) -> list[Checkpoint]:
+        """Those of this part."""
+        return found if self.part is None else found[self.part[0] :: self.part[1]]
 
     def examples(self) -> Iterator[Checkpoint]:
         """Of `rounds`, what comes first; it still stands there afterwards."""
@@ -159,7 +171,8 @@ class Scan:
         Raises:
             RecordError: the run directory cannot be written, or is being scanned.
         """
-        with self.run.claimed():
+        part = self.checkpoints.part
+        with self.run.claimed(part and f"{part[0]}-of-{part[1]}"):
             rounds = (self.job.lacking(found, self.run) for found in self.checkpoints.rounds)
             for checkpoint, outcome in _outcomes(rounds, self.job, self.engine, self.workers):
                 if isinstance(outcome, dict):
