@@ -77,6 +77,7 @@ class SinkTracker:
         self._silent = False
         self._reported: set[str] = set()
         self._stages: Stages | None = None
+        self._past: wandb.Past | None = None
         known = _joined() is not None or not any(_number(name) for name in _RANKS)
         if known and self._directory is not None:
             self._records()
@@ -257,7 +258,13 @@ class SinkTracker:
 
     def _log(self, record: dict[str, Any]) -> None:
         assert self._run is not None
-        wandb.log(record, self.axes, self._run)
+        if self._past is not None:
+            self._past.append(record)
+        if not wandb.is_active():
+            return
+        if self._past is None:  # not by our run, which would keep all of every record
+            self._past = wandb.Past.of(Run.read(self._run.directory).history)
+        wandb.log(record, self.axes, self._run, self._past)
 
     def _causal(self, step: int, adapted: Adapted, measurement: Measurement) -> dict[str, Any]:
         """The record's causal tests, where they are due."""
@@ -280,7 +287,8 @@ class SinkTracker:
         assert self._run is not None
         if self._stages is None:
             marks = [mark.step for mark in self._run.marks]
-            self._stages = Stages.of(self._run.written[:-1], marks)
+            before = Run.read(self._run.directory)  # not kept: records grow with the model
+            self._stages = Stages.of(before.history[:-1], marks)
         before, abandoned = self._stages.stage, set(self._stages.abandoned)
         text = alarm(self._stages.add(record), before)
         if gone := self._stages.abandoned - abandoned:

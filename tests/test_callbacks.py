@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import logging
 import random
 import re
@@ -383,9 +384,9 @@ def test_a_resume_from_an_older_checkpoint_logs_the_new_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged = []
-    monkeypatch.setattr(
-        "sinktrack.loggers.weights_and_biases.log", lambda record, *_: logged.append(record)
-    )
+    wandb = "sinktrack.loggers.weights_and_biases"
+    monkeypatch.setattr(f"{wandb}.is_active", lambda: True)
+    monkeypatch.setattr(f"{wandb}.log", lambda record, *_: logged.append(record))
     tracker = SinkTracker(PROBE, tmp_path, every=10, on_error="raise")
     for step in (10, 20, 10):
         tracker.step(step, models.llama())
@@ -475,3 +476,19 @@ def test_fully_sharded_training(tmp_path: Path) -> None:
         dist.destroy_process_group()
         """,
     )
+
+
+def test_what_a_training_keeps_in_memory_does_not_grow_with_its_records(tmp_path: Path) -> None:
+    tracker = SinkTracker(PROBE, tmp_path, every=1, on_error="raise")
+    model = models.mixtral()
+
+    def lists() -> int:
+        gc.collect()
+        return sum(type(one) is list for one in gc.get_objects())
+
+    for step in range(4):
+        tracker.step(step, model)
+    before = lists()
+    for step in range(4, 14):
+        tracker.step(step, model)
+    assert lists() - before < 20  # a record holds some fifty

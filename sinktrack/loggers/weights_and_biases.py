@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from sinktrack.signal import analyze
 
 _ROOM = 16 * 2**20
 """Bytes left on a disk, below which what W&B keeps there does not count as kept."""
+_DRAWN_OF_ALL = ("step", "source", "formed", "concentration")
 _MOST_POINTS = 10_000
 """What W&B draws of a table in a chart."""
 
@@ -42,7 +43,30 @@ _open: dict[str, int] = {}
 """By W&B run: the step of its row that was left open with a record of ours in it."""
 
 
-def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
+class Past(list[Mapping[str, Any]]):
+    """Records as they were written, of which all but the last two hold what is drawn of all.
+
+    A training keeps it in memory, so it must not grow with heads and components.
+    """
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add the next."""
+        super().append(record)
+        if len(self) > 2:
+            self[-3] = {name: self[-3].get(name) for name in _DRAWN_OF_ALL}
+
+    @classmethod
+    def of(cls, records: Iterable[Mapping[str, Any]]) -> Past:
+        """Of records in the order in which they were written."""
+        found = cls()
+        for record in records:
+            found.append(record)
+        return found
+
+
+def log(
+    record: Mapping[str, Any], axes: Mapping[str, int], run: Run, past: Past | None = None
+) -> None:
     """Log a record to the active W&B run; without one, or with a disabled one, do nothing.
 
     The record joins the row that W&B has open and leaves it open: the run's own step does not move,
@@ -54,8 +78,11 @@ def log(record: Mapping[str, Any], axes: Mapping[str, int], run: Run) -> None:
         record: as written to the run directory.
         axes: further axes to put beside, such as ``train/global_step``; see `settle`.
         run: the run that holds the record.
+        past: all records, this one the last; read from the run unless given.
     """
-    target = show(record, axes, run.written)
+    if not is_active():
+        return
+    target = show(record, axes, run.history if past is None else past)
     if target is not None:
         Sent(run).add(target, record["step"], whole=True)
 
@@ -107,7 +134,7 @@ class WeightsAndBiases:
     """
 
     def __init__(self) -> None:
-        self._written: list[Mapping[str, Any]] = []
+        self._written = Past()
 
     def log(self, record: Mapping[str, Any]) -> None:
         """As `show`, with the records that came before through this object."""
