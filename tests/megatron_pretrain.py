@@ -7,7 +7,9 @@ that is "-". Only CUDA and the data are stand-ins.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import inspect
 import sys
 from pathlib import Path
@@ -46,10 +48,14 @@ def stand_in() -> None:
         return sys._getframe(1).f_code.co_name == "initialize_megatron"
 
     def count() -> int:
-        return int(sys._getframe(1).f_code.co_name in ("_initialize_distributed", "_set_random_seed"))
+        return int(
+            sys._getframe(1).f_code.co_name in ("_initialize_distributed", "_set_random_seed")
+        )
 
     from megatron.core import tensor_parallel
 
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.get_states = lambda: {"none": torch.empty(0)}  # without any, loading gives up
     tensor_parallel.model_parallel_cuda_manual_seed = lambda *_, **__: None
     torch.cuda.is_available, torch.cuda.device_count = available, count
     torch.cuda.set_device = lambda *_: None
@@ -63,7 +69,8 @@ def stand_in() -> None:
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(  # type: ignore[assignment]
         major=9, minor=0, multi_processor_count=1, total_memory=2**30
     )
-    torch.cuda.Event = SimpleNamespace  # type: ignore[misc,assignment]
+    torch.cuda.Stream = lambda *_, **__: torch.cuda.current_stream()  # type: ignore[misc,assignment]
+    torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
 
 
 class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -97,9 +104,7 @@ def model(*_: Any, pre_process: bool = True, post_process: bool = True, **given:
     stage = given.get("vp_stage")
     return GPTModel(
         config,
-        get_gpt_decoder_block_spec(
-            config, False, normalization=args.normalization, vp_stage=stage
-        ),
+        get_gpt_decoder_block_spec(config, False, normalization=args.normalization, vp_stage=stage),
         args.padded_vocab_size,
         args.max_position_embeddings,
         pre_process=pre_process,
@@ -147,11 +152,9 @@ def main(out: str, run: str, *more: str) -> None:
         container = pretrain_cfg_container_from_args(arguments)
         training.pretrain(container, datasets, kind, step, model, **given)
     else:
-        if "parse_and_validate_args" in dir(__import__("megatron.training.arguments").training.arguments):
-            from megatron.training.arguments import parse_and_validate_args
-
-            if "args_defaults" not in named:
-                parse_and_validate_args()
+        arguments_module = importlib.import_module("megatron.training.arguments")
+        if hasattr(arguments_module, "parse_and_validate_args") and "args_defaults" not in named:
+            arguments_module.parse_and_validate_args()
         training.pretrain(datasets, model, kind, step, **given)
 
 

@@ -391,6 +391,33 @@ def megatron_lm(out: Path) -> None:
         tracker.non_loss_data_func(loop.chunks)
 
 
+def ramped(out: Path) -> None:
+    """Megatron-LM saves before a batch grows, which no interval foretells."""
+    from megatron.core import num_microbatches_calculator as calculator
+
+    tracker = SinkTrackMegatron(PROBE, out, every=100, on_error="raise")
+    try:
+        loop = MegatronLM(0)
+        calculator.unset_num_microbatches_calculator()
+        calculator.init_num_microbatches_calculator(0, [4, 4, 16], 8, 2, 1)
+        context, saved = SimpleNamespace(model=loop.chunks, user_state={}), []
+        before = calculator.get_num_microbatches()
+        for iteration in range(7):
+            calculator.update_num_microbatches(
+                loop.arguments.consumed_train_samples, consistency_check=False
+            )
+            if calculator.get_num_microbatches() != before and iteration:
+                saved.append(iteration)
+            before = calculator.get_num_microbatches()
+            loop.arguments.curr_iteration = iteration
+            tracker.on_train_step_start(context)
+            tracker.on_train_step_end(context)
+            loop.arguments.consumed_train_samples += before * 2
+    finally:
+        del sys.modules["megatron.training.global_vars"]
+    assert saved and Run.read(out).steps == sorted({*saved, 6})  # 6 is the interval's
+
+
 def logged(out: Path) -> None:
     """Megatron opens W&B on the last process and logs with its iteration as the step."""
     import wandb
@@ -527,7 +554,12 @@ def untold(out: Path) -> None:
         layer.self_attention.linear_proj = Wrapped(layer.self_attention.linear_proj)
 
     cases: list[tuple[str, int, Callable[[Any], None], str]] = [
-        ("", 3, rescale, r"block 3 \(TransformerLayer\): its output is not its input plus what its"),
+        (
+            "",
+            3,
+            rescale,
+            r"block 3 \(TransformerLayer\): its output is not its input plus what its",
+        ),
         ("", 2, wrap, r"block 2 .*: linear_proj is a Wrapped without a weight.* merge them first"),
         ("", 2, between, "writes before block 2 make .* not 1"),
     ]

@@ -30,8 +30,8 @@ FOUR = ["qwen:tp2 pp2", "qwen:pp2 ep2", "gpt:tp2 sp pp2 vp2", "deepseek:tp2 sp e
         "qwen:tp2 sp pp2 ep2", "deepseek:cp2 pp2 ep2", "qwen:cp2 tp2 sp etp2 ep2"]  # fmt: skip
 
 
-def launch(processes: int, script: str, *arguments: str) -> None:
-    """Run a script of this directory under torchrun."""
+def launch(processes: int, script: str, *arguments: str) -> str:
+    """Run a script of this directory under torchrun; what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     path = str(Path(__file__).with_name(script))
     done = subprocess.run(
@@ -41,6 +41,7 @@ def launch(processes: int, script: str, *arguments: str) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def cases(tmp: pytest.TempPathFactory, processes: int, wanted: list[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sinktrack.loggers.curves import metrics
 
 pytest.importorskip("megatron.core")
 
-ALONE = ["bridge", "bridge_async", "megatron_lm", "refusals", "untold", "logged"]
+ALONE = ["bridge", "bridge_async", "megatron_lm", "ramped", "refusals", "untold", "logged"]
 TWO = [
     "deepseek:ep2 overlap",
     "deepseek:pp2 vp2",
