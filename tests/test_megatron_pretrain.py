@@ -21,6 +21,9 @@ from sinktrack.demo import AGREEMENT, largest_difference
 from sinktrack.loggers.curves import metrics
 
 pytest.importorskip("megatron.core")
+
+from megatron_pretrain import PROBE
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
@@ -28,8 +31,6 @@ pytestmark = [
         reason="this megatron-core has no megatron.training",
     ),
 ]
-
-from megatron_pretrain import PROBE
 
 CASES = {
     "dense": (1, ""),

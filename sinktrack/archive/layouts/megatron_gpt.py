@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 TYPE = "megatron_gpt"
 
 
-class MegatronGptConfig(PreTrainedConfig):
+class MegatronGptConfig(PreTrainedConfig):  # type: ignore[misc]
     """What a `MegatronGptForCausalLM` computes."""
 
     model_type = TYPE
@@ -234,7 +234,7 @@ class MegatronGptExperts(nn.Module):
     def __init__(self, config: MegatronGptConfig) -> None:
         super().__init__()
         self.config, hidden = config, config.hidden_size
-        experts, width = config.num_local_experts, config.moe_intermediate_size
+        experts, width = config.num_local_experts or 0, config.moe_intermediate_size
         first = f"{'gate_' * config.gated}up_proj"
         shapes = {first: (width * (1 + config.gated), hidden), "down_proj": (hidden, width)}
         for name, (rows, columns) in shapes.items():
@@ -268,7 +268,7 @@ class MegatronGptRouter(nn.Module):
 
     def __init__(self, config: MegatronGptConfig) -> None:
         super().__init__()
-        self.config, experts = config, config.num_local_experts
+        self.config, experts = config, config.num_local_experts or 0
         self.weight = nn.Parameter(torch.empty(experts, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(experts)) if config.linear_bias else None
         if config.score_bias:
@@ -321,7 +321,8 @@ class MegatronGptMoE(nn.Module):
         shared = self.shared_experts(x)
         if self.shared_expert_gate is not None:
             shared = shared * self.shared_expert_gate(x).sigmoid()
-        return routed + shared
+        total: Tensor = routed + shared
+        return total
 
 
 class MegatronGptDecoderLayer(nn.Module):
@@ -349,7 +350,7 @@ class MegatronGptDecoderLayer(nn.Module):
         return result
 
 
-class MegatronGptPreTrainedModel(PreTrainedModel):
+class MegatronGptPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     """What transformers asks of every model."""
 
     config_class = MegatronGptConfig
