@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any, Unpack
@@ -73,7 +74,7 @@ class SinkTrackMegatron:
             batch = _batch()
             samples = None if batch is None else samples + batch
         self._before = samples
-        due = self.tracker.due(self._iteration) or _is_saved(context, self._iteration)
+        due = self.tracker.due(self._iteration) or _is_saved(context, self._iteration, samples)
         self._probe(context, due, samples)
 
     def on_checkpoint_save(self, context: Any) -> None:
@@ -229,8 +230,8 @@ def _skipped(done: int) -> int:
     return rest[-1] if skip and rest and all(number in skip for number in rest) else done
 
 
-def _is_saved(context: Any, iteration: int) -> bool:
-    """Will the weights after this iteration be saved?"""
+def _is_saved(context: Any, iteration: int, samples: int | None) -> bool:
+    """Will the weights after this iteration, and after so many samples, be saved?"""
     configuration = _configuration(context)
     if configuration is None:
         checkpoint = training = _arguments()
@@ -244,7 +245,21 @@ def _is_saved(context: Any, iteration: int) -> bool:
         getattr(checkpoint, "non_persistent_save_interval", None),
         getattr(training, "exit_interval", None),
     ]
-    return any(interval and iteration % interval == 0 for interval in intervals)
+    if any(interval and iteration % interval == 0 for interval in intervals):
+        return True
+    return samples is not None and _grows(samples)
+
+
+def _grows(samples: int) -> bool:
+    """Does a batch have another number of microbatches from here on? Megatron saves before that."""
+    from megatron.core import num_microbatches_calculator as calculator
+
+    if calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is None:
+        return False
+    ahead = copy.copy(calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR)
+    now = ahead.get()
+    ahead.update(samples, consistency_check=False)
+    return bool(ahead.get() != now)
 
 
 def _samples(context: Any) -> int | None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.overrides import TorchFunctionMode
@@ -82,6 +83,7 @@ def stand_in() -> None:
 
     if isinstance(random._CUDA_RNG_STATE_TRACKER, _NoTracker):
         return
+    torch._dynamo.config.disable = True  # compiling takes longer than what is compiled
     _OnCpu().__enter__()  # type: ignore[no-untyped-call]
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args: None

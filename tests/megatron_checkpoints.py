@@ -10,6 +10,7 @@ stacked, with the common state where megatron-core puts it since 0.19. Writes
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 import zlib
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 sys.path.insert(0, str(Path(__file__).parent))
 import megatron_cpu
+from megatron.core.activations import quick_gelu, squared_relu
 from megatron_models import Norm, PlainAttention, layout
 
 from sinktrack import Probe, measure
@@ -59,10 +61,92 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 for name in ("num_query_groups", "kv_channels"):
     del FAMILIES["deepseek_v3"][name]
-TIED = ("llama", "olmoe")
+TIED = ("llama", "olmoe", "gpt")
+SIGMOID: dict[str, Any] = {
+    "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
+    "moe_router_topk_scaling_factor": 1.5,
+}  # fmt: skip
+PLAIN: dict[str, Any] = {"gated_linear_unit": False, "activation_func": squared_relu}
+COMBINED: dict[str, dict[str, Any]] = {
+    "glm4_moe": BASE | MOE | SIGMOID | {
+        "qk_layernorm": True, "add_qkv_bias": True, "rotary_percent": 0.5,
+        "moe_layer_freq": [0, 1, 1, 1], "moe_shared_expert_intermediate_size": 24,
+        "moe_router_topk": 4, "moe_router_num_groups": 4, "moe_router_group_topk": 2,
+    },
+    "gpt_oss": BASE | MOE | {
+        "add_bias_linear": True, "softmax_type": "learnable", "window_size": (5, 0),
+        "window_attn_skip_freq": 2, "activation_func": quick_gelu, "glu_linear_offset": 1.0,
+        "activation_func_clamp_value": 0.7, "position_embedding_type": "yarn",
+    },
+    "nemotron": BASE | PLAIN | {"normalization": "LayerNorm", "rotary_percent": 0.5},
+    "gpt": BASE | {
+        "normalization": "LayerNorm", "gated_linear_unit": False, "activation_func": F.gelu,
+        "bias_activation_fusion": True, "add_bias_linear": True, "num_query_groups": 4,
+        "position_embedding_type": "learned_absolute",
+    },
+    "gated_attention": BASE | MOE | {
+        "attention_output_gate": True, "softmax_type": "off-by-one", "activation_func": F.gelu,
+        "window_size": (3, 0), "window_attn_skip_freq": [1, 0, 0, 1], "no_rope_freq": 2,
+        "rotary_interleaved": True, "rotary_seq_len_interpolation_factor": 3,
+        "moe_shared_expert_intermediate_size": 16, "moe_router_pre_softmax": True,
+        "moe_router_topk_scaling_factor": 2.0,
+    },
+    "plain_experts": BASE | MOE | PLAIN | {
+        "normalization": "LayerNorm", "qk_layernorm": True, "add_bias_linear": True,
+        "position_embedding_type": "none",
+    },
+}  # fmt: skip
+"""What no family of transformers has."""
+YARN = {
+    "yarn_rotary_scaling_factor": 8.0, "yarn_original_max_position_embeddings": 16,
+    "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_mscale": 1.0, "yarn_mscale_all_dim": 0.0,
+    "yarn_correction_range_round_to_int": False,
+}  # fmt: skip
+
+
+def any_combination(seed: int) -> dict[str, Any]:
+    """Features that Megatron lets one combine, drawn."""
+    draw = random.Random(seed).choice
+    experts = draw((False, True))
+    found = BASE | {
+        "normalization": draw(("RMSNorm", "LayerNorm")), "add_bias_linear": draw((False, True)),
+        "add_qkv_bias": draw((False, True)), "qk_layernorm": draw((False, True)),
+        "attention_output_gate": draw((False, True)), "kv_channels": draw((8, 12)),
+        "num_query_groups": draw((1, 2, 4)), "rotary_percent": draw((1.0, 0.5)),
+        "softmax_type": draw(("vanilla", "off-by-one", "learnable")),
+        "window_size": draw((None, (4, 0))), "window_attn_skip_freq": draw((None, 2, 3)),
+        "position_embedding_type": draw(("rope", "rope", "learned_absolute", "none")),
+        "rotary_interleaved": draw((False, True)), "no_rope_freq": draw((None, 2, [1, 0, 0, 1])),
+        "gated_linear_unit": draw((True, False)),
+        "activation_func": draw((F.silu, F.gelu, squared_relu, quick_gelu)),
+        "glu_linear_offset": draw((0.0, 0.5)), "activation_func_clamp_value": draw((None, 0.5)),
+    }  # fmt: skip
+    if experts:
+        found |= MOE | {
+            "moe_layer_freq": draw((1, 2)), "moe_router_pre_softmax": draw((False, True)),
+            "moe_router_topk": draw((1, 4)),
+        }  # fmt: skip
+        if draw((False, True)):
+            found |= SIGMOID
+        if draw((False, True)):
+            found |= {"moe_router_num_groups": 2, "moe_router_group_topk": 1}
+        if draw((False, True)) and not found["add_bias_linear"]:
+            found |= {"moe_shared_expert_intermediate_size": draw((8, 40))}
+        if found["moe_router_topk"] == 1:
+            found["moe_router_pre_softmax"] = True
+    return found
+
+
+FAMILIES_READ = tuple(FAMILIES)
+FAMILIES |= COMBINED | {f"any_{seed}": any_combination(seed) for seed in range(6)}
 
 
 PROBE = Probe.random(VOCABULARY, sequences=5, length=12)
+
+
+TURNING = ("position_embedding_type", "rotary_percent")
+"""What is said of a model beside its configuration."""
+INTERPOLATED = "rotary_seq_len_interpolation_factor"
 
 
 def build(family: str, sizes: dict[str, Any]) -> Any:
@@ -71,16 +155,23 @@ def build(family: str, sizes: dict[str, Any]) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-    chosen = FAMILIES[family]
+    chosen = {
+        "gated_linear_unit": True, "activation_func": F.silu, "normalization": "RMSNorm",
+        "add_bias_linear": False, "bias_activation_fusion": False,
+    } | FAMILIES[family]  # fmt: skip
+    turning = {name: chosen.pop(name) for name in TURNING if name in chosen}
+    interpolated = chosen.pop(INTERPOLATED, None)
     latent = chosen.get("multi_latent_attention")
     config = (MLATransformerConfig if latent else TransformerConfig)(
-        **chosen, gated_linear_unit=True, activation_func=F.silu, normalization="RMSNorm",
-        add_bias_linear=False, use_cpu_initialization=True, attention_dropout=0.0,
-        hidden_dropout=0.0, bias_activation_fusion=False, masked_softmax_fusion=False,
+        **chosen, use_cpu_initialization=True, attention_dropout=0.0,
+        hidden_dropout=0.0, masked_softmax_fusion=False,
         gradient_accumulation_fusion=False, apply_rope_fusion=False, bias_dropout_fusion=False,
         pipeline_dtype=torch.float32, **sizes,
     )  # fmt: skip
-    spec = get_gpt_decoder_block_spec(config, False, normalization="RMSNorm")
+    if turning.get("position_embedding_type") == "yarn":
+        for name, value in YARN.items():
+            setattr(config, name, value)
+    spec = get_gpt_decoder_block_spec(config, False, normalization=config.normalization)
     spec.layer_norm = Norm
     for layer in spec.layer_specs:
         parts, attention = layer.submodules, layer.submodules.self_attention
@@ -93,7 +184,8 @@ def build(family: str, sizes: dict[str, Any]) -> Any:
         if family == "olmoe":
             attention.module = whole_norm_attention()
     model = GPTModel(
-        config, spec, PADDED, 64, position_embedding_type="rope", rotary_base=5000,
+        config, spec, PADDED, 64, **{"position_embedding_type": "rope"} | turning,
+        rotary_base=5000, seq_len_interpolation_factor=interpolated,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=family in TIED,
@@ -168,22 +260,34 @@ def _values(shard: Any) -> torch.Tensor:
     return noise * (0.05 if "expert_bias" in shard.key else 0.2)
 
 
-def arguments(model: Any) -> argparse.Namespace:
+def arguments(model: Any, family: str) -> argparse.Namespace:
     """What Megatron-LM's command line would have parsed for this model."""
     found = {k: v for k, v in vars(model.config).items() if not callable(v)}
+    function, gated = model.config.activation_func, model.config.gated_linear_unit
+    flags = {(F.silu, True): "swiglu", (quick_gelu, True): "quick_geglu"}
+    flags[squared_relu, False] = "squared_relu"
+    flag = flags.get((function, gated), "")
+    if not flag and (function, gated) != (F.gelu, False):  # Megatron Bridge can have any
+        found["activation_func"] = {"_target_": f"some.module.{function.__name__}"}
     found |= {
         "num_experts": found["num_moe_experts"], "norm_epsilon": found["layernorm_epsilon"],
-        "swiglu": True, "padded_vocab_size": PADDED, "vocab_size": VOCABULARY,
+        "swiglu": flag == "swiglu", "padded_vocab_size": PADDED, "vocab_size": VOCABULARY,
         "untie_embeddings_and_output_weights": not model.share_embeddings_and_output_weights,
         "group_query_attention": True, "position_embedding_type": "rope", "rotary_base": 5000,
         "rotary_percent": 1.0, "max_position_embeddings": 64, "seq_length": 64,
         "consumed_train_samples": 320, "iteration": 10, "use_rope_scaling": False,
-        "apply_layernorm_1p": False,
+        "apply_layernorm_1p": False, "quick_geglu": flag == "quick_geglu",
+        "squared_relu": flag == "squared_relu",
+        "bias_gelu_fusion": model.config.bias_activation_fusion,
     }  # fmt: skip
+    found |= {name: FAMILIES[family][name] for name in (*TURNING, INTERPOLATED)
+              if name in FAMILIES[family]}  # fmt: skip
+    if not gated and flag != "squared_relu" and function is F.gelu:
+        del found["gated_linear_unit"]
     return argparse.Namespace(**found)
 
 
-def save(model: Any, out: Path, keys: str) -> None:
+def save(model: Any, family: str, out: Path, keys: str) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.mapping import ShardedObject
 
@@ -191,7 +295,7 @@ def save(model: Any, out: Path, keys: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     state = model.sharded_state_dict(metadata={"singleton_local_shards": keys == "single"})
-    common = {"args": arguments(model), "iteration": 10, "checkpoint_version": 3.0}
+    common = {"args": arguments(model, family), "iteration": 10, "checkpoint_version": 3.0}
     older = keys == "object" and not hasattr(
         dist_checkpointing.serialization, "_legacy_common_state_exists"
     )
@@ -203,7 +307,7 @@ def save(model: Any, out: Path, keys: str) -> None:
     if dist.get_rank() == 0:
         if older:
             (directory / "common.pt").unlink()
-        torch.save(arguments(model), out / "args.pt")
+        torch.save(arguments(model, family), out / "args.pt")
         (out / "latest_checkpointed_iteration.txt").write_text("10")
 
 
@@ -215,7 +319,7 @@ def main(out: str, text: str, *cases: str) -> None:
         here = Path(out) / f"{family}-{keys}"
         model = build(family, changes)
         fill(model)
-        save(model, here, keys)
+        save(model, family, here, keys)
         measured = measure([model], PROBE)
         if dist.get_rank() == 0:
             torch.save(measured.to_record(10, "callback", {}, None), here / "record.pt")

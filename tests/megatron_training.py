@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -390,6 +391,33 @@ def megatron_lm(out: Path) -> None:
         tracker.non_loss_data_func(loop.chunks)
 
 
+def ramped(out: Path) -> None:
+    """Megatron-LM saves before a batch grows, which no interval foretells."""
+    from megatron.core import num_microbatches_calculator as calculator
+
+    tracker = SinkTrackMegatron(PROBE, out, every=100, on_error="raise")
+    try:
+        loop = MegatronLM(0)
+        calculator.unset_num_microbatches_calculator()
+        calculator.init_num_microbatches_calculator(0, [4, 4, 16], 8, 2, 1)
+        context, saved = SimpleNamespace(model=loop.chunks, user_state={}), []
+        before = calculator.get_num_microbatches()
+        for iteration in range(7):
+            calculator.update_num_microbatches(
+                loop.arguments.consumed_train_samples, consistency_check=False
+            )
+            if calculator.get_num_microbatches() != before and iteration:
+                saved.append(iteration)
+            before = calculator.get_num_microbatches()
+            loop.arguments.curr_iteration = iteration
+            tracker.on_train_step_start(context)
+            tracker.on_train_step_end(context)
+            loop.arguments.consumed_train_samples += before * 2
+    finally:
+        del sys.modules["megatron.training.global_vars"]
+    assert saved and Run.read(out).steps == sorted({*saved, 6})  # 6 is the interval's
+
+
 def logged(out: Path) -> None:
     """Megatron opens W&B on the last process and logs with its iteration as the step."""
     import wandb
@@ -481,10 +509,6 @@ def refusals(out: Path) -> None:
         change(chunks[0].decoder.layers[2])
         refused(match, chunks)
 
-    chunks = small()
-    chunks[0].decoder.layers[2].self_attention.linear_proj = torch.nn.Identity()
-    refused("block 2 .*linear_proj is a Identity without a weight", chunks)
-
     chunks = small("llama")
     chunks[0].decoder.layers[1].self_attention.core_attention.softmax_scale *= 1.1
     core = chunks[0].decoder.layers[1].self_attention.core_attention
@@ -493,16 +517,70 @@ def refusals(out: Path) -> None:
     refused("block 1 .*core attention differs from causal softmax attention", chunks)
 
     chunks = small("llama")
-    layer = chunks[0].decoder.layers[3]
-    layer.register_forward_hook(lambda module, args, output: (output[0] * 1.5, output[1]))
-    with pytest.raises(MeasurementError, match="block 3 .*is not its input plus what its attent"):
-        measure(chunks, PROBE)
-
-    chunks = small("llama")
     with torch.no_grad():
         chunks[0].decoder.layers[1].mlp.linear_fc1.weight[0, 0] = torch.nan
     refused("not finite at the input of block 2", chunks)
     refused("beyond the model's vocabulary", small(), Probe.random(VOCABULARY + 40, 4, 16))
+
+
+class Wrapped(torch.nn.Module):
+    """A projection as an adapter of Megatron Bridge has it: its weight is another module's."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Any) -> Any:
+        return self.inner(x)
+
+
+def untold(out: Path) -> None:
+    """Where writes cannot be told apart, attention and norms stand, on every process' layout."""
+    alone = dist.get_world_size() == 1
+
+    def scaled(module: Any, args: Any, output: Any) -> Any:
+        return output[0] * 1.5, output[1]
+
+    def rescale(layer: Any) -> None:
+        layer.register_forward_hook(scaled)
+
+    def between(layer: Any) -> None:
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, kwargs | {"hidden_states": kwargs["hidden_states"] * 2}),
+            with_kwargs=True,
+        )
+
+    def wrap(layer: Any) -> None:
+        layer.self_attention.linear_proj = Wrapped(layer.self_attention.linear_proj)
+
+    cases: list[tuple[str, int, Callable[[Any], None], str]] = [
+        (
+            "",
+            3,
+            rescale,
+            r"block 3 \(TransformerLayer\): its output is not its input plus what its",
+        ),
+        ("", 2, wrap, r"block 2 .*: linear_proj is a Wrapped without a weight.* merge them first"),
+        ("", 2, between, "writes before block 2 make .* not 1"),
+    ]
+    if not alone:
+        cases = [("pp2", *cases[0][1:]), ("tp2 ep2", *cases[1][1:])]
+    for text, number, change, reason in cases:
+        chunks = small("deepseek", text)
+        plain = measure(chunks, PROBE)
+        for layer in chunks[0].decoder.layers:
+            if layer.layer_number - 1 == number:
+                change(layer)
+        found = measure(chunks, PROBE)
+        same = number + 1 if change is not between else number
+        assert torch.equal(found.p0_attention[:same], plain.p0_attention[:same])
+        assert torch.equal(found.p0_norm[:same], plain.p0_norm[:same])
+        assert plain.localization.shares and not found.localization.shares
+        record = found.to_record(1, "", {}, None)
+        for name in ("depth", "shares", "top_components"):
+            assert record[name] is None and re.search(reason, record["missing"][name])
+        if change is not between:
+            assert re.search(reason, record["missing"]["mlp_write_ratio"])
 
 
 def failing_alone(out: Path) -> None:

@@ -15,7 +15,7 @@ from sinktrack.loggers.curves import metrics
 
 pytest.importorskip("megatron.core")
 
-ALONE = ["bridge", "bridge_async", "megatron_lm", "refusals", "logged"]
+ALONE = ["bridge", "bridge_async", "megatron_lm", "ramped", "refusals", "untold", "logged"]
 TWO = [
     "deepseek:ep2 overlap",
     "deepseek:pp2 vp2",
@@ -23,6 +23,7 @@ TWO = [
     "failing_alone",
     "stale",
     "apart",
+    "untold",
     "logged",
 ]
 

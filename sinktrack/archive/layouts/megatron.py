@@ -223,4 +223,9 @@ def _seen(stored: dict[str, dcp.Stored]) -> megatron_config.Seen:
         for name, value in stored.items()
         if name.endswith("self_attention.q_layernorm.weight") and value.shape
     ]
-    return megatron_config.Seen(embedding.shape[0], norms[0] if norms else None)
+    positions = stored.get("embedding.position_embeddings.weight")
+    return megatron_config.Seen(
+        embedding.shape[0],
+        norms[0] if norms else None,
+        positions.shape[0] if positions is not None and positions.shape else None,
+    )

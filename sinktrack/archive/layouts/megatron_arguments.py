@@ -11,35 +11,34 @@ from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any
 
-from sinktrack.archive.layouts.megatron_names import DENSE, MOE
 from sinktrack.errors import ArchiveError
 
 _MAPPED = """
-    activation_func add_qkv_bias beta_fast beta_slow consumed_train_samples ffn_hidden_size
-    gated_linear_unit group_query_attention hidden_size high_freq_factor kv_channels
-    kv_lora_rank layernorm_epsilon low_freq_factor max_position_embeddings moe_ffn_hidden_size
-    moe_layer_freq moe_router_enable_expert_bias moe_router_group_topk
-    moe_router_load_balancing_type moe_router_num_groups moe_router_pre_softmax
-    moe_router_score_function moe_router_topk moe_router_topk_scaling_factor
-    moe_shared_expert_intermediate_size mscale mscale_all_dim multi_latent_attention
-    norm_epsilon num_attention_heads num_experts num_layers num_moe_experts num_query_groups
-    old_context_len original_max_position_embeddings padded_vocab_size q_lora_rank qk_head_dim
-    qk_layernorm qk_pos_emb_head_dim rope_scaling rope_scaling_factor rope_type rotary_base
-    rotary_scaling_factor scale_factor seq_length share_embeddings_and_output_weights swiglu
-    tokenizer_type untie_embeddings_and_output_weights use_rope_scaling v_head_dim vocab_size
+    activation_func add_qkv_bias beta_fast beta_slow bias_activation_fusion bias_gelu_fusion
+    consumed_train_samples ffn_hidden_size gated_linear_unit group_query_attention hidden_size
+    high_freq_factor kv_channels kv_lora_rank layernorm_epsilon low_freq_factor
+    max_position_embeddings moe_ffn_hidden_size moe_layer_freq moe_router_enable_expert_bias
+    moe_router_group_topk moe_router_load_balancing_type moe_router_num_groups
+    moe_router_pre_softmax moe_router_score_function moe_router_topk
+    moe_router_topk_scaling_factor moe_shared_expert_intermediate_size mscale mscale_all_dim
+    multi_latent_attention norm_epsilon num_attention_heads num_experts num_layers
+    num_moe_experts num_query_groups old_context_len original_max_position_embeddings
+    padded_vocab_size q_lora_rank qk_head_dim qk_layernorm qk_pos_emb_head_dim rope_scaling
+    rope_scaling_factor rope_type rotary_base rotary_scaling_factor scale_factor seq_length
+    share_embeddings_and_output_weights swiglu tokenizer_type
+    untie_embeddings_and_output_weights use_rope_scaling use_te_activation_func v_head_dim
+    vocab_size window_attn_skip_freq yarn_beta_fast yarn_beta_slow
+    yarn_correction_range_round_to_int yarn_mscale yarn_mscale_all_dim
+    yarn_original_max_position_embeddings yarn_rotary_scaling_factor
 """
 MAPPED = frozenset(_MAPPED.split())
 """What `megatron_config` reads."""
 
 OFF: dict[str, tuple[Any, ...]] = {
-    "activation_func_clamp_value": (),
-    "add_bias_linear": (False,),
     "apply_layernorm_1p": (False,),
     "apply_residual_connection_post_layernorm": (False,),
-    "attention_output_gate": (False,),
     "enable_mhc_connections": (False,),
     "experimental_attention_variant": (),
-    "glu_linear_offset": (0,),
     "heterogeneous_block_specs": (False,),
     "heterogeneous_layers_config_encoded_json": (),
     "heterogeneous_layers_config_path": (),
@@ -60,34 +59,42 @@ OFF: dict[str, tuple[Any, ...]] = {
     "moe_router_force_load_balancing": (False,),
     "moe_router_quantile_balancing_ema": (0,),
     "moe_router_topk_limited_devices": (),
-    "moe_shared_expert_gate": (False,),
     "moe_shared_expert_glu_interleave_size": (),
     "moe_token_dropping": (False,),
     "mrope_section": (),
     "mup_embedding_mult": (1,),
     "mup_output_mult": (1,),
     "mup_width_mult": (1,),
-    "no_rope_freq": (),
-    "normalization": ("RMSNorm",),
     "onnx_safe": (False,),
     "openai_gelu": (False,),
+    "quant_recipe": (),
+    "restore_modelopt_state": (False,),
+    "softmax_scale": (),
+    "spec": (),
+    "use_mup": (False,),
+}
+"""The values, beside None, under which a feature that no model read here has is off."""
+
+BEYOND: dict[str, tuple[Any, ...]] = {
+    "activation_func_clamp_value": (),
+    "add_bias_linear": (False,),
+    "attention_output_gate": (False,),
+    "glu_linear_offset": (0,),
+    "moe_shared_expert_gate": (False,),
+    "no_rope_freq": (),
+    "normalization": ("RMSNorm",),
     "position_embedding_type": ("rope",),
     "qk_l2_norm": (False,),
-    "quant_recipe": (),
     "quick_geglu": (False,),
-    "restore_modelopt_state": (False,),
     "rotary_interleaved": (False,),
     "rotary_percent": (1,),
     "rotary_seq_len_interpolation_factor": (1,),
     "seq_len_interpolation_factor": (1,),
-    "softmax_scale": (),
     "softmax_type": ("vanilla",),
-    "spec": (),
     "squared_relu": (False,),
-    "use_mup": (False,),
     "window_size": (),
 }
-"""The values, beside None, under which a feature that these architectures lack is off."""
+"""The same of features that no family of transformers has as Megatron does: `megatron_gpt`."""
 
 _INERT = """
     account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
@@ -100,11 +107,10 @@ _INERT = """
     async_strategy async_tensor_model_parallel_allreduce attention_backend attention_dropout
     attention_softmax_in_fp32 auto_detect_ckpt_format autocast_dtype barrier_with_L1_time
     batch_invariant_backend batch_invariant_mode batch_p2p_comm batch_p2p_sync batch_size
-    bert_binary_head bert_embedder_type bert_load bf16 bias_activation_fusion
-    bias_dropout_fusion bias_gelu_fusion bias_swiglu_fusion biencoder_projection_dim
-    biencoder_shared_query_context_model block_data_path builder cache_mla_latents
-    calc_ft_timeouts calculate_per_token_loss chat_template check_for_large_grads
-    check_for_nan_in_loss_and_grad check_for_spiky_loss
+    bert_binary_head bert_embedder_type bert_load bf16 bias_dropout_fusion bias_swiglu_fusion
+    biencoder_projection_dim biencoder_shared_query_context_model block_data_path builder
+    cache_mla_latents calc_ft_timeouts calculate_per_token_loss chat_template
+    check_for_large_grads check_for_nan_in_loss_and_grad check_for_spiky_loss
     check_weight_hash_across_dp_replicas_interval checkpoint_activations checkpoint_version
     ckpt_assume_constant_structure ckpt_convert_format ckpt_convert_save
     ckpt_convert_update_legacy_dist_opt_format ckpt_drop_redundant_extra_state ckpt_format
@@ -337,22 +343,31 @@ _INERT = """
     use_legacy_static_engine use_mamba_mem_eff_path use_megatron_fsdp
     use_mp_args_from_checkpoint_args use_one_sent_docs use_persistent_ckpt_worker
     use_precision_aware_optimizer use_pytorch_profiler use_ring_exchange_p2p
-    use_rotary_position_embeddings use_sharp use_te_activation_func use_te_rng_tracker
+    use_rotary_position_embeddings use_sharp use_te_rng_tracker
     use_tokenizer_model_from_checkpoint_args use_torch_fsdp2 use_torch_optimizer_for_cpu_offload
     use_tp_pp_dp_mapping use_transformer_engine_full_layer_spec use_transformer_engine_op_fuser
     valid_data_path validation_set_names variable_seq_lengths verify_integrity
     virtual_pipeline_model_parallel_size vision_backbone_type vision_pretraining
     vision_pretraining_type vocab_extra_ids vocab_file wandb_entity wandb_exp_name wandb_project
-    wandb_save_dir warmup weight_decay weight_decay_incr_style wgrad_deferral_limit
-    window_attn_skip_freq world_size wrap_with_ddp yaml_cfg yarn_beta_fast yarn_beta_slow
-    yarn_correction_range_round_to_int yarn_mscale yarn_mscale_all_dim
-    yarn_original_max_position_embeddings yarn_rotary_scaling_factor
+    wandb_save_dir warmup weight_decay weight_decay_incr_style wgrad_deferral_limit world_size
+    wrap_with_ddp yaml_cfg
 """
 INERT = frozenset(_INERT.split())
 """What the probe's forward pass does not depend on, or only where something in ``OFF`` is on.
 
 Of megatron-core 0.16 to 0.20, Megatron-LM of these and Megatron Bridge's GPT models.
 """
+
+
+def on(arguments: Mapping[str, Any], features: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Those of the features that are on, with their values."""
+    found = {name: arguments.get(name) for name in features}
+    return {
+        name: value
+        for name, value in found.items()
+        if value is not None
+        and not (isinstance(value, bool | int | float | str) and value in features[name])
+    }
 
 
 def refuse(arguments: Mapping[str, Any], vouched: bool = False) -> None:
@@ -365,14 +380,12 @@ def refuse(arguments: Mapping[str, Any], vouched: bool = False) -> None:
     Raises:
         ArchiveError: a feature is on, or an argument is not known.
     """
-    for name, off in OFF.items():
-        value = arguments.get(name)
-        if value is not None and not (isinstance(value, bool | int | float | str) and value in off):
-            raise ArchiveError(
-                f"the model was trained with {name}={short(value)}, which no architecture has "
-                f"that Megatron checkpoints are read as ({', '.join(DENSE + MOE)})"
-            )
-    known = MAPPED | INERT | OFF.keys()
+    for name, value in on(arguments, OFF).items():
+        raise ArchiveError(
+            f"the model was trained with {name}={short(value)}, which Megatron checkpoints are not "
+            "read with"
+        )
+    known = MAPPED | INERT | OFF.keys() | BEYOND.keys()
     for name, value in arguments.items():
         absent = value is None or value is False or value in ("", [], {}, ())
         if not (vouched or absent or name in known or str(name).startswith("_")):

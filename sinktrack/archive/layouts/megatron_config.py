@@ -6,6 +6,7 @@ differ in a few places. Whatever makes the model another one than Hugging Face's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from reprlib import repr as short
@@ -13,8 +14,9 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from sinktrack.archive.layouts.megatron_arguments import refuse
-from sinktrack.archive.layouts.megatron_names import DENSE, MOE, dense_blocks
+from sinktrack.archive.layouts import megatron_gpt
+from sinktrack.archive.layouts.megatron_arguments import BEYOND, on, refuse
+from sinktrack.archive.layouts.megatron_names import DENSE, GPT, MOE, dense_blocks
 from sinktrack.errors import ArchiveError
 
 Arguments = Mapping[str, Any]
@@ -38,6 +40,8 @@ class Seen:
     """Of the embedding, padding included."""
     norm: int | None
     """Width of the queries' norm, if there is one."""
+    positions: int | None = None
+    """Rows of the embedding of positions, if there is one."""
 
 
 def make(arguments: Arguments, seen: Seen, vouched: bool = False) -> Any:
@@ -54,6 +58,8 @@ def make(arguments: Arguments, seen: Seen, vouched: bool = False) -> Any:
     _refuse(arguments, vouched)
     fields = _fields(arguments, seen)
     try:
+        if fields["model_type"] == GPT:
+            return megatron_gpt.MegatronGptConfig(**fields)
         return AutoConfig.for_model(**fields)
     except Exception as error:
         raise ArchiveError(
@@ -67,10 +73,10 @@ def compare(given: Any, arguments: Arguments, seen: Seen) -> None:
     Raises:
         ArchiveError: they disagree; names the first field and both values.
     """
-    if given.model_type not in DENSE + MOE:
+    if given.model_type not in (*DENSE, *MOE, GPT):
         raise ArchiveError(
             f"the configuration given is of {given.model_type}; Megatron checkpoints are read as "
-            f"{', '.join(DENSE + MOE)}"
+            f"{', '.join((*DENSE, *MOE, GPT))}"
         )
     if given.vocab_size > seen.rows:
         raise ArchiveError(
@@ -87,7 +93,7 @@ def compare(given: Any, arguments: Arguments, seen: Seen) -> None:
     pairs = [(name, getattr(given, name, None), value) for name, value in wanted.items()]
     pairs += [
         (f"rope_parameters.{name}", (given.rope_parameters or {}).get(name), value)
-        for name, value in wanted["rope_parameters"].items()
+        for name, value in (wanted["rope_parameters"] or {}).items()
     ]
     pairs.append(
         ("dense blocks", dense_blocks(given), dense_blocks(make(arguments, seen, vouched=True)))
@@ -102,21 +108,62 @@ def compare(given: Any, arguments: Arguments, seen: Seen) -> None:
 
 def _refuse(arguments: Arguments, vouched: bool = False) -> None:
     refuse(arguments, vouched)
-    activation = arguments.get("activation_func")
-    if isinstance(activation, Mapping):
-        activation = str(activation.get("_target_")).rpartition(".")[2]
-    gated = _first(arguments, "swiglu", "gated_linear_unit")
-    if gated is not True or (isinstance(activation, str) and activation != "silu"):
-        raise ArchiveError(
-            f"the model's MLP is not SwiGLU (gated {short(gated)}, "
-            f"activation {short(activation or 'silu')})"
-        )
     balancing = _given(arguments, "moe_router_load_balancing_type", "none")
     for kind in balancing if isinstance(balancing, list) else [balancing]:
         if kind not in _BALANCING:
             raise ArchiveError(
                 f"the model's router balances by {short(kind)}, which no architecture here has"
             )
+    positions = _given(arguments, "position_embedding_type", "rope")
+    if positions != "yarn" and arguments.get("yarn_rotary_scaling_factor") is not None:
+        raise ArchiveError(  # which Megatron scales every rotary embedding by
+            f"the saved arguments say position_embedding_type={short(positions)} with "
+            f"yarn_rotary_scaling_factor={short(arguments['yarn_rotary_scaling_factor'])}: not read"
+        )
+    if arguments.get("moe_router_score_function") not in ("softmax", "sigmoid", None):
+        raise ArchiveError(
+            f"moe_router_score_function={short(arguments['moe_router_score_function'])} is not read"
+        )
+
+
+def _activation(arguments: Arguments) -> tuple[str, bool]:
+    """The activation of the MLPs by transformers' name, and whether they are gated.
+
+    Megatron-LM saves flags, Megatron Bridge a function's name.
+    """
+    saved = arguments.get("activation_func")
+    if isinstance(saved, Mapping):
+        saved = str(saved.get("_target_")).rpartition(".")[2]
+    gated = True in (arguments.get("swiglu"), arguments.get("gated_linear_unit"))
+    if not isinstance(saved, str):
+        if arguments.get("quick_geglu") is True:
+            saved, gated = "quick_gelu", True
+        elif arguments.get("squared_relu") is True:
+            saved, gated = "squared_relu", False
+        elif gated:
+            saved = "silu"
+        else:
+            saved = "gelu" if arguments.get("swiglu") is False else None
+    known = {
+        "silu": "silu", "gelu": "gelu", "relu": "relu", "squared_relu": "relu2",
+        "quick_gelu": "quick_gelu", "fast_gelu": "gelu_fast",
+    }  # fmt: skip
+    if saved not in known:
+        raise ArchiveError(f"the saved arguments say activation_func={short(saved)}: not read")
+    if saved != "gelu":
+        return known[saved], gated
+    fused = _first(arguments, "bias_gelu_fusion", "bias_activation_fusion")
+    experts = _first(arguments, "num_experts", "num_moe_experts")
+    if (
+        not isinstance(fused, bool)
+        or arguments.get("use_te_activation_func") is True
+        or (fused and experts is not None)
+    ):
+        raise ArchiveError(
+            "the model's MLPs have a GELU, and the saved arguments do not say whether it is exact "
+            "or the approximation by a tanh that Megatron's fused one is"
+        )
+    return "gelu_pytorch_tanh" if fused else "gelu", gated
 
 
 def _fields(arguments: Arguments, seen: Seen) -> dict[str, Any]:
@@ -126,6 +173,8 @@ def _fields(arguments: Arguments, seen: Seen) -> dict[str, Any]:
     if arguments.get("kv_channels") is not None:
         width = _number(arguments, "kv_channels")
     kind = _model_type(arguments, seen.norm is not None and seen.norm > width)
+    if kind == GPT:
+        return _gpt(arguments, seen, width)
     fields: dict[str, Any] = {
         "model_type": kind,
         "hidden_act": "silu",
@@ -149,10 +198,7 @@ def _fields(arguments: Arguments, seen: Seen) -> dict[str, Any]:
         fields["num_key_value_heads"] = heads
         fields |= _latent_attention(arguments)
     else:
-        fields["num_key_value_heads"] = heads
-        grouped = arguments.get("group_query_attention") is not False
-        if grouped and arguments.get("num_query_groups") is not None:
-            fields["num_key_value_heads"] = _number(arguments, "num_query_groups", most=heads)
+        fields["num_key_value_heads"] = _groups(arguments, heads)
         if kind == "olmoe" and width * heads != hidden:
             raise ArchiveError(f"heads of width {width}; OLMoE has {hidden // heads}")
         if kind != "olmoe":
@@ -162,23 +208,56 @@ def _fields(arguments: Arguments, seen: Seen) -> dict[str, Any]:
     return fields
 
 
+def _groups(arguments: Arguments, heads: int) -> int:
+    grouped = arguments.get("group_query_attention") is not False
+    if grouped and arguments.get("num_query_groups") is not None:
+        return _number(arguments, "num_query_groups", most=heads)
+    return heads
+
+
 def _model_type(arguments: Arguments, whole_norm: bool) -> str:
     normed = arguments.get("qk_layernorm") is True
-    kind = "qwen3" if normed else "llama"
-    if arguments.get("add_qkv_bias") is True and not normed:
-        kind = "qwen2"
     experts = _first(arguments, "num_experts", "num_moe_experts")
-    if arguments.get("multi_latent_attention") is True:
+    latent = arguments.get("multi_latent_attention") is True
+    beyond = on(arguments, BEYOND)
+    if (activation := _activation(arguments)) != ("silu", True):
+        name, gated = activation
+        beyond |= {"activation": f"{name}, {'gated' if gated else 'not gated'}"}
+    for name, value in beyond.items():
+        if latent or whole_norm:
+            raise ArchiveError(
+                f"the model was trained with {name}={short(value)} and "
+                f"{'latent attention' if latent else 'norms over all queries at once'}: not read"
+            )
+        return GPT
+    if latent:
         return "deepseek_v3"
     if whole_norm:  # over all heads at once
         if experts is None:
             raise ArchiveError("norms over all queries at once in a model without experts: unknown")
         return "olmoe"
+    biased = arguments.get("add_qkv_bias") is True
     if experts is None:
-        return kind
-    if kind == "qwen2":
-        raise ArchiveError("experts together with biases of the queries (add_qkv_bias): unknown")
-    return "qwen3_moe" if normed else "mixtral"
+        kinds = {(False, False): "llama", (True, False): "qwen2", (False, True): "qwen3"}
+        return kinds.get((biased, normed), GPT)
+    if biased or _router(arguments):
+        return GPT
+    if normed:
+        return "qwen3_moe"
+    return GPT if arguments.get("moe_router_pre_softmax") or _dense(arguments) else "mixtral"
+
+
+def _router(arguments: Arguments) -> dict[str, Any]:
+    """What is on of a router and its experts beyond the softmax of the best."""
+    return {
+        name: value
+        for name, off in (
+            ("moe_router_score_function", "softmax"), ("moe_router_enable_expert_bias", False),
+            ("moe_router_topk_scaling_factor", None), ("moe_router_num_groups", None),
+            ("moe_shared_expert_intermediate_size", None),
+        )
+        if (value := arguments.get(name, off)) not in (off, None)
+    }  # fmt: skip
 
 
 def _experts(arguments: Arguments, kind: str) -> dict[str, Any]:
@@ -190,24 +269,191 @@ def _experts(arguments: Arguments, kind: str) -> dict[str, Any]:
     fields["intermediate_size" if kind in ("mixtral", "olmoe") else "moe_intermediate_size"] = width
     if kind == "deepseek_v3":
         return fields | _sigmoid_router(arguments, width)
-    before = arguments.get("moe_router_pre_softmax") is True
-    for name, off in (
-        ("moe_router_score_function", "softmax"), ("moe_router_enable_expert_bias", False),
-        ("moe_router_topk_scaling_factor", None), ("moe_router_num_groups", None),
-        ("moe_shared_expert_intermediate_size", None),
-    ):  # fmt: skip
-        if arguments.get(name, off) not in (off, None):
-            raise ArchiveError(f"{kind} has no {name}={short(arguments[name])}")
-    if kind == "mixtral" and before:
-        raise ArchiveError("mixtral's router takes its softmax over the chosen experts alone")
+    for name, value in _router(arguments).items():
+        raise ArchiveError(f"{kind} has no {name}={short(value)}")
     if kind != "mixtral":
-        fields["norm_topk_prob"] = not before
+        fields["norm_topk_prob"] = arguments.get("moe_router_pre_softmax") is not True
     dense = _dense(arguments)
     if dense and kind != "qwen3_moe":
         raise ArchiveError(f"{kind} has experts in every block; blocks {dense} have none")
     if kind == "qwen3_moe":
         fields |= {"mlp_only_layers": dense, "decoder_sparse_step": 1}
     return fields
+
+
+def _gpt(arguments: Arguments, seen: Seen, width: int) -> dict[str, Any]:
+    """Those of `megatron_gpt`, which is what Megatron's arguments can combine."""
+    heads = _number(arguments, "num_attention_heads", most=_MANY)
+    blocks = _number(arguments, "num_layers", most=_MANY)
+    activation, gated = _activation(arguments)
+    norm = _given(arguments, "normalization", "RMSNorm")
+    softmax = _given(arguments, "softmax_type", "vanilla")
+    positions = _given(arguments, "position_embedding_type", "rope")
+    for name, value, known in (
+        ("normalization", norm, ("RMSNorm", "LayerNorm")),
+        ("softmax_type", softmax, ("vanilla", "off-by-one", "learnable")),
+        ("position_embedding_type", positions, ("rope", "yarn", "learned_absolute", "none")),
+    ):
+        if value not in known:
+            raise ArchiveError(f"the model was trained with {name}={short(value)}: not read")
+    clamp = arguments.get("activation_func_clamp_value")
+    window, kinds = _windows(arguments, blocks)
+    turned = positions in ("rope", "yarn")
+    fields: dict[str, Any] = {
+        "model_type": GPT,
+        "vocab_size": _vocabulary(arguments, seen.rows),
+        "hidden_size": _number(arguments, "hidden_size"),
+        "intermediate_size": _number(arguments, "ffn_hidden_size"),
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": _groups(arguments, heads),
+        "head_dim": width,
+        "max_position_embeddings": _number(arguments, "max_position_embeddings", "seq_length"),
+        "tie_word_embeddings": _tied(arguments),
+        "norm": norm,
+        "norm_eps": float(_first(arguments, "norm_epsilon", "layernorm_epsilon")),
+        "hidden_act": activation,
+        "gated": gated,
+        "gate_offset": float(_given(arguments, "glu_linear_offset", 0.0)) if gated else 0.0,
+        "clamp": float(clamp) if gated and clamp is not None else None,
+        "linear_bias": arguments.get("add_bias_linear") is True,
+        "qkv_bias": arguments.get("add_qkv_bias") is True,
+        "qk_norm": None,
+        "attention_gate": arguments.get("attention_output_gate") is True,
+        "sinks": {"vanilla": None, "off-by-one": "zero", "learnable": "learned"}[softmax],
+        "positions": {"learned_absolute": "learned", "none": "none"}.get(positions, "rope"),
+        "rope_parameters": _turns(arguments, positions) if turned else None,
+        "rotary_interleaved": arguments.get("rotary_interleaved") is True,
+        "position_factor": 1.0,
+        "no_rope_layers": _without_rope(arguments, blocks),
+        "sliding_window": window,
+        "layer_types": kinds,
+        "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    if turned:
+        factor = _first(
+            arguments, "rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor"
+        )
+        fields["position_factor"] = 1.0 if factor is None else float(factor)
+    if positions == "learned_absolute":
+        if seen.positions is None:
+            raise ArchiveError("there is no embedding.position_embeddings.weight")
+        fields["max_position_embeddings"] = seen.positions
+    if arguments.get("qk_layernorm") is True:
+        fields["qk_norm"] = "l2" if arguments.get("qk_l2_norm") is True else "norm"
+    elif arguments.get("qk_l2_norm") is True:
+        fields["qk_norm"] = "l2"
+    if _first(arguments, "num_experts", "num_moe_experts") is not None:
+        fields |= _any_router(arguments)
+    return fields
+
+
+def _any_router(arguments: Arguments) -> dict[str, Any]:
+    score = _given(arguments, "moe_router_score_function", "softmax")
+    biased = arguments.get("moe_router_enable_expert_bias") is True
+    if score == "softmax" and arguments.get("moe_router_pre_softmax") is not True:
+        score = "chosen_softmax"
+    if biased and score != "sigmoid":
+        raise ArchiveError("moe_router_enable_expert_bias without a sigmoid router: not read")
+    experts = _number(arguments, "num_experts", "num_moe_experts")
+    count = _number(arguments, "moe_router_topk", most=experts)
+    groups = {"n_group": 1, "topk_group": None}
+    if arguments.get("moe_router_group_topk"):
+        groups = {
+            "n_group": _number(arguments, "moe_router_num_groups", most=experts),
+            "topk_group": _number(arguments, "moe_router_group_topk", most=count),
+        }
+        if experts % groups["n_group"]:  # type: ignore[operator]
+            raise ArchiveError(f"{experts} experts in {groups['n_group']} groups: not read")
+    shared = arguments.get("moe_shared_expert_intermediate_size")
+    return {
+        "num_local_experts": experts,
+        "num_experts_per_tok": count,
+        "moe_intermediate_size": _number(arguments, "moe_ffn_hidden_size", "ffn_hidden_size"),
+        "shared_intermediate_size": shared or None,
+        "shared_gate": bool(shared) and arguments.get("moe_shared_expert_gate") is True,
+        "dense_layers": _dense(arguments),
+        "score": score,
+        "score_bias": biased,
+        "routed_scaling_factor": float(arguments.get("moe_router_topk_scaling_factor") or 1.0),
+        **groups,
+    }
+
+
+def _windows(arguments: Arguments, blocks: int) -> tuple[int | None, list[str] | None]:
+    """How many keys a query sees, and in which blocks."""
+    window = arguments.get("window_size")
+    if window is None:
+        return None, None
+    left, right = window if isinstance(window, list | tuple) and len(window) == 2 else (None, None)
+    if (left, right) in ((-1, -1), (-1, 0)):
+        return None, None
+    every = arguments.get("window_attn_skip_freq")
+    skipped: list[bool] = []
+    if every is None:
+        skipped = [False] * blocks
+    elif type(every) is int and every > 0:
+        skipped = [(block + 1) % every == 0 for block in range(blocks)]
+    elif isinstance(every, list) and len(every) == blocks:
+        skipped = [not one for one in every]
+    if type(left) is not int or left < 0 or right != 0 or not skipped:
+        raise ArchiveError(
+            f"the saved arguments say window_size={short(window)}, "
+            f"window_attn_skip_freq={short(every)}: not read"
+        )
+    return left + 1, ["full_attention" if one else "sliding_attention" for one in skipped]
+
+
+def _without_rope(arguments: Arguments, blocks: int) -> list[int]:
+    """The blocks without rotary embeddings, by ``no_rope_freq``: every N-th, or a flag a block."""
+    every = arguments.get("no_rope_freq")
+    if every is None:
+        return []
+    if type(every) is int and every > 0:
+        return [block for block in range(blocks) if (block + 1) % every == 0]
+    if isinstance(every, list) and len(every) == blocks:
+        return [block for block in range(blocks) if every[block]]
+    raise ArchiveError(f"the saved arguments say no_rope_freq={short(every)}")
+
+
+def _turns(arguments: Arguments, positions: str) -> dict[str, Any]:
+    """Rotary embeddings of a part of a head, or YaRN outside of latent attention."""
+    part = float(_given(arguments, "rotary_percent", 1.0))
+    if not 0 < part <= 1:
+        raise ArchiveError(f"the saved arguments say rotary_percent={short(part)}")
+    if positions == "rope":
+        return _rope(arguments) | {"partial_rotary_factor": part}
+    names = (
+        "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+        "mscale", "mscale_all_dim", "correction_range_round_to_int",
+    )  # fmt: skip
+    found = {name: arguments.get(f"yarn_{name}") for name in names}
+    base = arguments.get("rotary_base")
+    whole = found["correction_range_round_to_int"]
+    missing = [f"yarn_{name}" for name, value in found.items() if value is None and name[0] != "m"]
+    plain = part == 1 and _first(
+        arguments, "rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor"
+    ) in (None, 1)
+    if missing or not plain or not isinstance(base, int | float):
+        raise ArchiveError(
+            f"YaRN of which {', '.join(missing) or 'rotary_base'} was not saved, of a part of a "
+            "head, or with interpolated positions: not read"
+        )
+    factor = float(found["rotary_scaling_factor"])  # type: ignore[arg-type]
+
+    def scale(by: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
+
+    one, other = found["mscale"], found["mscale_all_dim"]
+    attention = scale(1.0) if one is None or other is None else scale(one) / scale(other)
+    return {
+        "rope_type": "yarn", "rope_theta": float(base), "factor": factor,
+        "original_max_position_embeddings": found["original_max_position_embeddings"],
+        "beta_fast": float(found["beta_fast"]),  # type: ignore[arg-type]
+        "beta_slow": float(found["beta_slow"]),  # type: ignore[arg-type]
+        "truncate": whole is True,
+        "attention_factor": attention,
+    }  # fmt: skip
 
 
 def _sigmoid_router(arguments: Arguments, width: int) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from sinktrack.errors import ArchiveError
 
 DENSE = ("llama", "qwen2", "qwen3")
 MOE = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3")
+GPT = "megatron_gpt"
+"""What any combination of Megatron's features is read as."""
 _MODEL = ("decoder.", "embedding.", "output_layer.")
 
 
@@ -44,6 +46,8 @@ def dense_blocks(config: Any) -> set[int]:
     blocks = range(config.num_hidden_layers)
     if config.model_type in DENSE:
         return set(blocks)
+    if config.model_type == GPT:
+        return set(blocks if config.num_local_experts is None else config.dense_layers)
     if config.model_type == "deepseek_v3":
         return set(blocks[: config.first_k_dense_replace])
     if config.model_type == "qwen3_moe":
@@ -55,12 +59,18 @@ def dense_blocks(config: Any) -> set[int]:
 class _Finder:
     def __init__(self, stored: Mapping[str, Stored], config: Any) -> None:
         self.stored, self.config = stored, config
+        self.gpt = config.model_type == GPT
 
     def all(self) -> Iterator[tuple[str, Piece]]:
         config = self.config
         vocabulary = ((0, config.vocab_size),)
         yield "model.embed_tokens.weight", self._top("embedding.word_embeddings.weight", vocabulary)
         yield "model.norm.weight", self._top("decoder.final_layernorm.weight")
+        if self.gpt and config.norm == "LayerNorm":
+            yield "model.norm.bias", self._top("decoder.final_layernorm.bias")
+        if self.gpt and config.positions == "learned":
+            positions = self._top("embedding.position_embeddings.weight")
+            yield "model.embed_positions.weight", positions
         if not config.tie_word_embeddings:
             yield "lm_head.weight", self._top("output_layer.weight", vocabulary)
         dense = dense_blocks(config)
@@ -69,19 +79,26 @@ class _Finder:
                 yield f"model.layers.{block}.{name}", piece
 
     def _block(self, block: int, dense: bool) -> Iterator[tuple[str, Piece]]:
-        first = ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
-        second = ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
-        yield "input_layernorm.weight", self._of(block, *first)
-        yield "post_attention_layernorm.weight", self._of(block, *second)
-        yield "self_attn.o_proj.weight", self._of(block, "self_attention.linear_proj.weight")
+        for kind in ("weight", "bias")[: 1 + (self.gpt and self.config.norm == "LayerNorm")]:
+            first = (f"self_attention.linear_qkv.layer_norm_{kind}", f"input_layernorm.{kind}")
+            second = (f"mlp.linear_fc1.layer_norm_{kind}", f"pre_mlp_layernorm.{kind}")
+            yield f"input_layernorm.{kind}", self._of(block, *first)
+            yield f"post_attention_layernorm.{kind}", self._of(block, *second)
+        for kind in self._kinds():
+            yield f"self_attn.o_proj.{kind}", self._of(block, f"self_attention.linear_proj.{kind}")
         attention = self._latent if self.config.model_type == "deepseek_v3" else self._grouped
         for name, piece in attention(block):
             yield f"self_attn.{name}", piece
         if dense:
-            for name, piece in self._gated(block, "mlp", self.config.intermediate_size):
-                yield f"mlp.{name}_proj.weight", piece
+            for kind in self._kinds():
+                for name, piece in self._mlp(block, "mlp", self.config.intermediate_size, kind):
+                    yield f"mlp.{name}_proj.{kind}", piece
         else:
             yield from self._experts(block)
+
+    def _kinds(self) -> tuple[str, ...]:
+        """What linear layers have: biases, too?"""
+        return ("weight", "bias") if self.gpt and self.config.linear_bias else ("weight",)
 
     def _grouped(self, block: int) -> Iterator[tuple[str, Piece]]:
         """Query groups one after another: the group's queries, its key, its value."""
@@ -89,22 +106,41 @@ class _Finder:
         heads, groups = config.num_attention_heads, config.num_key_value_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         each = heads // groups
-        kinds = ["weight"] + ["bias"] * bool(self._has(block, "self_attention.linear_qkv.bias"))
+        parts = [("q", each), ("k", 1), ("v", 1)]
+        if self.gpt and config.attention_gate:
+            parts.insert(1, ("gate", each))
+        period = sum(count for _, count in parts)
+        biased = self._has(block, "self_attention.linear_qkv.bias") is not None
+        if self.gpt:
+            biased = config.linear_bias or config.qkv_bias
+        kinds = ["weight", "bias"][: 1 + biased]
         for kind in kinds:
-            for name, start, count in (("q", 0, each), ("k", each, 1), ("v", each + 1, 1)):
+            start = 0
+            for name, count in parts:
                 rows = tuple(
                     (first * width, (first + count) * width)
-                    for first in range(start, groups * (each + 2), each + 2)
+                    for first in range(start, groups * period, period)
                 )
+                start += count
                 yield (
                     f"{name}_proj.{kind}",
                     self._of(
                         block,
                         f"self_attention.linear_qkv.{kind}",
                         rows=rows,
-                        height=(heads + 2 * groups) * width,
+                        height=groups * period * width,
                     ),
                 )
+        if self.gpt and config.sinks == "learned":
+            yield (
+                "sinks",
+                self._of(block, "self_attention.core_attention.softmax_offset", height=heads),
+            )
+        if self.gpt and config.qk_norm == "norm":
+            for name in ("q", "k"):
+                for kind in ("weight", "bias")[: 1 + (config.norm == "LayerNorm")]:
+                    own = f"self_attention.{name}_layernorm.{kind}"
+                    yield f"{name}_norm.{kind}", self._of(block, own, height=width)
         if config.model_type in ("qwen3", "qwen3_moe", "olmoe"):
             whole = config.model_type == "olmoe"
             for name, count in (("q", heads), ("k", groups)):
@@ -137,6 +173,9 @@ class _Finder:
         narrow = config.intermediate_size if config.model_type in ("mixtral", "olmoe") else None
         count = config.num_local_experts
         yield f"{at}.gate.weight", self._of(block, "mlp.router.weight", height=count)
+        if self.gpt:
+            yield from self._any_experts(block, count)
+            return
         if config.model_type == "deepseek_v3":
             bias = self._of(block, "mlp.router.expert_bias", height=count)
             yield "mlp.gate.e_score_correction_bias", bias
@@ -148,24 +187,61 @@ class _Finder:
             for name, piece in self._gated(block, "mlp.experts.experts", width, expert):
                 yield f"{at}.experts.{expert}.{names.get(name, f'{name}_proj')}.weight", piece
 
+    def _any_experts(self, block: int, count: int) -> Iterator[tuple[str, Piece]]:
+        config = self.config
+        if config.linear_bias:
+            yield "mlp.gate.bias", self._of(block, "mlp.router.bias", height=count)
+        if config.score_bias:
+            bias = self._of(block, "mlp.router.expert_bias", height=count)
+            yield "mlp.gate.e_score_correction_bias", bias
+        if width := config.shared_intermediate_size:
+            for name, piece in self._mlp(block, "mlp.shared_experts", width):
+                yield f"mlp.shared_experts.{name}_proj.weight", piece
+        if config.shared_gate:
+            yield (
+                "mlp.shared_expert_gate.weight",
+                self._of(block, "mlp.shared_experts.gate_weight", height=1),
+            )
+        width = config.moe_intermediate_size
+        for expert in range(count):
+            for kind in self._kinds():
+                for name, piece in self._mlp(block, "mlp.experts.experts", width, kind, expert):
+                    own = "only" if name == "up" and not config.gated else name
+                    yield f"mlp.experts.{expert}.{own}_proj.{kind}", piece
+
+    def _mlp(
+        self, block: int, at: str, width: int, kind: str = "weight", expert: int | None = None
+    ) -> Iterator[tuple[str, Piece]]:
+        """As `_gated`, and for MLPs without a gate."""
+        if not self.gpt or self.config.gated:
+            yield from self._gated(block, at, width, expert, kind)
+            return
+        at, lead = self._expert(block, at, expert)
+        yield "up", self._of(block, f"{at}.linear_fc1.{kind}", lead=lead, height=width)
+        yield "down", self._of(block, f"{at}.linear_fc2.{kind}", lead=lead)
+
+    def _expert(self, block: int, at: str, expert: int | None) -> tuple[str, tuple[int, ...]]:
+        """Where an expert is: in a tensor of all, or under a name of its own."""
+        if expert is None:
+            return at, ()
+        if self._has(block, f"{at}.linear_fc2.weight"):
+            return at, (expert,)
+        return f"{at}.{expert}", ()
+
     def _gated(
-        self, block: int, at: str, width: int, expert: int | None = None
+        self, block: int, at: str, width: int, expert: int | None = None, kind: str = "weight"
     ) -> Iterator[tuple[str, Piece]]:
         """Gate and up projection, in one matrix or in two, and the down projection."""
-        lead: tuple[int, ...] = ()
-        if expert is not None:
-            if self._has(block, f"{at}.linear_fc2.weight"):
-                lead = (expert,)
-            else:
-                at = f"{at}.{expert}"
-        if self._has(block, f"{at}.linear_fc1.weight_w"):
+        at, lead = self._expert(block, at, expert)
+        if self._has(block, f"{at}.linear_fc1.{kind}_w"):
             for name, half in (("gate", "w"), ("up", "v")):
-                yield name, self._of(block, f"{at}.linear_fc1.weight_{half}", height=width)
+                own = f"{at}.linear_fc1.{kind}_{half}"
+                yield name, self._of(block, own, lead=lead, height=width)
         else:
             for name, rows in (("gate", (0, width)), ("up", (width, 2 * width))):
-                fused = f"{at}.linear_fc1.weight"
+                fused = f"{at}.linear_fc1.{kind}"
                 yield name, self._of(block, fused, lead=lead, rows=(rows,), height=2 * width)
-        yield "down", self._of(block, f"{at}.linear_fc2.weight", lead=lead)
+        yield "down", self._of(block, f"{at}.linear_fc2.{kind}", lead=lead)
 
     def _has(self, block: int, name: str) -> Stored | None:
         stacked = self.stored.get(f"decoder.layers.{name}")

@@ -152,11 +152,6 @@ def _kind(number: int, layer: nn.Module, config: Any) -> str:
         raise MeasurementError(
             f"{named}: {type(attention).__name__} has no core_attention; not supported"
         )
-    if hasattr(attention, "linear_proj") and _weight(attention.linear_proj) is None:
-        raise MeasurementError(
-            f"{named}: linear_proj is a {type(attention.linear_proj).__name__} without a weight of "
-            "its own, as with adapters; merge them first"
-        )
     return "full" if _window(number, config) is None else "sliding"
 
 
@@ -250,6 +245,9 @@ class _Tap:
     def name(self, number: int) -> str:
         return f"block {number} ({type(self.found.blocks[number]).__name__})"
 
+    def _untold(self, number: int, reason: str) -> None:
+        self.shard.untold(number, f"{self.name(number)}: {reason}")
+
     def enter(self, number: int, module: Any, args: Any, kwargs: Any) -> None:
         stream = args[0] if args else kwargs["hidden_states"]
         if stream.shape[-1] != self.found.config.hidden_size:
@@ -265,9 +263,10 @@ class _Tap:
         stream = output[0] if isinstance(output, tuple) else output
         slack = 8 * torch.finfo(stream.dtype).eps * self.bound
         if self.layout.holds_p0 and float((stream[0].float() - self.sum).norm()) > slack:
-            raise MeasurementError(
-                f"{self.name(number)}: its output is not its input plus what its attention and MLP "
-                "write, so what writes the P0 state cannot be told; not supported"
+            self._untold(
+                number,
+                "its output is not its input plus what its attention and MLP write, so what writes "
+                "the P0 state cannot be told",
             )
         if number == self.found.count - 1:
             self.shard.state(number + 1, stream.transpose(0, 1))
@@ -393,12 +392,20 @@ class _Tap:
         if self.found.kinds[number] == "linear":
             self.shard.write(number, Write("mixer", added))
             return
+        linear = module.linear_proj
+        weight, bias = _weight(linear), getattr(linear, "bias", None)
+        projection = None
         if self.mixed is None:
-            raise MeasurementError(f"{self.name(number)}: its attention's heads were not seen")
-        weight, bias = _weight(module.linear_proj), getattr(module.linear_proj, "bias", None)
-        assert weight is not None
-        bias = bias if isinstance(bias, Tensor) and bias.numel() else None
-        projection = Projection(self.mixed, self.heads, weight, bias, 1.0)
+            self._untold(number, "its attention's heads were not seen on their way into the stream")
+        elif weight is None:
+            self._untold(
+                number,
+                f"linear_proj is a {type(linear).__name__} without a weight of its own, as with "
+                "adapters, so what each head writes cannot be told; merge them first",
+            )
+        else:
+            bias = bias if isinstance(bias, Tensor) and bias.numel() else None
+            projection = Projection(self.mixed, self.heads, weight, bias, 1.0)
         self.shard.write(number, Write("attention", added, projection=projection))
 
     def mlp(self, number: int, module: Any, args: Any, output: Any) -> None:

@@ -39,6 +39,8 @@ class Shard(Observer):
         """By block and batch, partial states on the CPU."""
         self.terms: defaultdict[tuple[int, int], dict[str, WriteAtP0]] = defaultdict(dict)
         """By block and batch, then by sublayer."""
+        self.lost: dict[int, str] = {}
+        """By block, why what writes the P0 state cannot be told there."""
         self.routed: dict[tuple[int, int], Routing] = {}
         self.dtype = torch.float32
         self._seen: defaultdict[int, int] = defaultdict(int)
@@ -113,6 +115,10 @@ class Shard(Observer):
         terms.parts = {name: part.cpu() for name, part in terms.parts.items()}
         self.terms[block, number][write.sublayer] = terms
 
+    def untold(self, block: int, reason: str) -> None:
+        """What writes the P0 state in a block cannot be told; the rest stands."""
+        self.lost.setdefault(block, reason)
+
     def experts(self, block: int, inputs: Tensor, gates: Tensor) -> None:
         """Keep P0's row of what enters routed experts, ``[B, t, D]``, and of their gates.
 
@@ -167,6 +173,9 @@ def merge(shards: Sequence[Shard]) -> Collector:
     first = shards[0]
     whole = Collector(dict(first.metrics))
     whole.dtype = next(s.dtype for s in shards if s.layout.reports_stream)
+    lost = {block: reason for s in shards for block, reason in s.lost.items()}
+    if lost:
+        whole.untold(min(lost), lost[min(lost)])
     for block in range(first.blocks + 1):
         for number in first.batches():
             keys = dict.fromkeys(key for s in shards for key in s.kept[block, number])

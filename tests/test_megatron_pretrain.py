@@ -1,0 +1,108 @@
+"""Megatron-LM's own training loop with the callback, plugged in as the docs say.
+
+``megatron.training`` is in the wheels of megatron-core since 0.17.1, which want Python 3.12.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_megatron import launch
+from test_wandb import read_back
+
+from sinktrack import Run, scan
+from sinktrack.archive.discover import discover
+from sinktrack.archive.source import open as open_source
+from sinktrack.demo import AGREEMENT, largest_difference
+from sinktrack.loggers.curves import metrics
+
+pytest.importorskip("megatron.core")
+
+from megatron_pretrain import PROBE
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("megatron.training") is None,
+        reason="this megatron-core has no megatron.training",
+    ),
+]
+
+CASES = {
+    "dense": (1, ""),
+    "data parallel, overlapped": (
+        2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
+    "experts": (2, "--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2 "
+                   "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01"),
+    "stages": (2, "--pipeline-model-parallel-size 2"),
+}  # fmt: skip
+
+
+def losses(text: str) -> dict[str, list[str]]:
+    """What Megatron printed of each iteration and evaluation, to the last digit."""
+    return {
+        name: re.findall(pattern, text)
+        for name, pattern in (
+            ("training", r"iteration +(\d+)/.*?lm loss: (\S+)"),
+            ("validation", r"validation loss at (iteration .*?\| lm loss value: \S+)"),
+        )
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pretrain(case: str, tmp_path: Path) -> None:
+    """Bit-identical training, over a resume; what is saved is what was measured; no row is lost."""
+    processes, text = CASES[case]
+    arguments = text.split()
+    plain, tracked, run = (str(tmp_path / name) for name in ("plain", "tracked", "run"))
+    logged = ["--wandb-project", "megatron", "--wandb-exp-name", "one", "--wandb-save-dir", tracked]
+    found: dict[str, list[dict[str, list[str]]]] = {plain: [], tracked: []}
+    for more in (["--exit-interval", "4"], []):
+        for out, written, log in ((plain, "-", []), (tracked, run, logged)):
+            given = [out, written, *arguments, *log, *more]
+            found[out].append(losses(launch(processes, "megatron_pretrain.py", *given)))
+    assert found[plain] == found[tracked]
+    assert [len(half["training"]) for half in found[plain]] == [4, 4]
+    assert [len(half["validation"]) for half in found[plain]] == [2, 4]
+
+    records = Run.read(run).records
+    assert [record["step"] for record in records] == [2, 4, 6, 8]
+    assert [record["tokens"] for record in records] == [
+        record["step"] * 8 * 16 for record in records
+    ]
+    saved = [discover(Path(where)) for where in (plain, tracked)]
+    for one, other in zip(*saved, strict=True):
+        assert one.step == other.step
+        left, right = open_source(one), open_source(other)
+        assert left.names() == right.names()
+        assert all(torch.equal(left.slice(n)[...], right.slice(n)[...]) for n in left.names())
+    for offline in scan(tracked, probe=PROBE, run=tmp_path / "scanned"):
+        (online,) = (record for record in records if record["step"] == offline["step"])
+        assert online["weights"] == offline["weights"] is not None
+        for record in (online, offline):
+            for name in ("model", "weights", "missing"):
+                record.pop(name, None)
+            for sink in record["sinks"]:
+                sink.pop("total_effects", None)
+        assert largest_difference(online, offline) <= 2 * AGREEMENT
+
+    files = sorted(Path(tracked).glob("wandb/offline-run-*"))
+    rows = []
+    for half, file in enumerate(files):
+        here = tmp_path / str(half)
+        shutil.copytree(file, here / "wandb" / file.name)
+        rows += read_back(here)[0]
+    assert len(files) == 2
+    assert {row["_step"] for row in rows if "lm loss" in row} == set(range(1, 9))
+    assert any("validation" in key for row in rows for key in row)
+    ours = [row for row in rows if "sinktrack/step" in row]
+    assert {row["sinktrack/step"] for row in ours} == {2, 4, 6, 8}
+    measured = {record["step"]: metrics(record) for record in Run.read(run).records}
+    for row in ours:
+        assert all(row[key] == value for key, value in measured[row["sinktrack/step"]].items())
