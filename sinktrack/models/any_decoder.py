@@ -32,7 +32,7 @@ from sinktrack.models.passes import Digest, Passes
 from sinktrack.models.tracer import _ADD, _MULTIPLY, _SAME, Lineage, Mark, _tensors, mark, mark_of
 from sinktrack.probe import Probe
 
-Blocks = Iterable[nn.Module] | nn.ModuleDict
+Blocks = Iterable[nn.Module | Iterable[nn.Module]] | nn.ModuleDict
 Term = tuple[int, int]
 """Of the stream: the n-th write of block k is ``(k, n)``, the input of block 0 ``(-1, 0)``."""
 _EMBEDDING: Term = (-1, 0)
@@ -81,7 +81,9 @@ class Decoder:
     Args:
         model: the model; without one, the model that is given in training.
         blocks: its blocks in order, a list or ``nn.ModuleDict``, or a function of the model that
-            gives them. Where the model holds one evident list, they need not be said.
+            gives them. Where the model holds one evident list, they need not be said. A block that
+            is no module of its own is a list of those that run in it, the first of which takes the
+            stream, and the last of which gives it back.
         forward: how it is run on tokens ``[B, T]``: ``lambda model, tokens: model(tokens)`` if not
             given. What it returns is not looked at.
     """
@@ -151,6 +153,7 @@ class Decoder:
         else:
             found = self._blocks
         values = list(found.values()) if isinstance(found, nn.ModuleDict) else list(found)
+        values = [_joined(value) for value in values]
         if not values or not all(isinstance(value, nn.Module) for value in values):
             raise MeasurementError(
                 "blocks= of sinktrack.Decoder gave no list of modules; give all blocks in order, "
@@ -164,6 +167,25 @@ class Decoder:
                 "parameters may be shared"
             )
         return blocks
+
+
+class Several(nn.ModuleList):
+    """A block that is no module of its own: those that run in it, in order."""
+
+
+def _joined(value: Any) -> Any:
+    """A block, of the modules that it is given as."""
+    if not isinstance(value, list | tuple | nn.ModuleList):
+        return value
+    return Several(_leaves(value))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple | nn.ModuleList):
+        for item in value:
+            yield from _leaves(item)
+    elif value is not None:
+        yield value
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -439,9 +461,10 @@ class _Tap:
         """Hooks on the blocks, and the arithmetic followed."""
         with ExitStack() as stack:
             for index, block in self.found.blocks.items():
-                hook = block.register_forward_pre_hook(self.enter(index), with_kwargs=True)
+                first, last = (block[0], block[-1]) if isinstance(block, Several) else (block,) * 2
+                hook = first.register_forward_pre_hook(self.enter(index), with_kwargs=True)
                 stack.callback(hook.remove)
-                stack.callback(block.register_forward_hook(self.leave(index)).remove)
+                stack.callback(last.register_forward_hook(self.leave(index)).remove)
                 for module in block.modules():
                     if module is not block and _may_route(module):
                         hook = module.register_forward_pre_hook(self.called, with_kwargs=True)
@@ -1054,8 +1077,11 @@ class _Tap:
         mark(values[0], Mark("experts"))
 
     def chose(self, scores: Tensor, result: Any) -> None:
-        """A topk: it may be a router's."""
+        """A topk, or the largest of each row: it may be a router's."""
         total, index = self.batch * self.length, result[1]
+        if scores.ndim > 3 or not index.ndim:
+            return
+        index = index if index.ndim == scores.ndim else index.unsqueeze(-1)
         count, each = scores.shape[-1], index.shape[-1]
         if scores.numel() != total * count or index.numel() != total * each or count < 2:
             return
@@ -1138,7 +1164,7 @@ class _Flow(Lineage):
             tap.settle()
             return tap.multi_head(func, args, kwargs)
         values = list(_tensors(args, kwargs))
-        if name in _ACROSS and tap.inside and any(self.derived(value) for value in values):
+        if name in _ACROSS and tap.inside and any(map(self._of_positions, values)):
             tap.lose(f"{name} mixes positions beside its attention")
         if any(isinstance(mark_of(value), Stream) for value in values):
             return self._on_stream(name, func, args, kwargs)
@@ -1152,7 +1178,7 @@ class _Flow(Lineage):
         if name in _MAPS and any(m.origin == "attention" and m.raw is not None for m in marks):
             return func(*args, **kwargs)  # a layer of its own on the attention's output
         result = super().__torch_function__(func, types, args, kwargs)
-        if name == "topk":
+        if name == "topk" or (name == "max" and isinstance(result, tuple)):
             tap.chose(args[0], result)
         if any(found.origin == "weights" for found in marks) and name in _MAPS:
             tap.heads, tap.unmixed = self._mixed(result), False
@@ -1160,6 +1186,11 @@ class _Flow(Lineage):
             with self.paused():
                 tap.opaque(name, args, kwargs, result)
         return result
+
+    def _of_positions(self, value: Tensor) -> bool:
+        """Is it computed for each position, and no count such as of an expert's tokens?"""
+        large = value.numel() >= self.tap.batch * self.tap.length
+        return large and value.is_floating_point() and self.derived(value)
 
     def _mixed(self, result: Any) -> Tensor | None:
         """float32 ``[B, H * Dv]``: P0's rows of what probabilities and values make."""
