@@ -18,6 +18,7 @@ import math
 import site
 import subprocess
 import sys
+import tempfile
 import venv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -539,8 +540,20 @@ def titan_forward(model: Any, tokens: Tensor) -> Any:
 
 
 def olmo_core() -> Iterator[Case]:
+    from olmo_core import ops
     from olmo_core.nn.attention import AttentionBackendName, SlidingWindowAttentionConfig
+    from olmo_core.nn.moe.parallel_mlp import ParallelDroplessMLP
     from olmo_core.nn.transformer import TransformerBlockType, TransformerConfig
+
+    def counted(experts: Tensor, count: int) -> Tensor:
+        return F.one_hot(experts, count).sum(dim=-2)
+
+    def one_by_one(self: Any, x: Tensor, scores: Tensor, experts: Tensor, _: Tensor) -> Tensor:
+        flat, order = x.flatten(0, -2), experts.flatten().argsort(stable=True)
+        rows = order // experts.shape[-1]
+        counts = torch.bincount(experts.flatten(), minlength=self.mlp.num_experts)
+        written = self.mlp(flat[rows], counts) * scores.flatten()[order, None]
+        return torch.zeros_like(flat).index_add(0, rows, written).view_as(x)
 
     common: dict[str, Any] = {
         "d_model": 32, "vocab_size": VOCABULARY, "n_layers": 3, "n_heads": 4,
@@ -570,7 +583,7 @@ def olmo_core() -> Iterator[Case]:
         mlp = "feed_forward_moe" if "moe" in name else "feed_forward"
         writes: Any = ("attention_norm", f"{mlp}_norm") if after else ("attention", mlp)
         writes = ("post_attention_norm", "post_feed_forward_norm") if "before" in name else writes
-        yield Case(
+        case = Case(
             f"Transformer, {name}",
             "SDPA",
             lambda config=config: config.build(init_device="cpu"),
@@ -580,6 +593,14 @@ def olmo_core() -> Iterator[Case]:
             if hasattr(moe, "experts") else [],
             scale=0.4,
         )  # fmt: skip
+        if "moe" not in name:
+            yield case
+        else:  # its own code sorts and scatters by Triton
+            with (
+                mock.patch.object(ops, "batched_histc", counted, create=True),
+                mock.patch.object(ParallelDroplessMLP, "forward", one_by_one),
+            ):
+                yield replace(case, name=f"{case.name}; experts one by one, without Triton")
 
 
 def transformer_lens() -> Iterator[Case]:
@@ -596,6 +617,77 @@ def transformer_lens() -> Iterator[Case]:
 
     yield Case("TransformerBridge, GPT-2", "softmax", make, None, lambda model: model.blocks)
 
+
+# In their training loops
+
+
+def agrees(live: st.Run, archive: Path, directory: Path, **options: Any) -> str:
+    """Live records of a training against the scan of the checkpoints that it saved."""
+    scanned = list(st.scan(archive, probe=PROBE, run=directory / "scanned", **options))
+    records = {record["step"]: record for record in live.records}
+    worst = {"attention": 0.0, "norms": 0.0}
+    for record in scanned:
+        own = records[record["step"]]
+        assert own["tokens"] == record["step"] * live_tokens
+        one, two = (torch.tensor(r["p0_attention"]) for r in (own, record))
+        worst["attention"] = max(worst["attention"], float((one - two).abs().max()))
+        one, two = (torch.tensor(r["p0_norm"]) for r in (own, record))
+        worst["norms"] = max(worst["norms"], float(((one - two) / two).abs().max()))
+    steps = ", ".join(str(record["step"]) for record in scanned)
+    text = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
+    good = bool(scanned) and worst["attention"] < 1e-6 and worst["norms"] < 1e-5
+    return f"{'agrees' if good else 'WRONG'} with the scan of steps {steps}: {text}"
+
+
+live_tokens = 64
+"""Of a step of the trainings."""
+
+
+def live_olmo_core(directory: Path) -> str:
+    import numpy
+    from olmo_core.config import DType
+    from olmo_core.data import (
+        NumpyDataLoaderConfig, NumpyFSLDatasetConfig, TokenizerConfig,
+    )  # fmt: skip
+    from olmo_core.nn.attention import AttentionBackendName
+    from olmo_core.nn.transformer import TransformerBlockType, TransformerConfig
+    from olmo_core.optim import AdamWConfig
+    from olmo_core.train import Duration, TrainerConfig
+    from olmo_core.train.callbacks import CheckpointerCallback, ConfigSaverCallback
+    from olmo_core.train.train_module import TransformerTrainModuleConfig
+
+    from sinktrack.callbacks.olmo_core import SinkTrackOLMoCore
+
+    config = TransformerConfig.llama_like(
+        d_model=32, vocab_size=VOCABULARY, n_layers=3, n_heads=4, hidden_size_multiple_of=16,
+        block_name=TransformerBlockType.reordered_norm, qk_norm=True,
+        attn_backend=AttentionBackendName.torch, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    tokens = numpy.random.default_rng(0).integers(1, VOCABULARY, 4096).astype(numpy.uint16)
+    tokens.tofile(directory / "tokens.npy")
+    data = NumpyFSLDatasetConfig(
+        tokenizer=TokenizerConfig(vocab_size=VOCABULARY, eos_token_id=0, pad_token_id=0),
+        paths=[str(directory / "tokens.npy")], sequence_length=16, work_dir=str(directory / "work"),
+    )  # fmt: skip
+    module = TransformerTrainModuleConfig(
+        rank_microbatch_size=live_tokens, max_sequence_length=16, optim=AdamWConfig(lr=1e-2)
+    ).build(config.build(init_device="cpu"), device=torch.device("cpu"))
+    loader = NumpyDataLoaderConfig(global_batch_size=live_tokens, seed=0, num_workers=0)
+    trainer = TrainerConfig(
+        save_folder=str(directory / "checkpoints"), save_overwrite=True,
+        max_duration=Duration.steps(4), metrics_collect_interval=1,
+    ).with_callback(
+        "checkpointer", CheckpointerCallback(save_interval=2, save_async=False)
+    ).with_callback("config_saver", ConfigSaverCallback()).with_callback(
+        "sinktrack", SinkTrackOLMoCore(PROBE, directory / "live", every=100, on_error="raise")
+    ).build(module, loader.build(data.build()))  # fmt: skip
+    experiment = {"run_name": "tiny", "model": config.as_config_dict()}
+    trainer.callbacks["config_saver"].config = experiment
+    trainer.fit()
+    return agrees(st.Run.read(directory / "live"), directory / "checkpoints", directory)
+
+
+LIVE: dict[str, Callable[[Path], str]] = {"olmo_core": live_olmo_core}
 
 PACKAGES: dict[str, Callable[[], Iterator[Case]]] = {
     "litgpt": litgpt,
@@ -651,6 +743,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text, good = row(case)
             bad += not good
             print(f"| {of} | {case.name} | {case.attention} | {text} |", flush=True)
+    if given.package in LIVE and given.only in "live":
+        with tempfile.TemporaryDirectory() as directory:
+            text = LIVE[given.package](Path(directory))
+        bad += "WRONG" in text
+        print(f"| {of} | in its training loop | | {text} |", flush=True)
     return min(bad, 1)
 
 

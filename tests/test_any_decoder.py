@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch_models
-from test_callbacks import assert_identical
+from test_callbacks import assert_identical, two_processes
 from torch_models import BLOCKS, HEADS, VOCABULARY, Kind, Net, by_hand, reading, shares
 from typer.testing import CliRunner
 
@@ -461,3 +461,81 @@ def test_an_encoder_layer_of_torch() -> None:
         p0 = weights[:, :, 1:, 0].mean(-1)
         torch.testing.assert_close(found.p0_attention_by_sequence[:, block], p0, atol=1e-6, rtol=0)
     torch.testing.assert_close(found.p0_norm[-1], x[:, 0].norm(dim=-1).mean())
+
+
+def test_over_two_processes(tmp_path: Path) -> None:
+    """FSDP2 gathers whole weights and is exact; tensor parallelism is refused on both, at once."""
+    two_processes(
+        tmp_path,
+        """
+        import torch_models
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor.parallel import (
+            ColwiseParallel, RowwiseParallel, parallelize_module,
+        )
+        from torch_models import Kind, Net
+        dist.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (2,))
+        probe = Probe.random(torch_models.VOCABULARY, sequences=5, length=17)
+        for kind in (Kind(qk_norm=True, lambdas=True), Kind(experts="list", shared=True)):
+            whole = measure(Net(kind), probe)
+            model = Net(kind)
+            for block in model.layers:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            tracker = SinkTracker(probe, out / str(kind.lambdas), every=1, on_error="raise")
+            found = tracker.step(1, model)
+            if dist.get_rank() == 0:
+                assert found.model == whole.model, found.model
+                assert found.weights == whole.weights
+                assert torch.equal(found.p0_attention, whole.p0_attention)
+                assert torch.equal(found.p0_norm, whole.p0_norm)
+                assert found.localization == whole.localization
+                assert found.missing == whole.missing
+            train = model(probe.tokens).square().mean()
+            train.backward()
+
+        model = Net(Kind())
+        for block in model.layers:
+            parts = {f"attention.{name}": ColwiseParallel() for name in "qkv"}
+            parallelize_module(block, mesh, parts | {"attention.o": RowwiseParallel()})
+        model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(AssertionError("ran")))
+        try:
+            measure(model, probe)
+            raise SystemExit("measured")
+        except MeasurementError as error:
+            assert "tensor" in str(error)
+        dist.barrier()
+        """,
+    )
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    """The lines of the documentation: tokens of all processes, and a clip that shows the loop's."""
+    from accelerate import Accelerator
+
+    found = []
+    for tracked in (False, True):
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(2)
+        plain = Net(KINDS["nanochat"])
+        model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters()))
+        tracker = SinkTracker(PROBE, tmp_path / "run", every=2, on_error="raise")
+        seen = 0
+        for step in range(1, 5):
+            tokens = torch.randint(VOCABULARY, (4, 12))
+            loss = torch.nn.functional.cross_entropy(
+                model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+            )
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen += tokens.numel() * accelerator.num_processes
+            if tracked:
+                tracker.step(step, model, tokens=seen)
+        found.append((plain.state_dict(), torch.get_rng_state()))
+    assert_identical(*found)
+    records = Run.read(tmp_path / "run").records
+    assert [(record["step"], record["tokens"]) for record in records] == [(2, 96), (4, 192)]
+    assert records[-1]["weights"] == measure(plain, PROBE).weights
