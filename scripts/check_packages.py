@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.metadata
+import itertools
 import math
 import site
 import subprocess
@@ -263,7 +264,9 @@ def add_up(found: Reference, model: nn.Module, case: Case) -> None:
             terms["embedding"] = terms["embedding"] + start / begin * found.states[0][:, 0]
         found.terms.append(terms)
         total = torch.stack(list(terms.values())).sum(0)
-        torch.testing.assert_close(total, state[:, 0], rtol=1e-5, atol=1e-6 * float(state.abs().max()))
+        torch.testing.assert_close(
+            total, state[:, 0], rtol=1e-5, atol=1e-6 * float(state.abs().max())
+        )
         terms = terms | {key: value for key, value in found.writes.items() if key[1] == index}
 
 
@@ -364,7 +367,9 @@ def row(case: Case) -> tuple[str, bool]:
     limits = {"attention": ATTENTION, "norms": NORMS, "shares": SHARES, "experts": SHARES}
     good = case.refused is None and all(value <= limits[name] for name, value in errors.items())
     text = ", ".join(f"{name} {value:.1e}" for name, value in errors.items())
-    lost = [f"{name}: {found.missing[name]}" for name in ("shares", "parts") if name in found.missing]
+    lost = [
+        f"{name}: {found.missing[name]}" for name in ("shares", "parts") if name in found.missing
+    ]
     return "; ".join([f"{'exact' if good else 'WRONG'}: {text}", *lost]), good
 
 
@@ -490,37 +495,67 @@ def torchtitan() -> Iterator[Case]:
     import torchtitan.models.deepseek_v3 as deepseek
     import torchtitan.models.llama3 as llama
     import torchtitan.models.qwen3 as qwen
+    from torchtitan.models.common import ComplexRoPE, CosSinRoPE, Embedding, Linear, RMSNorm
+    from torchtitan.models.common.attention import ScaledDotProductAttention
     from torchtitan.models.common.moe import GroupedExperts
 
     def product(self: Any, *, A: Tensor, B_t: Tensor, offs: Tensor) -> Tensor:
         parts = A.tensor_split(offs[:-1].tolist())
         return torch.cat([part @ of for part, of in zip(parts, B_t, strict=True)])
 
-    latent = deepseek._debugmodel("flex", "standard")
-    latent.layers = deepseek._build_dsv3_layers(
-        n_layers=3, n_dense_layers=1, dim=256, n_heads=4, q_lora_rank=0, kv_lora_rank=32,
-        qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, mscale=0.7, dense_hidden_dim=64,
-        moe_hidden_dim=32, num_experts=4, num_shared_experts=1, router_top_k=2,
-        router_score_func="softmax", attn_backend="flex", moe_comm_backend="standard",
-        non_blocking_capacity_factor=None, rope=replace(latent.layers[0].attention.rope, dim=8),
+    shared: dict[str, Any] = {"n_layers": 3, "dim": 64, "n_heads": 4, "attn_backend": "flex"}
+    few = {"moe_hidden_dim": 32, "num_experts": 4, "moe_comm_backend": "standard"}
+    yarn = ComplexRoPE.Config(
+        dim=8, max_seq_len=16384, theta=1e4, scaling="yarn", rope_factor=40.0, beta_fast=32.0,
+        beta_slow=1.0, original_seq_len=4096,
     )  # fmt: skip
-    configs = {
-        "Llama 3": llama._debugmodel("flex"),
-        "Qwen3-MoE": qwen._debugmodel_moe("flex"),
-        "DeepSeek-V3": latent,
-    }
-    for name, config in configs.items():
-        del config.layers[3:]
+    layers = {
+        "Llama 3": lambda: (
+            llama.Llama3Model,
+            llama._build_llama3_layers(
+                **shared, n_kv_heads=2, hidden_dim=96,
+                rope=ComplexRoPE.Config(dim=16, max_seq_len=64, theta=5e5, scaling="llama"),
+            ),
+        ),
+        "Qwen3-MoE": lambda: (
+            qwen.Qwen3Model,
+            qwen._build_qwen3_moe_layers(
+                **shared, **few, n_kv_heads=2, head_dim=16, top_k=2,
+                rope=CosSinRoPE.Config(dim=16, max_seq_len=64, theta=1e6),
+            ),
+        ),
+        "DeepSeek-V3": lambda: (
+            deepseek.DeepSeekV3Model,
+            deepseek._build_dsv3_layers(
+                **shared, **few, n_dense_layers=1, q_lora_rank=0, kv_lora_rank=32, rope=yarn,
+                qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, mscale=0.7,
+                dense_hidden_dim=96, num_shared_experts=1, router_top_k=2,
+                router_score_func="softmax", non_blocking_capacity_factor=None,
+            ),
+        ),
+    }  # fmt: skip
+    for (name, built), backend in itertools.product(layers.items(), ("flex", "SDPA")):
+        kind, blocks = built()
+        for block in blocks if backend == "SDPA" else ():
+            block.attention.inner_attention = ScaledDotProductAttention.Config()
+        config = kind.Config(
+            dim=64, vocab_size=VOCABULARY, layers=blocks,
+            tok_embeddings=Embedding.Config(num_embeddings=VOCABULARY, embedding_dim=64),
+            norm=RMSNorm.Config(normalized_shape=64, eps=blocks[0].ffn_norm.eps),
+            lm_head=Linear.Config(in_features=64, out_features=VOCABULARY),
+        )  # fmt: skip
 
         def make(config: Any = config) -> nn.Module:
             model = config.build()
-            model.init_states(buffer_device=torch.device("cpu"))
+            for key, buffer in model.named_buffers():
+                if "expert" in key:
+                    buffer.zero_()
             return model  # type: ignore[no-any-return]
 
         moe = name != "Llama 3"
         case = Case(
-            name, "flex", make, ("attention", "feed_forward|moe"), scale=0.08, spread=0.5,
-            forward=titan_forward,
+            name, backend, make, ("attention", "feed_forward|moe"), scale=0.2, spread=0.5,
+            forward=titan_forward if backend == "flex" else titan_causal,
             experts=lambda moe: list(moe.routed_experts.inner_experts.w2_EDF)
             if hasattr(moe, "routed_experts") else [],
         )  # fmt: skip
@@ -537,6 +572,10 @@ def torchtitan() -> Iterator[Case]:
 def titan_forward(model: Any, tokens: Tensor) -> Any:
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     return model(tokens, positions, model.get_attention_masks(positions))
+
+
+def titan_causal(model: Any, tokens: Tensor) -> Any:
+    return model(tokens, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens))
 
 
 def olmo_core() -> Iterator[Case]:
@@ -581,7 +620,7 @@ def olmo_core() -> Iterator[Case]:
     for name, config in configs.items():
         after = "reordered" in name or name == "olmo3"
         mlp = "feed_forward_moe" if "moe" in name else "feed_forward"
-        writes: Any = ("attention_norm", f"{mlp}_norm") if after else ("attention", mlp)
+        writes: Any = ("attention_norm", "feed_forward_norm") if after else ("attention", mlp)
         writes = ("post_attention_norm", "post_feed_forward_norm") if "before" in name else writes
         case = Case(
             f"Transformer, {name}",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from sinktrack.attention import Attended, attend, read_scores
 from sinktrack.collect import Collector
@@ -131,7 +132,7 @@ class Decoder:
                 else ("forward=lambda model, tokens: model(tokens, ...) to sinktrack.Decoder")
             )
             raise MeasurementError(
-                f"{type(self.model).__name__} does not run on tokens {tuple(tokens.shape)} "
+                f"{_class(bare)} does not run on tokens {tuple(tokens.shape)} "
                 f"({type(e).__name__}: {e}); give {way}"
             ) from e
 
@@ -199,6 +200,14 @@ def _unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def _class(module: nn.Module) -> str:
+    """The name of a module's class, of which FSDP2 makes one of its own; of a list, what it holds."""
+    if isinstance(module, Several):
+        return " and ".join(_class(item) for item in module)
+    of = type(module)
+    return of.__mro__[2].__name__ if isinstance(module, FSDPModule) else of.__name__
+
+
 def _evident(model: nn.Module) -> list[nn.Module]:
     """The one list of blocks in a model.
 
@@ -214,6 +223,7 @@ def _evident(model: nn.Module) -> list[nn.Module]:
         if not items:
             continue
         alike = len({type(_unwrap(item)) for item in items}) == 1
+        alike = alike and type(items[0]).forward is not nn.Module.forward
         if alike and all(next(_unwrap(item).children(), None) is not None for item in items):
             found[path] = items
     if len(found) == 1:
@@ -245,7 +255,7 @@ class Found:
     @property
     def type(self) -> str:
         """The class's name."""
-        return type(_unwrap(self.model)).__name__
+        return _class(_unwrap(self.model))
 
 
 def measure_decoder(decoder: Decoder, probe: Probe, batch_size: int | None) -> Measurement:
@@ -302,7 +312,7 @@ def _found(decoder: Decoder) -> Found:
             )
     if is_apart(model):
         raise MeasurementError(
-            f"no process holds the whole of {type(_unwrap(model)).__name__} (FSDP1, tensor, expert "
+            f"no process holds the whole of {_class(_unwrap(model))} (FSDP1, tensor, expert "
             "or pipeline parallelism); of models that are not transformers only whole ones, DDP "
             "and FSDP2 are supported: measure the saved checkpoints with `sinktrack scan`"
         )
@@ -404,7 +414,7 @@ class _Tap:
         """Of the present block."""
         if self.block < 0:
             return "before block 0"
-        return f"block {self.block} ({type(self.found.blocks[self.block]).__name__})"
+        return f"block {self.block} ({_class(self.found.blocks[self.block])})"
 
     def refuse(self, reason: str) -> MeasurementError:
         return MeasurementError(f"{self.name()}: {reason}")
@@ -500,7 +510,7 @@ class _Tap:
         if index != self.block + 1 or self.inside:
             before = "no block" if self.block < 0 else f"block {self.block}"
             raise MeasurementError(
-                f"block {index} ({type(self.found.blocks[index]).__name__}) runs after {before}: "
+                f"block {index} ({_class(self.found.blocks[index])}) runs after {before}: "
                 "each block must run once in a pass, in the order in which they are given; not "
                 "supported"
             )
@@ -521,7 +531,7 @@ class _Tap:
                 break
         else:
             raise MeasurementError(
-                f"block {index} ({type(self.found.blocks[index]).__name__}): {len(like)} tensors "
+                f"block {index} ({_class(self.found.blocks[index])}): {len(like)} tensors "
                 "of the stream's shape come in, and which is the residual stream cannot be told; "
                 "not supported"
             )
@@ -537,7 +547,7 @@ class _Tap:
     def _refuse_input(self, index: int, given: list[Tensor]) -> None:
         shapes = ", ".join(str(tuple(value.shape)) for value in given) or "no tensor"
         raise MeasurementError(
-            f"block {index} ({type(self.found.blocks[index]).__name__}): no residual stream [B, T, "
+            f"block {index} ({_class(self.found.blocks[index])}): no residual stream [B, T, "
             f"D] at its input for tokens {tuple(self.tokens.shape)}: it got {shapes}; several "
             "streams side by side (hyper-connections) are not supported; where the model only "
             "wants its tokens in another form, give forward= to sinktrack.Decoder"
