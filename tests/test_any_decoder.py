@@ -540,3 +540,179 @@ def test_accelerate(tmp_path: Path) -> None:
     records = Run.read(tmp_path / "run").records
     assert [(record["step"], record["tokens"]) for record in records] == [(2, 96), (4, 192)]
     assert records[-1]["weights"] == measure(plain, PROBE).weights
+
+
+@torch.library.custom_op("sinktrack_tests::add_norm", mutates_args=())
+def add_norm(write: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    total = stream + write
+    return torch_models.norm(total), total
+
+
+class Launch(torch.autograd.Function):
+    """A kernel's launch, of which no operator is seen."""
+
+    @staticmethod
+    def forward(ctx: Any, write: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(write.numpy() + stream.numpy())
+
+
+class Odd(torch_models.Block):
+    """A block that adds in another way, by name; or the same sum plainly."""
+
+    how = ""
+    plainly = False
+
+    def forward(self, x: Any, value: Any = None, late: Any = None) -> Any:
+        how, plainly, norm = self.how, self.plainly, torch_models.norm
+        wrote, value = self.attention(norm(x), value)
+        inner = None
+        gamma = self.weight * 1.5
+        if how == "fused add and norm":
+            if plainly:
+                x = x + wrote
+            else:
+                inner, x = torch.ops.sinktrack_tests.add_norm(wrote, x)
+        elif how == "lerp":
+            x = 0.7 * x + 0.3 * wrote if plainly else torch.lerp(x, wrote, 0.3)
+        elif how == "addcmul":
+            x = x + gamma * wrote if plainly else torch.addcmul(x, gamma, wrote)
+        elif how == "in place":
+            if plainly:
+                x = 0.5 * (x + wrote)
+            else:
+                x = x + wrote
+                x.mul_(0.5)
+        elif how == "stack and sum":
+            x = x + wrote if plainly else torch.stack([x, wrote]).sum(0)
+        elif how == "a product with the stream as its bias":
+            made = torch.nn.functional.gelu(self.mlp.up(norm(x + wrote)))  # type: ignore[operator]
+            down = self.mlp.down.weight.T  # type: ignore[union-attr,operator]
+            x = x + wrote
+            if plainly:
+                return x + made @ down, value
+            rows = torch.addmm(x.view(-1, x.shape[-1]), made.view(-1, made.shape[-1]), down)
+            return rows.view(x.shape), value
+        elif how == "a kernel's launch":
+            x = x + wrote if plainly else Launch.apply(wrote, x)  # type: ignore[no-untyped-call]
+        else:
+            raise AssertionError(how)
+        return x + self.mlp(norm(x) if inner is None else inner), value
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("fused add and norm", True),
+        ("lerp", True),
+        ("addcmul", True),
+        ("in place", True),
+        ("stack and sum", False),
+        ("a product with the stream as its bias", False),
+        ("a kernel's launch", False),
+    ],
+)
+def test_a_sum_by_other_means_is_the_plain_one(
+    how: str, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the same is written plainly; or nobody's share is told, with the block."""
+    for seed in range(40):
+        model = Net(Kind(), seed)
+        for block in model.layers:
+            block.__class__ = Odd
+        monkeypatch.setattr(Odd, "how", how)
+        monkeypatch.setattr(Odd, "plainly", True)
+        plain = measure(model, PROBE)
+        if plain.localization.share_sum is not None:
+            break
+    monkeypatch.setattr(Odd, "plainly", False)
+    found = measure(model, PROBE)
+    torch.testing.assert_close(found.p0_attention, plain.p0_attention, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.p0_norm, plain.p0_norm)
+    if not told:
+        assert found.localization.share_sum is None
+        assert "block" in found.missing["shares"]
+        return
+    for one, two in zip(found.localization.shares, plain.localization.shares, strict=True):
+        assert (one.kind, one.block) == (two.kind, two.block)
+        assert one.share == pytest.approx(two.share, abs=1e-5)
+
+
+@torch.library.custom_op("sinktrack_tests::flash", mutates_args=())
+def flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, left: int, right: int
+) -> torch.Tensor:
+    """``[B, T, H, D]``, grouped queries, a window of ``left`` keys before the query's own."""
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+    at = torch.arange(q.shape[2])
+    seen = at[:, None] >= at
+    if left >= 0:
+        seen &= at[:, None] - at <= left
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q.float() @ k.float().mT * scale).masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ v.float()).to(q.dtype).transpose(1, 2).contiguous()
+
+
+class Flash(torch_models.Attention):
+    """By an operator that nobody knows, or by torch's."""
+
+    left = -1
+    cap = False
+    plainly = False
+
+    def attend(self, q: Any, k: Any, v: Any) -> Any:
+        if self.plainly:
+            kind = torch_models.Kind(window=None if self.left < 0 else self.left + 1)
+            self.kind, own = kind, self.kind
+            y = super().attend(q, k, v)
+            self.kind = own
+            return y
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+        if self.cap:
+            return torch.ops.sinktrack_tests.capped_flash(q, k, v).transpose(1, 2)
+        scale = q.shape[-1] ** -0.5
+        return torch.ops.sinktrack_tests.flash(q, k, v, scale, self.left, 0).transpose(1, 2)
+
+
+@torch.library.custom_op("sinktrack_tests::capped_flash", mutates_args=())
+def capped_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """With a soft cap, in the dtype of its arguments."""
+    q, k, v = (z.transpose(1, 2).float() for z in (q, k, v))
+    k, v = (z.repeat_interleave(q.shape[1] // k.shape[1], 1) for z in (k, v))
+    scores = torch.tanh(q @ k.mT * q.shape[-1] ** -0.5)
+    seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    made = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    return made.transpose(1, 2).contiguous().to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("left", [-1, 5])
+def test_an_operator_is_attention_by_value(
+    left: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grouped queries, and a window among its numbers."""
+    model = Net(Kind()).to(dtype)
+    for block in model.layers:
+        block.attention.__class__ = Flash
+    monkeypatch.setattr(Flash, "left", left)
+    monkeypatch.setattr(Flash, "plainly", True)
+    plain = measure(model, PROBE)
+    monkeypatch.setattr(Flash, "plainly", False)
+    found = measure(model, PROBE)
+    atol = 1e-6 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found.p0_attention, plain.p0_attention, atol=atol, rtol=0)
+    assert found.visible_queries == plain.visible_queries
+    assert found.block_kinds == plain.block_kinds
+    torch.testing.assert_close(found.p0_norm, plain.p0_norm, rtol=1e-6 if atol < 0.01 else 0.02, atol=0)
+
+
+def test_an_operator_with_a_soft_cap_is_refused_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its output differs by more than rounding does, though bfloat16 rounds coarsely."""
+    model = Net(Kind()).to(torch.bfloat16)
+    for block in model.layers:
+        block.attention.__class__ = Flash
+    monkeypatch.setattr(Flash, "cap", True)
+    with pytest.raises(MeasurementError, match="something else than causal softmax"):
+        measure(model, PROBE)
