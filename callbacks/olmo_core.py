@@ -1,4 +1,4 @@
-"""For OLMo-core: ``TrainerConfig(...).with_callback("sinktrack", SinkTrackOLMoCore(probe, run))``."""
+"""For OLMo-core: ``config.with_callback("sinktrack", SinkTrackOLMoCore(probe, run))``."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ import sinktrack as st
 VOCABULARY, SEQUENCES, LENGTH = 64, 5, 17
 PROBE = st.Probe.random(VOCABULARY, sequences=SEQUENCES, length=LENGTH)
 ATTENTION, NORMS, SHARES = 5e-7, 2e-6, 5e-6
-"""What a row that says "exact" may be off by: of probabilities, of norms in parts of themselves, and
-of shares in parts of the largest."""
+"""What a row that says "exact" may be off by: of probabilities, of norms in parts of themselves,
+and of shares in parts of the largest."""
 
 REQUIREMENTS = {
     "litgpt": ["litgpt", "jsonargparse", "docstring-parser"],
@@ -62,7 +62,7 @@ REQUIREMENTS = {
         "x-transformers", "einops", "einx", "loguru", "torch-einops-utils", "frozendict",
     ],
 }  # fmt: skip
-"""Installed by name without dependencies, on top of this environment: their pins fight with ours."""
+"""Installed without dependencies, on top of this environment: their pins fight with ours."""
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Case:
     mix: Callable[[Any, int], tuple[float, float]] = lambda model, block: (1.0, 0.0)
     """What the stream, and the first one, are multiplied with before a block."""
     experts: Callable[[Any], list[Any]] = lambda block: []
-    """What of each expert, set to zero, leaves nothing of it: in the module that ``writes`` names."""
+    """Of the module that writes for the MLP: what, set to zero, leaves nothing of an expert."""
     scale: float = 0.3
     """Of the weights that are matrices."""
     spread: float = 0.1
@@ -643,18 +643,15 @@ def olmo_core() -> Iterator[Case]:
 
 
 def transformer_lens() -> Iterator[Case]:
-    import transformers
-    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.sources import boot_native
 
     def make() -> nn.Module:
-        config = transformers.GPT2Config(
-            vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=3, n_head=4,
-            attn_implementation="eager",
-        )  # fmt: skip
-        model = transformers.GPT2LMHeadModel(config)
-        return TransformerBridge.boot_transformers("gpt2", hf_model=model)  # type: ignore[no-any-return]
+        sizes = {"d_model": 32, "n_layers": 3, "n_heads": 4, "d_head": 8, "d_mlp": 64, "n_ctx": 64}
+        return boot_native(sizes | {"d_vocab": VOCABULARY, "act_fn": "gelu"})  # type: ignore[no-any-return]
 
-    yield Case("TransformerBridge, GPT-2", "softmax", make, None, lambda model: model.blocks)
+    yield Case(
+        "TransformerBridge, native", "softmax", make, ("attn", "mlp"), lambda model: model.blocks
+    )
 
 
 # In their training loops
@@ -684,9 +681,10 @@ live_tokens = 64
 
 def live_olmo_core(directory: Path) -> str:
     import numpy
-    from olmo_core.config import DType
     from olmo_core.data import (
-        NumpyDataLoaderConfig, NumpyFSLDatasetConfig, TokenizerConfig,
+        NumpyDataLoaderConfig,
+        NumpyFSLDatasetConfig,
+        TokenizerConfig,
     )  # fmt: skip
     from olmo_core.nn.attention import AttentionBackendName
     from olmo_core.nn.transformer import TransformerBlockType, TransformerConfig
@@ -726,7 +724,64 @@ def live_olmo_core(directory: Path) -> str:
     return agrees(st.Run.read(directory / "live"), directory / "checkpoints", directory)
 
 
-LIVE: dict[str, Callable[[Path], str]] = {"olmo_core": live_olmo_core}
+def live_torchtitan(directory: Path) -> str:
+    """Its model, saved as its checkpoints hold it: its trainer runs on GPUs alone."""
+    import torchtitan.models.llama3 as llama
+    from torch.distributed.checkpoint.state_dict_saver import save
+    from torchtitan.components.checkpointer.base import ModelWrapper
+    from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+    from torchtitan.models.common.attention import ScaledDotProductAttention
+    from transformers import LlamaConfig
+
+    from sinktrack.callbacks.loop import SinkTracker
+
+    blocks = llama._build_llama3_layers(
+        n_layers=3, dim=64, n_heads=4, attn_backend="flex", n_kv_heads=2, hidden_dim=96,
+        rope=ComplexRoPE.Config(dim=16, max_seq_len=64, theta=5e5, scaling="llama"),
+    )  # fmt: skip
+    for block in blocks:  # flex attention has no backward pass on a CPU
+        block.attention.inner_attention = ScaledDotProductAttention.Config()
+    model = llama.Llama3Model.Config(
+        dim=64, vocab_size=VOCABULARY, layers=blocks,
+        tok_embeddings=Embedding.Config(num_embeddings=VOCABULARY, embedding_dim=64),
+        norm=RMSNorm.Config(normalized_shape=64, eps=1e-5),
+        lm_head=Linear.Config(in_features=64, out_features=VOCABULARY),
+    ).build()  # fmt: skip
+    with torch.no_grad():
+        for value in model.parameters():
+            value.normal_(0, 0.1) if value.ndim > 1 else value.fill_(1.0)
+    scaled = {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=96, rms_norm_eps=1e-5,
+        max_position_embeddings=131072, rope_parameters=scaled, tie_word_embeddings=False,
+    ).save_pretrained(directory / "hf")  # fmt: skip
+    tracker = SinkTracker(
+        PROBE, directory / "live", every=2, on_error="raise",
+        decoder=st.Decoder(forward=titan_causal),
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(1, 5):
+        tokens = torch.randint(VOCABULARY, (4, live_tokens // 4))
+        logits = titan_causal(model, tokens)
+        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tracker.step(step, model, tokens=step * live_tokens)
+        if step % 2 == 0:
+            state = ModelWrapper(model).state_dict() | {"train_state": {"step": step}}
+            save(state, checkpoint_id=directory / "checkpoints" / f"step-{step}", no_dist=True)
+    live = st.Run.read(directory / "live")
+    return agrees(live, directory / "checkpoints", directory, hf_config=directory / "hf")
+
+
+LIVE: dict[str, Callable[[Path], str]] = {
+    "olmo_core": live_olmo_core,
+    "torchtitan": live_torchtitan,
+}
 
 PACKAGES: dict[str, Callable[[], Iterator[Case]]] = {
     "litgpt": litgpt,

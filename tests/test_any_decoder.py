@@ -328,7 +328,8 @@ def test_training_is_the_same_to_the_bit(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO, "sinktrack"):
         tracked = train(8, tracker)
     assert_identical(plain, tracked)
-    assert f"Net: {BLOCKS} blocks, {HEADS} heads, 5 experts" in caplog.text
+    told = f"Net: {BLOCKS} of {BLOCKS} blocks, SDPA, {HEADS} heads, 5 experts told apart"
+    assert told in caplog.text
     records = Run.read(tmp_path / "run").records
     assert [record["step"] for record in records] == [3, 6]
     assert records[-1]["model"]["type"] == "Net"
@@ -703,7 +704,8 @@ def test_an_operator_is_attention_by_value(
     torch.testing.assert_close(found.p0_attention, plain.p0_attention, atol=atol, rtol=0)
     assert found.visible_queries == plain.visible_queries
     assert found.block_kinds == plain.block_kinds
-    torch.testing.assert_close(found.p0_norm, plain.p0_norm, rtol=1e-6 if atol < 0.01 else 0.02, atol=0)
+    rtol = 2e-6 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found.p0_norm, plain.p0_norm, rtol=rtol, atol=0)
 
 
 def test_an_operator_with_a_soft_cap_is_refused_in_bfloat16(
@@ -716,3 +718,89 @@ def test_an_operator_with_a_soft_cap_is_refused_in_bfloat16(
     monkeypatch.setattr(Flash, "cap", True)
     with pytest.raises(MeasurementError, match="something else than causal softmax"):
         measure(model, PROBE)
+
+
+def test_experts_that_cannot_be_told_apart_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the start, in the record and in ``show``; and how it ended."""
+
+    class Biased(torch_models.Experts):
+        def __init__(self, own: torch_models.Experts) -> None:
+            torch.nn.Module.__init__(self)
+            self.__dict__.update(own.__dict__)
+            self.bias = torch.nn.Parameter(torch.zeros(torch_models.EXPERTS, torch_models.WIDTH))
+
+        def one(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+            return super().one(expert, x) + self.bias[expert]
+
+    model = reading(Kind(experts="stacked"), PROBE.tokens)
+    for block in model.layers:
+        block.mlp = Biased(block.mlp)  # type: ignore[arg-type]
+    tracker = SinkTracker(PROBE, tmp_path / "run", every=2, on_error="raise")
+    with caplog.at_level(logging.INFO, "sinktrack"):
+        tracker.step(1, model)
+        tracker.step(2, model)
+        tracker.finish()
+    assert "5 experts; block 0 (Block): its experts are one MLP here" in caplog.text
+    assert "1 records written" in caplog.text and "0 probes failed" in caplog.text
+    (record,) = Run.read(tmp_path / "run").records
+    assert "one MLP" in record["missing"]["parts"]
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "run")])
+    assert "its experts are one MLP here" in " ".join(shown.output.split()), shown.output
+
+
+def test_a_block_that_is_several_modules() -> None:
+    """As in packages that keep sublayers in one long list."""
+
+    class Sub(torch.nn.Module):
+        def __init__(self, block: torch_models.Block, first: bool) -> None:
+            super().__init__()
+            self.block, self.first = (block.attention if first else block.mlp), first
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made = self.block(torch_models.norm(x), *([None] if self.first else []))
+            return x + (made[0] if self.first else made)  # type: ignore[no-any-return]
+
+    class Long(torch.nn.Module):
+        def __init__(self, own: Net) -> None:
+            super().__init__()
+            self.embed, self.start = own.embed, own.start
+            parts = [Sub(block, first) for block in own.layers for first in (True, False)]  # type: ignore[arg-type]
+            self.parts = torch.nn.ModuleList(parts)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.embed(tokens)
+            x = torch.cat([x[:, :1] + self.start, x[:, 1:]], 1)
+            for part in self.parts:
+                x = part(x)
+            return x
+
+    whole = reading(Kind(), PROBE.tokens)
+    model = Long(whole)
+    decoder = Decoder(
+        model, blocks=lambda model: list(zip(model.parts[::2], model.parts[1::2], strict=True))
+    )
+    check(measure(decoder, PROBE), whole, PROBE.tokens)
+    with pytest.raises(MeasurementError, match=r"block 1 \(Sub\): no softmax attention"):
+        measure(model, PROBE)
+
+
+def test_a_router_that_takes_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``max`` in place of ``topk``: parts are told, and make the MLP's share."""
+
+    def choose(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.softmax(self.router(x), -1).max(-1, keepdim=True)
+
+    model = reading(Kind(experts="list"), PROBE.tokens)
+    monkeypatch.setattr(torch_models.Experts, "choose", choose)
+    found = measure(model, PROBE)
+    assert "parts" not in found.missing
+    assert found.model["experts"] == torch_models.EXPERTS
+    for whole in found.localization.shares:
+        if whole.kind == "mlp" and abs(whole.share) > 1e-9:
+            parts = [
+                part.share for part in found.localization.parts
+                if part.kind == "expert" and part.block == whole.block
+            ]  # fmt: skip
+            assert sum(parts) == pytest.approx(whole.share, abs=1e-5)

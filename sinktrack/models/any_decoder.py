@@ -250,6 +250,10 @@ class Found:
     experts: int | None = None
     embedding: str | None = None
     """The parameter in which the tokens were looked up, by name."""
+    how: list[str] = field(default_factory=list)
+    """What computes attention in it."""
+    told: bool = False
+    """Were experts told apart?"""
     notes: list[str] = field(default_factory=list)
     """What could not be told of the parts of its writes, and why."""
 
@@ -295,9 +299,12 @@ def check(decoder: Decoder, probe: Probe) -> str:
     collected = Collector({})
     with untouched(found.model, len(few), probe):
         _show(decoder, found, collected, few)
+    blocks, how = len(found.blocks), " and ".join(found.how)
     experts = f", {found.experts} experts" if found.experts else ""
-    lost = f"; {collected.lost}" if collected.lost else ""
-    return f"{found.type}: {len(found.blocks)} blocks, {found.most_heads} heads{experts}{lost}"
+    experts += " told apart" if experts and found.told else ""
+    lost = [collected.lost] if collected.lost else []
+    said = f"{found.type}: {blocks} of {blocks} blocks, {how}, {found.most_heads} heads{experts}"
+    return "; ".join([said, *lost, *dict.fromkeys(found.notes)])
 
 
 def _found(decoder: Decoder) -> Found:
@@ -821,11 +828,13 @@ class _Tap:
         except MeasurementError as error:
             raise self.refuse(str(error)) from error
 
-    def show(self, attended: Attended, output: Tensor | None) -> None:
-        """An attention of the block, and its output ``[B, H, T, Dv]``."""
+    def show(self, how: str, attended: Attended, output: Tensor | None) -> None:
+        """An attention of the block, what computed it, and its output ``[B, H, T, Dv]``."""
         if not self.inside:
             raise self.refuse("attention is computed outside of the blocks; not supported")
         self.attended += 1
+        if how not in self.found.how:
+            self.found.how.append(how)
         heads = attended.p0.shape[1]
         self.found.most_heads = max(self.found.most_heads or 0, heads)
         with self.named():
@@ -851,7 +860,7 @@ class _Tap:
             wide = wide.masked_fill((wide <= _HIDDEN) & (wide < least), -torch.inf)
             attended = read_scores(wide, self.observer.also)
         with self.flow.paused():
-            self.show(attended, None)
+            self.show("softmax", attended, None)
         self.unmixed = True
         return scores, Mark("weights", heads=wide.shape[1])
 
@@ -886,7 +895,7 @@ class _Tap:
                 output, attended = attend(
                     query, key, value, scale=wanted, mask=mask, also=self.observer.also
                 )
-            self.show(attended, output)
+            self.show("SDPA", attended, output)
         mark(output, Mark("mixed", heads=query.shape[1]))
         return output
 
@@ -929,7 +938,7 @@ class _Tap:
                 raise MeasurementError(
                     "flex_attention gives something else than softmax attention of its arguments"
                 )
-            self.show(replace(attended, value=value), result[0])
+            self.show("flex attention", replace(attended, value=value), result[0])
         mark(result[0], Mark("mixed", heads=heads))
         return result
 
@@ -1011,7 +1020,7 @@ class _Tap:
             for scale, mask in product(scales, self._windows(args, kwargs, query.device)):
                 own, attended = attend(*exact, scale=scale, mask=mask, also=self.observer.also)
                 if own.shape == whole.shape and _alike(own, whole):
-                    self.show(attended, whole)
+                    self.show(name, attended, whole)
                     mark(output, Mark("mixed", heads=query.shape[1]))
                     return
         self.went_as_attention = (
@@ -1100,7 +1109,7 @@ class _Tap:
             except NotTold as error:
                 self.notes.append(f"{self.name()}: its experts are one MLP here: {error}")
                 return
-        self.routed = (values[0], routed)
+        self.routed, self.found.told = (values[0], routed), True
         mark(values[0], Mark("experts"))
 
     def chose(self, scores: Tensor, result: Any) -> None:
@@ -1452,7 +1461,7 @@ def _close(one: Tensor, two: Tensor, dtype: torch.dtype, factor: float = 4) -> b
 
 
 def _alike(own: Tensor, other: Tensor) -> bool:
-    """Are two computations of attention one but for rounding, which is at random in low precision?"""
+    """Are two computations of attention one but for rounding, at random in low precision?"""
     eps = torch.finfo(other.dtype).eps
     if eps < 1e-4:
         return _close(own.float(), other.float(), other.dtype, 64)
