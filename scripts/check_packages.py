@@ -65,6 +65,9 @@ REQUIREMENTS = {
 """Installed without dependencies, on top of this environment: their pins fight with ours."""
 
 
+NOT_INSTALLED = "cannot install "
+
+
 @dataclass
 class Case:
     """A model of a package."""
@@ -778,7 +781,86 @@ def live_torchtitan(directory: Path) -> str:
     return agrees(live, directory / "checkpoints", directory, hf_config=directory / "hf")
 
 
+def same_to_the_bit(train: Callable[[Any], nn.Module], directory: Path, steps: int = 4) -> str:
+    """Trainings with and without a tracker."""
+    from sinktrack.callbacks.loop import SinkTracker
+
+    tracker = SinkTracker(PROBE, directory, every=2, on_error="raise")
+    plain, tracked = train(None), train(tracker)
+    pairs = zip(plain.state_dict().values(), tracked.state_dict().values(), strict=True)
+    good = all(torch.equal(one, two) for one, two in pairs)
+    records = st.Run.read(directory).records
+    good = good and [record["step"] for record in records] == list(range(2, steps + 1, 2))
+    good = good and all(record["tokens"] == record["step"] * live_tokens for record in records)
+    return f"{len(records)} records; weights {'the same to the bit' if good else 'WRONG'}"
+
+
+def live_litgpt(directory: Path) -> str:
+    """As its pretraining does: by Fabric, over accumulated batches."""
+    from lightning.fabric import Fabric
+    from litgpt.config import Config
+    from litgpt.model import GPT
+
+    def train(tracker: Any) -> nn.Module:
+        torch.manual_seed(0)
+        fabric = Fabric(accelerator="cpu", devices=1)
+        config = Config.from_name(
+            "pythia-14m", n_layer=3, n_embd=32, n_head=4, head_size=8, intermediate_size=48,
+            block_size=64, vocab_size=VOCABULARY, padded_vocab_size=VOCABULARY,
+        )  # fmt: skip
+        model = fabric.setup(torch.compile(GPT(config), backend="eager"))
+        optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-2))
+        state = {"iter_num": 0, "step_count": 0}
+        while state["step_count"] < 4:
+            tokens = torch.randint(VOCABULARY, (2, live_tokens // 4))
+            state["iter_num"] += 1
+            is_accumulating = state["iter_num"] % 2 != 0
+            with fabric.no_backward_sync(model, enabled=is_accumulating):
+                logits = model(tokens)
+                fabric.backward(
+                    F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+                )
+            if is_accumulating:
+                continue
+            optimizer.step()
+            optimizer.zero_grad()
+            state["step_count"] += 1
+            if tracker is not None:
+                seen = state["iter_num"] * tokens.numel() * fabric.world_size
+                tracker.step(state["step_count"], model, tokens=seen)
+        return model  # type: ignore[no-any-return]
+
+    return same_to_the_bit(train, directory / "live")
+
+
+def live_nanochat(directory: Path) -> str:
+    """With its own optimizer."""
+    from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
+
+    def train(tracker: Any) -> nn.Module:
+        torch.manual_seed(0)
+        config = GPTConfig(
+            sequence_len=64, vocab_size=VOCABULARY, n_layer=4, n_head=4, n_kv_head=2, n_embd=32
+        )
+        orig_model = GPT(config)
+        orig_model.init_weights()
+        model = torch.compile(orig_model, backend="eager", dynamic=False)
+        optimizer = orig_model.setup_optimizer()
+        for step in range(1, 5):
+            tokens = torch.randint(VOCABULARY, (4, live_tokens // 4 + 1))
+            model(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()).backward()
+            optimizer.step()
+            model.zero_grad(set_to_none=True)
+            if tracker is not None:
+                tracker.step(step, orig_model, tokens=step * live_tokens)
+        return orig_model  # type: ignore[no-any-return]
+
+    return same_to_the_bit(train, directory / "live")
+
+
 LIVE: dict[str, Callable[[Path], str]] = {
+    "litgpt": live_litgpt,
+    "nanochat": live_nanochat,
     "olmo_core": live_olmo_core,
     "torchtitan": live_torchtitan,
 }
@@ -811,8 +893,9 @@ def environment(package: str, directory: Path) -> Path:
     below = "\n".join(f"import site; site.addsitedir({path!r})" for path in site.getsitepackages())
     (Path(own.stdout.strip()) / "below.pth").write_text(below + "\n")
     if REQUIREMENTS[package]:
-        install = [python, "-m", "pip", "install", "-q", "--no-deps", *REQUIREMENTS[package]]
-        subprocess.run(install, check=True)
+        install = [python, "-m", "pip", "install", "-q", "--no-deps", "--retries", "1"]
+        if subprocess.run([*install, *REQUIREMENTS[package]], check=False).returncode:
+            sys.exit(f"{NOT_INSTALLED}{package}")
     return python
 
 
@@ -826,6 +909,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.make is not None:
         command: list[Any] = [environment(given.package, given.make), __file__, given.package]
         command += ["--source", given.source] if given.source else []
+        command += ["--only", given.only]
         return subprocess.run(command, check=False).returncode
     if given.source is not None:
         sys.path.insert(0, str(given.source))

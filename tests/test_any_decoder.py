@@ -804,3 +804,16 @@ def test_a_router_that_takes_the_largest(monkeypatch: pytest.MonkeyPatch) -> Non
                 if part.kind == "expert" and part.block == whole.block
             ]  # fmt: skip
             assert sum(parts) == pytest.approx(whole.share, abs=1e-5)
+
+
+def test_fabric_is_looked_through(tmp_path: Path) -> None:
+    """As litgpt wraps its models, compiled or not."""
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    own = Net(KINDS["nanochat"])
+    for given in (own, torch.compile(own, backend="eager")):
+        model = fabric.setup(given)  # type: ignore[arg-type]
+        found = measure(model, PROBE)
+        assert found.model["type"] == "Net"
+        assert found.weights == measure(own, PROBE).weights

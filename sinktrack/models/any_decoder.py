@@ -191,10 +191,12 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """Out of torch.compile and data parallelism, whose own forward all processes would await."""
+    """Out of torch.compile, Fabric and DDP, in whose own forward all processes would be awaited."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model.get_submodule("_orig_mod")
+        elif hasattr(model, "_original_module"):  # as Lightning's Fabric wraps it
+            model = model.get_submodule("_original_module")
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         else:
