@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch_models
-from test_callbacks import assert_identical
+from test_callbacks import assert_identical, two_processes
 from torch_models import BLOCKS, HEADS, VOCABULARY, Kind, Net, by_hand, reading, shares
 from typer.testing import CliRunner
 
@@ -328,7 +328,8 @@ def test_training_is_the_same_to_the_bit(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level(logging.INFO, "sinktrack"):
         tracked = train(8, tracker)
     assert_identical(plain, tracked)
-    assert f"Net: {BLOCKS} blocks, {HEADS} heads, 5 experts" in caplog.text
+    told = f"Net: {BLOCKS} of {BLOCKS} blocks, SDPA, {HEADS} heads, 5 experts told apart"
+    assert told in caplog.text
     records = Run.read(tmp_path / "run").records
     assert [record["step"] for record in records] == [3, 6]
     assert records[-1]["model"]["type"] == "Net"
@@ -461,3 +462,358 @@ def test_an_encoder_layer_of_torch() -> None:
         p0 = weights[:, :, 1:, 0].mean(-1)
         torch.testing.assert_close(found.p0_attention_by_sequence[:, block], p0, atol=1e-6, rtol=0)
     torch.testing.assert_close(found.p0_norm[-1], x[:, 0].norm(dim=-1).mean())
+
+
+@pytest.mark.slow
+def test_over_two_processes(tmp_path: Path) -> None:
+    """FSDP2 gathers whole weights and is exact; tensor parallelism is refused on both, at once."""
+    two_processes(
+        tmp_path,
+        """
+        import torch_models
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor.parallel import (
+            ColwiseParallel, RowwiseParallel, parallelize_module,
+        )
+        from torch_models import Kind, Net
+        dist.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (2,))
+        probe = Probe.random(torch_models.VOCABULARY, sequences=5, length=17)
+        for kind in (Kind(qk_norm=True, lambdas=True), Kind(experts="list", shared=True)):
+            whole = measure(Net(kind), probe)
+            model = Net(kind)
+            for block in model.layers:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            tracker = SinkTracker(probe, out / str(kind.lambdas), every=1, on_error="raise")
+            found = tracker.step(1, model)
+            if dist.get_rank() == 0:
+                assert found.model == whole.model, found.model
+                assert found.weights == whole.weights
+                assert torch.equal(found.p0_attention, whole.p0_attention)
+                assert torch.equal(found.p0_norm, whole.p0_norm)
+                assert found.localization == whole.localization
+                assert found.missing == whole.missing
+            train = model(probe.tokens).square().mean()
+            train.backward()
+
+        model = Net(Kind())
+        for block in model.layers:
+            parts = {f"attention.{name}": ColwiseParallel() for name in "qkv"}
+            parallelize_module(block, mesh, parts | {"attention.o": RowwiseParallel()})
+        model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(AssertionError("ran")))
+        try:
+            measure(model, probe)
+            raise SystemExit("measured")
+        except MeasurementError as error:
+            assert "tensor" in str(error)
+        dist.barrier()
+        """,
+    )
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    """The lines of the documentation: tokens of all processes, and a clip that shows the loop's."""
+    from accelerate import Accelerator
+
+    found = []
+    for tracked in (False, True):
+        accelerator = Accelerator(cpu=True)
+        torch.manual_seed(2)
+        plain = Net(KINDS["nanochat"])
+        model, optimizer = accelerator.prepare(plain, torch.optim.AdamW(plain.parameters()))
+        tracker = SinkTracker(PROBE, tmp_path / "run", every=2, on_error="raise")
+        seen = 0
+        for step in range(1, 5):
+            tokens = torch.randint(VOCABULARY, (4, 12))
+            loss = torch.nn.functional.cross_entropy(
+                model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+            )
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen += tokens.numel() * accelerator.num_processes
+            if tracked:
+                tracker.step(step, model, tokens=seen)
+        found.append((plain.state_dict(), torch.get_rng_state()))
+    assert_identical(*found)
+    records = Run.read(tmp_path / "run").records
+    assert [(record["step"], record["tokens"]) for record in records] == [(2, 96), (4, 192)]
+    assert records[-1]["weights"] == measure(plain, PROBE).weights
+
+
+@torch.library.custom_op("sinktrack_tests::add_norm", mutates_args=())
+def add_norm(write: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    total = stream + write
+    return torch_models.norm(total), total
+
+
+class Launch(torch.autograd.Function):
+    """A kernel's launch, of which no operator is seen."""
+
+    @staticmethod
+    def forward(ctx: Any, write: torch.Tensor, stream: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(write.numpy() + stream.numpy())
+
+
+class Odd(torch_models.Block):
+    """A block that adds in another way, by name; or the same sum plainly."""
+
+    how = ""
+    plainly = False
+
+    def forward(self, x: Any, value: Any = None, late: Any = None) -> Any:
+        how, plainly, norm = self.how, self.plainly, torch_models.norm
+        wrote, value = self.attention(norm(x), value)
+        inner = None
+        gamma = self.weight * 1.5
+        if how == "fused add and norm":
+            if plainly:
+                x = x + wrote
+            else:
+                inner, x = torch.ops.sinktrack_tests.add_norm(wrote, x)
+        elif how == "lerp":
+            x = 0.7 * x + 0.3 * wrote if plainly else torch.lerp(x, wrote, 0.3)
+        elif how == "addcmul":
+            x = x + gamma * wrote if plainly else torch.addcmul(x, gamma, wrote)
+        elif how == "in place":
+            if plainly:
+                x = 0.5 * (x + wrote)
+            else:
+                x = x + wrote
+                x.mul_(0.5)
+        elif how == "stack and sum":
+            x = x + wrote if plainly else torch.stack([x, wrote]).sum(0)
+        elif how == "a product with the stream as its bias":
+            made = torch.nn.functional.gelu(self.mlp.up(norm(x + wrote)))  # type: ignore[operator]
+            down = self.mlp.down.weight.T  # type: ignore[union-attr,operator]
+            x = x + wrote
+            if plainly:
+                return x + made @ down, value
+            rows = torch.addmm(x.view(-1, x.shape[-1]), made.view(-1, made.shape[-1]), down)
+            return rows.view(x.shape), value
+        elif how == "a kernel's launch":
+            x = x + wrote if plainly else Launch.apply(wrote, x)  # type: ignore[no-untyped-call]
+        else:
+            raise AssertionError(how)
+        return x + self.mlp(norm(x) if inner is None else inner), value
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("fused add and norm", True),
+        ("lerp", True),
+        ("addcmul", True),
+        ("in place", True),
+        ("stack and sum", False),
+        ("a product with the stream as its bias", False),
+        ("a kernel's launch", False),
+    ],
+)
+def test_a_sum_by_other_means_is_the_plain_one(
+    how: str, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the same is written plainly; or nobody's share is told, with the block."""
+    for seed in range(40):
+        model = Net(Kind(), seed)
+        for block in model.layers:
+            block.__class__ = Odd
+        monkeypatch.setattr(Odd, "how", how)
+        monkeypatch.setattr(Odd, "plainly", True)
+        plain = measure(model, PROBE)
+        if plain.localization.share_sum is not None:
+            break
+    monkeypatch.setattr(Odd, "plainly", False)
+    found = measure(model, PROBE)
+    torch.testing.assert_close(found.p0_attention, plain.p0_attention, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.p0_norm, plain.p0_norm)
+    if not told:
+        assert found.localization.share_sum is None
+        assert "block" in found.missing["shares"]
+        return
+    for one, two in zip(found.localization.shares, plain.localization.shares, strict=True):
+        assert (one.kind, one.block) == (two.kind, two.block)
+        assert one.share == pytest.approx(two.share, abs=1e-5)
+
+
+@torch.library.custom_op("sinktrack_tests::flash", mutates_args=())
+def flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, left: int, right: int
+) -> torch.Tensor:
+    """``[B, T, H, D]``, grouped queries, a window of ``left`` keys before the query's own."""
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+    at = torch.arange(q.shape[2])
+    seen = at[:, None] >= at
+    if left >= 0:
+        seen &= at[:, None] - at <= left
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = (q.float() @ k.float().mT * scale).masked_fill(~seen, -torch.inf)
+    return (scores.softmax(-1) @ v.float()).to(q.dtype).transpose(1, 2).contiguous()
+
+
+class Flash(torch_models.Attention):
+    """By an operator that nobody knows, or by torch's."""
+
+    left = -1
+    cap = False
+    plainly = False
+
+    def attend(self, q: Any, k: Any, v: Any) -> Any:
+        if self.plainly:
+            kind = torch_models.Kind(window=None if self.left < 0 else self.left + 1)
+            self.kind, own = kind, self.kind
+            y = super().attend(q, k, v)
+            self.kind = own
+            return y
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+        if self.cap:
+            return torch.ops.sinktrack_tests.capped_flash(q, k, v).transpose(1, 2)
+        scale = q.shape[-1] ** -0.5
+        return torch.ops.sinktrack_tests.flash(q, k, v, scale, self.left, 0).transpose(1, 2)
+
+
+@torch.library.custom_op("sinktrack_tests::capped_flash", mutates_args=())
+def capped_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """With a soft cap, in the dtype of its arguments."""
+    q, k, v = (z.transpose(1, 2).float() for z in (q, k, v))
+    k, v = (z.repeat_interleave(q.shape[1] // k.shape[1], 1) for z in (k, v))
+    scores = torch.tanh(q @ k.mT * q.shape[-1] ** -0.5)
+    seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    made = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+    return made.transpose(1, 2).contiguous().to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("left", [-1, 5])
+def test_an_operator_is_attention_by_value(
+    left: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grouped queries, and a window among its numbers."""
+    model = Net(Kind()).to(dtype)
+    for block in model.layers:
+        block.attention.__class__ = Flash
+    monkeypatch.setattr(Flash, "left", left)
+    monkeypatch.setattr(Flash, "plainly", True)
+    plain = measure(model, PROBE)
+    monkeypatch.setattr(Flash, "plainly", False)
+    found = measure(model, PROBE)
+    atol = 1e-6 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found.p0_attention, plain.p0_attention, atol=atol, rtol=0)
+    assert found.visible_queries == plain.visible_queries
+    assert found.block_kinds == plain.block_kinds
+    rtol = 2e-6 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found.p0_norm, plain.p0_norm, rtol=rtol, atol=0)
+
+
+def test_an_operator_with_a_soft_cap_is_refused_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its output differs by more than rounding does, though bfloat16 rounds coarsely."""
+    model = Net(Kind()).to(torch.bfloat16)
+    for block in model.layers:
+        block.attention.__class__ = Flash
+    monkeypatch.setattr(Flash, "cap", True)
+    with pytest.raises(MeasurementError, match="something else than causal softmax"):
+        measure(model, PROBE)
+
+
+def test_experts_that_cannot_be_told_apart_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the start, in the record and in ``show``; and how it ended."""
+
+    class Biased(torch_models.Experts):
+        def __init__(self, own: torch_models.Experts) -> None:
+            torch.nn.Module.__init__(self)
+            self.__dict__.update(own.__dict__)
+            self.bias = torch.nn.Parameter(torch.zeros(torch_models.EXPERTS, torch_models.WIDTH))
+
+        def one(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+            return super().one(expert, x) + self.bias[expert]
+
+    model = reading(Kind(experts="stacked"), PROBE.tokens)
+    for block in model.layers:
+        block.mlp = Biased(block.mlp)  # type: ignore[arg-type]
+    tracker = SinkTracker(PROBE, tmp_path / "run", every=2, on_error="raise")
+    with caplog.at_level(logging.INFO, "sinktrack"):
+        tracker.step(1, model)
+        tracker.step(2, model)
+        tracker.finish()
+    assert "5 experts; block 0 (Block): its experts are one MLP here" in caplog.text
+    assert "1 records written" in caplog.text and "0 probes failed" in caplog.text
+    (record,) = Run.read(tmp_path / "run").records
+    assert "one MLP" in record["missing"]["parts"]
+    shown = CliRunner().invoke(app, ["show", str(tmp_path / "run")])
+    assert "its experts are one MLP here" in " ".join(shown.output.split()), shown.output
+
+
+def test_a_block_that_is_several_modules() -> None:
+    """As in packages that keep sublayers in one long list."""
+
+    class Sub(torch.nn.Module):
+        def __init__(self, block: torch_models.Block, first: bool) -> None:
+            super().__init__()
+            self.block, self.first = (block.attention if first else block.mlp), first
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made = self.block(torch_models.norm(x), *([None] if self.first else []))
+            return x + (made[0] if self.first else made)  # type: ignore[no-any-return]
+
+    class Long(torch.nn.Module):
+        def __init__(self, own: Net) -> None:
+            super().__init__()
+            self.embed, self.start = own.embed, own.start
+            parts = [Sub(block, first) for block in own.layers for first in (True, False)]  # type: ignore[arg-type]
+            self.parts = torch.nn.ModuleList(parts)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            x = self.embed(tokens)
+            x = torch.cat([x[:, :1] + self.start, x[:, 1:]], 1)
+            for part in self.parts:
+                x = part(x)
+            return x
+
+    whole = reading(Kind(), PROBE.tokens)
+    model = Long(whole)
+    decoder = Decoder(
+        model, blocks=lambda model: list(zip(model.parts[::2], model.parts[1::2], strict=True))
+    )
+    check(measure(decoder, PROBE), whole, PROBE.tokens)
+    with pytest.raises(MeasurementError, match=r"block 1 \(Sub\): no softmax attention"):
+        measure(model, PROBE)
+
+
+def test_a_router_that_takes_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``max`` in place of ``topk``: parts are told, and make the MLP's share."""
+
+    def choose(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.softmax(self.router(x), -1).max(-1, keepdim=True)
+
+    model = reading(Kind(experts="list"), PROBE.tokens)
+    monkeypatch.setattr(torch_models.Experts, "choose", choose)
+    found = measure(model, PROBE)
+    assert "parts" not in found.missing
+    assert found.model["experts"] == torch_models.EXPERTS
+    for whole in found.localization.shares:
+        if whole.kind == "mlp" and abs(whole.share) > 1e-9:
+            parts = [
+                part.share for part in found.localization.parts
+                if part.kind == "expert" and part.block == whole.block
+            ]  # fmt: skip
+            assert sum(parts) == pytest.approx(whole.share, abs=1e-5)
+
+
+def test_fabric_is_looked_through(tmp_path: Path) -> None:
+    """As litgpt wraps its models, compiled or not."""
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1)
+    own = Net(KINDS["nanochat"])
+    for given in (own, torch.compile(own, backend="eager")):
+        model = fabric.setup(given)  # type: ignore[arg-type]
+        found = measure(model, PROBE)
+        assert found.model["type"] == "Net"
+        assert found.weights == measure(own, PROBE).weights

@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from sinktrack.attention import Attended, attend, read_scores
 from sinktrack.collect import Collector
@@ -32,7 +34,7 @@ from sinktrack.models.passes import Digest, Passes
 from sinktrack.models.tracer import _ADD, _MULTIPLY, _SAME, Lineage, Mark, _tensors, mark, mark_of
 from sinktrack.probe import Probe
 
-Blocks = Iterable[nn.Module] | nn.ModuleDict
+Blocks = Iterable[nn.Module | Iterable[nn.Module]] | nn.ModuleDict
 Term = tuple[int, int]
 """Of the stream: the n-th write of block k is ``(k, n)``, the input of block 0 ``(-1, 0)``."""
 _EMBEDDING: Term = (-1, 0)
@@ -81,7 +83,9 @@ class Decoder:
     Args:
         model: the model; without one, the model that is given in training.
         blocks: its blocks in order, a list or ``nn.ModuleDict``, or a function of the model that
-            gives them. Where the model holds one evident list, they need not be said.
+            gives them. Where the model holds one evident list, they need not be said. A block that
+            is no module of its own is a list of those that run in it, the first of which takes the
+            stream, and the last of which gives it back.
         forward: how it is run on tokens ``[B, T]``: ``lambda model, tokens: model(tokens)`` if not
             given. What it returns is not looked at.
     """
@@ -129,7 +133,7 @@ class Decoder:
                 else ("forward=lambda model, tokens: model(tokens, ...) to sinktrack.Decoder")
             )
             raise MeasurementError(
-                f"{type(self.model).__name__} does not run on tokens {tuple(tokens.shape)} "
+                f"{_class(bare)} does not run on tokens {tuple(tokens.shape)} "
                 f"({type(e).__name__}: {e}); give {way}"
             ) from e
 
@@ -151,6 +155,7 @@ class Decoder:
         else:
             found = self._blocks
         values = list(found.values()) if isinstance(found, nn.ModuleDict) else list(found)
+        values = [_joined(value) for value in values]
         if not values or not all(isinstance(value, nn.Module) for value in values):
             raise MeasurementError(
                 "blocks= of sinktrack.Decoder gave no list of modules; give all blocks in order, "
@@ -166,15 +171,44 @@ class Decoder:
         return blocks
 
 
+class Several(nn.ModuleList):
+    """A block that is no module of its own: those that run in it, in order."""
+
+
+def _joined(value: Any) -> Any:
+    """A block, of the modules that it is given as."""
+    if not isinstance(value, list | tuple | nn.ModuleList):
+        return value
+    return Several(_leaves(value))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple | nn.ModuleList):
+        for item in value:
+            yield from _leaves(item)
+    elif value is not None:
+        yield value
+
+
 def _unwrap(model: nn.Module) -> nn.Module:
-    """Out of torch.compile and data parallelism, whose own forward all processes would await."""
+    """Out of torch.compile, Fabric and DDP, in whose own forward all processes would be awaited."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model.get_submodule("_orig_mod")
+        elif hasattr(model, "_original_module"):  # as Lightning's Fabric wraps it
+            model = model.get_submodule("_original_module")
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         else:
             return model
+
+
+def _class(module: nn.Module) -> str:
+    """The name of a module's class, as it is without FSDP2's; of a list, those of its modules."""
+    if isinstance(module, Several):
+        return " and ".join(_class(item) for item in module)
+    of = type(module)
+    return of.__mro__[2].__name__ if isinstance(module, FSDPModule) else of.__name__
 
 
 def _evident(model: nn.Module) -> list[nn.Module]:
@@ -192,6 +226,7 @@ def _evident(model: nn.Module) -> list[nn.Module]:
         if not items:
             continue
         alike = len({type(_unwrap(item)) for item in items}) == 1
+        alike = alike and type(items[0]).forward is not nn.Module.forward
         if alike and all(next(_unwrap(item).children(), None) is not None for item in items):
             found[path] = items
     if len(found) == 1:
@@ -217,13 +252,17 @@ class Found:
     experts: int | None = None
     embedding: str | None = None
     """The parameter in which the tokens were looked up, by name."""
+    how: list[str] = field(default_factory=list)
+    """What computes attention in it."""
+    told: bool = False
+    """Were experts told apart?"""
     notes: list[str] = field(default_factory=list)
     """What could not be told of the parts of its writes, and why."""
 
     @property
     def type(self) -> str:
         """The class's name."""
-        return type(_unwrap(self.model)).__name__
+        return _class(_unwrap(self.model))
 
 
 def measure_decoder(decoder: Decoder, probe: Probe, batch_size: int | None) -> Measurement:
@@ -262,9 +301,12 @@ def check(decoder: Decoder, probe: Probe) -> str:
     collected = Collector({})
     with untouched(found.model, len(few), probe):
         _show(decoder, found, collected, few)
+    blocks, how = len(found.blocks), " and ".join(found.how)
     experts = f", {found.experts} experts" if found.experts else ""
-    lost = f"; {collected.lost}" if collected.lost else ""
-    return f"{found.type}: {len(found.blocks)} blocks, {found.most_heads} heads{experts}{lost}"
+    experts += " told apart" if experts and found.told else ""
+    lost = [collected.lost] if collected.lost else []
+    said = f"{found.type}: {blocks} of {blocks} blocks, {how}, {found.most_heads} heads{experts}"
+    return "; ".join([said, *lost, *dict.fromkeys(found.notes)])
 
 
 def _found(decoder: Decoder) -> Found:
@@ -280,7 +322,7 @@ def _found(decoder: Decoder) -> Found:
             )
     if is_apart(model):
         raise MeasurementError(
-            f"no process holds the whole of {type(_unwrap(model)).__name__} (FSDP1, tensor, expert "
+            f"no process holds the whole of {_class(_unwrap(model))} (FSDP1, tensor, expert "
             "or pipeline parallelism); of models that are not transformers only whole ones, DDP "
             "and FSDP2 are supported: measure the saved checkpoints with `sinktrack scan`"
         )
@@ -373,7 +415,7 @@ class _Tap:
         """Of the present block."""
         if self.block < 0:
             return "before block 0"
-        return f"block {self.block} ({type(self.found.blocks[self.block]).__name__})"
+        return f"block {self.block} ({_class(self.found.blocks[self.block])})"
 
     def refuse(self, reason: str) -> MeasurementError:
         return MeasurementError(f"{self.name()}: {reason}")
@@ -430,9 +472,10 @@ class _Tap:
         """Hooks on the blocks, and the arithmetic followed."""
         with ExitStack() as stack:
             for index, block in self.found.blocks.items():
-                hook = block.register_forward_pre_hook(self.enter(index), with_kwargs=True)
+                first, last = (block[0], block[-1]) if isinstance(block, Several) else (block,) * 2
+                hook = first.register_forward_pre_hook(self.enter(index), with_kwargs=True)
                 stack.callback(hook.remove)
-                stack.callback(block.register_forward_hook(self.leave(index)).remove)
+                stack.callback(last.register_forward_hook(self.leave(index)).remove)
                 for module in block.modules():
                     if module is not block and _may_route(module):
                         hook = module.register_forward_pre_hook(self.called, with_kwargs=True)
@@ -468,7 +511,7 @@ class _Tap:
         if index != self.block + 1 or self.inside:
             before = "no block" if self.block < 0 else f"block {self.block}"
             raise MeasurementError(
-                f"block {index} ({type(self.found.blocks[index]).__name__}) runs after {before}: "
+                f"block {index} ({_class(self.found.blocks[index])}) runs after {before}: "
                 "each block must run once in a pass, in the order in which they are given; not "
                 "supported"
             )
@@ -489,7 +532,7 @@ class _Tap:
                 break
         else:
             raise MeasurementError(
-                f"block {index} ({type(self.found.blocks[index]).__name__}): {len(like)} tensors "
+                f"block {index} ({_class(self.found.blocks[index])}): {len(like)} tensors "
                 "of the stream's shape come in, and which is the residual stream cannot be told; "
                 "not supported"
             )
@@ -505,7 +548,7 @@ class _Tap:
     def _refuse_input(self, index: int, given: list[Tensor]) -> None:
         shapes = ", ".join(str(tuple(value.shape)) for value in given) or "no tensor"
         raise MeasurementError(
-            f"block {index} ({type(self.found.blocks[index]).__name__}): no residual stream [B, T, "
+            f"block {index} ({_class(self.found.blocks[index])}): no residual stream [B, T, "
             f"D] at its input for tokens {tuple(self.tokens.shape)}: it got {shapes}; several "
             "streams side by side (hyper-connections) are not supported; where the model only "
             "wants its tokens in another form, give forward= to sinktrack.Decoder"
@@ -778,11 +821,13 @@ class _Tap:
         except MeasurementError as error:
             raise self.refuse(str(error)) from error
 
-    def show(self, attended: Attended, output: Tensor | None) -> None:
-        """An attention of the block, and its output ``[B, H, T, Dv]``."""
+    def show(self, how: str, attended: Attended, output: Tensor | None) -> None:
+        """An attention of the block, what computed it, and its output ``[B, H, T, Dv]``."""
         if not self.inside:
             raise self.refuse("attention is computed outside of the blocks; not supported")
         self.attended += 1
+        if how not in self.found.how:
+            self.found.how.append(how)
         heads = attended.p0.shape[1]
         self.found.most_heads = max(self.found.most_heads or 0, heads)
         with self.named():
@@ -808,7 +853,7 @@ class _Tap:
             wide = wide.masked_fill((wide <= _HIDDEN) & (wide < least), -torch.inf)
             attended = read_scores(wide, self.observer.also)
         with self.flow.paused():
-            self.show(attended, None)
+            self.show("softmax", attended, None)
         self.unmixed = True
         return scores, Mark("weights", heads=wide.shape[1])
 
@@ -843,7 +888,7 @@ class _Tap:
                 output, attended = attend(
                     query, key, value, scale=wanted, mask=mask, also=self.observer.also
                 )
-            self.show(attended, output)
+            self.show("SDPA", attended, output)
         mark(output, Mark("mixed", heads=query.shape[1]))
         return output
 
@@ -882,11 +927,11 @@ class _Tap:
             attended = read_scores(scores, self.observer.also)
             values = value.float().repeat_interleave(group, 1)
             own = scores.softmax(-1).nan_to_num() @ values
-            if not _close(own, result[0].float(), query.dtype, 64):
+            if not _alike(own, result[0]):
                 raise MeasurementError(
                     "flex_attention gives something else than softmax attention of its arguments"
                 )
-            self.show(replace(attended, value=value), result[0])
+            self.show("flex attention", replace(attended, value=value), result[0])
         mark(result[0], Mark("mixed", heads=heads))
         return result
 
@@ -941,7 +986,7 @@ class _Tap:
             mixed = mixed.permute(2, 0, 1, 3).flatten(2)
             output = F.linear(mixed, given["out_proj_weight"], given["out_proj_bias"])
         self.flow.derive(output)
-        if not _close(output.float(), expected.float(), output.dtype, 64):
+        if not _alike(output, expected):
             raise self.refuse("multi_head_attention_forward gives another output than is known")
         return output, None
 
@@ -954,6 +999,7 @@ class _Tap:
         output = outputs[0]
         scales = {given[0].shape[-1] ** -0.5}
         scales |= {float(v) for k, v in kwargs.items() if "scale" in k and isinstance(v, float)}
+        scales |= {value for value in args if isinstance(value, float)}
         for turned in (True, False):
             query, key, value = (v.transpose(1, 2) if turned else v for v in given[:3])
             whole = output.transpose(1, 2) if turned else output
@@ -963,16 +1009,31 @@ class _Tap:
                 continue
             if key.shape[2] != self.length or query.shape[1] % key.shape[1]:
                 continue
-            for scale in scales:
-                own, attended = attend(query, key, value, scale=scale, also=self.observer.also)
-                if own.shape == whole.shape and _close(own.float(), whole.float(), own.dtype, 64):
-                    self.show(attended, whole)
+            exact = [v.float() if v.element_size() < 4 else v for v in (query, key, value)]
+            for scale, mask in product(scales, self._windows(args, kwargs, query.device)):
+                own, attended = attend(*exact, scale=scale, mask=mask, also=self.observer.also)
+                if own.shape == whole.shape and _alike(own, whole):
+                    self.show(name, attended, whole)
                     mark(output, Mark("mixed", heads=query.shape[1]))
                     return
         self.went_as_attention = (
             f"{name} takes three tensors like queries, keys and values, and gives something else "
             "than causal softmax attention of them"
         )
+
+    def _windows(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device
+    ) -> Iterator[Tensor | None]:
+        """Masks of causal attention: all keys, or as many as a number among arguments says."""
+        yield None
+        given = [*args, *kwargs.values()]
+        given += [item for value in given if isinstance(value, tuple | list) for item in value]
+        sizes = {value for value in given if type(value) is int and 0 < value <= self.length}
+        at = torch.arange(self.length, device=device)
+        behind = at[:, None] - at
+        for keys in sorted(sizes | {size + 1 for size in sizes}):  # its own counted, or not
+            if keys < self.length:
+                yield ((behind >= 0) & (behind < keys))[None, None]
 
     def gate(self, mixed: Tensor, gate: Tensor, heads: int) -> None:
         """The heads are multiplied with something."""
@@ -1041,12 +1102,15 @@ class _Tap:
             except NotTold as error:
                 self.notes.append(f"{self.name()}: its experts are one MLP here: {error}")
                 return
-        self.routed = (values[0], routed)
+        self.routed, self.found.told = (values[0], routed), True
         mark(values[0], Mark("experts"))
 
     def chose(self, scores: Tensor, result: Any) -> None:
-        """A topk: it may be a router's."""
+        """A topk, or the largest of each row: it may be a router's."""
         total, index = self.batch * self.length, result[1]
+        if scores.ndim > 3 or not index.ndim:
+            return
+        index = index if index.ndim == scores.ndim else index.unsqueeze(-1)
         count, each = scores.shape[-1], index.shape[-1]
         if scores.numel() != total * count or index.numel() != total * each or count < 2:
             return
@@ -1129,7 +1193,7 @@ class _Flow(Lineage):
             tap.settle()
             return tap.multi_head(func, args, kwargs)
         values = list(_tensors(args, kwargs))
-        if name in _ACROSS and tap.inside and any(self.derived(value) for value in values):
+        if name in _ACROSS and tap.inside and any(map(self._of_positions, values)):
             tap.lose(f"{name} mixes positions beside its attention")
         if any(isinstance(mark_of(value), Stream) for value in values):
             return self._on_stream(name, func, args, kwargs)
@@ -1143,7 +1207,7 @@ class _Flow(Lineage):
         if name in _MAPS and any(m.origin == "attention" and m.raw is not None for m in marks):
             return func(*args, **kwargs)  # a layer of its own on the attention's output
         result = super().__torch_function__(func, types, args, kwargs)
-        if name == "topk":
+        if name == "topk" or (name == "max" and isinstance(result, tuple)):
             tap.chose(args[0], result)
         if any(found.origin == "weights" for found in marks) and name in _MAPS:
             tap.heads, tap.unmixed = self._mixed(result), False
@@ -1151,6 +1215,11 @@ class _Flow(Lineage):
             with self.paused():
                 tap.opaque(name, args, kwargs, result)
         return result
+
+    def _of_positions(self, value: Tensor) -> bool:
+        """Is it computed for each position, and no count such as of an expert's tokens?"""
+        large = value.numel() >= self.tap.batch * self.tap.length
+        return large and value.is_floating_point() and self.derived(value)
 
     def _mixed(self, result: Any) -> Tensor | None:
         """float32 ``[B, H * Dv]``: P0's rows of what probabilities and values make."""
@@ -1382,6 +1451,15 @@ def _close(one: Tensor, two: Tensor, dtype: torch.dtype, factor: float = 4) -> b
         return True
     slack = factor * torch.finfo(dtype).eps * float(two.abs().max())
     return bool(((one - two).abs() <= slack).all())
+
+
+def _alike(own: Tensor, other: Tensor) -> bool:
+    """Are two computations of attention one but for rounding, at random in low precision?"""
+    eps = torch.finfo(other.dtype).eps
+    if eps < 1e-4:
+        return _close(own.float(), other.float(), other.dtype, 64)
+    error = torch.linalg.vector_norm(own.float() - other.float())
+    return bool(error <= eps / 2 * torch.linalg.vector_norm(own.float()))
 
 
 def _may_route(module: nn.Module) -> bool:

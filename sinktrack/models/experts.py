@@ -184,6 +184,9 @@ def _stack_remover(module: nn.Module, count: int) -> Callable[[int], Any]:
     for held in module.modules():
         own = dict(held.named_parameters(recurse=False))
         stacks = [value for value in own.values() if value.ndim == 3 and len(value) == count]
+        flat = [value for value in own.values() if value.ndim == 2 and not len(value) % count]
+        if not stacks and len(own) == len(flat) > 1 and all(len(v) > count for v in flat):
+            owners += flat  # one below the other, as many rows each
         if stacks:
             beside = [
                 name for name, value in own.items() if value.ndim == 2 and len(value) == count
@@ -194,12 +197,12 @@ def _stack_remover(module: nn.Module, count: int) -> Callable[[int], Any]:
     if not owners:
         raise NotTold(
             "they are neither a ModuleList of as many modules as the router has choices nor "
-            "stacked matrices"
+            "matrices, stacked or one below the other"
         )
 
     @contextmanager
     def silent(expert: int) -> Iterator[list[Tensor]]:
-        with _Zeroed(owners, expert):
+        with _Zeroed(owners, expert, count):
             yield []
 
     return silent
@@ -208,11 +211,11 @@ def _stack_remover(module: nn.Module, count: int) -> Callable[[int], Any]:
 class _Zeroed(TorchFunctionMode):
     """Functions are given copies of stacked matrices, with zeros for one expert."""
 
-    def __init__(self, stacks: list[nn.Parameter], expert: int) -> None:
+    def __init__(self, stacks: list[nn.Parameter], expert: int, count: int) -> None:
         super().__init__()
         self._copies = {id(stack): stack.detach().clone() for stack in stacks}
         for copy in self._copies.values():
-            copy[expert] = 0
+            copy.unflatten(0, (count, -1))[expert] = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -72,6 +72,8 @@ def show(
     for part in (last["top_components"] or ())[:_TOP]:
         gate = "" if part.get("gate") is None else f", gate {part['gate']:.2f}"
         console.print(Text(f"  {_percent(part['share']):>8}  {_name(part)}{gate}"))
+    if why := (last.get("missing") or {}).get("parts"):
+        console.print(Text(f"Parts not told apart: {why}", style="dim"))
     tested = next((record for record in reversed(records) if record.get("causal")), None)
     if tested is not None:
         console.print()
