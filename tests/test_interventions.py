@@ -26,7 +26,8 @@ from sinktrack.interventions import (
 from sinktrack.interventions.effects import Effect
 from sinktrack.interventions.experts import super_experts
 from sinktrack.interventions.replay import replaying
-from sinktrack.interventions.trials import _seed, is_testable, screen
+from sinktrack.interventions.bench import seed_of
+from sinktrack.interventions.trials import is_testable, screen
 from sinktrack.records.rows import rows as export_rows
 
 PROBE = planted.probe()
@@ -200,7 +201,7 @@ def test_necessity_equals_brute_force(kind: str) -> None:
     ]
 
     with replaying(model, PROBE) as replay:
-        resampled = replay.elsewhere(_seed("resample"))
+        resampled = replay.elsewhere(seed_of("resample"))
 
     def attention_and_loss() -> tuple[float, float, float]:
         with torch.no_grad():

@@ -70,7 +70,9 @@ class Point:
         for name in QUANTITIES:
             low, high = intervals.get(name) or (0.0, 0.0)
             probe[name] = (high - low) / 2
-        formed, rate = bool(record.get("formed")), record.get("sink_rate")
+        formed, rate = record.get("formed"), record.get("sink_rate")
+        if formed is None:  # not measured: the first sink head stands in
+            formed = record.get("first_sink_block") is not None
         of_heads = rate is None
         if rate is None:
             rate, formed = head_share(record), record.get("first_sink_block") is not None

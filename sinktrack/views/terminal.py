@@ -18,7 +18,7 @@ from sinktrack.metrics.attention import EPSILON, uniform
 from sinktrack.metrics.axes import by_block, is_by_block
 from sinktrack.records.twins import equal_weights, told
 from sinktrack.signal import Analysis
-from sinktrack.views.story import story
+from sinktrack.views.story import CARD, story
 
 _BARS = "▁▂▃▄▅▆▇█"
 _PLAIN_BARS = ".:-=+*%#"
@@ -76,6 +76,10 @@ def show(
     if tested is not None:
         console.print()
         _causal(tested, console)
+    carded = next((record for record in reversed(records) if record.get("position_card")), None)
+    if carded is not None:
+        console.print()
+        show_card(carded, console)
 
 
 def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -164,11 +168,33 @@ def _set_up(test: str, row: Mapping[str, Any]) -> str:
     return f"{_name(row)} {_TESTS[test]}"
 
 
+def show_card(record: Mapping[str, Any], console: Console) -> None:
+    """Sink rates of the probe with other first tokens, or why there are none."""
+    card = record["position_card"]
+    start = card["start_token"]
+    named = "" if start is None else f", start token {start['id']} of the {start['of']}"
+    where = f"step {record['step']:,}{named}"
+    console.print(Text(f"Position card ({where}): sink rate from block 0, from block 2"))
+    for name, words in CARD.items():
+        rates = card[name]
+        if rates is None:
+            told = f"not measured: {(card.get('missing') or {}).get(name, 'no reason recorded')}"
+            console.print(Padding(Text(f"with {words}: {told}"), (0, 0, 0, 2)))
+            continue
+        cells = [_number(rates[rate], ".1%") or "-" for rate in ("sink_rate", "sink_rate_from_2")]
+        bounds = rates["intervals"]["sink_rate"]
+        interval = "" if bounds is None else f"  (95 %: {bounds[0]:.0%} to {bounds[1]:.0%})"
+        text = f"{cells[0]:>8} {cells[1]:>8}  with {words}{interval}"
+        console.print(Text(text))
+
+
 def _meaning(tests: Mapping[str, Any], console: Console) -> None:
     """The sink without its usual first tokens, and the experts of extreme output."""
     meaning = tests["meaning"]
-    rates = [f"{meaning[name]['sink_rate']:.1%}" for name in ("random_first", "as_is")]
-    console.print(Text(f"  sink rate with random first tokens: {rates[0]} (as it is: {rates[1]})"))
+    if all(meaning.get(name) for name in ("random_first", "as_is")):
+        rates = [f"{meaning[name]['sink_rate']:.1%}" for name in ("random_first", "as_is")]
+        text = f"  sink rate with random first tokens: {rates[0]} (as it is: {rates[1]})"
+        console.print(Text(text))
     extreme = [f"block {row['block']} expert {row['index']}{', at P0' if row['p0_rate'] else ''}"
                for row in tests["experts"] if row["super_expert"]]  # fmt: skip
     if extreme:

@@ -90,6 +90,27 @@ const drawFirstTokens = () => {
   }), config);
 };
 
+/** The position card: sink rates of the probe with other first tokens, side by side. */
+const drawCard = () => {
+  const { card, card_says } = shownRecord();
+  $("card_of").hidden = !card;
+  if (!card) return;
+  $("card_says").textContent = card_says;
+  const names = card.map(([name]) => sentence(name));
+  const bars = [["sink_rate", colour("accent"), "from block 0"], ["sink_rate_from_2", colour("muted"), "from block 2"]].map(([field, tone, name]) => {
+    const rates = card.map(([, found]) => found?.[field] ?? null);
+    const bounds = card.map(([, found], i) => found?.intervals[field] ?? [rates[i], rates[i]]);
+    return {
+      type: "bar", name, x: names, y: rates, marker: { color: tone }, text: rates.map((rate) => (rate === null ? "" : percent(rate))), textposition: "outside", cliponaxis: false,
+      error_y: { type: "data", symmetric: false, array: bounds.map(([, high], i) => high - rates[i]), arrayminus: bounds.map(([low], i) => rates[i] - low), color: colour("muted"), thickness: 1 },
+      hovertemplate: `%{x}, ${name}: %{y:.1%}<extra></extra>`,
+    };
+  });
+  Plotly.react("card", bars, layout({
+    barmode: "group", xaxis: axis({ showgrid: false }), yaxis: axis({ title: fields.sink_rate.title, tickformat: ".0%", range: [0, 1.12] }),
+  }), config);
+};
+
 const drawComponents = () => {
   const body = $("components").tBodies[0];
   body.replaceChildren();
@@ -275,6 +296,7 @@ const drawRecord = () => {
   drawHeads();
   drawShares();
   drawFirstTokens();
+  drawCard();
   drawComponents();
   drawCausal();
 };
