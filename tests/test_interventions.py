@@ -23,10 +23,10 @@ from sinktrack.interventions import (
     run_causal_tests,
     sufficiency,
 )
+from sinktrack.interventions.bench import seed_of
 from sinktrack.interventions.effects import Effect
 from sinktrack.interventions.experts import super_experts
 from sinktrack.interventions.replay import replaying
-from sinktrack.interventions.bench import seed_of
 from sinktrack.interventions.trials import is_testable, screen
 from sinktrack.records.rows import rows as export_rows
 
