@@ -472,9 +472,9 @@ def test_the_scanner_and_the_table(tmp_path: Path) -> None:
         assert row["verdict"] == other["verdict"]
         assert row["effect"] == pytest.approx(other["effect"], abs=1e-6)
     shown = sinktrack("show", tmp_path / "run").stdout
-    assert "block 1 expert 3 from another position: necessary" in shown
+    assert "expert 3 of block 1 from another position: necessary" in shown
     assert "Sink in blocks 2 to 4" in shown
-    assert "block 1 mlp of P0, put elsewhere: sufficient" in shown
+    assert "MLP 1 of P0, put elsewhere: sufficient" in shown
     assert "sink rate with random first tokens: 0.0% (as it is: 60.0%)" in shown
     assert "super experts by their largest output: block 1 expert 3, at P0" in shown
     assert max(map(len, shown.splitlines())) <= 80

@@ -298,13 +298,13 @@ def test_a_hook_on_an_attention_is_part_of_the_model(monkeypatch: pytest.MonkeyP
 def rehearsals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each rehearsal that is held."""
     held: list[int] = []
-    check = Rehearsal.check
+    begin = Rehearsal.as_in_training
 
-    def counted(rehearsal: Rehearsal) -> None:
+    def counted(rehearsal: Rehearsal) -> Any:
         held.append(len(held))
-        check(rehearsal)
+        return begin(rehearsal)
 
-    monkeypatch.setattr(Rehearsal, "check", counted)
+    monkeypatch.setattr(Rehearsal, "as_in_training", counted)
     return held
 
 

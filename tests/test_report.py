@@ -100,9 +100,9 @@ def test_causal_tests_mark_the_circuit(open_report: Open) -> None:
     rows = [row.split("\t") for row in page.locator("#tests tbody tr").all_inner_texts()]
     replaced = "replaced at P0 by what stands at another position"
     assert rows == [
-        ["block 0 mlp", replaced, "-75.0 %", "-85.0 % to -65.0 %", "necessary"],
-        ["block 1 mlp", replaced, "-2.0 %", "-12.0 % to 8.0 %", ""],
-        ["block 2 state", "put on another position", "50.0 %", "40.0 % to 60.0 %", "sufficient"],
+        ["MLP 0", replaced, "-75.0 %", "-85.0 % to -65.0 %", "necessary"],
+        ["MLP 1", replaced, "-2.0 %", "-12.0 % to 8.0 %", ""],
+        ["P0's whole state at block 2", "put on another position", "50.0 %", "40.0 % to 60.0 %", "sufficient"],
         ["", "P0 attends to all positions", "-60.0 %", "-70.0 % to -50.0 %", "unmixed"],
     ]
     page.fill("#record", "3")

@@ -62,7 +62,23 @@ class Ablation:
                 ]
                 rows += of_parts + self._redundant(left, of_parts, phase)
             result.append(rows)
-        return result
+        return [
+            rows + self._joint_elsewhere(phase, rows)
+            for phase, rows in zip(self.bench.phases, result, strict=True)
+        ]
+
+    def _joint_elsewhere(self, phase: Sink, rows: Sequence[Found]) -> list[Found]:
+        """What sets that were removed together for another phase do to this one."""
+        told = [row["components"] for row in rows if "components" in row]
+        return [
+            self._together(trial, phase)
+            for trial in self.bench.reaching(list(self._joint.values()), phase)
+            if [asdict(term) for term in trial.terms] not in told
+        ]
+
+    def _together(self, trial: Trial, phase: Sink) -> Found:
+        components = [asdict(term) for term in trial.terms]
+        return self._necessary(trial, phase) | {"components": components}
 
     def _rest(self, found: Sequence[list[Found]]) -> list[Term]:
         """The untested sublayers before each phase in which none has a verdict."""
@@ -200,7 +216,7 @@ class Ablation:
         if key not in self._joint:
             (self._joint[key],) = self._ablate([("joint", terms)])
         gone = self._joint[key]
-        row = self._necessary(gone, phase) | {"components": [asdict(term) for term in terms]}
+        row = self._together(gone, phase)
         if row["verdict"] != "necessary":
             return [row]
         rests = [[other for other in terms if other not in trial.terms] for trial in trials]

@@ -18,7 +18,7 @@ from sinktrack.interventions.effects import Effect
 from sinktrack.interventions.first_token import FirstTokens, first_tokens
 from sinktrack.interventions.knockout import note
 from sinktrack.interventions.patching import Term
-from sinktrack.interventions.replay import Edit, Outcome, Replay
+from sinktrack.interventions.replay import IN_STATE, Edit, Outcome, Replay
 from sinktrack.measurement import Measurement
 from sinktrack.metrics.base import number
 from sinktrack.metrics.localization import Sink
@@ -178,12 +178,14 @@ class Bench:
             }
 
         attention = both(lambda outcome: self.mean(outcome.in_set, phase, trial.block))
+        ratio = both(lambda outcome: outcome.norm_ratio[:, peak])
         outcome = None
         if effect.large and attention["before"]:
             gone = 1 - (attention["after"] or 0.0) / attention["before"]
-            outcome = "diluted" if gone < effect.value / 2 else "lost"
+            large = (ratio["after"] or 0.0) >= IN_STATE * (ratio["before"] or 0.0)
+            outcome = "diluted" if large and gone < effect.value / 2 else "lost"
         return {
-            "p0_norm_ratio": both(lambda outcome: outcome.norm_ratio[:, peak]),
+            "p0_norm_ratio": ratio,
             "set_size": both(lambda outcome: outcome.set_size[:, peak]),
             "attention_to_set": attention,
             "outcome": outcome,
@@ -223,9 +225,10 @@ def windows(phases: Sequence[Sink]) -> list[Window]:
     found = [("other_position_alone", *FIRST_TWO)]
     for place, phase in enumerate(phases):
         found += [(kind, 0, phase.first_block) for kind in ("other_position_alone", "p0_mixed")]
-        since = phases[place - 1].last_block + 1 if place else 0
-        if 0 < since < phase.first_block:
-            found.append(("other_position_alone", since, phase.first_block))
+        before = phases[place - 1] if place else None
+        for since in (before.first_block, before.last_block + 1) if before else ():
+            if 0 < since < phase.first_block:
+                found.append(("other_position_alone", since, phase.first_block))
     return sorted(dict.fromkeys(found), key=lambda window: window[1:])
 
 

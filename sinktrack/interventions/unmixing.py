@@ -67,7 +67,8 @@ def _positioned(bench: Bench, trial: Trial, window: Window, phase: Sink) -> Foun
     if until != phase.first_block:
         kind = f"{kind}_in_first_two"
     elif start:
-        kind = f"{kind}_since_last_sink"
+        began = any(start == one.first_block for one in bench.phases)
+        kind = f"{kind}_since_last_sink{'_began' if began else ''}"
     mixed = trial.kind == "p0_mixed"
     found = {
         "kind": kind,

@@ -22,6 +22,8 @@ from sinktrack.models.huggingface import LIBRARIES, Decoder, configs, foreign
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _GLOBAL = ("softmax", "scaled_dot_product_attention")
+_BASE = "transformers.modeling_utils"
+"""Of what all families inherit: it computes no attention, and names what loads and places models."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _WALKED = ("_parameters", "_buffers", "_modules")
 
@@ -79,9 +81,11 @@ def _functions() -> Iterator[Any]:
     for name in _GLOBAL:
         yield _known(getattr(nn.functional, name))
     yield from map(_Same, (torch.softmax, Tensor.softmax, torch.matmul, torch.baddbmm))
-    attend = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+    attend = sys.modules[_BASE].ALL_ATTENTION_FUNCTIONS
     for name in sorted(attend):
         yield name, _known(attend[name])
+        if scope := getattr(attend[name], "__globals__", {}).get("__name__"):
+            yield from _names(scope)
 
 
 def _settings(found: Decoder) -> Iterator[Any]:
@@ -110,11 +114,17 @@ def _modules(model: nn.Module) -> Iterator[Any]:
                 break
             if foreign(one) is not None:
                 raise _Unknown
-            scopes[one.__module__] = None
+            if one.__module__ != _BASE:
+                scopes[one.__module__] = None
             yield one, [(key, _known(value)) for key, value in vars(one).items()]
     for scope in scopes:
         if not scope.startswith("torch."):
-            yield scope, [(key, _known(value)) for key, value in vars(sys.modules[scope]).items()]
+            yield from _names(scope)
+
+
+def _names(scope: str) -> Iterator[Any]:
+    """What the functions of a module find by name."""
+    yield scope, [(key, _known(value)) for key, value in vars(sys.modules[scope]).items()]
 
 
 def _known(value: Any) -> Any:

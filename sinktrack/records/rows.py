@@ -8,6 +8,7 @@ from typing import Any
 from sinktrack.metrics import FIELDS
 from sinktrack.metrics.axes import nothing
 from sinktrack.metrics.base import Axis, Row
+from sinktrack.records.names import name as spelled
 
 COLUMNS = ("step", "tokens", "metric", "block", "kind", "index", "level", "value", "low", "high")
 _CAUSAL = ("necessity", "sufficiency", "position")
@@ -42,6 +43,8 @@ def _measured(record: Mapping[str, Any]) -> Iterator[Row]:
         for row in record.get("causal", {}).get(test, ()):
             low, high = row["interval"]
             place = {name: row[name] for name in ("kind", "block", "index")}
+            if "components" in row:
+                place = {"kind": f"{spelled(row)}, together"}
             effect = {"metric": f"causal_{test}", "value": row["effect"], "low": low, "high": high}
             yield place | effect
 

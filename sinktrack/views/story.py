@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sinktrack.metrics.attention import EPSILON
+from sinktrack.records.names import name
 from sinktrack.signal import Analysis
 
 _LARGE_EFFECT, _SMALL_SHARE = 0.3, 0.1
@@ -38,7 +39,7 @@ def where(record: Record) -> str:
     if (why := untold(record)) is not None:
         first = record.get("first_sink_block")
         heads = "" if first is None else f" The first block with a sink head is block {first}."
-        return f"Which blocks rest on P0 was not measured: {why}.{heads}{sink_rate}"
+        return f"Which blocks rest on P0 was not measured.{heads}{sink_rate} The reason: {why}."
     if not phases:
         known = [(v, b) for b, v in enumerate(record["concentration"]) if v is not None]
         largest, block = max(known, default=(0.0, 0))
@@ -227,16 +228,6 @@ def main_writers(phase: Mapping[str, Any]) -> list[Mapping[str, Any]]:
             break
         found.append(part)
     return found
-
-
-def name(part: Mapping[str, Any]) -> str:
-    """A component in words: ``MLP 11``, ``attention 0``, ``expert 5 of block 2``."""
-    kind = {"mlp": "MLP"}.get(part["kind"], part["kind"].replace("_", " "))
-    if part["block"] is None:
-        return f"the {kind}" if kind == "embedding" else kind
-    if part.get("index") is None:
-        return f"{kind} {part['block']}"
-    return f"{kind} {part['index']} of block {part['block']}"
 
 
 def _since(records: Sequence[Record], signal: Analysis) -> list[str]:

@@ -16,6 +16,7 @@ from sinktrack.errors import RecordError
 from sinktrack.metrics import FIELDS
 from sinktrack.metrics.attention import EPSILON, uniform
 from sinktrack.metrics.axes import by_block, is_by_block
+from sinktrack.records.names import name
 from sinktrack.records.twins import equal_weights, told
 from sinktrack.signal import Analysis
 from sinktrack.views.story import CARD, story
@@ -71,7 +72,7 @@ def show(
         console.print(Text("Largest parts of the P0 state, weighted by the blocks that read it:"))
     for part in (last["top_components"] or ())[:_TOP]:
         gate = "" if part.get("gate") is None else f", gate {part['gate']:.2f}"
-        console.print(Text(f"  {_percent(part['share']):>8}  {_name(part)}{gate}"))
+        console.print(Text(f"  {_percent(part['share']):>8}  {name(part)}{gate}"))
     tested = next((record for record in reversed(records) if record.get("causal")), None)
     if tested is not None:
         console.print()
@@ -165,7 +166,7 @@ def _set_up(test: str, row: Mapping[str, Any]) -> str:
         return f"another position, attending to itself alone{where}"
     if row["kind"] == "embedding":
         return "embedding of another token"
-    return f"{_name(row)} {_TESTS[test]}"
+    return f"{name(row)} {_TESTS[test]}"
 
 
 def show_card(record: Mapping[str, Any], console: Console) -> None:
@@ -298,14 +299,6 @@ def _sparkline(
         " " if value is None else bars[min(len(bars) - 1, max(0, int((value - low) * scale)))]
         for value in values
     )
-
-
-def _name(part: Mapping[str, Any]) -> str:
-    if part.get("components"):
-        return f"{', '.join(map(_name, part['components']))} together"
-    where = "" if part["block"] is None else f"block {part['block']} "
-    number = "" if part["index"] is None else f" {part['index']}"
-    return f"{where}{part['kind'].replace('_', ' ')}{number}"
 
 
 def _log(value: float | None) -> float | None:

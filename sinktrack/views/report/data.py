@@ -17,6 +17,7 @@ from sinktrack.metrics.attention import EPSILON
 from sinktrack.metrics.axes import by_block, is_by_block, is_by_head, nothing
 from sinktrack.metrics.base import Field
 from sinktrack.records.lineage import current
+from sinktrack.records.names import name as named
 from sinktrack.records.twins import equal_weights, told
 from sinktrack.signal import analyze
 from sinktrack.signal.loss import Losses
@@ -31,9 +32,6 @@ from sinktrack.views.story import (
     story,
     untold,
     where,
-)
-from sinktrack.views.story import (
-    name as named,
 )
 
 BUDGET = 9_700_000

@@ -124,6 +124,7 @@ const MEANING = {
   other_position_alone: "another position attends to itself alone",
   other_position_alone_in_first_two: "another position attends to itself alone in blocks 0 and 1",
   other_position_alone_since_last_sink: "another position attends to itself alone from the end of the sink before on",
+  other_position_alone_since_last_sink_began: "another position attends to itself alone from the beginning of the sink before on",
   p0_mixed: "P0 attends to all positions",
 };
 /** Of the attention to P0: what goes when a sublayer's write is replaced there; null where it was not tested. */
@@ -136,9 +137,9 @@ const drawCausal = () => {
   $("causal").hidden = !tests;
   const body = $("tests").tBodies[0];
   body.replaceChildren();
-  for (const [test, kind, block, index, , effect, low, high, verdict] of tests ?? []) {
+  for (const [test, kind, , , , effect, low, high, name, verdict] of tests ?? []) {
     const lost = test === "necessity" || kind === "p0_mixed";
-    const what = test === "position" ? "" : `${label([kind, block])} ${index ?? ""}`.trim();
+    const what = test === "position" ? "" : sentence(name);
     const change = [effect, low, high].map((value) => percent(lost ? -value : value));
     row([what, MEANING[test === "position" ? kind : test], change[0], `${change[lost ? 2 : 1]} to ${change[lost ? 1 : 2]}`, verdict ?? ""], body);
   }
@@ -168,8 +169,8 @@ const drawCircuit = () => {
   const height = floor + 40;
   const width = left + step * (blocks + 1) + 24;
   const scale = tallest / largest(record.shares.map((part) => Math.abs(part[2])), 1e-9);
-  const verdicts = record.shares.map((part) => [part, necessity(part)]).filter(([, test]) => test && test[8]);
-  const found = verdicts.map(([part, test]) => `${label(part)} is ${test[8]}`).join(", ");
+  const verdicts = record.shares.map((part) => [part, necessity(part)]).filter(([, test]) => test && test[9]);
+  const found = verdicts.map(([part, test]) => `${label(part)} is ${test[9]}`).join(", ");
   const said = record.shares.filter((part) => Math.abs(part[2]) >= 0.05).map((part) => `${label(part)} ${percent(part[2])}`).join(", ");
   $("circuit").replaceChildren();
   const picture = svg("svg", {
@@ -220,12 +221,12 @@ const drawCircuit = () => {
       fill: negative ? "none" : tone, stroke: tone, "stroke-dasharray": negative ? "3 2" : "none",
     }, picture);
     const test = tested && necessity(tested);
-    const without = test ? `; without it attention to P0 falls by ${percent(test[5])}${test[8] ? `: ${test[8]}` : ""}` : "";
+    const without = test ? `; without it attention to P0 falls by ${percent(test[5])}${test[9] ? `: ${test[9]}` : ""}` : "";
     svg("title", {}, box, `${name}: ${percent(share)}${without}`);
-    if (test && test[8]) {
+    if (test && test[9]) {
       box.setAttribute("stroke", colour("mark"));
       box.setAttribute("stroke-width", 2.5);
-      text(x, up ? middle - 33 - length : middle + 41 + length, step >= 90 ? test[8] : test[8][0].toUpperCase(), "verdict");
+      text(x, up ? middle - 33 - length : middle + 41 + length, step >= 90 ? test[9] : test[9][0].toUpperCase(), "verdict");
     }
     if (step >= 64 && Math.abs(share) >= 0.005) {
       const writes = record.sinks.some(({ writers: [first] }) => first && tested && first[1] === tested[0] && first[2] === tested[1]);
