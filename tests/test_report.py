@@ -102,7 +102,13 @@ def test_causal_tests_mark_the_circuit(open_report: Open) -> None:
     assert rows == [
         ["MLP 0", replaced, "-75.0 %", "-85.0 % to -65.0 %", "necessary"],
         ["MLP 1", replaced, "-2.0 %", "-12.0 % to 8.0 %", ""],
-        ["P0's whole state at block 2", "put on another position", "50.0 %", "40.0 % to 60.0 %", "sufficient"],
+        [
+            "P0's whole state at block 2",
+            "put on another position",
+            "50.0 %",
+            "40.0 % to 60.0 %",
+            "sufficient",
+        ],
         ["", "P0 attends to all positions", "-60.0 %", "-70.0 % to -50.0 %", "unmixed"],
     ]
     page.fill("#record", "3")

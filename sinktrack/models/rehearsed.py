@@ -23,7 +23,7 @@ from sinktrack.models.huggingface import LIBRARIES, Decoder, configs, foreign
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _GLOBAL = ("softmax", "scaled_dot_product_attention")
 _BASE = "transformers.modeling_utils"
-"""Of what all families inherit: it computes no attention, and names what loads and places models."""
+"""Of what all families inherit: it computes no attention, and names what loads models."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _WALKED = ("_parameters", "_buffers", "_modules")
 
