@@ -8,7 +8,7 @@ from typing import Any
 from sinktrack.metrics import FIELDS
 from sinktrack.metrics.axes import by_block, is_by_block
 from sinktrack.metrics.base import Field
-from sinktrack.records.names import name as named
+from sinktrack.records.names import name as spelled
 
 COMPONENT = ("kind", "block", "index", "share", "gate")
 CAUSAL = ("test", "kind", "block", "index", "share", "effect", "low", "high", "name", "verdict")
@@ -55,7 +55,7 @@ def causal(record: Mapping[str, Any]) -> list[list[Any]]:
     for test in TESTS:
         for row in record.get("causal", {}).get(test, ()):
             low, high = row["interval"]
-            shown = {**row, "test": test, "low": low, "high": high, "name": named(row)}
+            shown = {**row, "test": test, "low": low, "high": high, "name": spelled(row)}
             rows.append([shown.get(column) for column in CAUSAL])
     return rows
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sinktrack.metrics.attention import EPSILON
-from sinktrack.records.names import name as named
+from sinktrack.records.names import name as spelled
 from sinktrack.signal import Analysis
 
 _LARGE_EFFECT, _SMALL_SHARE = 0.3, 0.1
@@ -107,12 +107,12 @@ def circuit(record: Record) -> list[str]:
                 f"{of[0].upper()}{of[1:]} stands from block 0 on, before anything is written."
             )
         elif writers := main_writers(phase):
-            named = ", ".join(f"{named(part)} ({part['share']:.0%})" for part in writers)
+            named = ", ".join(f"{spelled(part)} ({part['share']:.0%})" for part in writers)
             more = writers[0]["share"] > 1
             beyond = ": more than is left of it, as others take some back" if more else ""
             text = f"The P0 state of {of} is written by {named}{beyond}."
             if erasers := phase.get("erasers"):
-                text += f" Erased by {_listed(named(part) for part in erasers[:4])}."
+                text += f" Erased by {_listed(spelled(part) for part in erasers[:4])}."
             found.append(text)
         shares = {
             (part["kind"], part["block"]): part["share"] for part in phase.get("writers") or ()
@@ -127,7 +127,7 @@ def circuit(record: Record) -> list[str]:
         ]
         if hidden:
             named = ", ".join(
-                f"{named(row)} ({row['effect']:.0%})"
+                f"{spelled(row)} ({row['effect']:.0%})"
                 for row in sorted(hidden, key=lambda row: -row["effect"])[:3]
             )
             found.append(f"Small in share, but without it this much of that state goes: {named}.")
