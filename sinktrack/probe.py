@@ -190,10 +190,15 @@ class Probe:
         ]
 
     @cached_property
+    def repeats(self) -> bool:
+        """Does every sequence repeat one token?"""
+        return all(bool((row == row[0]).all()) for row in self.rows)
+
+    @cached_property
     def weakness(self) -> str | None:
         """What cannot be measured with these tokens, and why; None where all can."""
         rows = self.rows
-        if all(bool((row == row[0]).all()) for row in rows):
+        if self.repeats:
             return (
                 "every sequence of the probe repeats one token, so no position differs from "
                 "position zero: a model that tells it by its unmixed attention shows no sink here; "

@@ -1,5 +1,5 @@
-"""Causal tests and position card of SmolLM2-135M-Instruct, whose circuits plain hooks have shown."""
-
+"""Causal tests and position card of SmolLM2-135M-Instruct, as plain hooks have shown its circuits.
+"""
 from __future__ import annotations
 
 import json

@@ -8,17 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
+import torch
 from rich.console import Console
 from synthetic import counts_alone, restarted_records, synthetic_records
 from typer.testing import CliRunner
 
-from sinktrack import Run
+from sinktrack import Probe, Run, measure
 from sinktrack.cli import app
 from sinktrack.errors import RecordError
 from sinktrack.loggers import curves
 from sinktrack.records.names import name
 from sinktrack.records.rows import rows
+from sinktrack.records.run import to_json
 from sinktrack.signal import analyze
 from sinktrack.views.story import circuit, where
 from sinktrack.views.terminal import show
@@ -295,3 +298,14 @@ def test_a_share_that_is_missing_is_not_small() -> None:
 
 def signal_shows(record: dict[str, Any]) -> tuple[str, ...]:
     return analyze([record]).shows
+
+
+def test_a_probe_of_one_token_is_minded_again() -> None:
+    """The sink rate of equal tokens says nothing of a model that tells P0 by its unmixed value."""
+    model = models.llama()
+    alike = Probe.from_tokens(torch.full((4, 16), 5))
+    record = to_json(measure(model, alike).to_record(0, "callback", {}))
+    said = " ".join(shown([record]).split())
+    assert "Mind the probe: every sequence of the probe repeats one token" in said
+    other = measure(model, Probe.random(models.VOCABULARY, sequences=4, length=16))
+    assert "probe" not in other.missing

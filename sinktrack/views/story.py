@@ -27,7 +27,7 @@ def story(records: Sequence[Record], signal: Analysis) -> list[str]:
         signal: what they say together.
     """
     last = records[-1]
-    told = [where(last), *_since(records, signal), *circuit(last), *decided(last)]
+    told = [where(last), *_mind(last), *_since(records, signal), *circuit(last), *decided(last)]
     return told + _changed(records, signal)
 
 
@@ -65,6 +65,12 @@ def where(record: Record) -> str:
             f"attention. Weaker: {weaker}."
         )
     return text + sink_rate
+
+
+def _mind(record: Record) -> list[str]:
+    """What the probe cannot show, where a number of the record depends on it."""
+    why = (record.get("missing") or {}).get("probe")
+    return [] if why is None else [f"Mind the probe: {why}."]
 
 
 def untold(record: Record) -> str | None:
