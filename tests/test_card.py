@@ -193,7 +193,7 @@ def test_scan_and_show(checkpoint: Path, tmp_path: Path) -> None:
     assert found.keys() == set(NAMES) and found["with_start"]["value"] == 0.8
     refused = CliRunner().invoke(app, [*called, "--card", "--blocks", "1"])
     assert refused.exit_code == 2 and "needs all blocks" in " ".join(refused.output.split())
-    with pytest.raises(ValueError, match="need all blocks"):
+    with pytest.raises(ValueError, match="card needs all blocks"):
         next(scan(checkpoint, run=tmp_path / "run", card=True, blocks=1))
 
 

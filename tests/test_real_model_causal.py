@@ -1,5 +1,5 @@
-"""Causal tests and position card of SmolLM2-135M-Instruct, as plain hooks have shown its circuits.
-"""
+"""Causal tests and position card of SmolLM2-135M-Instruct, against what plain hooks have shown."""
+
 from __future__ import annotations
 
 import json

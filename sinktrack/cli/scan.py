@@ -91,9 +91,10 @@ def command(
         renamed,
     )
 
-    if blocks is not None and (causal or card):
-        option = "--causal" if causal else "--card"
-        raise typer.BadParameter(f"{option} needs all blocks: leave out it or --blocks")
+    if causal and blocks is not None:
+        raise typer.BadParameter("the causal tests need all blocks: give --causal or --blocks")
+    if card and blocks is not None:
+        raise typer.BadParameter("the position card needs all blocks: give --card or --blocks")
     check_device(device, engine)
     quiet()
     if follow and len(archives) > 1:

@@ -84,8 +84,10 @@ def scan(
         RecordError: the run directory cannot be written, holds another probe, or is being scanned.
         MeasurementError: there is no such device.
     """
-    if (causal or card) and blocks is not None:
-        raise ValueError("causal tests and position card need all blocks; leave out blocks or both")
+    if causal and blocks is not None:
+        raise ValueError("causal tests need all blocks; leave out blocks or causal")
+    if card and blocks is not None:
+        raise ValueError("the position card needs all blocks; leave out blocks or card")
     check_device(device, engine)
     if not isinstance(run, Run):
         run = Run.open(run, probe)
