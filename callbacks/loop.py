@@ -280,7 +280,7 @@ class SinkTracker:
         except Exception as error:
             self._failed("causal tests", step, error)
             return {}
-        return {"causal": found}
+        return {"position_card": found.pop("position_card"), "causal": found}
 
     def _judge(self, record: dict[str, Any]) -> None:
         """Follow the signal; a fall of the sink is told in the log and as a W&B alert."""

@@ -18,6 +18,7 @@ from sinktrack.errors import (
 
 if TYPE_CHECKING:
     from sinktrack import figures, signal
+    from sinktrack.interventions.card import position_card
     from sinktrack.measure import measure
     from sinktrack.measurement import Measurement
     from sinktrack.models.any_decoder import Decoder
@@ -40,6 +41,7 @@ __all__ = [
     "SinktrackError",
     "figures",
     "measure",
+    "position_card",
     "scan",
     "signal",
 ]
@@ -51,6 +53,7 @@ _LAZY = {
     "Run": "sinktrack.records.run",
     "figures": "sinktrack.figures",
     "measure": "sinktrack.measure",
+    "position_card": "sinktrack.interventions.card",
     "scan": "sinktrack.scan",
     "signal": "sinktrack.signal",
 }

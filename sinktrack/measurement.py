@@ -88,6 +88,9 @@ class Measurement:
     def __repr__(self) -> str:
         spans = [f"{sink.first_block} to {sink.last_block}" for sink in self.sinks]
         sink = f"in blocks {' and '.join(spans)}" if spans else "not formed"
+        if self._partial:
+            sink += f" in the first {self.measured_blocks}, the only ones measured"
+            return f"Measurement({self.model['type']}, {self.model['blocks']} blocks: sink {sink})"
         return (
             f"Measurement({self.model['type']}, {self.model['blocks']} blocks: "
             f"sink rate {self.sink_rate():.1%}, sink {sink})"

@@ -84,7 +84,7 @@ class Probe:
                 f"documents have shape {tuple(numbers.shape)}, the token ids {tuple(tokens.shape)}"
             )
         probe = cls(tokens, numbers.detach().to("cpu", torch.int64).contiguous().clone())
-        for document in probe._sequences:
+        for document in probe.rows:
             if len(document) < 2:
                 raise ProbeError(
                     "a document has 1 token, so no query after its P0; leave it out of the probe"
@@ -178,8 +178,8 @@ class Probe:
         return cls.from_tokens(ids)
 
     @cached_property
-    def _sequences(self) -> list[Tensor]:
-        """The rows, or the documents in them, in reading order."""
+    def rows(self) -> list[Tensor]:
+        """The sequences in reading order, int64 ``[T]`` each: rows, or the documents in them."""
         if self.documents is None:
             return list(self.tokens)
         cuts = [(row.diff() != 0).nonzero()[:, 0] + 1 for row in self.documents]
@@ -190,10 +190,15 @@ class Probe:
         ]
 
     @cached_property
+    def repeats(self) -> bool:
+        """Does every sequence repeat one token?"""
+        return all(bool((row == row[0]).all()) for row in self.rows)
+
+    @cached_property
     def weakness(self) -> str | None:
         """What cannot be measured with these tokens, and why; None where all can."""
-        rows = self._sequences
-        if all(bool((row == row[0]).all()) for row in rows):
+        rows = self.rows
+        if self.repeats:
             return (
                 "every sequence of the probe repeats one token, so no position differs from "
                 "position zero: a model that tells it by its unmixed attention shows no sink here; "
@@ -209,12 +214,12 @@ class Probe:
     @property
     def sequences(self) -> int:
         """B: rows, or documents where rows are packed."""
-        return len(self._sequences)
+        return len(self.rows)
 
     def batches(self, size: int) -> list[Tensor]:
         """int64 ``[b, T]`` each, ``b <= size``: the sequences, those of one length together."""
         by_length: dict[int, list[Tensor]] = {}
-        for sequence in self._sequences:
+        for sequence in self.rows:
             by_length.setdefault(len(sequence), []).append(sequence)
         return [batch for group in by_length.values() for batch in torch.stack(group).split(size)]
 
@@ -257,7 +262,7 @@ class Probe:
         Raises:
             ProbeError: an id beyond the vocabulary, more tokens than positions, or left padding.
         """
-        for row, sequence in enumerate(self._sequences):
+        for row, sequence in enumerate(self.rows):
             if padding is not None and bool((sequence[:_PADDING] == padding).all()):
                 raise ProbeError(
                     f"sequence {row} begins with padding (token id {padding}), so its P0 is no "

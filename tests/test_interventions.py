@@ -23,10 +23,11 @@ from sinktrack.interventions import (
     run_causal_tests,
     sufficiency,
 )
+from sinktrack.interventions.bench import seed_of
 from sinktrack.interventions.effects import Effect
 from sinktrack.interventions.experts import super_experts
 from sinktrack.interventions.replay import replaying
-from sinktrack.interventions.trials import _seed, is_testable, screen
+from sinktrack.interventions.trials import is_testable, screen
 from sinktrack.records.rows import rows as export_rows
 
 PROBE = planted.probe()
@@ -200,7 +201,7 @@ def test_necessity_equals_brute_force(kind: str) -> None:
     ]
 
     with replaying(model, PROBE) as replay:
-        resampled = replay.elsewhere(_seed("resample"))
+        resampled = replay.elsewhere(seed_of("resample"))
 
     def attention_and_loss() -> tuple[float, float, float]:
         with torch.no_grad():
@@ -471,9 +472,9 @@ def test_the_scanner_and_the_table(tmp_path: Path) -> None:
         assert row["verdict"] == other["verdict"]
         assert row["effect"] == pytest.approx(other["effect"], abs=1e-6)
     shown = sinktrack("show", tmp_path / "run").stdout
-    assert "block 1 expert 3 from another position: necessary" in shown
+    assert "expert 3 of block 1 from another position: necessary" in shown
     assert "Sink in blocks 2 to 4" in shown
-    assert "block 1 mlp of P0, put elsewhere: sufficient" in shown
+    assert "MLP 1 of P0, put elsewhere: sufficient" in shown
     assert "sink rate with random first tokens: 0.0% (as it is: 60.0%)" in shown
     assert "super experts by their largest output: block 1 expert 3, at P0" in shown
     assert max(map(len, shown.splitlines())) <= 80

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import models
@@ -20,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sinktrack import MeasurementError, Probe, measure
 from sinktrack.interventions import necessity
+from sinktrack.models.rehearsal import Rehearsal
 
 PROBE = Probe.random(models.VOCABULARY, sequences=4, length=20, seed=3)
 EAGER = llama.eager_attention_forward
@@ -290,6 +292,96 @@ def test_a_hook_on_an_attention_is_part_of_the_model(monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(found.p0_attention, wanted.p0_attention, atol=1e-6, rtol=0)
     torch.testing.assert_close(found.p0_norm, wanted.p0_norm, atol=0, rtol=1e-5)
     assert found.localization.share_sum == pytest.approx(1, abs=1e-4)
+
+
+@pytest.fixture
+def rehearsals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each rehearsal that is held."""
+    held: list[int] = []
+    begin = Rehearsal.as_in_training
+
+    def counted(rehearsal: Rehearsal) -> Any:
+        held.append(len(held))
+        return begin(rehearsal)
+
+    monkeypatch.setattr(Rehearsal, "as_in_training", counted)
+    return held
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mixtral", "gpt_oss"])
+def test_a_model_is_rehearsed_once(family: str, rehearsals: list[int]) -> None:
+    """Training changes weights alone; another model of the family is another."""
+    model = tiny(family, EXACT[family])
+    measure(model, PROBE)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.01)
+    model.train()
+    measure(model.eval(), PROBE)
+    assert len(rehearsals) == 1
+    measure(tiny(family, EXACT[family]), PROBE)
+    measure(model, Probe.random(models.VOCABULARY, sequences=2, length=24))
+    assert len(rehearsals) == 3, "more tokens may show more"
+
+
+def _another_class(model: Any) -> None:
+    Own.weights = staticmethod(off_by_one)
+    model.model.layers[1].self_attn.__class__ = Own
+
+
+def _another_module(model: Any) -> None:
+    model.model.layers[1].self_attn = with_class(Own, off_by_one).model.layers[1].self_attn
+
+
+def _another_forward(model: Any) -> None:
+    module = model.model.layers[1].self_attn
+    module.forward = types.MethodType(type(module).forward, module)
+
+
+EDITS: dict[str, Callable[[Any], None]] = {
+    "class": _another_class,
+    "module": _another_module,
+    "forward": _another_forward,
+    "hook": lambda model: model.model.layers[1].self_attn.register_forward_hook(
+        lambda _, __, out: None
+    ),
+    "setting": lambda model: setattr(model.config, "attention_dropout", 0.5),
+    "number": lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.1),
+    "kernel": lambda model: model.set_attn_implementation("eager"),
+    "dtype": lambda model: model.double(),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_model_is_rehearsed_anew(edit: str, rehearsals: list[int]) -> None:
+    model = models.llama()
+    model.set_attn_implementation("sdpa")
+    measure(model, PROBE)
+    EDITS[edit](model)
+    with suppress(MeasurementError):  # some are refused, before or after
+        measure(model, PROBE)
+    assert len(rehearsals) == 2
+
+
+@pytest.mark.parametrize("name", ["apply_rotary_pos_emb", "LlamaAttention", "repeat_kv"])
+def test_what_its_module_names_may_not_change_unseen(
+    name: str, rehearsals: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.llama()
+    measure(model, PROBE)
+    monkeypatch.setattr(llama, name, functools.partial(getattr(llama, name)))
+    measure(model, PROBE)
+    assert len(rehearsals) == 2
+
+
+def test_code_of_others_is_rehearsed_each_time(rehearsals: list[int]) -> None:
+    """It may change what it does without a sign."""
+    model = with_class(Own)
+    measure(model, PROBE)
+    measure(model, PROBE)
+    assert len(rehearsals) == 2
+    Own.weights = staticmethod(reweighted)
+    with pytest.raises(MeasurementError, match="after the softmax"):
+        measure(model, PROBE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -102,9 +102,15 @@ def test_causal_tests_mark_the_circuit(open_report: Open) -> None:
     rows = [row.split("\t") for row in page.locator("#tests tbody tr").all_inner_texts()]
     replaced = "replaced at P0 by what stands at another position"
     assert rows == [
-        ["block 0 mlp", replaced, "-75.0 %", "-85.0 % to -65.0 %", "necessary"],
-        ["block 1 mlp", replaced, "-2.0 %", "-12.0 % to 8.0 %", ""],
-        ["block 2 state", "put on another position", "50.0 %", "40.0 % to 60.0 %", "sufficient"],
+        ["MLP 0", replaced, "-75.0 %", "-85.0 % to -65.0 %", "necessary"],
+        ["MLP 1", replaced, "-2.0 %", "-12.0 % to 8.0 %", ""],
+        [
+            "P0's whole state at block 2",
+            "put on another position",
+            "50.0 %",
+            "40.0 % to 60.0 %",
+            "sufficient",
+        ],
         ["", "P0 attends to all positions", "-60.0 %", "-70.0 % to -50.0 %", "unmixed"],
     ]
     page.fill("#record", "3")
@@ -227,6 +233,39 @@ def test_first_tokens_beside_the_probe(open_report: Open) -> None:
     assert distinct["y"] == pytest.approx(quantiles["50"], rel=1e-3)
     assert probe["y"] == pytest.approx(record["norm_ratio"], rel=1e-5)
     assert band["y"] == pytest.approx([*quantiles["95"], *quantiles["5"][::-1]], rel=1e-3)
+
+
+def test_the_position_card(open_report: Open) -> None:
+    first, last = synthetic_records(steps=[0, 100])
+    rates = {
+        "as_is": [0.7, 0.8], "with_start": [0.72, 0.82], "random_first": [0.6, 0.7],
+        "repeated": [0.0, 0.0],
+    }  # fmt: skip
+    card = {
+        name: {"sink_rate": low, "sink_rate_from_2": high,
+               "intervals": {"sink_rate": [low, high], "sink_rate_from_2": None}}
+        for name, (low, high) in rates.items()
+    }  # fmt: skip
+    last["position_card"] = card | {
+        "without_start": None,
+        "start_token": None,
+        "answer": "position",
+    }
+    page = open_report([first, last])
+    assert page.locator("#card_of").is_visible()
+    assert "Position decides, by the position card" in page.inner_text("#card_says")
+    both = drawn(page, "card")
+    assert [trace["y"][:2] for trace in both] == [[0.7, None], [0.8, None]]
+    assert both[0]["x"][1] == "No start token" and both[0]["y"][4] == 0
+    page = open_report([first])
+    assert page.locator("#card_of").is_hidden()
+
+
+def test_a_sink_that_was_not_measured_is_no_none(open_report: Open) -> None:
+    record = synthetic_records()[-1] | {"formed": None, "sinks": None, "reference_block": None}
+    page = open_report([record | {"missing": {"sinks": "its blocks run apart"}}])
+    cards = page.inner_text("#cards")
+    assert "not measured: its blocks run apart" in cards and "no block has formed" not in cards
 
 
 def test_counts_of_sink_heads_alone(open_report: Open) -> None:

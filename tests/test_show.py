@@ -8,15 +8,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
+import torch
 from rich.console import Console
 from synthetic import counts_alone, restarted_records, synthetic_records
 from typer.testing import CliRunner
 
-from sinktrack import Run
+from sinktrack import Probe, Run, measure
 from sinktrack.cli import app
 from sinktrack.errors import RecordError
+from sinktrack.loggers import curves
+from sinktrack.records.names import name
+from sinktrack.records.rows import rows
+from sinktrack.records.run import to_json
 from sinktrack.signal import analyze
+from sinktrack.views.story import circuit, where
 from sinktrack.views.terminal import show
 
 
@@ -51,7 +58,7 @@ def test_headline_and_blocks() -> None:
     assert re.findall(r"\d+%", row(text, 2)) == [rate], "from the reference on there is no share"
     uniform = sum(1 / (i + 1) for i in range(1, 64)) / 63
     assert f"evenly would give P0 {uniform:.2f}" in text
-    assert "block 0 expert 5, gate 0.80" in text
+    assert "expert 5 of block 0, gate 0.80" in text
 
 
 @pytest.mark.parametrize("blocks", [1, 4, 48])
@@ -233,3 +240,72 @@ def test_plain_bars_rise_and_gaps_are_blank(tmp_path: Path) -> None:
         show(records, analyze(records), "run", Console(width=100, color_system=None, file=file))
         file.seek(0)
         assert " .:-=+*%#" in row(file.read(), 0)
+
+
+def test_components_that_were_changed_together_are_spelled_out() -> None:
+    heads = [{"kind": "head", "block": 0, "index": index} for index in (1, 6)]
+    writers = [{"kind": kind, "block": 2, "index": None} for kind in ("mlp", "attention")]
+    assert name({"kind": "joint", "block": 0, "index": 1, "components": heads}) == (
+        "head 1 of block 0 and head 6 of block 0"
+    )
+    three = [*writers, *heads[:1]]
+    row = {"kind": "joint", "block": 0, "index": None, "components": three}
+    assert name(row) == "MLP 2, attention 2 and head 1 of block 0"
+    assert name({"kind": "state", "block": 3, "index": None}) == "P0's whole state at block 3"
+    tested = {"necessity": [row | {"interval": [0.5, 0.7], "effect": 0.6, "verdict": "necessary"}]}
+    record = synthetic_records()[-1] | {"causal": tested}
+    assert curves.causal(record)[0][-2] == name(row)
+    assert not any("joint" in key for key in curves.metrics(record))
+    (long,) = [one for one in rows(record) if one["metric"] == "causal_necessity"]
+    assert long["kind"] == f"{name(row)}, together" and long["block"] is None
+
+
+def test_what_was_not_measured_is_no_negative() -> None:
+    """Null tells neither that there is a sink nor that there is none."""
+    record = synthetic_records(formed=False)[-1]
+    untold = record | {"formed": None, "sinks": None, "reference_block": None}
+    said = " ".join(shown([untold]).split())
+    assert "Which blocks rest on P0 was not measured." in said
+    assert "The reason: the record does not say whether a sink has formed." in said
+    reason = untold | {"missing": {"sinks": "its blocks run apart"}}
+    assert where(reason).endswith("The reason: its blocks run apart.")
+    assert "No sink has" not in where(reason) and "no block" not in " ".join(signal_shows(reason))
+    alone = record | {"concentration": [0.1, None, 0.1, 0.1]}
+    assert "no block whose attention could be measured (not 1) rests on P0" in where(alone)
+    linear = alone | {"block_kinds": ["full", "linear", "full", "full"]}
+    assert "no block rests on P0" in where(linear)
+    heads = record | {"sink_heads": {"0.3": [None] * 4}, "first_sink_block": None}
+    assert not any("sink head" in line for line in signal_shows(heads))
+    assert any("no sink head" in line for line in signal_shows(record))
+
+
+def test_a_sink_after_records_that_do_not_say() -> None:
+    first, *later = synthetic_records(steps=range(0, 400, 100))
+    first |= {"formed": None, "sinks": None}
+    formed = synthetic_records()[-1]
+    later = [formed | {"step": record["step"]} for record in later]
+    said = " ".join(shown([first, *later]).split())
+    assert "It is there since step 100 at the latest: the record before does not say." in said
+
+
+def test_a_share_that_is_missing_is_not_small() -> None:
+    record = synthetic_records()[-1]
+    (sink,) = record["sinks"]
+    effects = [{"kind": "mlp", "block": 0, "index": None, "effect": 0.9}]
+    hidden = record | {"sinks": [sink | {"writers": [], "total_effects": effects}]}
+    assert not any("Small in share" in line for line in circuit(hidden))
+
+
+def signal_shows(record: dict[str, Any]) -> tuple[str, ...]:
+    return analyze([record]).shows
+
+
+def test_a_probe_of_one_token_is_minded_again() -> None:
+    """The sink rate of equal tokens says nothing of a model that tells P0 by its unmixed value."""
+    model = models.llama()
+    alike = Probe.from_tokens(torch.full((4, 16), 5))
+    record = to_json(measure(model, alike).to_record(0, "callback", {}))
+    said = " ".join(shown([record]).split())
+    assert "Mind the probe: every sequence of the probe repeats one token" in said
+    other = measure(model, Probe.random(models.VOCABULARY, sequences=4, length=16))
+    assert "probe" not in other.missing

@@ -90,6 +90,7 @@ class Rules:
         self.began, self.lost = 0, False
         self.stage: str | None = None
         self.standing: dict[str, float] = {}
+        self.rows: dict[str, list[int]] = {"share": [], "depth": []}
 
     def curve(self, name: str, since: int) -> tuple[Any, Any]:
         rows = [
@@ -194,12 +195,15 @@ class Rules:
             "standing": sorted(self.standing),
         }
         of_rate, share, depth = change.values()
+        for name, one, least in (("share", share, 0.05), ("depth", depth, 0.25)):
+            moves = one is not None and one.shows(least)
+            self.rows[name].append((1 if one.value > 0 else -1) if moves else 0)
         before = self.stage
         if self.lost:
             return "lost", because
         if self.standing:
             return "displaced", because
-        if (share and share.shows(0.05)) or (depth and depth.shows(0.25)):
+        if any(abs(sum(row[-5:])) == 5 for row in self.rows.values()):
             return "migrating", because
         if of_rate and of_rate.rules_out(rise / 10):
             return "settled", because

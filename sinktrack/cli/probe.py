@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from sinktrack.cli.common import OUT
+from sinktrack.errors import ProbeError, require
+
+if TYPE_CHECKING:
+    from sinktrack.probe import Probe
 
 
 def command(
@@ -26,10 +32,57 @@ def command(
     first_token: Annotated[
         int | None, typer.Option(help="Id that random sequences begin with, such as that of [BOS].")
     ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Make a checkpoint's position card with it: sink rates of other first tokens. A "
+            "probe file that is there needs no other option.",
+        ),
+    ] = None,
 ) -> None:
     """Make a probe from texts and a tokenizer, or from random tokens."""
+    from sinktrack.probe import Probe
+
+    if card is not None and out.exists() and tokenizer is texts is vocab_size is None:
+        made = Probe.load(out)
+    else:
+        made = _make(out, tokenizer, texts, vocab_size, sequences, length, seed, first_token)
+    if card is not None:
+        _card(card, made)
+
+
+def _card(location: str, probe: Probe) -> None:
+    """Measure a checkpoint, and print its position card."""
+    from sinktrack.archive.discover import discover
+    from sinktrack.errors import ArchiveError
+    from sinktrack.scan import Job, quiet
+    from sinktrack.views.story import carded
+    from sinktrack.views.terminal import show_card
+
+    require("transformers", "scan")
+    quiet()
+    found = discover(location)
+    if len(found) != 1:
+        raise ArchiveError(f"{location} holds {len(found)} checkpoints; give --card one of them")
+    record = Job(probe, card=True)(found[0])
+    show_card(record, OUT)
+    for sentence in carded(record["position_card"]):
+        OUT.print(sentence, markup=False, highlight=False)
+
+
+def _make(
+    out: Path,
+    tokenizer: Path | None,
+    texts: Path | None,
+    vocab_size: int | None,
+    sequences: int | None,
+    length: int,
+    seed: int,
+    first_token: int | None,
+) -> Probe:
+    """Write the probe, or find that the file holds it."""
     from sinktrack import text
-    from sinktrack.errors import ProbeError, require
     from sinktrack.probe import MOST_TEXTS, Probe
 
     if (tokenizer is None) != (texts is None) or (texts is None) == (vocab_size is None):
@@ -66,3 +119,4 @@ def command(
         raise ProbeError(f"{out} holds another probe; remove it, or give another name")
     made.save(out)
     print(f"{made} -> {out}{left_out}")
+    return made

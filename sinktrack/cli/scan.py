@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sinktrack.cli.common import ERR, AsJson
-from sinktrack.errors import ArchiveError, SinktrackError, require
+from sinktrack.errors import ArchiveError, SinktrackError
 
 if TYPE_CHECKING:
     from sinktrack.archive.source import Checkpoint
@@ -77,6 +77,12 @@ def command(
             help="Of an array job: every Nth checkpoint, from the Ith on, counted from 0.",
         ),
     ] = None,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card", help="Make the position card too: sink rates of other first tokens."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure every checkpoint that the run does not hold yet."""
@@ -88,13 +94,16 @@ def command(
         Scan,
         check_device,
         choose_probe,
+        quiet,
         renamed,
     )
 
     if causal and blocks is not None:
         raise typer.BadParameter("the causal tests need all blocks: give --causal or --blocks")
+    if card and blocks is not None:
+        raise typer.BadParameter("the position card needs all blocks: give --card or --blocks")
     check_device(device, engine)
-    _quiet()
+    quiet()
     if follow and len(archives) > 1:
         raise ArchiveError("--follow takes one archive; start a scan for each")
     checkpoints = Checkpoints(archives, pattern, hf_config, poll if follow else None, _part(part))
@@ -118,7 +127,7 @@ def command(
     if note:
         ERR.print(note, markup=False)
     opened.adopt(batch)
-    job = Job(batch, device, batch_size, blocks, causal, dtype)
+    job = Job(batch, device, batch_size, blocks, causal, dtype, card)
     todo = len(job.lacking(checkpoints.found, opened))
     recorded = len(checkpoints.found) - todo
     if others := renamed(checkpoints.found, opened):
@@ -203,10 +212,3 @@ class _Told:
             f"{self.measured} measured, {recorded} already recorded, {self.failed} failed -> {run}",
             markup=False,
         )
-
-
-def _quiet() -> None:
-    """Keep transformers' own bars out of ours."""
-    logging = require("transformers.utils.logging", "scan")
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from sinktrack.events import Write
+from sinktrack.interventions.bench import Bench
+from sinktrack.interventions.candidates import shares_of
 from sinktrack.interventions.replay import Edit
 
 _QUANTILE, _FRACTION, _DEPTH = 0.995, 0.1, 0.75
@@ -110,3 +112,19 @@ def table(
             }
         )
     return found
+
+
+def of_bench(bench: Bench, necessity: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The routed experts at P0 and the super experts of a model on the bench; see `table`."""
+    profile = Profile()
+    if bench.seen.experts:
+        bench.replay.run([profile])
+    main = bench.measured.main_sink
+    assert main is not None
+    shares = {
+        (term.block, term.index): share
+        for term, share in shares_of(main).items()
+        if term.kind == "expert" and term.index is not None
+    }
+    first = {block: torch.cat(parts) for block, parts in bench.seen.experts.items()}
+    return table(profile, first, necessity, shares, len(bench.p0), bench.replay.blocks)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sinktrack.events import Observer, Write
-from sinktrack.measure import forward, measure
+from sinktrack.interventions.patching import Term
+from sinktrack.measure import forward
 from sinktrack.measurement import Measurement
-from sinktrack.metrics.base import number
 from sinktrack.models.huggingface import Decoder, watch
 from sinktrack.probe import Probe
 
@@ -57,6 +58,36 @@ class FirstTokens(Observer):
         return seen
 
 
+class _Writes(Observer):
+    """What some terms write at the first position."""
+
+    def __init__(self, terms: Collection[Term]) -> None:
+        self._terms = terms
+        self.rows: defaultdict[Term, list[Tensor]] = defaultdict(list)
+
+    def write(self, block: int, write: Write) -> None:
+        """Note the terms of this write."""
+        for term in self._terms:
+            if term.block == block and term.sublayer == write.sublayer:
+                value = write.part(term.kind, term.index)
+                if value is not None:
+                    self.rows[term].append(value[:, 0].float().cpu())
+
+
+def writes_at_p0(found: Decoder, tokens: Tensor, terms: Collection[Term]) -> dict[Term, Tensor]:
+    """``[n, D]`` float32 by term: what it writes at P0 where these tokens ``[n]`` stand there.
+
+    A term that cannot be told exactly is left out.
+    """
+    device = found.model.get_input_embeddings().weight.device
+    seen = _Writes(terms)
+    if terms:
+        with watch(found, seen):
+            for part in tokens[:, None].split(_TOKENS):
+                forward(found.model, part.to(device))
+    return {term: torch.cat(rows) for term, rows in seen.rows.items()}
+
+
 def first_tokens(probe: Probe) -> tuple[Tensor, int | None]:
     """Distinct tokens ``[n]`` of a probe, and the one that all of its sequences begin with, if any.
 
@@ -77,16 +108,14 @@ def _beginnings(probe: Probe) -> Tensor:
 
 
 def first_token_dependence(
-    model: nn.Module, probe: Probe, measured: Measurement, seen: FirstTokens
+    probe: Probe, measured: Measurement, seen: FirstTokens
 ) -> dict[str, Any]:
-    """The P0 state over distinct first tokens, and the sink without the usual one.
+    """The P0 state over distinct first tokens.
 
     ``norm_ratio`` at the reference block: of [BOS], the token that all sequences of the probe begin
-    with, and over the others its values by token and their quantiles. ``random_first``: sink rate
-    and concentration when each sequence's first token is another random one, beside ``as_is``.
+    with, and over the others its values by token and their quantiles.
 
     Args:
-        model: the model that was measured.
         probe: the probe.
         measured: the measurement.
         seen: of the probe's `first_tokens`.
@@ -99,12 +128,6 @@ def first_token_dependence(
     other = tokens != usual if usual is not None else torch.ones_like(tokens, dtype=torch.bool)
     own = ratios[~other]
     points = torch.tensor(_QUANTILES, dtype=torch.float64) / 100
-    generator = torch.Generator().manual_seed(0)
-    replaced = probe.tokens.clone()
-    begin = _beginnings(probe)
-    drawn = torch.randint(int(other.sum()), (int(begin.sum()),), generator=generator)
-    replaced[begin] = tokens[other][drawn]
-    instead = measure(model, Probe(replaced, probe.documents), in_training=True)
     return {
         "bos": usual,
         "tokens": int(other.sum()),
@@ -118,14 +141,4 @@ def first_token_dependence(
             },
             "values": ratios[other].tolist(),
         },
-        "as_is": _sinks(measured),
-        "random_first": _sinks(instead),
-    }
-
-
-def _sinks(measured: Measurement) -> dict[str, Any]:
-    return {
-        "sink_rate": measured.sink_rate(),
-        "interval": measured.intervals["sink_rate"],
-        "concentration": [number(value) for value in measured.concentration],
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,9 +42,9 @@ class Patch(Edit):
     terms: Sequence[Term]
     at: Tensor
     """``[B]``: the position."""
-    source: Literal["mean", "zero"] | Tensor
+    source: Literal["mean", "zero"] | Tensor | Mapping[Term, Tensor]
     """What comes there: the term's mean over the other positions, nothing, its row at these
-    positions ``[B]``, or these rows ``[B, D]``."""
+    positions ``[B]``, or these rows ``[B, D]``, of all terms or by term."""
     aside: int | None = None
     """A seed. With it, the change keeps its norm and goes in a random direction, another per
     sequence."""
@@ -79,7 +79,7 @@ class Patch(Edit):
         row = whole[sequences, at].float()
         for place, value in found.items():
             own = value[sequences, at].float()
-            change = self._incoming(value, own, rows) - own
+            change = self._incoming(self.terms[place], value, own, rows) - own
             if self.aside is not None:
                 size = change.norm(dim=-1, keepdim=True)
                 change = self._direction(place, change.shape[-1])[rows].to(change) * size
@@ -88,7 +88,9 @@ class Patch(Edit):
         result[sequences, at] = row.to(whole.dtype)
         return result
 
-    def _incoming(self, value: Tensor, own: Tensor, rows: Tensor) -> Tensor:
+    def _incoming(self, term: Term, value: Tensor, own: Tensor, rows: Tensor) -> Tensor:
+        if isinstance(self.source, Mapping):
+            return self.source[term][rows].to(own)
         if isinstance(self.source, Tensor):
             if self.source.ndim == 2:
                 return self.source[rows].to(own)

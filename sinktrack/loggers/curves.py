@@ -8,9 +8,11 @@ from typing import Any
 from sinktrack.metrics import FIELDS
 from sinktrack.metrics.axes import by_block, is_by_block
 from sinktrack.metrics.base import Field
+from sinktrack.records.names import name as spelled
 
 COMPONENT = ("kind", "block", "index", "share", "gate")
-CAUSAL = ("test", "kind", "block", "index", "share", "effect", "low", "high", "verdict")
+CAUSAL = ("test", "kind", "block", "index", "share", "effect", "low", "high", "name", "verdict")
+"""``name`` spells out what was changed, where several components were all of them."""
 TESTS = ("necessity", "sufficiency", "position")
 
 
@@ -36,7 +38,7 @@ def metrics(record: Mapping[str, Any]) -> dict[str, float]:
             found[f"sinktrack/{field.name}/block_{block:02d}"] = value
     for test in TESTS:
         for row in record.get("causal", {}).get(test, ()):
-            if row["index"] is None:  # heads and experts go into the table
+            if row["index"] is None and "components" not in row:  # those go into the table
                 where = "" if row["block"] is None else f"_{row['block']:02d}"
                 found[f"sinktrack/causal/{test}/{row['kind']}{where}"] = row["effect"]
     return {key: value for key, value in found.items() if value is not None}
@@ -53,8 +55,8 @@ def causal(record: Mapping[str, Any]) -> list[list[Any]]:
     for test in TESTS:
         for row in record.get("causal", {}).get(test, ()):
             low, high = row["interval"]
-            shown = {**row, "test": test, "low": low, "high": high}
-            rows.append([shown.get(name) for name in CAUSAL])
+            shown = {**row, "test": test, "low": low, "high": high, "name": spelled(row)}
+            rows.append([shown.get(column) for column in CAUSAL])
     return rows
 
 

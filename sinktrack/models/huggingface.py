@@ -32,7 +32,7 @@ _INERT = {
 are part of the mask."""
 
 
-_LIBRARIES = ("transformers.", "torch.", "peft.", "kernels.", "sinktrack.")
+LIBRARIES = ("transformers.", "torch.", "peft.", "kernels.", "sinktrack.")
 """Whose functions and classes are what they are called."""
 
 
@@ -257,7 +257,7 @@ def _kinds(
 def _refuse_foreign(index: int, block: nn.Module) -> None:
     """Refuse a block that should attend, but whose attention gave way to another class."""
     for module in block.modules():
-        if not type(module).__module__.startswith(_LIBRARIES):
+        if not type(module).__module__.startswith(LIBRARIES):
             raise MeasurementError(
                 f"block {index} ({type(block).__name__}): {type(module).__name__} is in the place "
                 "of its attention, and what it computes is not known here; derive it from the "
@@ -403,7 +403,7 @@ def foreign(function: Any) -> str | None:
     """The module that a function comes from, if none of transformers'; wrapped ones included."""
     names = [getattr(function, "__module__", "")]
     names.append(getattr(function, "__globals__", {}).get("__name__", names[0]))
-    return next((name for name in names if not f"{name}.".startswith(_LIBRARIES)), None)
+    return next((name for name in names if not f"{name}.".startswith(LIBRARIES)), None)
 
 
 def configs(model: nn.Module) -> list[Any]:

@@ -110,7 +110,7 @@ class Passes:
 
     def measurement(self, found: Shown, weights: str | None) -> Measurement:
         """What the passes showed; errors as of `assemble`."""
-        return assemble(
+        measured = assemble(
             self.collected,
             self._singles,
             torch.cat([tokens[:, 0] for tokens in self._batches]),
@@ -127,6 +127,9 @@ class Passes:
             weights=weights,
             seconds=time.perf_counter() - self._started,
         )
+        if self._probe.repeats and self._probe.weakness is not None:
+            measured.missing["probe"] = self._probe.weakness
+        return measured
 
 
 class Digest:

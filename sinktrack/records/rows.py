@@ -8,6 +8,7 @@ from typing import Any
 from sinktrack.metrics import FIELDS
 from sinktrack.metrics.axes import nothing
 from sinktrack.metrics.base import Axis, Row
+from sinktrack.records.names import name as spelled
 
 COLUMNS = ("step", "tokens", "metric", "block", "kind", "index", "level", "value", "low", "high")
 _CAUSAL = ("necessity", "sufficiency", "position")
@@ -33,12 +34,24 @@ def _measured(record: Mapping[str, Any]) -> Iterator[Row]:
             low_high = bounds[row["block"]] if bounds and "block" in row else bounds
             low, high = low_high or (None, None)
             yield row | {"metric": name + row.get("metric", ""), "low": low, "high": high}
+    for name, rates in (record.get("position_card") or {}).items():
+        for field, bounds in rates["intervals"].items() if _is_card(rates) else ():
+            low, high = bounds or (None, None)
+            value = {"value": rates[field], "low": low, "high": high}
+            yield {"metric": f"position_card.{field}", "kind": name} | value
     for test in _CAUSAL:
         for row in record.get("causal", {}).get(test, ()):
             low, high = row["interval"]
             place = {name: row[name] for name in ("kind", "block", "index")}
+            if "components" in row:
+                place = {"kind": f"{spelled(row)}, together"}
             effect = {"metric": f"causal_{test}", "value": row["effect"], "low": low, "high": high}
             yield place | effect
+
+
+def _is_card(rates: Any) -> bool:
+    """Is it one of the variants of a position card?"""
+    return isinstance(rates, Mapping) and "intervals" in rates
 
 
 def _along(axes: tuple[Axis, ...], value: Any, place: Row) -> Iterable[Row]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, tee
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -26,6 +26,9 @@ from sinktrack.records.run import Run, to_json, versions
 from sinktrack.scan.engines import Outcome, attempt, local, not_measured
 from sinktrack.scan.engines import ray_tasks as ray
 from sinktrack.text import printable
+
+if TYPE_CHECKING:  # transformers is slow to import
+    from sinktrack.interventions.card import Start
 
 _log = logging.getLogger("sinktrack")
 Engine = Literal["local", "ray"]
@@ -49,6 +52,7 @@ def scan(
     follow: float | None = None,
     causal: bool = False,
     part: tuple[int, int] | None = None,
+    card: bool = False,
     notify: Notify | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measure every checkpoint of an archive that the run does not hold yet, in step order.
@@ -70,6 +74,7 @@ def scan(
         causal: run the causal tests too, with the whole checkpoint in memory.
         part: measure every so manyth checkpoint alone, as (which, of how many) counted from 0: the
             scans of all parts may run at once, on several machines, into one run.
+        card: make the position card too, as `sinktrack.position_card` does.
         notify: called after each checkpoint with its record or its error; without it, failures
             are raised together at the end.
 
@@ -84,12 +89,14 @@ def scan(
     """
     if causal and blocks is not None:
         raise ValueError("causal tests need all blocks; leave out blocks or causal")
+    if card and blocks is not None:
+        raise ValueError("the position card needs all blocks; leave out blocks or card")
     check_device(device, engine)
     if not isinstance(run, Run):
         run = Run.open(run, probe)
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
-    job = Job(run.probe, device, batch_size, blocks, causal, dtype)
+    job = Job(run.probe, device, batch_size, blocks, causal, dtype, card)
     checkpoints = Checkpoints([archive], pattern, hf_config, follow, part)
     failed = []
 
@@ -211,6 +218,7 @@ class Job:
     blocks: int | None = None
     causal: bool = False
     dtype: Dtype | None = None
+    card: bool = False
 
     def lacking(self, checkpoints: Sequence[Checkpoint], run: Run) -> list[Checkpoint]:
         """Those that the run does not hold, or not with as many blocks, the dtype or the tests."""
@@ -221,8 +229,9 @@ class Job:
     def _is_in(self, record: Mapping[str, Any]) -> bool:
         if self.dtype is not None and record.get("dtype", self.dtype) != self.dtype:
             return False
-        if self.causal:
-            return "causal" in record
+        asked = [name for name, of in (("causal", self.causal), ("position_card", self.card)) if of]
+        if asked:
+            return all(name in record for name in asked)
         if "measured_blocks" not in record:
             return True
         return self.blocks is not None and bool(record["measured_blocks"] >= self.blocks)
@@ -239,39 +248,69 @@ class Job:
         tests: dict[str, Any] = {}
         source = open(checkpoint)
         if self.causal:
-            measured, tests["causal"] = self._with_tests(checkpoint)
+            measured, found = self._with_tests(checkpoint, source)
+            tests = {"position_card": found.pop("position_card"), "causal": found}
         else:
             measured = self._streamed(checkpoint, source)
+            if self.card:
+                tests["position_card"] = self._card(checkpoint, source, measured)
         tokens = checkpoint.tokens or getattr(source, "tokens", None)
         record: dict[str, Any] = to_json(
             measured.to_record(checkpoint.step, checkpoint.name, versions(), tokens) | tests
         )
         return record
 
-    def _streamed(self, checkpoint: Checkpoint, source: Source) -> Measurement:
+    def _start(self, checkpoint: Checkpoint, source: Source) -> Start | None:
+        from sinktrack.archive.huggingface import tokenizer
+        from sinktrack.interventions.card import start_of
+
+        return start_of(self.probe, source.config, tokenizer(checkpoint.files))
+
+    def _card(self, checkpoint: Checkpoint, source: Source, measured: Measurement) -> Any:
+        from sinktrack.interventions.card import card
+
+        return card(
+            self.probe,
+            measured,
+            self._start(checkpoint, source),
+            lambda several: self._streamed(checkpoint, open(checkpoint), several),
+        )
+
+    def _streamed(
+        self, checkpoint: Checkpoint, source: Source, several: Probe | None = None
+    ) -> Measurement:
+        """Measure with the probe, or with several others of its size at a time."""
         from sinktrack.archive.huggingface import load
         from sinktrack.models.blockwise import CannotWalk
         from sinktrack.models.streaming import Streamed
 
+        probe, size = self.probe, self.batch_size
+        if several is not None:
+            probe, size = several, size or probe.sequences
         try:
             streamed = Streamed(source, self.device, self.dtype)
             return measure_streamed(
-                streamed, self.probe, blocks=self.blocks, batch_size=self.batch_size
+                streamed, probe, blocks=self.blocks, batch_size=size, in_training=probe is several
             )
         except CannotWalk as error:
             if self.blocks is not None:
                 raise ArchiveError(f"{error}; scan all of it, without --blocks") from error
             _log.warning("%s: %s; loading it whole", checkpoint.name, error)
             model = load(checkpoint, self.device, self.dtype, head=False)
-            return measure(model, self.probe, batch_size=self.batch_size)
+            return measure(model, probe, batch_size=size, in_training=probe is several)
 
-    def _with_tests(self, checkpoint: Checkpoint) -> tuple[Measurement, dict[str, Any]]:
+    def _with_tests(
+        self, checkpoint: Checkpoint, source: Source
+    ) -> tuple[Measurement, dict[str, Any]]:
         from sinktrack.archive.huggingface import load
-        from sinktrack.interventions import examine
+        from sinktrack.interventions import run_causal_tests
 
         model = load(checkpoint, self.device, self.dtype)
         measured = measure(model, self.probe, batch_size=self.batch_size)
-        found = examine(model, self.probe, measured, batch_size=self.batch_size)
+        start = self._start(checkpoint, source)
+        found = run_causal_tests(
+            model, self.probe, measured, batch_size=self.batch_size, start=start
+        )
         return measured, found
 
 
@@ -349,3 +388,10 @@ def _probe_for(checkpoint: Checkpoint) -> tuple[Probe, str]:
         f"no probe given and no tokenizer found: {made} of seeded random tokens. A model that was "
         "trained with [BOS] may show no sink on it: `sinktrack probe` makes one that begins so"
     )
+
+
+def quiet() -> None:
+    """Keep transformers' own bars out of ours."""
+    logging = require("transformers.utils.logging", "scan")
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

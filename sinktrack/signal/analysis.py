@@ -255,7 +255,7 @@ def shown(record: Mapping[str, Any]) -> list[str]:
         found += _main_writer(record, at)
     elif phases is not None:
         found.append(f"{at} no block that rests on P0")
-    if "first_sink_block" in record:
+    if counts_heads(record):
         first = record["first_sink_block"]
         found.append(
             f"{at} no sink head" if first is None else f"{at} its first sink head in block {first}"
@@ -303,12 +303,22 @@ def _notes(stages: Stages) -> list[str]:
 def _first_sink_block(records: Sequence[Mapping[str, Any]]) -> list[FirstBlock]:
     found: list[FirstBlock] = []
     for record in records:
-        if "first_sink_block" not in record or record.get("measured_blocks") is not None:
+        if not counts_heads(record) or record.get("measured_blocks") is not None:
             continue
         block = record["first_sink_block"]
         if not found or found[-1].block != block:
             found.append(FirstBlock(record["step"], record.get("tokens"), block))
     return found
+
+
+def counts_heads(record: Mapping[str, Any]) -> bool:
+    """Does it say in which block the first sink head is, be it in none?"""
+    if "first_sink_block" not in record:
+        return False
+    counts = record.get("sink_heads")
+    if record["first_sink_block"] is not None or counts is None:
+        return record["first_sink_block"] is not None
+    return any(count is not None for by_block in counts.values() for count in by_block)
 
 
 def _first_blocks(moves: Sequence[FirstBlock]) -> list[str]:

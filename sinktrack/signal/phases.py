@@ -81,9 +81,12 @@ class Event:
 def spans(record: Mapping[str, Any]) -> tuple[Span, ...] | None:
     """The phases of a record, in order; of a schema without them, by its concentrations.
 
-    None where the record holds neither.
+    None where the record holds neither, or they were not measured.
     """
-    if (sinks := record.get("sinks")) is not None:
+    if "sinks" in record:
+        sinks = record["sinks"]
+        if sinks is None:
+            return None
         return tuple(Span(one["first_block"], one["last_block"], one["mass"]) for one in sinks)
     if (values := record.get("concentration")) is None or all(one is None for one in values):
         return None

@@ -34,6 +34,9 @@ MATERIAL = 0.1
 QUANTITIES = ("sink_rate", "first_two_share", "depth")
 LEAST_MOVE = {"first_two_share": 0.05, "depth": 0.25}
 """Change of a share, and of a depth in blocks, that counts as migration."""
+IN_A_ROW = 5
+"""Records in a row that show such a change before it is told: each judges nearly the same window
+anew, so noise alone shows one in some run or other, and seldom for long."""
 _BESIDE_A_DROP = 2 * ENOUGH + LASTING
 """Records, up to the last, from which a drop is located and sized."""
 _SPREAD_OF_MEDIAN = 1.4826  # standard deviation over the median distance from the median
@@ -70,7 +73,9 @@ class Point:
         for name in QUANTITIES:
             low, high = intervals.get(name) or (0.0, 0.0)
             probe[name] = (high - low) / 2
-        formed, rate = bool(record.get("formed")), record.get("sink_rate")
+        formed, rate = record.get("formed"), record.get("sink_rate")
+        if formed is None:  # not measured: the first sink head stands in
+            formed = record.get("first_sink_block") is not None
         of_heads = rate is None
         if rate is None:
             rate, formed = head_share(record), record.get("first_sink_block") is not None
@@ -155,8 +160,9 @@ class Stages:
     """The newest of the records; share and depth of older ones count as missing."""
     older: int = 0
     """Records of an older schema than the newest."""
-    moving: list[str] = field(default_factory=list)
-    """Of share and depth, those that surely trend."""
+    trending: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LEAST_MOVE, 0))
+    """Records in a row, up to the last, in which share and depth surely trend, by quantity;
+    negative where they fall."""
     columns: dict[str, list[float]] = field(
         default_factory=lambda: {name: [] for name in ("step", *QUANTITIES)}
     )
@@ -236,9 +242,10 @@ class Stages:
 
     def _break(self, index: int) -> None:
         """From there on share and depth are compared with none before."""
-        self.broke, self.moving = max(self.broke, index), []
+        self.broke = max(self.broke, index)
         for name in LEAST_MOVE:
             self.standing.pop(name, None)
+            self.trending[name] = 0
 
     def curve(self, name: str, since: int = 0) -> tuple[Curve, Curve]:
         """Steps and values from an index on, where there is a value."""
@@ -407,23 +414,29 @@ class Stages:
             "standing": sorted(self.standing),
         }
         if not self.story.pending:
-            self.moving = [
-                name
-                for name, least in LEAST_MOVE.items()
-                if (trend := trends[name]) is not None and trend.shows(least)
-            ]
+            for name, least in LEAST_MOVE.items():
+                self._count(name, trends[name], least)
         flat = trends["sink_rate"] is not None and trends["sink_rate"].rules_out(MATERIAL * rise)
         trending = trends["sink_rate"] is not None and trends["sink_rate"].shows(MATERIAL * rise)
         if self.lost:
             return "lost", because
         if self.standing:
             return "displaced", because
-        if self.moving:
+        if any(abs(count) >= IN_A_ROW for count in self.trending.values()):
             return "migrating", because
         held = self.settled is not None and self.found[-1].stage != "emerging" and not trending
         if flat or held:
             return "settled", because
         return "emerging", because
+
+    def _count(self, name: str, trend: Interval | None, least: float) -> None:
+        """Count the records in a row that show a trend."""
+        if trend is None or not trend.shows(least):
+            self.trending[name] = 0
+            return
+        way = 1 if trend.value > 0 else -1
+        before = self.trending[name]
+        self.trending[name] = before + way if before * way > 0 else way
 
 
 def head_share(record: Mapping[str, Any]) -> float | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sinktrack.metrics.attention import EPSILON
+from sinktrack.records.names import name as spelled
 from sinktrack.signal import Analysis
 
 _LARGE_EFFECT, _SMALL_SHARE = 0.3, 0.1
@@ -26,7 +27,7 @@ def story(records: Sequence[Record], signal: Analysis) -> list[str]:
         signal: what they say together.
     """
     last = records[-1]
-    told = [where(last), *_since(records, signal), *circuit(last), *decided(last)]
+    told = [where(last), *_mind(last), *_since(records, signal), *circuit(last), *decided(last)]
     return told + _changed(records, signal)
 
 
@@ -35,15 +36,17 @@ def where(record: Record) -> str:
     phases = sinks(record)
     rate = record.get("sink_rate")
     sink_rate = "" if rate is None else f" Sink rate {rate:.1%}."
-    if not phases and all(value is None for value in record["concentration"]):
+    if (why := untold(record)) is not None:
         first = record.get("first_sink_block")
         heads = "" if first is None else f" The first block with a sink head is block {first}."
-        return f"Which blocks rest on P0 was not measured.{heads}{sink_rate}"
+        return f"Which blocks rest on P0 was not measured.{heads}{sink_rate} The reason: {why}."
     if not phases:
         known = [(v, b) for b, v in enumerate(record["concentration"]) if v is not None]
         largest, block = max(known, default=(0.0, 0))
         measured = record.get("measured_blocks")
         first = "" if measured is None else f" of the first {measured}, the only ones measured,"
+        if unseen := _unseen(record):
+            first = f" whose attention could be measured (not {_listed(map(str, unseen))})"
         return (
             f"No sink has formed: no block{first} rests on P0. The most that a block gives it is "
             f"{largest:.0%} of its attention (block {block}); {EPSILON:.0%} would begin a sink."
@@ -64,6 +67,37 @@ def where(record: Record) -> str:
     return text + sink_rate
 
 
+def _mind(record: Record) -> list[str]:
+    """What the probe cannot show, where a number of the record depends on it."""
+    why = (record.get("missing") or {}).get("probe")
+    return [] if why is None else [f"Mind the probe: {why}."]
+
+
+def untold(record: Record) -> str | None:
+    """Why the record does not say whether a sink has formed; None where it does."""
+    known = any(value is not None for value in record["concentration"])
+    if record.get("formed") is not None and known:
+        return None
+    missing = record.get("missing") or {}
+    for name in ("sinks", "formed", "concentration"):
+        if name in missing:
+            return str(missing[name])
+    if not known:
+        return "the record holds no attention to P0 by block"
+    return "the record does not say whether a sink has formed"
+
+
+def _unseen(record: Record) -> list[int]:
+    """Blocks with softmax attention that was not measured, among those that were to be."""
+    count = record.get("measured_blocks")
+    values = record["concentration"][: len(record["concentration"]) if count is None else count]
+    return [
+        block
+        for block, (kind, value) in enumerate(zip(record["block_kinds"], values, strict=False))
+        if value is None and kind not in ("linear", "mlp")
+    ]
+
+
 def circuit(record: Record) -> list[str]:
     """Who writes the state of each phase, who erases it, and what a share does not say."""
     found = []
@@ -79,19 +113,19 @@ def circuit(record: Record) -> list[str]:
                 f"{of[0].upper()}{of[1:]} stands from block 0 on, before anything is written."
             )
         elif writers := main_writers(phase):
-            named = ", ".join(f"{name(part)} ({part['share']:.0%})" for part in writers)
+            named = ", ".join(f"{spelled(part)} ({part['share']:.0%})" for part in writers)
             more = writers[0]["share"] > 1
             beyond = ": more than is left of it, as others take some back" if more else ""
             text = f"The P0 state of {of} is written by {named}{beyond}."
             if erasers := phase.get("erasers"):
-                text += f" Erased by {_listed(name(part) for part in erasers[:4])}."
+                text += f" Erased by {_listed(spelled(part) for part in erasers[:4])}."
             found.append(text)
         shares = {
             (part["kind"], part["block"]): part["share"] for part in phase.get("writers") or ()
         }
         hidden = [
             row
-            for row in phase.get("total_effects") or ()
+            for row in (phase.get("total_effects") or () if shares else ())
             if row.get("index") is None
             and row.get("effect") is not None
             and row["effect"] >= _LARGE_EFFECT
@@ -99,7 +133,7 @@ def circuit(record: Record) -> list[str]:
         ]
         if hidden:
             named = ", ".join(
-                f"{name(row)} ({row['effect']:.0%})"
+                f"{spelled(row)} ({row['effect']:.0%})"
                 for row in sorted(hidden, key=lambda row: -row["effect"])[:3]
             )
             found.append(f"Small in share, but without it this much of that state goes: {named}.")
@@ -118,6 +152,7 @@ def decided(record: Record) -> list[str]:
             found.append(f"A token decides, not the position alone: {tried}.")
         else:
             found.append(f"Position and token decide together: {tried}.")
+    found += carded(record.get("position_card"))
     rivals = record.get("rivals") or []
     for phase in by_mass(sinks(record)) if rivals else ():
         there = rivals[phase["peak_block"]]
@@ -134,6 +169,43 @@ def decided(record: Record) -> list[str]:
         if values:
             found.append(says.format(sum(values) / len(values)))
     return found
+
+
+def carded(card: Mapping[str, Any] | None) -> list[str]:
+    """The answer of the position card, with the sink rates that it rests on."""
+    if card is None:
+        return []
+    if card.get("answer") is None:
+        why = (card.get("missing") or {}).get("answer", "it was not measured")
+        return [f"The position card cannot tell whether position or a token decides: {why}."]
+    rates = {name: card[name]["sink_rate"] for name in CARD if card.get(name) is not None}
+    best = max((name for name in ("as_is", "with_start") if name in rates), key=rates.__getitem__)
+    text = (
+        f"{_ANSWERS[card['answer']]} by the position card: the sink rate is "
+        f"{rates['random_first']:.0%} with random first tokens, {rates[best]:.0%} with "
+        f"{CARD[best]}."
+    )
+    if "repeated" in rates:
+        text += (
+            f" With one token repeated, so that no position mixes more than P0, it is "
+            f"{rates['repeated']:.0%}."
+        )
+    return [text]
+
+
+CARD = {
+    "as_is": "the probe as it is",
+    "without_start": "no start token",
+    "with_start": "the start token",
+    "random_first": "random first tokens",
+    "repeated": "one token repeated",
+}
+"""What the position card compares, in words."""
+_ANSWERS = {
+    "position": "Position decides,",
+    "token": "A token decides,",
+    "both": "Position and token decide together,",
+}
 
 
 def sinks(record: Record) -> list[Mapping[str, Any]]:
@@ -164,16 +236,6 @@ def main_writers(phase: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return found
 
 
-def name(part: Mapping[str, Any]) -> str:
-    """A component in words: ``MLP 11``, ``attention 0``, ``expert 5 of block 2``."""
-    kind = {"mlp": "MLP"}.get(part["kind"], part["kind"].replace("_", " "))
-    if part["block"] is None:
-        return f"the {kind}" if kind == "embedding" else kind
-    if part.get("index") is None:
-        return f"{kind} {part['block']}"
-    return f"{kind} {part['index']} of block {part['block']}"
-
-
 def _since(records: Sequence[Record], signal: Analysis) -> list[str]:
     """When it formed, as far as several records can tell."""
     if len(records) == 1:
@@ -187,12 +249,19 @@ def _since(records: Sequence[Record], signal: Analysis) -> list[str]:
             f"The sink rate left its floor at step {signal.onset.value:,.0f} (95 %: {low} to "
             f"{high})."
         ]
-    if not last.get("formed"):
+    if last.get("formed") is None:
+        return []
+    if not last["formed"]:
         ever = [record["step"] for record in records if record.get("formed")]
         return [f"There was one, last at step {ever[-1]:,}."] if ever else []
     first = records[-1]
     for record in reversed(records):
-        if not record.get("formed"):
+        if record.get("formed") is None:
+            return [
+                f"It is there since step {first['step']:,} at the latest: the record before does "
+                "not say."
+            ]
+        if not record["formed"]:
             return [f"It is there since step {first['step']:,}, in every record from then on."]
         first = record
     return [f"It is there since the first record, step {first['step']:,}."]

@@ -16,9 +16,10 @@ from sinktrack.errors import RecordError
 from sinktrack.metrics import FIELDS
 from sinktrack.metrics.attention import EPSILON, uniform
 from sinktrack.metrics.axes import by_block, is_by_block
+from sinktrack.records.names import name as spelled
 from sinktrack.records.twins import equal_weights, told
 from sinktrack.signal import Analysis
-from sinktrack.views.story import story
+from sinktrack.views.story import CARD, story
 
 _BARS = "▁▂▃▄▅▆▇█"
 _PLAIN_BARS = ".:-=+*%#"
@@ -71,13 +72,17 @@ def show(
         console.print(Text("Largest parts of the P0 state, weighted by the blocks that read it:"))
     for part in (last["top_components"] or ())[:_TOP]:
         gate = "" if part.get("gate") is None else f", gate {part['gate']:.2f}"
-        console.print(Text(f"  {_percent(part['share']):>8}  {_name(part)}{gate}"))
+        console.print(Text(f"  {_percent(part['share']):>8}  {spelled(part)}{gate}"))
     if why := (last.get("missing") or {}).get("parts"):
         console.print(Text(f"Parts not told apart: {why}", style="dim"))
     tested = next((record for record in reversed(records) if record.get("causal")), None)
     if tested is not None:
         console.print()
         _causal(tested, console)
+    carded = next((record for record in reversed(records) if record.get("position_card")), None)
+    if carded is not None:
+        console.print()
+        show_card(carded, console)
 
 
 def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -166,14 +171,36 @@ def _set_up(test: str, row: Mapping[str, Any]) -> str:
         return f"another position, attending to itself alone{where}"
     if row["kind"] == "embedding":
         return "embedding of another token"
-    return f"{_name(row)} {_TESTS[test]}"
+    return f"{spelled(row)} {_TESTS[test]}"
+
+
+def show_card(record: Mapping[str, Any], console: Console) -> None:
+    """Sink rates of the probe with other first tokens, or why there are none."""
+    card = record["position_card"]
+    start = card["start_token"]
+    begun = "" if start is None else f", start token {start['id']} of the {start['of']}"
+    where = f"step {record['step']:,}{begun}"
+    console.print(Text(f"Position card ({where}): sink rate from block 0, from block 2"))
+    for name, words in CARD.items():
+        rates = card[name]
+        if rates is None:
+            told = f"not measured: {(card.get('missing') or {}).get(name, 'no reason recorded')}"
+            console.print(Padding(Text(f"with {words}: {told}"), (0, 0, 0, 2)))
+            continue
+        cells = [_number(rates[rate], ".1%") or "-" for rate in ("sink_rate", "sink_rate_from_2")]
+        bounds = rates["intervals"]["sink_rate"]
+        interval = "" if bounds is None else f"  (95 %: {bounds[0]:.0%} to {bounds[1]:.0%})"
+        text = f"{cells[0]:>8} {cells[1]:>8}  with {words}{interval}"
+        console.print(Text(text))
 
 
 def _meaning(tests: Mapping[str, Any], console: Console) -> None:
     """The sink without its usual first tokens, and the experts of extreme output."""
     meaning = tests["meaning"]
-    rates = [f"{meaning[name]['sink_rate']:.1%}" for name in ("random_first", "as_is")]
-    console.print(Text(f"  sink rate with random first tokens: {rates[0]} (as it is: {rates[1]})"))
+    if all(meaning.get(name) for name in ("random_first", "as_is")):
+        rates = [f"{meaning[name]['sink_rate']:.1%}" for name in ("random_first", "as_is")]
+        text = f"  sink rate with random first tokens: {rates[0]} (as it is: {rates[1]})"
+        console.print(Text(text))
     extreme = [f"block {row['block']} expert {row['index']}{', at P0' if row['p0_rate'] else ''}"
                for row in tests["experts"] if row["super_expert"]]  # fmt: skip
     if extreme:
@@ -277,14 +304,6 @@ def _sparkline(
         " " if value is None else bars[min(len(bars) - 1, max(0, int((value - low) * scale)))]
         for value in values
     )
-
-
-def _name(part: Mapping[str, Any]) -> str:
-    if part.get("components"):
-        return f"{', '.join(map(_name, part['components']))} together"
-    where = "" if part["block"] is None else f"block {part['block']} "
-    number = "" if part["index"] is None else f" {part['index']}"
-    return f"{where}{part['kind'].replace('_', ' ')}{number}"
 
 
 def _log(value: float | None) -> float | None:

@@ -145,7 +145,7 @@ const asFormed = (run, i, field, yaxis, showlegend, steps) => {
     curve(on, "", (record) => (record.formed ? value(record) : null), "", { ...plain, line }),
     curve(on, escaped(run.name), value, tone, {
       yaxis, showlegend, mode: "markers", meta: field,
-      hovertemplate: on.records.map((record) => `${fields[field].title}, ${at()}: %{y:${d3form(fields[field].form)}}${record.formed ? "" : ", no sink"}<extra>${escaped(run.name)}</extra>`),
+      hovertemplate: on.records.map((record) => `${fields[field].title}, ${at()}: %{y:${d3form(fields[field].form)}}${record.formed ? "" : record.untold ? "" : ", no sink"}<extra>${escaped(run.name)}</extra>`),
       marker: { color: tone, size: on.mode === "lines" ? 0.1 : 5, symbol: on.records.map((record) => (record.formed ? "circle" : "circle-open")) },
     }),
   ];

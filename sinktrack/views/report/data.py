@@ -18,20 +18,21 @@ from sinktrack.metrics.axes import by_block, is_by_block, is_by_head, nothing
 from sinktrack.metrics.base import Field
 from sinktrack.records.lineage import current
 from sinktrack.records.marks import Mark
+from sinktrack.records.names import name as named
 from sinktrack.records.twins import equal_weights, told
 from sinktrack.signal import analyze
 from sinktrack.signal.loss import Losses
 from sinktrack.views.story import (
+    CARD,
     by_mass,
+    carded,
     circuit,
     decided,
     main_writers,
     sinks,
     story,
+    untold,
     where,
-)
-from sinktrack.views.story import (
-    name as named,
 )
 
 BUDGET = 9_700_000
@@ -165,11 +166,16 @@ def _drawn(record: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "sinks": [_phase(phase) for phase in by_mass(sinks(record))],
         "says": [where(record), *circuit(record), *decided(record)],
+        "untold": untold(record),
+        "missing": record.get("missing") or {},
     }
     quantiles = (record.get("first_token") or {}).get("norm_ratio") or {}
     drawn["first_tokens"] = [_rounded(quantiles.get(level, []), 4) for level in ("5", "50", "95")]
     if tests := causal(record):
         drawn["causal"] = tests
+    if card := record.get("position_card"):
+        drawn["card"] = [[words, card[name]] for name, words in CARD.items()]
+        drawn["card_says"] = " ".join(carded(card))
     return {name: _rounded(value) for name, value in drawn.items()} | {
         "heads": _packed(record["p0_attention"])
     }

@@ -90,6 +90,27 @@ const drawFirstTokens = () => {
   }), config);
 };
 
+/** The position card: sink rates of the probe with other first tokens, side by side. */
+const drawCard = () => {
+  const { card, card_says } = shownRecord();
+  $("card_of").hidden = !card;
+  if (!card) return;
+  $("card_says").textContent = card_says;
+  const names = card.map(([name]) => sentence(name));
+  const bars = [["sink_rate", colour("accent"), "from block 0"], ["sink_rate_from_2", colour("muted"), "from block 2"]].map(([field, tone, name]) => {
+    const rates = card.map(([, found]) => found?.[field] ?? null);
+    const bounds = card.map(([, found], i) => found?.intervals[field] ?? [rates[i], rates[i]]);
+    return {
+      type: "bar", name, x: names, y: rates, marker: { color: tone }, text: rates.map((rate) => (rate === null ? "" : percent(rate))), textposition: "outside", cliponaxis: false,
+      error_y: { type: "data", symmetric: false, array: bounds.map(([, high], i) => high - rates[i]), arrayminus: bounds.map(([low], i) => rates[i] - low), color: colour("muted"), thickness: 1 },
+      hovertemplate: `%{x}, ${name}: %{y:.1%}<extra></extra>`,
+    };
+  });
+  Plotly.react("card", bars, layout({
+    barmode: "group", xaxis: axis({ showgrid: false }), yaxis: axis({ title: fields.sink_rate.title, tickformat: ".0%", range: [0, 1.12] }),
+  }), config);
+};
+
 const drawComponents = () => {
   const body = $("components").tBodies[0];
   body.replaceChildren();
@@ -103,6 +124,7 @@ const MEANING = {
   other_position_alone: "another position attends to itself alone",
   other_position_alone_in_first_two: "another position attends to itself alone in blocks 0 and 1",
   other_position_alone_since_last_sink: "another position attends to itself alone from the end of the sink before on",
+  other_position_alone_since_last_sink_began: "another position attends to itself alone from the beginning of the sink before on",
   p0_mixed: "P0 attends to all positions",
 };
 /** Of the attention to P0: what goes when a sublayer's write is replaced there; null where it was not tested. */
@@ -115,9 +137,9 @@ const drawCausal = () => {
   $("causal").hidden = !tests;
   const body = $("tests").tBodies[0];
   body.replaceChildren();
-  for (const [test, kind, block, index, , effect, low, high, verdict] of tests ?? []) {
+  for (const [test, kind, , , , effect, low, high, name, verdict] of tests ?? []) {
     const lost = test === "necessity" || kind === "p0_mixed";
-    const what = test === "position" ? "" : `${label([kind, block])} ${index ?? ""}`.trim();
+    const what = test === "position" ? "" : sentence(name);
     const change = [effect, low, high].map((value) => percent(lost ? -value : value));
     row([what, MEANING[test === "position" ? kind : test], change[0], `${change[lost ? 2 : 1]} to ${change[lost ? 1 : 2]}`, verdict ?? ""], body);
   }
@@ -147,8 +169,8 @@ const drawCircuit = () => {
   const height = floor + 40;
   const width = left + step * (blocks + 1) + 24;
   const scale = tallest / largest(record.shares.map((part) => Math.abs(part[2])), 1e-9);
-  const verdicts = record.shares.map((part) => [part, necessity(part)]).filter(([, test]) => test && test[8]);
-  const found = verdicts.map(([part, test]) => `${label(part)} is ${test[8]}`).join(", ");
+  const verdicts = record.shares.map((part) => [part, necessity(part)]).filter(([, test]) => test && test[9]);
+  const found = verdicts.map(([part, test]) => `${label(part)} is ${test[9]}`).join(", ");
   const said = record.shares.filter((part) => Math.abs(part[2]) >= 0.05).map((part) => `${label(part)} ${percent(part[2])}`).join(", ");
   $("circuit").replaceChildren();
   const picture = svg("svg", {
@@ -199,12 +221,12 @@ const drawCircuit = () => {
       fill: negative ? "none" : tone, stroke: tone, "stroke-dasharray": negative ? "3 2" : "none",
     }, picture);
     const test = tested && necessity(tested);
-    const without = test ? `; without it attention to P0 falls by ${percent(test[5])}${test[8] ? `: ${test[8]}` : ""}` : "";
+    const without = test ? `; without it attention to P0 falls by ${percent(test[5])}${test[9] ? `: ${test[9]}` : ""}` : "";
     svg("title", {}, box, `${name}: ${percent(share)}${without}`);
-    if (test && test[8]) {
+    if (test && test[9]) {
       box.setAttribute("stroke", colour("mark"));
       box.setAttribute("stroke-width", 2.5);
-      text(x, up ? middle - 33 - length : middle + 41 + length, step >= 90 ? test[8] : test[8][0].toUpperCase(), "verdict");
+      text(x, up ? middle - 33 - length : middle + 41 + length, step >= 90 ? test[9] : test[9][0].toUpperCase(), "verdict");
     }
     if (step >= 64 && Math.abs(share) >= 0.005) {
       const writes = record.sinks.some(({ writers: [first] }) => first && tested && first[1] === tested[0] && first[2] === tested[1]);
@@ -275,6 +297,7 @@ const drawRecord = () => {
   drawHeads();
   drawShares();
   drawFirstTokens();
+  drawCard();
   drawComponents();
   drawCausal();
 };

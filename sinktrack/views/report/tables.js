@@ -31,18 +31,19 @@ const describe = () => {
     card(sentence(fields[field].title), write(last[field]), last[field] === null ? none : last.intervals[field] === undefined ? "" : between(last.intervals[field], write));
   };
   const partly = run.measured_blocks && `measured in ${plural(run.measured_blocks, "block")} of ${model.blocks} only`;
-  measured("sink_rate", partly || "no block has softmax attention");
+  const why = (field, otherwise) => last.missing[field] ?? otherwise;
+  const attends = run.block_kinds.some((kind) => kind !== "linear" && kind !== "mlp");
+  measured("sink_rate", partly || why("sink_rate", attends ? "this record holds none" : "no block has softmax attention"));
   const [main, ...others] = last.sinks;
   const span = ({ first, last: end }) => (first === end ? first : `${first} to ${end}`);
-  card(others.length ? "Main sink in blocks" : "Sink in blocks", main ? span(main) : "none",
-    others.length ? `weaker: ${others.map(span).join(", ")}` : main ? "they rest on P0" : partly || "no block has formed a sink");
+  card(others.length ? "Main sink in blocks" : "Sink in blocks", main ? span(main) : last.untold ? "–" : "none",
+    others.length ? `weaker: ${others.map(span).join(", ")}` : main ? "they rest on P0" : last.untold ? `not measured: ${last.untold}` : partly || "no block has formed a sink");
   const writer = main?.writers[0];
   if (writer) card("Main writer", sentence(writer[0]), `${percent(writer[3])} of the P0 state`);
   if (last.position_share !== null) measured("position_share", "");
   if (last.formed) {
-    measured("first_two_share", partly || "the sink precedes any write");
-    measured("depth", partly || "the sink precedes any write");
-  } else card(sentence(fields.first_two_share.title), "–", "no sink whose state it could be of");
+    for (const field of ["first_two_share", "depth"]) measured(field, partly || why(field, why("shares", "the sink precedes any write")));
+  } else card(sentence(fields.first_two_share.title), "–", last.untold ? "not measured" : "no sink whose state it could be of");
 
   const [finding, ...more] = run.story;
   $("verdict").replaceChildren();
@@ -56,7 +57,7 @@ const describe = () => {
   $("statistics").hidden = !run.signal.length && !run.missing.length;
   $("same_weights").textContent = run.same_weights.map((line) => `${line[0].toUpperCase()}${line.slice(1)}.`).join(" ");
   $("same_weights").hidden = !run.same_weights.length;
-  $("verdict").parentElement.classList.toggle("warn", !last.formed);
+  $("verdict").parentElement.classList.toggle("warn", !last.formed && !last.untold);
   $("versions").textContent = Object.entries(run.versions).map((pair) => pair.join(" ")).join(", ") + ".";
   for (const place of document.querySelectorAll("[data-field-help]")) place.textContent = fields[place.dataset.fieldHelp].help;
   for (const place of document.querySelectorAll("[data-field]")) place.textContent = sentence(fields[place.dataset.field].title);
