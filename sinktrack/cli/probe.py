@@ -44,7 +44,8 @@ def command(
     """Make a probe from texts and a tokenizer, or from random tokens."""
     from sinktrack.probe import Probe
 
-    if card is not None and out.exists() and tokenizer is texts is vocab_size is None:
+    given = (tokenizer, texts, vocab_size)
+    if card is not None and out.exists() and all(option is None for option in given):
         made = Probe.load(out)
     else:
         made = _make(out, tokenizer, texts, vocab_size, sequences, length, seed, first_token)

@@ -149,7 +149,9 @@ class Several(Probe):
 
 def _variants(probe: Probe, start: Start | None) -> tuple[dict[str, list[Tensor]], dict[str, str]]:
     """Sequences by name, the probe's own list where nothing changes; and why some cannot be."""
-    rows, made, missing = probe.rows, {}, {}
+    rows = probe.rows
+    made: dict[str, list[Tensor]] = {}
+    missing: dict[str, str] = {}
     if start is None:
         why = "no start token is known: neither a tokenizer nor the configuration names one"
         missing |= {"without_start": why, "with_start": why}
