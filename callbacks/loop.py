@@ -287,8 +287,8 @@ class SinkTracker:
         assert self._run is not None
         if self._stages is None:
             marks = [mark.step for mark in self._run.marks]
-            before = Run.read(self._run.directory)  # not kept: records grow with the model
-            self._stages = Stages.of(before.history[:-1], marks)
+            read = Run.read(self._run.directory)  # not kept: records grow with the model
+            self._stages = Stages.of(read.history[:-1], marks)
         before, abandoned = self._stages.stage, set(self._stages.abandoned)
         text = alarm(self._stages.add(record), before)
         if gone := self._stages.abandoned - abandoned:

@@ -201,6 +201,7 @@ def _bits(result: Any) -> list[Any]:
 
 def sharded(device: str) -> Iterator[Row]:
     """FSDP2 over one process: its hooks and DTensors, without a second device."""
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     probe = st.Probe.random(VOCABULARY, 2, 32)
@@ -210,7 +211,7 @@ def sharded(device: str) -> Iterator[Row]:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{store.name}", rank=0, world_size=1)
         try:
-            mesh = dist.init_device_mesh(device, (1,))
+            mesh = init_device_mesh(device, (1,))
             for block in own.model.layers:
                 fully_shard(block, mesh=mesh)
             fully_shard(own, mesh=mesh)

@@ -62,7 +62,7 @@ def stand_in() -> None:
     torch.cuda.empty_cache = lambda: None
     torch.cuda.get_rng_state = lambda *_: torch.empty(0, dtype=torch.uint8)
     torch.cuda.set_rng_state = lambda *_: None
-    torch.cuda.memory_stats = lambda *_: {}  # type: ignore[assignment,return-value]
+    torch.cuda.memory_stats = lambda *_: {}
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved",
                  "max_memory_reserved", "device_memory_used"):  # fmt: skip
         setattr(torch.cuda, name, lambda *_: 0)
@@ -97,10 +97,11 @@ def model(*_: Any, pre_process: bool = True, post_process: bool = True, **given:
     from megatron.training import arguments, get_args
 
     args = get_args()
-    make = getattr(arguments, "core_transformer_config_from_args", None)
-    if make is None:
-        from megatron.training.argument_utils import core_transformer_config_from_args as make
-    config = make(args)
+    name = "core_transformer_config_from_args"
+    home = arguments
+    if not hasattr(arguments, name):
+        home = importlib.import_module("megatron.training.argument_utils")
+    config = getattr(home, name)(args)
     stage = given.get("vp_stage")
     return GPTModel(
         config,

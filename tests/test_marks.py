@@ -48,7 +48,7 @@ def test_they_stay_with_the_run(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    Run.open(run).append(a_run()[0])  # type: ignore[arg-type]
+    Run.open(run).append(a_run()[0])
     (tmp_path / "marks.csv").write_text("step,what\n200,longer context\n100,decay\n")
     told = sinktrack("mark", run, "--from", tmp_path / "marks.csv")
     assert told.returncode == 0, told.stderr

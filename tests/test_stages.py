@@ -197,7 +197,7 @@ class Rules:
         of_rate, share, depth = change.values()
         for name, one, least in (("share", share, 0.05), ("depth", depth, 0.25)):
             moves = one is not None and one.shows(least)
-            self.rows[name].append((1 if one.value > 0 else -1) if moves else 0)
+            self.rows[name].append(0 if one is None or not moves else 1 if one.value > 0 else -1)
         before = self.stage
         if self.lost:
             return "lost", because

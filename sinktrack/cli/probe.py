@@ -44,7 +44,7 @@ def command(
     """Make a probe from texts and a tokenizer, or from random tokens."""
     from sinktrack.probe import Probe
 
-    given = (tokenizer, texts, vocab_size)
+    given: tuple[object, ...] = (tokenizer, texts, vocab_size)
     if card is not None and out.exists() and all(option is None for option in given):
         made = Probe.load(out)
     else:

@@ -310,11 +310,11 @@ class _Line:
             places = [self.loss_at(record["step"]) for record in whole]
         kept: list[tuple[int, float]] = []
         for i, place in enumerate(places):
-            known = place is not None
-            if known and axis == "loss":  # only where it is lower than ever before
-                known = not kept or place < kept[-1][1]
-            if known:
-                kept.append((i, place))
+            if place is None:
+                continue
+            if axis == "loss" and kept and place >= kept[-1][1]:  # only where lower than before
+                continue
+            kept.append((i, place))
         self.records = [whole[i] for i, _ in kept]
         self.places = np.array([place for _, place in kept], dtype=np.float64)
         self._steps = self._steps[[i for i, _ in kept]] if kept else self._steps[:0]

@@ -148,7 +148,8 @@ def _placed(mark: Mark, records: Records, losses: Losses | None) -> dict[str, An
     known = [(one["step"], one["tokens"]) for one in records if one.get("tokens") is not None]
     tokens = None
     if known and known[0][0] <= mark.step <= known[-1][0]:
-        tokens = float(np.interp(mark.step, *zip(*known, strict=True)))
+        steps, counts = zip(*known, strict=True)
+        tokens = float(np.interp(mark.step, steps, counts))
     return mark._asdict() | {"tokens": tokens, "loss": _loss_at([mark.step], losses)[0]}
 
 
