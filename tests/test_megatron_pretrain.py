@@ -62,6 +62,7 @@ def test_pretrain(case: str, tmp_path: Path) -> None:
     arguments = text.split()
     plain, tracked, run = (str(tmp_path / name) for name in ("plain", "tracked", "run"))
     logged = ["--wandb-project", "megatron", "--wandb-exp-name", "one", "--wandb-save-dir", tracked]
+    logged += ["--tensorboard-dir", str(tmp_path / "board")]  # without, nothing goes to W&B
     found: dict[str, list[dict[str, list[str]]]] = {plain: [], tracked: []}
     # With torch's Adam, as here, Megatron itself cannot resume a distributed optimizer.
     resumes = "distributed-optimizer" not in text
