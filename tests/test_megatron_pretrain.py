@@ -62,14 +62,17 @@ def test_pretrain(case: str, tmp_path: Path) -> None:
     arguments = text.split()
     plain, tracked, run = (str(tmp_path / name) for name in ("plain", "tracked", "run"))
     logged = ["--wandb-project", "megatron", "--wandb-exp-name", "one", "--wandb-save-dir", tracked]
+    logged += ["--tensorboard-dir", str(tmp_path / "board")]  # without, nothing goes to W&B
     found: dict[str, list[dict[str, list[str]]]] = {plain: [], tracked: []}
-    for more in (["--exit-interval", "4"], []):
+    # With torch's Adam, as here, Megatron itself cannot resume a distributed optimizer.
+    resumes = "distributed-optimizer" not in text
+    for more in (["--exit-interval", "4"], []) if resumes else ([],):
         for out, written, log in ((plain, "-", []), (tracked, run, logged)):
             given = [out, written, *arguments, *log, *more]
             found[out].append(losses(launch(processes, "megatron_pretrain.py", *given)))
     assert found[plain] == found[tracked]
-    assert [len(half["training"]) for half in found[plain]] == [4, 4]
-    assert [len(half["validation"]) for half in found[plain]] == [2, 4]
+    assert [len(half["training"]) for half in found[plain]] == ([4, 4] if resumes else [8])
+    assert [len(half["validation"]) for half in found[plain]] == ([2, 4] if resumes else [6])
 
     records = Run.read(run).records
     assert [record["step"] for record in records] == [2, 4, 6, 8]
@@ -98,7 +101,7 @@ def test_pretrain(case: str, tmp_path: Path) -> None:
         here = tmp_path / str(half)
         shutil.copytree(file, here / "wandb" / file.name)
         rows += read_back(here)[0]
-    assert len(files) == 2
+    assert len(files) == 1 + resumes
     assert {row["_step"] for row in rows if "lm loss" in row} == set(range(1, 9))
     assert any("validation" in key for row in rows for key in row)
     ours = [row for row in rows if "sinktrack/step" in row]
