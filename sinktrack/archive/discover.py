@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -63,7 +64,11 @@ def discover(
             ``step``, or finds there what is no number.
     """
     files = Files(archive)
-    if pattern is not None:
+    if files.local and os.path.isfile(files.location) and pattern is None:
+        found = _in_file(files.location)
+        if not found:
+            raise NoCheckpoint(f"{files.location} is a file, and no checkpoint of a known format")
+    elif pattern is not None:
         found = _matching(files, names.Pattern(pattern))
     else:
         found = _known_by_name(files)
@@ -82,7 +87,7 @@ def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     for one, other in pairwise([one for one in found if one.reason is None]):
         if one.step == other.step:
             raise ArchiveError(
-                f"{one.files.location} and {other.files.location} are both of step {one.step}; "
+                f"{one.where} and {other.where} are both of step {one.step}; "
                 "choose with --pattern, scan each into a run of its own, or move one of them"
             )
     return found
@@ -103,6 +108,30 @@ def checkpoint_at(files: Files, format: str, reason: str | None = None) -> Check
     if step is None and end is not None:
         step, tokens = end.step, end.tokens if tokens is None else tokens
     return Checkpoint(files, step or 0, tokens, format, files.name, reason=reason)
+
+
+def file_checkpoint(
+    files: Files,
+    format: str,
+    file: str,
+    step: int,
+    tokens: int | None = None,
+    reason: str | None = None,
+) -> Checkpoint:
+    """The checkpoint that one file of a directory is."""
+    return Checkpoint(files, step, tokens, format, file, reason=reason, file=file)
+
+
+def _in_file(path: str) -> list[Checkpoint]:
+    """The checkpoint that a file is, or whose weights it holds."""
+    files = Files(os.path.dirname(os.path.abspath(path)))
+    name = os.path.basename(path)
+    found = _read_by_a_format(files)
+    if own := [one for one in found if one.file == name]:
+        return own
+    trainer = importlib.import_module("sinktrack.archive.layouts.trainer_files")
+    alone = trainer.alone(files, name)
+    return [alone] if alone else [one for one in found if one.file is None]
 
 
 def _known_by_name(files: Files) -> list[Checkpoint]:
@@ -127,7 +156,9 @@ def _known_by_name(files: Files) -> list[Checkpoint]:
     if all((own and one.reason) or remains.of_deepspeed(one.files) for one in found):  # or none
         if not found and revisions and (others := _others(passed)):
             raise _unknown_revisions(files, others)
-        found = _alone(files, passed, named=bool(found)) or found
+        alone = _alone(files, passed, named=bool(found))
+        if not found or (alone and alone[0].format != "deepspeed"):
+            found = alone
     if not found:
         raise _none(
             files,
@@ -136,7 +167,8 @@ def _known_by_name(files: Files) -> list[Checkpoint]:
             passed,
         )
     _tell(files, [label for label in _others(passed) if names.alike(label)])
-    return found
+    saved = {one.step for one in found if one.reason is None and one.format != "deepspeed"}
+    return [one for one in found if one.format != "deepspeed" or one.step not in saved]
 
 
 def _matching(files: Files, pattern: names.Pattern) -> list[Checkpoint]:

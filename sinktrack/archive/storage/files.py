@@ -36,7 +36,7 @@ _ATTEMPTS = 4
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SHORTEST_POINTER, _LONGEST_POINTER = 80, 1024
 """Bytes of what Git LFS leaves in the place of a file."""
-_READ: dict[tuple[str, str, str], tuple[tuple[Any, ...], Any]] = {}
+_READ: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
 """What `Files.once` keeps, by what was read and where."""
 _MOST_READ = 100_000
 _STORES = {"s3", "gs", "gcs", "az", "abfs"}
@@ -188,7 +188,7 @@ class Files:
     def once(self, read: Callable[[Files], T], *names: str) -> T:
         """What ``read`` makes of this directory; kept until one of these files changes."""
         stamps = tuple(map(self.stamp, names))
-        key = read.__module__, read.__qualname__, self.location
+        key = read.__module__, read.__qualname__, self.location, names
         kept = _READ.get(key)
         if kept is None or kept[0] != stamps:
             _READ[key] = kept = stamps, read(self)
