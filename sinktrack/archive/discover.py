@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from urllib.parse import quote
 
@@ -20,6 +22,11 @@ from sinktrack.errors import ArchiveError, require
 _COMMIT = re.compile(r"[0-9a-f]{6,64}")
 _DEEPEST = 3
 _MOST_CHECKPOINTS = 100_000
+_LOOKED_INTO = 100
+_FINAL = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # fmt: skip
 _log = logging.getLogger("sinktrack")
 _told: set[str] = set()
 """What was passed over and has been told of."""
@@ -64,10 +71,15 @@ def discover(
             ``step``, or finds there what is no number.
     """
     files = Files(archive)
+    if files.local and not os.path.lexists(files.location):
+        raise ArchiveError(f"{files.location} is not a directory{_meant(str(archive), files)}")
     if files.local and os.path.isfile(files.location) and pattern is None:
         found = _in_file(files.location)
         if not found:
-            raise NoCheckpoint(f"{files.location} is a file, and no checkpoint of a known format")
+            raise NoCheckpoint(
+                f"{files.location} is a file that holds no weights by name; name the directory of "
+                "a checkpoint, or of several"
+            )
     elif pattern is not None:
         found = _matching(files, names.Pattern(pattern))
     else:
@@ -162,13 +174,32 @@ def _known_by_name(files: Files) -> list[Checkpoint]:
     if not found:
         raise _none(
             files,
-            "looked for directories like checkpoint-N, stepN or iter_N, and for a config.json "
-            "with model.safetensors; --pattern finds other names",
+            "looked for directories like checkpoint-N, stepN or iter_N, for files of trainers "
+            "like *.ckpt, and for a config.json with model.safetensors; --pattern finds other "
+            "names",
             passed,
         )
     _tell(files, [label for label in _others(passed) if names.alike(label)])
+    if not revisions:
+        found += _final(files, found)
     saved = {one.step for one in found if one.reason is None and one.format != "deepspeed"}
     return [one for one in found if one.format != "deepspeed" or one.step not in saved]
+
+
+def _final(files: Files, found: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The last model, saved in the directory around the checkpoints, if its step is told."""
+    if not any(files.exists(name) for name in _FINAL) or any(one.files == files for one in found):
+        return []
+    step = trainer_state.read(files)[0]
+    if step is None:
+        _say_once(
+            f"{files.location}: the model in the directory itself is passed over, as no "
+            "trainer_state.json beside it tells its step; most likely it is the last one again"
+        )
+        return []
+    if step in {one.step for one in found}:
+        return []
+    return [one for one in _read_by_a_format(files) if one.file is None]
 
 
 def _matching(files: Files, pattern: names.Pattern) -> list[Checkpoint]:
@@ -379,14 +410,65 @@ def _check_number(files: Files, found: Sequence[Checkpoint]) -> None:
 
 
 def _none(files: Files, wanted: str, passed: Sequence[str]) -> NoCheckpoint:
-    seen = f" (there is {remains.few(passed)})" if passed else ""
-    return NoCheckpoint(f"no checkpoint in {files.location}: {wanted}{seen}")
+    there = list(passed) or remains.names(files)
+    seen = f" (there is {remains.few(there)})" if there else " (there is nothing)"
+    said = f"no checkpoint in {files.location}: {wanted}{seen}"
+    if not there:
+        said += _meant("", files)
+    elif numbered := [name for name in passed if names.alike(name)]:
+        said += (
+            f"; for example --pattern '{_example(numbered)}' where that number counts steps; an "
+            "epoch or a save is none, but keeps their order"
+        )
+    elif below := _holding(files):
+        said += f"; checkpoints are in {below}: name that"
+    return NoCheckpoint(said)
+
+
+def _holding(files: Files) -> str | None:
+    """A directory not far below that holds checkpoints, for the message."""
+    places = _below(files, "", _directories(files), 2) if files.local else iter(())
+    for place in islice(places, _LOOKED_INTO):
+        with suppress(ArchiveError):
+            inner = [name for name in _directories(place.files) if names.known(name)]
+            if inner or any(one.reason is None for one in _read_by_a_format(place.files)):
+                return place.files.location
+    return None
+
+
+def _meant(given: str, files: Files) -> str:
+    """What else may have been meant by a place where there is nothing."""
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", given) and not os.path.exists(
+        os.path.dirname(given)
+    ):
+        return f"; for the repository of that name on the Hugging Face hub write hf://{given}"
+    above, _, name = files.location.rpartition("/")
+    if not above or above.endswith(":/"):
+        return ""
+    try:
+        others = [entry.name for entry in Files(above).entries()]
+    except ArchiveError:
+        return ""
+    near = difflib.get_close_matches(name, others, n=1)
+    return f"; there is {above}/{near[0]}" if near else ""
+
+
+def _example(others: Sequence[str]) -> str:
+    """A pattern for the first of some names that has a number; its last one counts as the step."""
+    name = next((name for name in others if re.search("[0-9]", name)), "")
+    parts = re.split(r"([0-9]+)(?!.*[0-9])", name)
+    if len(parts) < 3:
+        return "...(?P<step>[0-9]+)"
+    before, _, behind = parts[0], parts[1], parts[2]
+    return f"{_any_number(before)}(?P<step>[0-9]+){_any_number(behind)}"
+
+
+def _any_number(text: str) -> str:
+    return re.sub("[0-9]+", "[0-9]+", re.sub(r"([.+*?()|{}^$\[\]\\])", r"\\\1", text))
 
 
 def _unknown_revisions(files: Files, others: Sequence[str]) -> ArchiveError:
-    example = re.sub(r"[0-9]+(?!.*[0-9])", "(?P<step>[0-9]+)", others[0])
-    if "step>" not in example:
-        example = "...(?P<step>[0-9]+)"
+    example = _example(others)
     main = "snapshots/COMMIT" if files.local else "@main"
     return ArchiveError(
         f"{files.location} holds revisions whose names tell no step that is known: "
