@@ -89,6 +89,29 @@ def discover(
     return in_order(found)
 
 
+def archives_below(
+    directory: str | Path, pattern: str | None = None, hf_config: str | Path | None = None
+) -> dict[str, str]:
+    """The archives in a directory of several, as a sweep leaves them, by its children's names.
+
+    Each is a child, or a directory not far below it that holds its checkpoints.
+    """
+    files = Files(directory)
+    found: dict[str, str] = {}
+    if not files.local or not os.path.isdir(files.location):
+        return found
+    for name, dangling in sorted(_directories(files).items()):
+        child = files.at(name)
+        if dangling:
+            continue
+        for place in [child.location, _holding(child)]:
+            with suppress(ArchiveError):
+                if place and any(one.reason is None for one in discover(place, pattern, hf_config)):
+                    found[name] = place
+                    break
+    return found
+
+
 def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     """By step.
 

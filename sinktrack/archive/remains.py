@@ -71,8 +71,8 @@ _KINDS = (
     ),
     (
         r".*\.gguf",
-        "GGUF ({found}), whose weights are rounded for inference; scan the model it was made of, or "
-        "load it with transformers' from_pretrained(..., gguf_file=...) and save_pretrained",
+        "GGUF ({found}), whose weights are rounded for inference; scan the model it was made of, "
+        "or load it with transformers' from_pretrained(..., gguf_file=...) and save_pretrained",
     ),
     (
         r"tf_model\.h5|.*\.h5|flax_model.*\.msgpack|model\.ckpt\.(?:index|meta|data.*)|"
