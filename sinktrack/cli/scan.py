@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -108,7 +110,6 @@ def command(
     quiet()
     if follow and len(archives) > 1:
         raise ArchiveError("--follow takes one archive; start a scan for each")
-    signal.signal(signal.SIGTERM, _interrupted)
 
     share = _part(part)
 
@@ -135,9 +136,21 @@ def command(
     raise typer.Exit(1 if one.scan(found, run) else 0)
 
 
-def _interrupted(number: int, frame: object) -> None:
-    """A scheduler's end is told as Ctrl-C's is."""
-    raise KeyboardInterrupt
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A scheduler's SIGTERM ends as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -183,7 +196,7 @@ class _One:
             )
         told = _Told(self.as_json, self.follow, todo, self.blocks)
         try:
-            with told.progress:
+            with _terminable(), told.progress:
                 scan = Scan(checkpoints, opened, job, self.engine, self.workers)
                 for _ in scan.records(told):
                     pass
