@@ -10,8 +10,9 @@ import archive_kinds
 import models
 import pytest
 import torch
+from test_remains import sinktrack
 
-from sinktrack import ArchiveError
+from sinktrack import ArchiveError, Probe, Run
 from sinktrack.archive import names
 from sinktrack.archive.discover import NoCheckpoint, discover
 
@@ -191,3 +192,20 @@ def test_the_model_in_the_output_directory(
     assert [found.step for found in discover(tmp_path)] == [7, 9]
     (tmp_path / "trainer_state.json").write_text('{"global_step": 7}')
     assert [found.files.name for found in discover(tmp_path)] == ["checkpoint-7"]
+
+
+def test_a_sweep_makes_a_run_of_each_child(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for child in ("a", "b/checkpoints"):
+        models.llama(num_hidden_layers=1).save_pretrained(tmp_path / "s" / child / "checkpoint-5")
+    Probe.random(models.VOCABULARY, sequences=2, length=6).save(tmp_path / "probe")
+    command = ("scan", tmp_path / "s", "--run", tmp_path / "runs", "--probe", tmp_path / "probe")
+    code, said = sinktrack(*command, capsys=capsys)
+    assert code == 0 and "holds 2 archives" in said
+    assert "measured: checkpoint-5 (1 of 1, 0:00:00 left)" in said
+    assert [Run.read(tmp_path / "runs" / name).steps for name in "ab"] == [[5], [5]]
+    code, said = sinktrack("show", tmp_path / "runs", capsys=capsys)
+    assert code == 2 and said.endswith(f"there is {tmp_path / 'runs/a'}\n")
+    code, said = sinktrack("demo", "--out", tmp_path / "probe", capsys=capsys)
+    assert code == 2
