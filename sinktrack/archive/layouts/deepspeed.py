@@ -107,11 +107,11 @@ def _partitioned(
             f"{where} was written by {count} processes, {len(states)} of whose files "
             "(zero_pp_rank_*_optim_states.pt) are here; copy all of them"
         )
-    rows = [state.get("fp32_flat_groups") for state in states]
-    if not all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows):
+    rows = [row for state in states if isinstance(row := state.get("fp32_flat_groups"), list)]
+    if len(rows) != len(states) or len({len(row) for row in rows}) != 1:
         raise ArchiveError(f"{where}: the optimizer's state has no fp32_flat_groups")
     shapes = first.get("param_shapes")
-    groups = shapes if isinstance(shapes, list) else [shapes]
+    groups = [one for one in (shapes if isinstance(shapes, list) else [shapes]) if one]
     flat = _Rows(rows)
     for group in groups:
         for name, shape in group.items():

@@ -79,7 +79,8 @@ def _whole(files: Files, name: str, parts: list[Any]) -> Stored:
             "it with verl's `python -m verl.model_merger merge`"
         )
     if not cut:
-        return local[0]
+        whole: Saved = local[0]
+        return whole
     return Joined(tuple(part for part in local if part.shape[cut[0]]), cut[0])
 
 
