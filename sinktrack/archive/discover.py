@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from urllib.parse import quote
 
@@ -19,6 +22,11 @@ from sinktrack.errors import ArchiveError, require
 _COMMIT = re.compile(r"[0-9a-f]{6,64}")
 _DEEPEST = 3
 _MOST_CHECKPOINTS = 100_000
+_LOOKED_INTO = 100
+_FINAL = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)  # fmt: skip
 _log = logging.getLogger("sinktrack")
 _told: set[str] = set()
 """What was passed over and has been told of."""
@@ -63,13 +71,45 @@ def discover(
             ``step``, or finds there what is no number.
     """
     files = Files(archive)
-    if pattern is not None:
+    if files.local and not os.path.lexists(files.location):
+        raise ArchiveError(f"{files.location} is not a directory{_meant(str(archive), files)}")
+    if files.local and os.path.isfile(files.location) and pattern is None:
+        found = _in_file(files.location)
+        if not found:
+            raise NoCheckpoint(
+                f"{files.location} is a file that holds no weights by name; name the directory of "
+                "a checkpoint, or of several"
+            )
+    elif pattern is not None:
         found = _matching(files, names.Pattern(pattern))
     else:
         found = _known_by_name(files)
     if hf_config is not None:
         found = [replace(checkpoint, config=Files(hf_config)) for checkpoint in found]
     return in_order(found)
+
+
+def archives_below(
+    directory: str | Path, pattern: str | None = None, hf_config: str | Path | None = None
+) -> dict[str, str]:
+    """The archives in a directory of several, as a sweep leaves them, by its children's names.
+
+    Each is a child, or a directory not far below it that holds its checkpoints.
+    """
+    files = Files(directory)
+    found: dict[str, str] = {}
+    if not files.local or not os.path.isdir(files.location):
+        return found
+    for name, dangling in sorted(_directories(files).items()):
+        child = files.at(name)
+        if dangling:
+            continue
+        for place in [child.location, _holding(child)]:
+            with suppress(ArchiveError):
+                if place and any(one.reason is None for one in discover(place, pattern, hf_config)):
+                    found[name] = place
+                    break
+    return found
 
 
 def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
@@ -82,7 +122,7 @@ def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     for one, other in pairwise([one for one in found if one.reason is None]):
         if one.step == other.step:
             raise ArchiveError(
-                f"{one.files.location} and {other.files.location} are both of step {one.step}; "
+                f"{one.where} and {other.where} are both of step {one.step}; "
                 "choose with --pattern, scan each into a run of its own, or move one of them"
             )
     return found
@@ -103,6 +143,30 @@ def checkpoint_at(files: Files, format: str, reason: str | None = None) -> Check
     if step is None and end is not None:
         step, tokens = end.step, end.tokens if tokens is None else tokens
     return Checkpoint(files, step or 0, tokens, format, files.name, reason=reason)
+
+
+def file_checkpoint(
+    files: Files,
+    format: str,
+    file: str,
+    step: int,
+    tokens: int | None = None,
+    reason: str | None = None,
+) -> Checkpoint:
+    """The checkpoint that one file of a directory is."""
+    return Checkpoint(files, step, tokens, format, file, reason=reason, file=file)
+
+
+def _in_file(path: str) -> list[Checkpoint]:
+    """The checkpoint that a file is, or whose weights it holds."""
+    files = Files(os.path.dirname(os.path.abspath(path)))
+    name = os.path.basename(path)
+    found = _read_by_a_format(files)
+    if own := [one for one in found if one.file == name]:
+        return own
+    trainer = importlib.import_module("sinktrack.archive.layouts.trainer_files")
+    alone = trainer.alone(files, name)
+    return [alone] if alone else [one for one in found if one.file is None]
 
 
 def _known_by_name(files: Files) -> list[Checkpoint]:
@@ -127,16 +191,38 @@ def _known_by_name(files: Files) -> list[Checkpoint]:
     if all((own and one.reason) or remains.of_deepspeed(one.files) for one in found):  # or none
         if not found and revisions and (others := _others(passed)):
             raise _unknown_revisions(files, others)
-        found = _alone(files, passed, named=bool(found)) or found
+        alone = _alone(files, passed, named=bool(found))
+        if not found or (alone and alone[0].format != "deepspeed"):
+            found = alone
     if not found:
         raise _none(
             files,
-            "looked for directories like checkpoint-N, stepN or iter_N, and for a config.json "
-            "with model.safetensors; --pattern finds other names",
+            "looked for directories like checkpoint-N, stepN or iter_N, for files of trainers "
+            "like *.ckpt, and for a config.json with model.safetensors; --pattern finds other "
+            "names",
             passed,
         )
     _tell(files, [label for label in _others(passed) if names.alike(label)])
-    return found
+    if not revisions:
+        found += _final(files, found)
+    saved = {one.step for one in found if one.reason is None and one.format != "deepspeed"}
+    return [one for one in found if one.format != "deepspeed" or one.step not in saved]
+
+
+def _final(files: Files, found: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The last model, saved in the directory around the checkpoints, if its step is told."""
+    if not any(files.exists(name) for name in _FINAL) or any(one.files == files for one in found):
+        return []
+    step = trainer_state.read(files)[0]
+    if step is None:
+        _say_once(
+            f"{files.location}: the model in the directory itself is passed over, as no "
+            "trainer_state.json beside it tells its step; most likely it is the last one again"
+        )
+        return []
+    if step in {one.step for one in found}:
+        return []
+    return [one for one in _read_by_a_format(files) if one.file is None]
 
 
 def _matching(files: Files, pattern: names.Pattern) -> list[Checkpoint]:
@@ -347,14 +433,65 @@ def _check_number(files: Files, found: Sequence[Checkpoint]) -> None:
 
 
 def _none(files: Files, wanted: str, passed: Sequence[str]) -> NoCheckpoint:
-    seen = f" (there is {remains.few(passed)})" if passed else ""
-    return NoCheckpoint(f"no checkpoint in {files.location}: {wanted}{seen}")
+    there = list(passed) or remains.names(files)
+    seen = f" (there is {remains.few(there)})" if there else " (there is nothing)"
+    said = f"no checkpoint in {files.location}: {wanted}{seen}"
+    if not there:
+        said += _meant("", files)
+    elif numbered := [name for name in passed if names.alike(name)]:
+        said += (
+            f"; for example --pattern '{_example(numbered)}' where that number counts steps; an "
+            "epoch or a save is none, but keeps their order"
+        )
+    elif below := _holding(files):
+        said += f"; checkpoints are in {below}: name that"
+    return NoCheckpoint(said)
+
+
+def _holding(files: Files) -> str | None:
+    """A directory not far below that holds checkpoints, for the message."""
+    places = _below(files, "", _directories(files), 2) if files.local else iter(())
+    for place in islice(places, _LOOKED_INTO):
+        with suppress(ArchiveError):
+            inner = [name for name in _directories(place.files) if names.known(name)]
+            if inner or any(one.reason is None for one in _read_by_a_format(place.files)):
+                return place.files.location
+    return None
+
+
+def _meant(given: str, files: Files) -> str:
+    """What else may have been meant by a place where there is nothing."""
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", given) and not os.path.exists(
+        os.path.dirname(given)
+    ):
+        return f"; for the repository of that name on the Hugging Face hub write hf://{given}"
+    above, _, name = files.location.rpartition("/")
+    if not above or above.endswith(":/"):
+        return ""
+    try:
+        others = [entry.name for entry in Files(above).entries()]
+    except ArchiveError:
+        return ""
+    near = difflib.get_close_matches(name, others, n=1)
+    return f"; there is {above}/{near[0]}" if near else ""
+
+
+def _example(others: Sequence[str]) -> str:
+    """A pattern for the first of some names that has a number; its last one counts as the step."""
+    name = next((name for name in others if re.search("[0-9]", name)), "")
+    parts = re.split(r"([0-9]+)(?!.*[0-9])", name)
+    if len(parts) < 3:
+        return "...(?P<step>[0-9]+)"
+    before, _, behind = parts[0], parts[1], parts[2]
+    return f"{_any_number(before)}(?P<step>[0-9]+){_any_number(behind)}"
+
+
+def _any_number(text: str) -> str:
+    return re.sub("[0-9]+", "[0-9]+", re.sub(r"([.+*?()|{}^$\[\]\\])", r"\\\1", text))
 
 
 def _unknown_revisions(files: Files, others: Sequence[str]) -> ArchiveError:
-    example = re.sub(r"[0-9]+(?!.*[0-9])", "(?P<step>[0-9]+)", others[0])
-    if "step>" not in example:
-        example = "...(?P<step>[0-9]+)"
+    example = _example(others)
     main = "snapshots/COMMIT" if files.local else "@main"
     return ArchiveError(
         f"{files.location} holds revisions whose names tell no step that is known: "

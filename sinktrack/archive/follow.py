@@ -41,7 +41,9 @@ class Watch:
         for checkpoint in self._found():
             key = checkpoint.files, checkpoint.name  # several revisions may be one directory
             try:
-                seen[key] = checkpoint.files.stamps()
+                stamps = checkpoint.files.stamps()
+                own = {name: stamp for name, stamp in stamps.items() if _is(name, checkpoint.file)}
+                seen[key] = own
             except ArchiveError:
                 if checkpoint.reason is None:  # deleted meanwhile
                     continue
@@ -67,6 +69,11 @@ class Watch:
                 self._said = str(error)
                 _log.warning("waiting: %s", error)
             return []
+
+
+def _is(path: str, file: str | None) -> bool:
+    """Whether a file is of a checkpoint: any of its directory, or the one that it is."""
+    return file is None or path.rsplit("/", 1)[-1] == file
 
 
 def lack(checkpoint: Checkpoint) -> str | None:

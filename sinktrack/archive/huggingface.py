@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -304,6 +305,29 @@ def config_of(checkpoint: Checkpoint) -> Any:
             "give the configuration of the model with --hf-config"
         )
     return config(checkpoint.config or checkpoint.files)
+
+
+def base_prefix(config: Any) -> str:
+    """What the family's models with a language head call their decoder: ``model``, ...
+
+    Raises:
+        ArchiveError: transformers has no such model.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ArchiveError(f"transformers has no language model of model_type {config.model_type}")
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix)
+
+
+def made_config(kind: str, values: dict[str, Any]) -> Any:
+    """A configuration of transformers out of another framework's.
+
+    Raises:
+        ArchiveError: transformers does not take these values.
+    """
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except Exception as error:
+        raise ArchiveError(f"no {kind} of these sizes: {one_line(error)}") from error
 
 
 def tokenizer(files: Files) -> Any | None:

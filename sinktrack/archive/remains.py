@@ -17,6 +17,10 @@ _DEEPSPEED = re.compile(
 _STATE = r"optimizer|scheduler|rng_state|random_states|scaler|sampler|training_args"
 _KINDS = (
     (
+        r"records\.jsonl",
+        "a run of sinktrack itself ({found}); name the archive of checkpoints, and this as --run",
+    ),
+    (
         r"adapter_(?:model.*|config\.json)",
         "adapters alone ({found}); merge them into their base model with PEFT's merge_and_unload, "
         "and save that",
@@ -32,13 +36,66 @@ _KINDS = (
         "pytorch_model.bin.index.json, from where they come from",
     ),
     (
-        r"pytorch_model_fsdp(?:_[0-9]+)?\.bin",
-        "FSDP's full state ({found}), a pickle under a name that is not read; rename it to "
-        "pytorch_model.bin, with the model's config.json beside it or in --hf-config",
-    ),
-    (
         r"(?:pytorch_)?model_fsdp(?:_[0-9]+)?_rank[0-9]+\.bin",
         "FSDP's local state ({found}), a file for each process; save with SHARDED_STATE_DICT",
+    ),
+    (
+        r"consolidated\.[0-9]+\.pth|consolidated.*\.safetensors|params\.json",
+        "a model in Meta's or Mistral's own layout ({found}); write it with transformers' "
+        "convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py, or download the "
+        "repository's files of Hugging Face's layout",
+    ),
+    (
+        r"(?:hf_model|torchtune_model|recipe_state|meta_model)_?[0-9]*.*\.(?:pt|bin|safetensors)|"
+        r"recipe_state/",
+        "a checkpoint of torchtune ({found}); write it with its FullModelHFCheckpointer and "
+        "safe_serialization=True",
+    ),
+    (
+        r"(?:.*_)?model_.*pp-rank-[0-9]+-of-.*\.safetensors|checkpoint_metadata\.json",
+        "a checkpoint of nanotron ({found}); write it with nanotron's "
+        "examples/llama/convert_nanotron_to_hf.py",
+    ),
+    (
+        r"model_weights/|context/",
+        "a checkpoint of NeMo ({found}); write it with `nemo llm export path=... target=hf`",
+    ),
+    (
+        r".*\.nemo",
+        "a packed checkpoint of NeMo ({found}); write it with NeMo's own export to Hugging Face",
+    ),
+    (
+        r"layer_[0-9]+-model_.*\.pt|layer_[0-9]+.*\.pt",
+        "a pipeline of GPT-NeoX or Megatron-DeepSpeed ({found}); write it with its "
+        "tools/ckpts/convert_neox_to_hf.py",
+    ),
+    (
+        r".*\.gguf",
+        "GGUF ({found}), whose weights are rounded for inference; scan the model it was made of, "
+        "or load it with transformers' from_pretrained(..., gguf_file=...) and save_pretrained",
+    ),
+    (
+        r"tf_model\.h5|.*\.h5|flax_model.*\.msgpack|model\.ckpt\.(?:index|meta|data.*)|"
+        r"saved_model\.pb",
+        "weights of TensorFlow or Flax ({found}); load them with an older transformers "
+        "(4.x, from_tf=True or from_flax=True) and save them with save_pretrained",
+    ),
+    (
+        r"_CHECKPOINT_METADATA|_METADATA|manifest\.ocdbt|ocdbt\.process_.*|_sharding",
+        "a checkpoint of JAX by Orbax ({found}): MaxText, Levanter, EasyLM and others; write it "
+        "with that project's own converter to Hugging Face",
+    ),
+    (
+        r".*\.npz|.*\.npy",
+        "arrays of NumPy ({found}); save the model with save_pretrained",
+    ),
+    (
+        r".*\.onnx.*|.*\.(?:tflite|mlmodel|mlpackage/?|engine|plan)",
+        "an exported graph ({found}), of which no block can be read; scan the model it was made of",
+    ),
+    (
+        r".*\.(?:tar|tar\.gz|tgz|tar\.zst|zip|7z)",
+        "a packed archive ({found}); unpack it first",
     ),
     (
         r"(?:pytorch_model_fsdp_[0-9]+|model_and_optim)/|.*\.distcp",
@@ -46,12 +103,16 @@ _KINDS = (
         "they cannot be put together",
     ),
     (
-        rf"(?!{_STATE}).*\.(?:safetensors|bin|pth?|ckpt|gguf|h5|msgpack|npz|tar)",
+        rf"(?!{_STATE}).*\.(?:safetensors|bin|pth?|ckpt)",
         "weights under a name that is not read ({found}); save the model with save_pretrained",
     ),
     (
         rf"(?:{_STATE}).*|trainer_state\.json",
         "the state of training ({found}) and no weights; save the model, too",
+    ),
+    (
+        r"(?:vocab\.json|merges\.txt|tokenizer.*|special_tokens_map\.json)",
+        "a tokenizer ({found}) and no weights; name the directory of the model",
     ),
 )
 """Names, and what they are; the first that some name matches counts."""
@@ -65,13 +126,13 @@ def of(files: Files) -> str:
     """
     if (found := known(files)) is not None:
         return found
-    there = _names(files)
+    there = names(files)
     if not there:
         return f"{files.location} is empty; is the checkpoint still being written?"
-    cure = "is the checkpoint still being written?"
+    cure = "save the model with save_pretrained"
     if any(name.endswith("/") for name in there):
-        cure += " --pattern finds what lies further below"
-    return f"{files.location} holds no weights that are read (there is {few(there)}); {cure}"
+        cure = "--pattern finds what lies further below"
+    return f"{files.location} holds nothing of a format that is known ({few(there)}); {cure}"
 
 
 def known(files: Files) -> str | None:
@@ -86,9 +147,10 @@ def known(files: Files) -> str | None:
             f"{files.location} holds links to what is not there ({few(gone)}); copy or download "
             "the checkpoint again, with what its links lead to"
         )
-    there = _names(files)
+    there = names(files)
     for pattern, said in _KINDS:
-        if found := [name for name in there if re.fullmatch(pattern, name)]:
+        found = [name for name in there if re.fullmatch(pattern, name)]
+        if found and (found != ["context/"] or "weights/" in there):
             return f"{files.location} holds {said.format(found=few(found))}"
     return None
 
@@ -96,7 +158,7 @@ def known(files: Files) -> str | None:
 def of_deepspeed(files: Files) -> bool:
     """Whether a directory is DeepSpeed's state of a model, as it lies in a checkpoint."""
     try:
-        return any(_DEEPSPEED.fullmatch(name) for name in _names(files))
+        return any(_DEEPSPEED.fullmatch(name) for name in names(files))
     except ArchiveError:
         return False
 
@@ -108,7 +170,7 @@ def few(found: Sequence[str]) -> str:
     )
 
 
-def _names(files: Files) -> list[str]:
+def names(files: Files) -> list[str]:
     """What a directory holds; directories with a slash behind their names."""
     found = islice(files.entries(), _MOST)
     return sorted(entry.name + ("/" if entry.directory else "") for entry in found)

@@ -21,7 +21,10 @@ from sinktrack.archive.foreign import is_head
 from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError
 
-FORMATS = ("safetensors_files", "pytorch_files", "fsdp", "olmo_core", "torchtitan", "megatron")
+FORMATS = (
+    "safetensors_files", "pytorch_files", "fsdp", "olmo_core", "deepspeed", "verl",
+    "litgpt", "nanogpt", "nanochat", "olmo", "trainer_files", "torchtitan", "megatron",
+)  # fmt: skip
 """Modules of this package; of two that know a directory the first counts."""
 
 DTYPES = {
@@ -95,6 +98,13 @@ class Checkpoint:
     """Where the ``config.json`` is that describes the model, if not in the checkpoint."""
     reason: str | None = None
     """Why it cannot be measured, where that was seen before it is opened."""
+    file: str | None = None
+    """The one file that it is, where a directory holds several checkpoints."""
+
+    @property
+    def where(self) -> str:
+        """The full path or URL, for messages."""
+        return self.files.path(self.file) if self.file else self.files.location
 
 
 def open(checkpoint: Checkpoint) -> Source:

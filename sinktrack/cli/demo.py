@@ -17,6 +17,8 @@ def command(
     ),
 ) -> None:
     """Train a tiny MoE, watch its sink form, scan its checkpoints and draw the report."""
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"{out} is a file; --out names a directory")
     for package in ("transformers", "accelerate", "plotly", "psutil", "yaml"):
         require(package, "demo")
     from sinktrack.demo import run_demo

@@ -21,6 +21,8 @@ def command(
     from sinktrack.records.run import Run
     from sinktrack.views.export import export as export_records
 
+    if out is not None and out.suffix in {".parquet", ".csv"} - {f".{form}"}:
+        raise typer.BadParameter(f"{out} is named otherwise than --format {form} says")
     opened = Run.read(run)
     path = out or Path(f"{run.absolute().name}.{form}")
     count = export_records(opened.records, path, form)

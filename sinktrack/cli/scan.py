@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from sinktrack.cli.common import ERR, AsJson
-from sinktrack.errors import ArchiveError, SinktrackError
+from sinktrack.errors import ArchiveError, RecordError, SinktrackError
 
 if TYPE_CHECKING:
     from sinktrack.archive.source import Checkpoint
+    from sinktrack.probe import Probe
+    from sinktrack.scan import Checkpoints, Job
 
 
 def command(
@@ -85,18 +94,13 @@ def command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure every checkpoint that the run does not hold yet."""
-    from sinktrack.records.run import Run
-    from sinktrack.scan import (
-        Checkpoints,
-        Job,
-        NoExample,
-        Scan,
-        check_device,
-        choose_probe,
-        quiet,
-        renamed,
-    )
+    """Measure every checkpoint that the run does not hold yet.
+
+    Of a directory of several archives, such as a sweep's, each is scanned into a run of its own
+    below the one that is given.
+    """
+    from sinktrack.archive.discover import NoCheckpoint, archives_below
+    from sinktrack.scan import Checkpoints, Job, check_device, quiet
 
     if causal and blocks is not None:
         raise typer.BadParameter("the causal tests need all blocks: give --causal or --blocks")
@@ -106,48 +110,104 @@ def command(
     quiet()
     if follow and len(archives) > 1:
         raise ArchiveError("--follow takes one archive; start a scan for each")
-    checkpoints = Checkpoints(archives, pattern, hf_config, poll if follow else None, _part(part))
-    for found in checkpoints.by_archive:
-        if [checkpoint.step for checkpoint in found] == [0] and found[0].reason is None:
-            ERR.print(f"{found[0].name} is recorded as step 0", markup=False)
+
+    share = _part(part)
+
+    def job(batch: Probe) -> Job:
+        return Job(batch, device, batch_size, blocks, causal, dtype, card)
+
+    one = _One(job, probe, engine, workers, as_json, follow, blocks)
+    try:
+        found = Checkpoints(archives, pattern, hf_config, poll if follow else None, share)
+    except NoCheckpoint:
+        below = archives_below(archives[0], pattern, hf_config) if len(archives) == 1 else {}
+        if len(below) < 2:
+            raise
+        ERR.print(f"{archives[0]} holds {len(below)} archives, a run for each in {run}")
+        failed = 0
+        for name, archive in below.items():
+            ERR.print(f"{name}:", markup=False)
+            failed += one.scan(Checkpoints([archive], pattern, hf_config, part=share), run / name)
+        raise typer.Exit(1 if failed else 0) from None
     if follow:
         there = "://" in archives[0] or Path(archives[0]).is_dir()
         said = f"following {archives[0]}, {'' if there else 'which is not there yet, '}"
         ERR.print(f"{said}a look every {poll:g} s (Ctrl-C ends it)", markup=False)
+    raise typer.Exit(1 if one.scan(found, run) else 0)
 
-    opened = Run.open(run)
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """A scheduler's SIGTERM ends as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        batch, note = choose_probe(checkpoints.examples(), opened, probe)
-    except NoExample as error:
-        told = _Told(as_json=as_json, follow=follow, total=len(error.failures))
-        for checkpoint, failure in error.failures:
-            told(checkpoint, failure)
-        told.summary(0, run)
-        raise typer.Exit(1) from error
-    if note:
-        ERR.print(note, markup=False)
-    opened.adopt(batch)
-    job = Job(batch, device, batch_size, blocks, causal, dtype, card)
-    todo = len(job.lacking(checkpoints.found, opened))
-    recorded = len(checkpoints.found) - todo
-    if others := renamed(checkpoints.found, opened):
-        ERR.print(
-            f"recorded already, from others than are here: {', '.join(others)}; if these are "
-            "of another training, use another run directory",
-            markup=False,
-        )
-    told = _Told(as_json=as_json, follow=follow, total=todo)
-    try:
-        with told.progress:
-            for _ in Scan(checkpoints, opened, job, engine, workers).records(told):
-                pass
-    except KeyboardInterrupt:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass(frozen=True)
+class _One:
+    """Scans archives, each into a run."""
+
+    job: Callable[[Probe], Job]
+    probe: Path | None
+    engine: Literal["local", "ray"] | None
+    workers: int | None
+    as_json: bool
+    follow: bool
+    blocks: int | None
+
+    def scan(self, checkpoints: Checkpoints, run: Path) -> int:
+        """How many checkpoints failed."""
+        from sinktrack.records.run import Run
+        from sinktrack.scan import NoExample, Scan, choose_probe, renamed
+
+        for found in checkpoints.by_archive:
+            if [checkpoint.step for checkpoint in found] == [0] and found[0].reason is None:
+                ERR.print(f"{found[0].name} is recorded as step 0", markup=False)
+        opened = Run.open(run)
+        try:
+            batch, note = choose_probe(checkpoints.examples(), opened, self.probe)
+        except NoExample as error:
+            told = _Told(self.as_json, self.follow, len(error.failures), self.blocks)
+            for checkpoint, failure in error.failures:
+                told(checkpoint, failure)
+            told.summary(0, run)
+            return told.failed
+        if note:
+            ERR.print(note, markup=False)
+        opened.adopt(batch)
+        job = self.job(batch)
+        todo = len(job.lacking(checkpoints.found, opened))
+        recorded = len(checkpoints.found) - todo
+        if others := renamed(checkpoints.found, opened):
+            ERR.print(
+                f"recorded already, from others than are here: {', '.join(others)}; if these are "
+                "of another training, use another run directory",
+                markup=False,
+            )
+        told = _Told(self.as_json, self.follow, todo, self.blocks)
+        try:
+            with _terminable(), told.progress:
+                scan = Scan(checkpoints, opened, job, self.engine, self.workers)
+                for _ in scan.records(told):
+                    pass
+        except (KeyboardInterrupt, RecordError, OSError) as error:
+            told.summary(recorded, run)
+            if (left := todo - told.measured - told.failed) > 0:
+                said = "interrupted" if isinstance(error, KeyboardInterrupt) else "ended"
+                ERR.print(f"{said}, {left} left: the same command goes on with them")
+            raise
         told.summary(recorded, run)
-        if (left := todo - told.measured - told.failed) > 0:
-            ERR.print(f"interrupted, {left} left: the same command goes on with them")
-        raise
-    told.summary(recorded, run)
-    raise typer.Exit(1 if told.failed else 0)
+        return told.failed
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
@@ -162,9 +222,11 @@ def _part(text: str | None) -> tuple[int, int] | None:
 class _Told:
     """What a scan says while it works."""
 
-    def __init__(self, as_json: bool, follow: bool, total: int) -> None:
+    def __init__(self, as_json: bool, follow: bool, total: int, blocks: int | None) -> None:
         self.measured = self.failed = 0
-        self._as_json, self._follow = as_json, follow
+        self._as_json, self._follow, self._blocks = as_json, follow, blocks
+        self._total, self._began = total, time.monotonic()
+        self._lines = not follow and not sys.stderr.isatty()
         self._partial, self._failure = False, ""
         from rich.progress import (
             BarColumn,
@@ -194,8 +256,11 @@ class _Told:
             ERR.print(f"failed: {checkpoint.name}: {reason}", markup=False)
         else:
             self.measured += 1
-            if self._follow:
-                ERR.print(f"measured: {checkpoint.name}", markup=False)
+            if self._follow or self._lines:
+                ERR.print(f"measured: {checkpoint.name}{self._left()}", markup=False)
+            if self._blocks and "measured_blocks" not in outcome and not self._partial:
+                self._partial = True
+                ERR.print(f"all blocks are measured: the model has no more than {self._blocks}")
             if "measured_blocks" in outcome and not self._partial:
                 self._partial = True
                 ERR.print(
@@ -206,6 +271,14 @@ class _Told:
             if self._as_json:
                 print(json.dumps(outcome), flush=True)
         self.progress.update(self._task, advance=1, description=checkpoint.name)
+
+    def _left(self) -> str:
+        """How far the scan is, and how long it will go on at this pace."""
+        if self._follow:
+            return ""
+        done = self.measured + self.failed
+        seconds = int((time.monotonic() - self._began) / done * (self._total - done))
+        return f" ({done} of {self._total}, {timedelta(seconds=seconds)} left)"
 
     def summary(self, recorded: int, run: Path) -> None:
         ERR.print(

@@ -98,7 +98,9 @@ class Run:
         """
         directory = Path(directory)
         if not any((directory / name).exists() for name in ("run.json", "records.jsonl")):
-            raise RecordError(f"{directory} is not a run directory (no run.json, no records.jsonl)")
+            said = f"{directory} is not a run directory (no run.json, no records.jsonl)"
+            below = sorted(path.parent for path in directory.glob("*/records.jsonl"))
+            raise RecordError(f"{said}; there is {below[0]}" if below else said)
         run = cls(directory)
         run._check_schema()
         return run

@@ -202,7 +202,13 @@ def check_device(device: str, engine: Engine | None = None) -> None:
         found = torch.device(device)
     except RuntimeError as error:
         raise MeasurementError(f"device {device!r}: {one_line(error)}") from error
-    if found.type != "cuda" or engine == "ray":
+    if engine == "ray":
+        return
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise MeasurementError(f"device {device!r} is not here: this torch computes without it")
+    if found.type != "cuda":
+        if found.type not in ("cpu", "mps") and not hasattr(torch, found.type):
+            raise MeasurementError(f"device {device!r} is not here: this torch knows none of it")
         return
     if (found.index or 0) >= (count := torch.cuda.device_count()):
         raise MeasurementError(f"device {device!r} is not here: torch sees {count} CUDA devices")

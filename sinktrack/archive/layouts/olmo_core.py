@@ -63,7 +63,9 @@ def open(checkpoint: Checkpoint) -> PieceSource:
     return PieceSource(files, config, weights, pieces)
 
 
-def _pieces(finder: Finder, stored: dict[str, Stored], config: Any) -> Iterator[tuple[str, Piece]]:
+def _pieces(
+    finder: Finder[Stored], stored: dict[str, Stored], config: Any
+) -> Iterator[tuple[str, Piece]]:
     rows, hidden = config.vocab_size, config.hidden_size
     yield finder.renamed("model.embed_tokens", "embeddings", rows, hidden)
     yield finder.renamed("model.norm", "lm_head.norm", hidden)
@@ -74,7 +76,7 @@ def _pieces(finder: Finder, stored: dict[str, Stored], config: Any) -> Iterator[
             yield f"model.layers.{block}.{name}", piece
 
 
-def _block(finder: Finder, at: str, config: Any) -> Iterator[tuple[str, Piece]]:
+def _block(finder: Finder[Stored], at: str, config: Any) -> Iterator[tuple[str, Piece]]:
     hidden, width = config.hidden_size, config.hidden_size // config.num_attention_heads
     yield finder.renamed("post_attention_layernorm", f"{at}.attention_norm", hidden)
     yield finder.renamed("post_feedforward_layernorm", f"{at}.feed_forward_norm", hidden)
@@ -94,7 +96,7 @@ def _block(finder: Finder, at: str, config: Any) -> Iterator[tuple[str, Piece]]:
         yield from finder.gated("mlp", f"{at}.feed_forward", hidden, config.intermediate_size)
 
 
-def _experts(finder: Finder, at: str, config: Any) -> Iterator[tuple[str, Piece]]:
+def _experts(finder: Finder[Stored], at: str, config: Any) -> Iterator[tuple[str, Piece]]:
     """Experts lie one below the other, and the down projection of each on its side."""
     count, width, hidden = config.num_experts, config.intermediate_size, config.hidden_size
 

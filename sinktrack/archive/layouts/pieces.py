@@ -1,4 +1,4 @@
-"""Tensors of a ``torch.distributed.checkpoint`` under the names that Hugging Face gives them.
+"""Tensors of another framework's checkpoint under the names that Hugging Face gives them.
 
 Frameworks stack blocks or experts into one tensor, or several matrices: a Hugging Face tensor is a
 piece of what is stored. A format says which (`Piece`); `PieceSource` reads it.
@@ -6,9 +6,9 @@ piece of what is stored. A format says which (`Piece`); `PieceSource` reads it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,11 +20,50 @@ from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError
 
 
+class Stored(Protocol):
+    """A tensor as it lies in the files of a checkpoint."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its values."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its size in each dimension."""
+
+    def ends(self, lead: tuple[int, ...]) -> Iterable[tuple[str, int]]:
+        """The files with parts below a leading index, and how long each must be."""
+
+    def read(
+        self, fetch: dcp.Fetch, lead: tuple[int, ...] = (), rows: Sequence[dcp.Span] = ()
+    ) -> Tensor:
+        """Rows below a leading index, the spans one after the other; all of them if none."""
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """A tensor that no file holds: what a model without it has in its place."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def ends(self, lead: tuple[int, ...]) -> Iterable[tuple[str, int]]:
+        """Of no file."""
+        return ()
+
+    def read(
+        self, fetch: dcp.Fetch, lead: tuple[int, ...] = (), rows: Sequence[dcp.Span] = ()
+    ) -> Tensor:
+        """As many zeros."""
+        found = torch.zeros(self.shape, dtype=self.dtype)[lead]
+        return torch.cat([found[a:b] for a, b in rows]) if rows else found
+
+
 @dataclass(frozen=True)
 class Piece:
     """A Hugging Face tensor: rows of a stored one below a leading index."""
 
-    stored: dcp.Stored
+    stored: Stored
     lead: tuple[int, ...] = ()
     rows: tuple[dcp.Span, ...] = ()
     """All of them if empty."""
@@ -44,17 +83,20 @@ class Piece:
         return list(self.turned(torch.empty(shape, device="meta")).shape) if self.turned else shape
 
 
-class Finder:
+S = TypeVar("S", bound=Stored)
+
+
+class Finder(Generic[S]):
     """Takes the tensors that a model needs out of a checkpoint, each once and of its shape.
 
     Args:
         stored: what the checkpoint holds, by its own names.
     """
 
-    def __init__(self, stored: Mapping[str, dcp.Stored]) -> None:
+    def __init__(self, stored: Mapping[str, S]) -> None:
         self._stored, self._taken = stored, set[str]()
 
-    def take(self, *names: str, shape: Sequence[int]) -> dcp.Stored:
+    def take(self, *names: str, shape: Sequence[int]) -> S:
         """The first of these tensors that is there.
 
         Raises:
@@ -93,7 +135,7 @@ class PieceSource:
     Args:
         files: the checkpoint.
         config: the model's configuration, of transformers.
-        weights: where ``.metadata`` and the files that it names are.
+        weights: where the files that the pieces name are.
         pieces: by Hugging Face's names.
         tokens: that the model had seen, where that is found with the weights.
     """
@@ -123,11 +165,11 @@ class PieceSource:
         piece = self._pieces.get(name)
         if piece is None:
             raise ArchiveError(f"{self.files.location} holds nothing for {name!r}")
-        for chunk in piece.stored.near(piece.lead):
-            if chunk.file not in self._sizes:
-                self._sizes[chunk.file] = self._weights.size(chunk.file)
-            if chunk.start + chunk.length > self._sizes[chunk.file]:
-                raise ArchiveError(f"{self._weights.path(chunk.file)} is truncated; copy it again")
+        for file, end in piece.stored.ends(piece.lead):
+            if file not in self._sizes:
+                self._sizes[file] = self._weights.size(file)
+            if end > self._sizes[file]:
+                raise ArchiveError(f"{self._weights.path(file)} is truncated; copy it again")
         return PieceSlice(self._weights, piece)
 
 
@@ -158,7 +200,7 @@ class PieceSlice:
             rows, index = _cut(rows, low, high), (slice(None), *index[1:])
             if not rows:
                 return torch.empty(0, *self.get_shape()[1:], dtype=self.piece.stored.dtype)[index]
-        found = dcp.read(self.piece.stored, self._fetch, self.piece.lead, rows)
+        found = self.piece.stored.read(self._fetch, self.piece.lead, rows)
         return (self.piece.turned(found) if self.piece.turned else found)[index]
 
     def _fetch(self, file: str, start: int, length: int) -> memoryview:

@@ -12,7 +12,7 @@ import math
 import reprlib
 import struct
 import zipfile
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -109,6 +109,15 @@ class Stored:
                 ones += 1
             found.setdefault(chunk.offsets[:ones], []).append(chunk)
         return found
+
+    def ends(self, lead: tuple[int, ...]) -> Iterator[tuple[str, int]]:
+        """The files with parts below a leading index, and how long each must be."""
+        for chunk in self.near(lead):
+            yield chunk.file, chunk.start + chunk.length
+
+    def read(self, fetch: Fetch, lead: tuple[int, ...] = (), rows: Sequence[Span] = ()) -> Tensor:
+        """Rows below a leading index; see `read`."""
+        return read(self, fetch, lead, rows)
 
     def near(self, lead: tuple[int, ...]) -> list[Chunk]:
         """The chunks that may hold something below the leading index ``lead``."""

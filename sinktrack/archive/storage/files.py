@@ -36,7 +36,7 @@ _ATTEMPTS = 4
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SHORTEST_POINTER, _LONGEST_POINTER = 80, 1024
 """Bytes of what Git LFS leaves in the place of a file."""
-_READ: dict[tuple[str, str, str], tuple[tuple[Any, ...], Any]] = {}
+_READ: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
 """What `Files.once` keeps, by what was read and where."""
 _MOST_READ = 100_000
 _STORES = {"s3", "gs", "gcs", "az", "abfs"}
@@ -188,7 +188,7 @@ class Files:
     def once(self, read: Callable[[Files], T], *names: str) -> T:
         """What ``read`` makes of this directory; kept until one of these files changes."""
         stamps = tuple(map(self.stamp, names))
-        key = read.__module__, read.__qualname__, self.location
+        key = read.__module__, read.__qualname__, self.location, names
         kept = _READ.get(key)
         if kept is None or kept[0] != stamps:
             _READ[key] = kept = stamps, read(self)
@@ -382,7 +382,7 @@ class Files:
                 raise ArchiveError(f"cannot read {path}: {error}") from error
             except (Exception, asyncio.CancelledError) as error:  # each store has its own
                 if attempt == _ATTEMPTS or _refused(error):
-                    raise ArchiveError(f"cannot read {path}: {one_line(error)}") from error
+                    raise ArchiveError(f"cannot read {path}: {_told(error)}") from error
                 time.sleep(0.1 * 4**attempt)
         raise AssertionError
 
@@ -418,8 +418,10 @@ class _Missing(ArchiveError):
 
 
 def _missing(path: str) -> _Missing:
-    cure = "; or give --hf-config (hf_config)" if path.endswith("/config.json") else ""
-    return _Missing(f"{path} is missing; is the checkpoint still being written?{cure}")
+    cure = "is the checkpoint still being written?"
+    if path.endswith("/config.json"):
+        cure += "; or give --hf-config (hf_config)"
+    return _Missing(f"{path} is missing; {cure}")
 
 
 class _Meter:
@@ -473,6 +475,13 @@ def _filesystem(url: str) -> Any:
     else:
         raise ArchiveError(f"{url}: wanted a directory, or a URL of s3, gs, az, hf or https")
     return fsspec.filesystem(protocol)
+
+
+def _told(error: BaseException) -> str:
+    """What a store says, out of the XML that some answer with."""
+    said = one_line(error)
+    code, text = (re.search(rf"<{tag}>(.*?)</{tag}>", said) for tag in ("Code", "Message"))
+    return ": ".join(found[1] for found in (code, text) if found) or said
 
 
 def _refused(error: BaseException) -> bool:

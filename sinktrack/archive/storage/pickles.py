@@ -60,7 +60,8 @@ def load(data: bytes, admitted: Mapping[str, Build | None], what: str) -> Any:
     Args:
         data: the pickle.
         admitted: by ``module.name``, what makes a value of the constructor's arguments, or None
-            for a ``Record``. A name that ends in ``.*`` stands for all names below it.
+            for a ``Record``. A name that ends in ``.*`` stands for all names below it, ``*`` for
+            every name: what a trainer keeps beside the weights is then data that nobody looks at.
         what: the file's name, for errors.
 
     Raises:
@@ -97,14 +98,14 @@ class _Unpickler(_Interpreter):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO, admitted: Mapping[str, Build | None], what: str) -> None:
         super().__init__(file)
         self.memo = _Memo()
-        self.admitted, self.what = admitted, what
+        self.admitted, self.what, self.any = admitted, what, "*" in admitted
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
         found = getattr(torch, name, None) if module == "torch" else None
         if full in self.admitted and isinstance(found, torch.dtype):
             return found
-        if full in self.admitted or f"{module.split('.')[0]}.*" in self.admitted:
+        if full in self.admitted or f"{module.split('.')[0]}.*" in self.admitted or self.any:
             return Global(full)
         raise ArchiveError(
             f"{self.what} is a pickle that imports {full}, which a checkpoint has no need of; it "
@@ -115,6 +116,8 @@ class _Unpickler(_Interpreter):  # type: ignore[misc]
         return Record("storage", pid)
 
     def _make(self, called: Any, arguments: Any) -> Any:
+        if self.any and isinstance(called, Record):  # what nobody looks at, of several steps
+            return Record(called.name)
         if not isinstance(called, Global) or not isinstance(arguments, tuple):
             raise pickle.UnpicklingError("calls something that is not a class")
         build = self.admitted.get(called.name)
@@ -128,7 +131,9 @@ class _Unpickler(_Interpreter):  # type: ignore[misc]
         state = self.stack.pop()
         if isinstance(self.stack[-1], Record):
             self.stack[-1].state = state
-        elif self.stack[-1] is not None:  # None is what a builder leaves of what nobody needs
+        elif (
+            self.stack[-1] is not None and not self.any
+        ):  # None is what a builder leaves of what nobody needs
             raise pickle.UnpicklingError("sets the state of something that is not an object")
 
     def _load_setitem(self) -> None:
@@ -139,7 +144,23 @@ class _Unpickler(_Interpreter):  # type: ignore[misc]
         items = self.pop_mark()
         self._set(self.stack[-1], items)
 
+    def _load_appends(self) -> None:
+        items = self.pop_mark()
+        self._extend(self.stack[-1], items)
+
+    def _load_append(self) -> None:
+        item = self.stack.pop()
+        self._extend(self.stack[-1], [item])
+
+    def _extend(self, target: Any, items: list[Any]) -> None:
+        if type(target) is list:
+            target.extend(items)
+        elif not (self.any and isinstance(target, Record)):
+            raise pickle.UnpicklingError("appends to something that is not a list")
+
     def _set(self, target: Any, items: list[Any]) -> None:
+        if self.any and isinstance(target, Record):
+            return
         if type(target) is not dict:
             raise pickle.UnpicklingError("sets items of something that is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -160,4 +181,5 @@ class _Unpickler(_Interpreter):  # type: ignore[misc]
     } | {
         pickle.REDUCE[0]: _load_call, pickle.NEWOBJ[0]: _load_call, pickle.BUILD[0]: _load_build,
         pickle.SETITEM[0]: _load_setitem, pickle.SETITEMS[0]: _load_setitems,
+        pickle.APPEND[0]: _load_append, pickle.APPENDS[0]: _load_appends,
     }  # fmt: skip

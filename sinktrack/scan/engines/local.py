@@ -16,6 +16,7 @@ from multiprocessing.connection import wait as wait_for
 import torch
 
 from sinktrack.archive.source import Checkpoint
+from sinktrack.errors import MeasurementError
 from sinktrack.scan.engines import ATTEMPTS, Outcome, Work, attempt, died
 from sinktrack.scan.engines.memory import available, footprint_of_one
 
@@ -32,6 +33,9 @@ def spread(
         work: measures one checkpoint; can be pickled.
         checkpoints: what to measure.
         workers: processes; by default as many as cores and memory allow.
+
+    Raises:
+        MeasurementError: no process comes up at all.
     """
     size = workers or sensible(checkpoints)
     waiting, alone = deque(checkpoints), deque[Checkpoint]()
@@ -39,6 +43,7 @@ def spread(
     while waiting or alone:
         with _pool(size) as pool:
             running: dict[Future[Outcome], Checkpoint] = {}
+            first = [] if deaths else [pool.submit(os.getpid) for _ in range(size)]
             try:
                 while waiting or alone or running:
                     queue, room = (alone, 1) if alone else (waiting, size)
@@ -49,13 +54,24 @@ def spread(
                     for future in done:
                         outcome = future.result()
                         yield running.pop(future), outcome
-            except BrokenProcessPool:
+            except BrokenProcessPool as error:
+                if not _came_up(first):
+                    raise MeasurementError(
+                        "no worker process comes up; its own error stands above. A script must "
+                        "call a scan with workers under `if __name__ == '__main__':`, as every "
+                        "process imports it again"
+                    ) from error
                 for checkpoint in running.values():
                     deaths[checkpoint] = deaths.get(checkpoint, 0) + 1
                     if deaths[checkpoint] < ATTEMPTS:
                         alone.append(checkpoint)
                     else:
                         yield checkpoint, died(deaths[checkpoint])
+
+
+def _came_up(first: Sequence[Future[int]]) -> bool:
+    """Whether a worker did anything at all, of those that the first tasks were given to."""
+    return not first or any(one.done() and one.exception() is None for one in first)
 
 
 def sensible(checkpoints: Sequence[Checkpoint]) -> int:
