@@ -23,7 +23,7 @@ import numpy as np
 
 from sinktrack.signal import Analysis, analyze
 from sinktrack.signal.robust import change
-from sinktrack.signal.stages import MATERIAL
+from sinktrack.signal.stages import MIN_CHANGE
 
 END, EVERY = 10_000, 100
 UNIFORM_LEVEL = 0.02
@@ -213,7 +213,7 @@ def _false_plateau(truth: Truth, signal: Analysis) -> bool:
     for index, (stage, because) in enumerate(zip(signal.stages, signal.because, strict=True)):
         if stage == "settled" and (truth.drop is None or steps[index] < truth.drop):
             window = slice(int(np.searchsorted(steps, because["window"])), index + 1)
-            most = MATERIAL * (rates[: index + 1].max() - UNIFORM_LEVEL)
+            most = MIN_CHANGE * (rates[: index + 1].max() - UNIFORM_LEVEL)
             true = rates[window]
             if np.ptp(true) > most and abs(change(steps[window], true).value) > most:
                 return True

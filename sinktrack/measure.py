@@ -13,7 +13,7 @@ from sinktrack.collect import Collector
 from sinktrack.errors import MeasurementError, require
 from sinktrack.measurement import Measurement
 from sinktrack.models.base import adapt
-from sinktrack.models.guard import out_of_memory, refuse_unreadable, undisturbed, untouched
+from sinktrack.models.guard import out_of_memory, preserve_state, probe_context, refuse_unreadable
 from sinktrack.models.parallel import is_apart
 from sinktrack.models.passes import Digest, Passes
 from sinktrack.probe import Probe
@@ -71,7 +71,7 @@ def measure(
     found = readable(adapted.model, probe)
     device = found.model.get_input_embeddings().weight.device
     refuse_another_model(found, probe)
-    with untouched(found.model, passes.size, probe):
+    with probe_context(found.model, passes.size, probe):
         for observer, batches in passes.both:
             with watch(found, observer):
                 for tokens in batches:
@@ -91,19 +91,19 @@ def _measure_apart(
 ) -> Measurement:
     """Measure a model that no process holds whole; every process calls."""
     require("transformers", "hf")
-    from sinktrack.models.blockwise import CannotWalk
+    from sinktrack.models.blockwise import BlockwiseUnsupported
     from sinktrack.models.gathered import Gathered, together
 
     def gathered() -> Gathered:
         refuse_unreadable(model)
         return Gathered(model)
 
-    with undisturbed(nn.Identity()):
+    with preserve_state(nn.Identity()):
         try:
             return measure_streamed(
                 together(gathered), probe, batch_size=batch_size, in_training=in_training
             )
-        except CannotWalk as error:
+        except BlockwiseUnsupported as error:
             raise MeasurementError(
                 f"{error}, and no process holds the whole model; measure the saved checkpoints "
                 "with `sinktrack scan`"
@@ -129,11 +129,11 @@ def measure_streamed(
         in_training: as of `measure`.
 
     Raises:
-        CannotWalk: the blocks do not run one by one; load the model and use `measure`.
+        BlockwiseUnsupported: the blocks do not run one by one; load the model and use `measure`.
         ArchiveError: a weight is missing or damaged.
         ProbeError, MeasurementError: as `measure`.
     """
-    from sinktrack.models.blockwise import Walk
+    from sinktrack.models.blockwise import BlockwiseForward
     from sinktrack.models.huggingface import watch
 
     passes = Passes(probe, batch_size)
@@ -148,9 +148,12 @@ def measure_streamed(
     embedding = streamed.base.get_input_embeddings()
     device = embedding.weight.device
     digest = Digest(embedding.weight, passes.first)
-    with out_of_memory(passes.size, probe), undisturbed(embedding):
+    with out_of_memory(passes.size, probe), preserve_state(embedding):
         walks = [
-            (observer, [Walk(found, streamed.base, tokens.to(device)) for tokens in batches])
+            (
+                observer,
+                [BlockwiseForward(found, streamed.base, tokens.to(device)) for tokens in batches],
+            )
             for observer, batches in passes.both
         ]
         passes.ablate(found, streamed.base, in_training)
@@ -194,7 +197,7 @@ def refuse_another_model(found: Decoder, probe: Probe) -> None:
         return
     rehearsal = Rehearsal(found)
     for way in (rehearsal.as_in_training, rehearsal.under_taps):
-        with untouched(found.model, 1, probe), way():
+        with probe_context(found.model, 1, probe), way():
             forward(found.model, tokens)
     rehearsal.check()
     rehearsed.note(found, tokens.shape[1])

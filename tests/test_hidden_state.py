@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from sinktrack import MeasurementError, Run, measure
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.models import hidden_state as state
-from sinktrack.models.guard import undisturbed
+from sinktrack.models.guard import preserve_state
 
 Step = Callable[[], Any]
 """Goes on with the state, and tells what is added to the stream."""
@@ -242,7 +242,7 @@ def test_the_state_is_at_work(kind: Any) -> None:
 def test_it_is_put_back_after_a_failure_too() -> None:
     model = stateful(in_objects)
     mlp = model.model.layers[1].mlp
-    with pytest.raises(RuntimeError, match="planted"), undisturbed(model):
+    with pytest.raises(RuntimeError, match="planted"), preserve_state(model):
         model(PROBE.tokens)
         raise RuntimeError("planted")
     assert (mlp.meter.calls, mlp.meter.seen, mlp.slots.calls, mlp.space.on) == (0, [], 0, {})
@@ -333,7 +333,7 @@ def test_what_is_not_the_models_is_left_alone() -> None:
     model = models.llama()
     optimizer = torch.optim.AdamW(model.parameters())
     model.helper = SimpleNamespace(optimizer=optimizer)
-    with undisturbed(model):
+    with preserve_state(model):
         optimizer.defaults["planted"] = 1
         model.model.register_forward_hook(print)
     assert optimizer.defaults["planted"] == 1
@@ -348,6 +348,6 @@ def test_a_cycle_and_a_long_chain_of_objects_end() -> None:
     for _ in range(5000):
         chain = SimpleNamespace(next=chain)
     model.chain = chain
-    with undisturbed(model):
+    with preserve_state(model):
         model.loop.itself.append(1)
     assert len(model.loop.itself) == 2

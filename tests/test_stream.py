@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sinktrack import ArchiveError, Measurement, Probe, measure
 from sinktrack.archive.storage.files import Files
 from sinktrack.measure import measure_streamed
-from sinktrack.models.blockwise import CannotWalk
+from sinktrack.models.blockwise import BlockwiseUnsupported
 from sinktrack.models.streaming import Streamed
 from sinktrack.records.run import to_json
 
@@ -102,7 +102,7 @@ def test_as_the_whole_model(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", sorted(NOT_ONE_BY_ONE))
 def test_blocks_that_pass_on_more_than_the_stream(family: str, tmp_path: Path) -> None:
-    with pytest.raises(CannotWalk, match=r"ForCausalLM cannot be run one by one"):
+    with pytest.raises(BlockwiseUnsupported, match=r"ForCausalLM cannot be run one by one"):
         streamed(saved(family, tmp_path))
 
 

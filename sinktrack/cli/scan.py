@@ -177,7 +177,7 @@ class _One:
         try:
             batch, note = choose_probe(checkpoints.examples(), opened, self.probe)
         except NoExample as error:
-            told = _Told(self.as_json, self.follow, len(error.failures), self.blocks)
+            told = _ScanReporter(self.as_json, self.follow, len(error.failures), self.blocks)
             for checkpoint, failure in error.failures:
                 told(checkpoint, failure)
             told.summary(0, run)
@@ -194,7 +194,7 @@ class _One:
                 "of another training, use another run directory",
                 markup=False,
             )
-        told = _Told(self.as_json, self.follow, todo, self.blocks)
+        told = _ScanReporter(self.as_json, self.follow, todo, self.blocks)
         try:
             with _terminable(), told.progress:
                 scan = Scan(checkpoints, opened, job, self.engine, self.workers)
@@ -219,7 +219,7 @@ def _part(text: str | None) -> tuple[int, int] | None:
     return int(which), int(of)
 
 
-class _Told:
+class _ScanReporter:
     """What a scan says while it works."""
 
     def __init__(self, as_json: bool, follow: bool, total: int, blocks: int | None) -> None:

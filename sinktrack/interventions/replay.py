@@ -21,7 +21,7 @@ from sinktrack.attention import Attended
 from sinktrack.events import Observer, Write
 from sinktrack.measure import forward, readable, refuse_another_model
 from sinktrack.metrics.base import median
-from sinktrack.models.guard import untouched
+from sinktrack.models.guard import probe_context
 from sinktrack.models.huggingface import Decoder, resume, returned, watch
 from sinktrack.probe import Probe
 
@@ -414,5 +414,5 @@ def replaying(model: nn.Module, probe: Probe, batch_size: int | None = None) -> 
     found = readable(model, probe)
     refuse_another_model(found, probe)
     replay = Replay(found, probe, batch_size)
-    with untouched(found.model, len(replay.batches[0]), probe):
+    with probe_context(found.model, len(replay.batches[0]), probe):
         yield replay

@@ -28,10 +28,19 @@ from sinktrack.errors import MeasurementError, SinktrackError
 from sinktrack.events import Projection, Routed, Write
 from sinktrack.measurement import Measurement
 from sinktrack.models.experts import Expert, NotTold, apart
-from sinktrack.models.guard import refuse_unreadable, untouched
+from sinktrack.models.guard import probe_context, refuse_unreadable
 from sinktrack.models.parallel import is_apart
 from sinktrack.models.passes import Digest, Passes
-from sinktrack.models.tracer import _ADD, _MULTIPLY, _SAME, Lineage, Mark, _tensors, mark, mark_of
+from sinktrack.models.tracer import (
+    _ADD,
+    _MULTIPLY,
+    _SAME,
+    Mark,
+    ResidualTracer,
+    _tensors,
+    mark,
+    mark_of,
+)
 from sinktrack.probe import Probe
 
 Blocks = Iterable[nn.Module | Iterable[nn.Module]] | nn.ModuleDict
@@ -270,7 +279,7 @@ def measure_decoder(decoder: Decoder, probe: Probe, batch_size: int | None) -> M
     found = _found(decoder)
     passes = Passes(probe, batch_size)
     (collected, batches), (singles, firsts) = passes.both
-    with untouched(found.model, passes.size, probe):
+    with probe_context(found.model, passes.size, probe):
         for tokens in batches:
             _show(decoder, found, collected, tokens)
         for tokens in firsts:  # twice, as code for one token may expect a cache; P0 sees itself
@@ -299,7 +308,7 @@ def check(decoder: Decoder, probe: Probe) -> str:
     found = _found(decoder)
     few = probe.tokens[:2, :8]
     collected = Collector({})
-    with untouched(found.model, len(few), probe):
+    with probe_context(found.model, len(few), probe):
         _show(decoder, found, collected, few)
     blocks, how = len(found.blocks), " and ".join(found.how)
     experts = f", {found.experts} experts" if found.experts else ""
@@ -1120,7 +1129,7 @@ class _Tap:
             self.found.experts = max(self.found.experts or 0, count)
 
 
-class _Flow(Lineage):
+class _Flow(ResidualTracer):
     """Follows streams as linear forms, and knows what is derived from them."""
 
     def __init__(self, tap: _Tap) -> None:

@@ -15,11 +15,11 @@ from sinktrack.metrics.total_effect import SLOTS, Ablations
 from sinktrack.models.huggingface import Decoder, prepared, watch
 
 
-class CannotWalk(SinktrackError):
+class BlockwiseUnsupported(SinktrackError):
     """The blocks cannot be run one by one: something happens between them."""
 
 
-class Walk:
+class BlockwiseForward:
     """One batch on its way through the blocks of a decoder.
 
     The model's own forward runs first with blocks that hand on what they get. It shows what each is
@@ -32,7 +32,7 @@ class Walk:
         tokens: int64 ``[B, T]``, on the model's device.
 
     Raises:
-        CannotWalk: the model does more than to call its blocks one after the other.
+        BlockwiseUnsupported: the model does more than to call its blocks one after the other.
     """
 
     def __init__(self, found: Decoder, base: nn.Module, tokens: Tensor) -> None:
@@ -48,7 +48,7 @@ class Walk:
                 failure: Exception = error
         else:
             name = type(found.model).__name__
-            raise CannotWalk(
+            raise BlockwiseUnsupported(
                 f"the blocks of {name} cannot be run one by one: {failure}"
             ) from failure
         args, kwargs = self._calls[0]
@@ -94,7 +94,7 @@ class Walk:
         self.stream = output[0] if isinstance(output, tuple | list) else output
 
 
-class AblatedWalk:
+class AblatedForward:
     """Single-token sequences and their edited copies on the way through the blocks.
 
     A block runs once over the unedited sequences with fresh copies of them, and once over the
@@ -107,7 +107,7 @@ class AblatedWalk:
         most: rows that go through a block at once; copies of one block always do.
 
     Raises:
-        CannotWalk: as of `Walk`.
+        BlockwiseUnsupported: as of `BlockwiseForward`.
     """
 
     def __init__(self, found: Decoder, base: nn.Module, ablations: Ablations, most: int) -> None:
@@ -118,9 +118,9 @@ class AblatedWalk:
         self._tokens = ablations.tokens.to(device)
         self._stream = self._walk(self._count).stream
 
-    def _walk(self, rows: int) -> Walk:
+    def _walk(self, rows: int) -> BlockwiseForward:
         tokens = self._tokens.repeat(rows // self._count)[:, None]
-        return Walk(self._found, self._base, tokens)
+        return BlockwiseForward(self._found, self._base, tokens)
 
     def step(self, index: int, collected: Collector, alone: Collector) -> None:
         """Go through one block; they come in order.
@@ -131,7 +131,7 @@ class AblatedWalk:
             alone: of the pass of single first tokens.
 
         Raises:
-            CannotWalk: as of `Walk`.
+            BlockwiseUnsupported: as of `BlockwiseForward`.
             MeasurementError: what else is in a batch makes a difference.
         """
         ablations, count = self.ablations, self._count

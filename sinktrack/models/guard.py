@@ -23,9 +23,9 @@ _SPOILT: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
 
 
 @contextmanager
-def untouched(model: nn.Module, size: int, probe: Probe) -> Iterator[None]:
+def probe_context(model: nn.Module, size: int, probe: Probe) -> Iterator[None]:
     """Forward passes inside leave no trace; ``size`` sequences of the probe go through at once."""
-    with out_of_memory(size, probe), undisturbed(model), _resharded(model):
+    with out_of_memory(size, probe), preserve_state(model), _resharded(model):
         yield
 
 
@@ -58,7 +58,7 @@ def refuse_unreadable(model: nn.Module) -> None:
 
 
 @contextmanager
-def undone(undo: Callable[[], object]) -> Iterator[None]:
+def restore_on_exit(undo: Callable[[], object]) -> Iterator[None]:
     """Call ``undo`` on leaving; once more where a signal's handler raises in the middle of it."""
     try:
         try:
@@ -71,7 +71,7 @@ def undone(undo: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module) -> Iterator[None]:
     """Evaluate without gradients, autocast, compilation or dropout; then restore everything.
 
     Restored, also when the body raises: the random states of Python, numpy, torch and every CUDA
@@ -138,7 +138,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         if cuda:
             torch.cuda.set_rng_state_all(gpus)
 
-    with undone(undo):
+    with restore_on_exit(undo):
         torch.set_grad_enabled(False)  # not by torch's contexts, which a signal may leave half done
         for device in autocast:
             torch.set_autocast_enabled(device, False)

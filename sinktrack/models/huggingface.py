@@ -18,8 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sinktrack.attention import Attended, attend, read_scores, see
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Observer, Projection, Routed, Write
-from sinktrack.models.guard import undone
-from sinktrack.models.tracer import Lineage, Mark, mark, mark_of
+from sinktrack.models.guard import restore_on_exit
+from sinktrack.models.tracer import Mark, ResidualTracer, mark, mark_of
 
 _STANDS_FOR = "sdpa"
 """The implementation whose place we take: models ask for its name and prepare masks for it."""
@@ -299,7 +299,7 @@ def watch(found: Decoder, observer: Observer, start: int = 0) -> Iterator[None]:
         stack.close()
         _ACTIVE.set(before)
 
-    with prepared(found), undone(undo):
+    with prepared(found), restore_on_exit(undo):
         last = max(found.blocks)
         stack.callback(found.model.register_forward_pre_hook(tap.begin).remove)
         for index, block in found.blocks.items():
@@ -333,7 +333,7 @@ def prepared(found: Decoder) -> Iterator[None]:
         for config, implementation in before:
             config._attn_implementation_internal = implementation
 
-    with undone(undo):
+    with restore_on_exit(undo):
         for config in own:
             config._attn_implementation_internal = _STANDS_FOR
         yield
@@ -443,7 +443,7 @@ class _Tap:
         self.routed: Routed | None = None
         self.entered: set[int] | None = None
         """The blocks that ran in this pass of the model; None where they run by themselves."""
-        self.lineage = Lineage(self)
+        self.lineage = ResidualTracer(self)
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """A pass of the whole model begins."""
@@ -714,6 +714,6 @@ def _standing_in() -> Iterator[None]:
         else:
             local[_STANDS_FOR] = before
 
-    with undone(undo):
+    with restore_on_exit(undo):
         local[_STANDS_FOR] = attention
         yield

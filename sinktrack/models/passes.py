@@ -20,7 +20,7 @@ from sinktrack.metrics.total_effect import Ablations, is_affordable
 from sinktrack.probe import Probe
 
 if TYPE_CHECKING:  # transformers is slow to import
-    from sinktrack.models.blockwise import AblatedWalk
+    from sinktrack.models.blockwise import AblatedForward
     from sinktrack.models.huggingface import Decoder
 
 
@@ -62,14 +62,14 @@ class Passes:
         self.first = probe.first_tokens()
         self.collected, self._singles = Collector(METRICS), Collector(ALONE)
         self._batches = probe.batches(self.size)
-        self._walk: AblatedWalk | None = None
+        self._walk: AblatedForward | None = None
         self._ablated: Ablations | str = (
             "its blocks are not run one by one; only transformers' decoders are"
         )
 
     def ablate(self, found: Decoder, base: nn.Module, in_training: bool) -> None:
         """Begin the total effects, or note why they cannot be had."""
-        from sinktrack.models.blockwise import AblatedWalk
+        from sinktrack.models.blockwise import AblatedForward
 
         tokens = self._probe.tokens.numel()
         if in_training and not is_affordable(len(found.blocks), tokens):
@@ -85,7 +85,7 @@ class Passes:
         else:
             ablations = Ablations(self.first)
             with self._told():
-                self._walk = AblatedWalk(found, base, ablations, self.size * self._probe.length)
+                self._walk = AblatedForward(found, base, ablations, self.size * self._probe.length)
                 self._ablated = ablations
 
     def step_ablated(self, index: int) -> None:

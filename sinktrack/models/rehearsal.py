@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Observer
-from sinktrack.models.guard import undone
+from sinktrack.models.guard import restore_on_exit
 from sinktrack.models.huggingface import Decoder, configs, foreign, is_experts, watch
 
 TOKENS = 64
@@ -58,7 +58,7 @@ class Rehearsal(Observer):
             for config, implementation in before:
                 config._attn_implementation_internal = implementation
 
-        with undone(undo):
+        with restore_on_exit(undo):
             for config, implementation in before:
                 if implementation != "sdpa":
                     config._attn_implementation_internal = "eager"

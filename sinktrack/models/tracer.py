@@ -95,7 +95,7 @@ class Watcher(Protocol):
         """In place of torch's function of that name."""
 
 
-class Lineage(TorchFunctionMode):
+class ResidualTracer(TorchFunctionMode):
     """While active and `following`, tells a `Watcher` what it sees."""
 
     def __init__(self, watcher: Watcher) -> None:

@@ -287,7 +287,7 @@ class Job:
     ) -> Measurement:
         """Measure with the probe, or with several others of its size at a time."""
         from sinktrack.archive.huggingface import load
-        from sinktrack.models.blockwise import CannotWalk
+        from sinktrack.models.blockwise import BlockwiseUnsupported
         from sinktrack.models.streaming import Streamed
 
         probe, size = self.probe, self.batch_size
@@ -298,7 +298,7 @@ class Job:
             return measure_streamed(
                 streamed, probe, blocks=self.blocks, batch_size=size, in_training=probe is several
             )
-        except CannotWalk as error:
+        except BlockwiseUnsupported as error:
             if self.blocks is not None:
                 raise ArchiveError(f"{error}; scan all of it, without --blocks") from error
             _log.warning("%s: %s; loading it whole", checkpoint.name, error)

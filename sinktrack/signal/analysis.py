@@ -13,14 +13,14 @@ from sinktrack.records.marks import Mark
 from sinktrack.records.run import Run
 from sinktrack.signal import robust
 from sinktrack.signal.loss import Losses, Relation, read_losses, relate
-from sinktrack.signal.phases import LASTING, Event, Span, main_of, spans
+from sinktrack.signal.phases import CONSECUTIVE, Event, Span, main_of, spans
 from sinktrack.signal.robust import Interval
 from sinktrack.signal.sensitivity import Sensitivity, sensitivity
 from sinktrack.signal.stages import (
-    ENOUGH,
-    LEAST_MOVE,
-    LEAST_RISE,
-    MATERIAL,
+    MIN_CHANGE,
+    MIN_MOVE,
+    MIN_RECORDS,
+    MIN_RISE,
     Found,
     Regression,
     Stages,
@@ -287,7 +287,7 @@ def _notes(stages: Stages) -> list[str]:
             f"{stages.schema} are other quantities: they count as missing"
         )
     told = {one.quantity for found in stages.found if (one := found.regression) is not None}
-    if stages.schema == 1 and (stages.left is not None or told & set(LEAST_MOVE)):
+    if stages.schema == 1 and (stages.left is not None or told & set(MIN_MOVE)):
         found.append(
             "records of schema 1 take depth and first-two share at one block that a threshold "
             "chose: where the first sink phase begins elsewhere, they jump by that alone"
@@ -380,7 +380,7 @@ def _name(quantity: str) -> str:
 def _moved(migration: Migration) -> str:
     name, steps = _name(migration.quantity), migration.per_1000_steps
     scale, form, unit = _SCALES[migration.quantity]
-    least = LEAST_MOVE[migration.quantity]
+    least = MIN_MOVE[migration.quantity]
 
     def per(what: str, slope: Interval, of: str) -> str:
         value, low, high = (f"{scale * bound:+.2g}" for bound in slope)
@@ -422,7 +422,7 @@ def _plateau(stages: Stages) -> Plateau | None:
     trend = stages.trend("sink_rate")
     if trend is None:  # too few records since a mark
         return None
-    if max(-trend.low, trend.high) > 2 * MATERIAL * stages.found[-1].because["rise"]:
+    if max(-trend.low, trend.high) > 2 * MIN_CHANGE * stages.found[-1].because["rise"]:
         return None  # it may have moved since it was found flat
     return Plateau(stages.top(), stages.level(), trend)
 
@@ -443,7 +443,7 @@ def _migration(stages: Stages) -> list[Migration]:
     step = stages.points[since].step if since > stages.left and since < len(stages.points) else None
     for name in ("first_two_share", "depth"):
         x, y = stages.curve(name, since)
-        if len(y) < ENOUGH:
+        if len(y) < MIN_RECORDS:
             continue
         tokens = {point.step: point.tokens for point in stages.points}
         counts = np.array([tokens[int(step)] or np.nan for step in x], dtype=np.float64)
@@ -463,34 +463,34 @@ def _missing(stages: Stages) -> list[str]:
     count = len(stages.points)
     found = []
     marked = stages.marked() if stages.points else 0
-    if stages.left is not None and marked > stages.left and count - marked < ENOUGH:
-        found.append(f"trends: {_more(count - marked, ENOUGH)} since the last mark")
+    if stages.left is not None and marked > stages.left and count - marked < MIN_RECORDS:
+        found.append(f"trends: {_more(count - marked, MIN_RECORDS)} since the last mark")
     if stages.partial:
         found.append(f"records of the first blocks alone have no sink rate ({stages.partial})")
     if stages.left is None:
-        if count <= LASTING:
-            return [*found, f"stage and onset: {_more(count, LASTING + 1)}"]
+        if count <= CONSECUTIVE:
+            return [*found, f"stage and onset: {_more(count, CONSECUTIVE + 1)}"]
         return [
             *found,
-            f"onset: the rate has not left its floor by {100 * LEAST_RISE:.0f} points for "
-            f"{LASTING} records in a row ({count} records so far)",
+            f"onset: the rate has not left its floor by {100 * MIN_RISE:.0f} points for "
+            f"{CONSECUTIVE} records in a row ({count} records so far)",
         ]
     since = count - stages.left
     if stages.left == 0:
         found.append("onset: the sink was there at the first records; measure earlier checkpoints")
-    elif stages.floor_records < LASTING:
-        found.append(f"onset: {_more(stages.floor_records, LASTING)} from before the rise")
+    elif stages.floor_records < CONSECUTIVE:
+        found.append(f"onset: {_more(stages.floor_records, CONSECUTIVE)} from before the rise")
     if stages.lost:
         found.append("plateau: the sink is lost")
-    elif since < ENOUGH:
-        found.append(f"plateau: {_more(since, ENOUGH)} since the rise")
-        found.append(f"regression: {_more(since, ENOUGH)} since the rise")
+    elif since < MIN_RECORDS:
+        found.append(f"plateau: {_more(since, MIN_RECORDS)} since the rise")
+        found.append(f"regression: {_more(since, MIN_RECORDS)} since the rise")
     elif (
         stages.stage in ("emerging", "migrating", "settled")
         and _plateau(stages) is None
         and (trend := stages.trend("sink_rate")) is not None
     ):
-        most = MATERIAL * stages.found[-1].because["rise"]
+        most = MIN_CHANGE * stages.found[-1].because["rise"]
         window = (
             f"{UNSURE} whether the rate moves over the last window"
             if trend.low <= 0 <= trend.high
@@ -499,8 +499,8 @@ def _missing(stages: Stages) -> list[str]:
         )
         found.append(f"plateau: {window}; flat is 0 within {100 * most:.1f} points")
     _, depth = stages.curve("depth", max(stages.left, stages.broke))
-    if len(depth) < ENOUGH and not stages.lost and not stages.points[-1].of_heads:
-        words = f"migration: {_more(len(depth), ENOUGH)} of a formed sink"
+    if len(depth) < MIN_RECORDS and not stages.lost and not stages.points[-1].of_heads:
+        words = f"migration: {_more(len(depth), MIN_RECORDS)} of a formed sink"
         if stages.left < stages.broke < count:
             step = stages.points[stages.broke].step
             words += f" since step {step:,}, where the sink phases last changed"

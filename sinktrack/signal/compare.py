@@ -109,7 +109,7 @@ class Difference:
     @property
     def claimed(self) -> bool:
         """Is it beyond chance at 5 %, over all tests that were made?"""
-        return self.p <= 1 - robust.SURE
+        return self.p <= 1 - robust.CONFIDENCE
 
 
 @dataclass(frozen=True)
@@ -566,13 +566,13 @@ def _rank_interval(one: robust.Curve, other: robust.Curve, given: int) -> Interv
     most = 1 - 1 / len(one) ** 2  # a perfect order of few runs is no certainty
     inner = min(most, max(-most, value))
     error = math.sqrt((1 + inner**2 / 2) / (len(one) - 3 - given))
-    reach = NormalDist().inv_cdf((1 + robust.SURE) / 2) * error
+    reach = NormalDist().inv_cdf((1 + robust.CONFIDENCE) / 2) * error
     low, high = (math.tanh(math.atanh(inner) + sign * reach) for sign in (-1, 1))
     return Interval(value, min(low, value), max(high, value))
 
 
 def _t(free: int) -> float:
-    return student_t((1 - robust.SURE) / 2, max(1, free))
+    return student_t((1 - robust.CONFIDENCE) / 2, max(1, free))
 
 
 def _axis(value: float, axis: Axis) -> str:

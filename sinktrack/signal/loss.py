@@ -19,11 +19,11 @@ from sinktrack.errors import RecordError
 from sinktrack.signal import robust
 from sinktrack.signal.quantiles import ranks
 from sinktrack.signal.robust import Curve, Interval
-from sinktrack.signal.stages import MATERIAL
+from sinktrack.signal.stages import MIN_CHANGE
 
 Losses = Mapping[int, float]
 
-ENOUGH = 20
+MIN_RECORDS = 20
 """Records with a loss from which anything is said."""
 LEAST_LOSS = 0.02
 """Part of the loss's range over the run that a change must make up to count."""
@@ -32,7 +32,7 @@ _SMALL = 0.2
 _RESAMPLES = 500
 _RUNS = 5
 """Runs of neighbouring records that a resample is made of."""
-_TAILS = ((1 - robust.SURE) / 2, (1 + robust.SURE) / 2)
+_TAILS = ((1 - robust.CONFIDENCE) / 2, (1 + robust.CONFIDENCE) / 2)
 _STRETCHES = 8
 _SHORTEST = 5
 _LARGEST = 64 * 2**20
@@ -176,11 +176,11 @@ def relate(steps: Sequence[int], rates: Sequence[float], losses: Losses) -> Rela
     if not known:
         return "loss: none of the losses is a number"
     inside = [i for i, step in enumerate(steps) if known[0] <= step <= known[-1]]
-    if len(inside) < ENOUGH:
-        missing = ENOUGH - len(inside)
+    if len(inside) < MIN_RECORDS:
+        missing = MIN_RECORDS - len(inside)
         return (
             f"loss: {missing} more record{'s' if missing > 1 else ''} at steps with a loss "
-            f"({len(inside)} of {ENOUGH})"
+            f"({len(inside)} of {MIN_RECORDS})"
         )
     x = np.array([steps[i] for i in inside], dtype=np.float64)
     rate = np.array([rates[i] for i in inside], dtype=np.float64)
@@ -232,7 +232,7 @@ def _beyond_chance(one: Curve, other: Curve) -> bool:
     least = len(one) // 8
     turned = np.stack([np.roll(one, turn) for turn in range(least, len(one) - least)])
     size = np.abs(_each_correlation(np.vstack([one, turned]), other[None]))
-    return bool(size[0] > np.quantile(size[1:], robust.SURE))
+    return bool(size[0] > np.quantile(size[1:], robust.CONFIDENCE))
 
 
 def _lead(x: Curve, rate: Curve, loss: Curve) -> Lead | None:
@@ -251,7 +251,7 @@ def _lead(x: Curve, rate: Curve, loss: Curve) -> Lead | None:
         np.abs(_each_correlation(np.roll(one, turn)[inner][None], beside)).max()
         for turn in range(most, len(one) - most)
     ]
-    if abs(found[best]) <= np.quantile(turned, robust.SURE):
+    if abs(found[best]) <= np.quantile(turned, robust.CONFIDENCE):
         return None
     drawn = [
         shifts[np.abs(_each_correlation(one[inner][rows][None], beside[:, rows])).argmax()]
@@ -281,7 +281,7 @@ def _disagreements(x: Curve, rate: Curve, loss: Curve) -> list[Disagreement]:
     for rows in np.array_split(np.arange(len(x)), count):
         of_rate, of_loss = robust.change(x[rows], rate[rows]), robust.change(x[rows], loss[rows])
         kind = (
-            _direction(of_rate, MATERIAL * float(np.ptp(rate))),
+            _direction(of_rate, MIN_CHANGE * float(np.ptp(rate))),
             _direction(of_loss, LEAST_LOSS * float(np.ptp(loss))),
         )
         words = _WORDS.get(kind)

@@ -1,7 +1,7 @@
 """Sink phases over training: which are born, grow, are lost, and which of them is the main one.
 
 A phase is followed from record to record by the blocks that it shares with the one before. A change
-counts once `LASTING` records in a row show it, so a concentration that wavers about a threshold
+counts once `CONSECUTIVE` records in a row show it, so a concentration that wavers about a threshold
 bears and loses nothing.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from sinktrack.metrics.phases import stretches
 
-LASTING = 3
+CONSECUTIVE = 3
 """Records in a row that a change must last."""
 
 What = Literal["born", "split", "grew", "shrank", "moved", "merged", "lost", "main"]
@@ -111,7 +111,7 @@ class _Track:
     parent: Span | None
     """A phase that held its blocks before."""
     recent: list[Span]
-    """Of the last `LASTING` records that show it."""
+    """Of the last `CONSECUTIVE` records that show it."""
     number: int | None = None
     """None until it has lasted."""
     told: Span | None = None
@@ -133,7 +133,7 @@ class Story:
     _last_main: Span | None = None
     """Blocks of the main phase that was told last."""
     _leading: list[tuple[_Track | None, int, int | None]] = field(default_factory=list)
-    """The largest phase of the last `LASTING` records, and where."""
+    """The largest phase of the last `CONSECUTIVE` records, and where."""
 
     @property
     def pending(self) -> bool:
@@ -184,7 +184,7 @@ class Story:
             if place in found:
                 track = found[place]
                 track.span, track.missed = span, 0
-                track.recent = [*track.recent, span][-LASTING:]
+                track.recent = [*track.recent, span][-CONSECUTIVE:]
             else:
                 parent = next((one for one in held if span.inside(one)), None)
                 found[place] = _Track(span, at, parent, [span])
@@ -198,7 +198,7 @@ class Story:
         self.events.append(Event(*at, what, track.number, track.told, before, told))
 
     def _young(self, track: _Track, step: int) -> None:
-        if len(track.recent) == LASTING:
+        if len(track.recent) == CONSECUTIVE:
             track.number, track.told = self._count, track.span
             self._count += 1
             self._tell("split" if track.parent else "born", track, track.since, track.parent, step)
@@ -206,7 +206,7 @@ class Story:
     def _missed(self, track: _Track, step: int) -> None:
         if track.number is None:
             self._tracks.remove(track)
-        elif track.missed == LASTING:
+        elif track.missed == CONSECUTIVE:
             into = next(
                 (
                     one.span
@@ -224,7 +224,7 @@ class Story:
         """Its ends, where the last records all lie on one side of what was told."""
         old = track.told
         assert old is not None
-        if len(track.recent) < LASTING:
+        if len(track.recent) < CONSECUTIVE:
             return
         first = _beyond(old.first_block, [span.first_block for span in track.recent])
         last = _beyond(old.last_block, [span.last_block for span in track.recent])
@@ -239,16 +239,16 @@ class Story:
         self._tell(what, track, self._first_of(), old, step)
 
     def _first_of(self) -> tuple[int, int | None]:
-        """Where the last `LASTING` records begin; the present one is not among them yet."""
-        _, step, tokens = self._leading[-(LASTING - 1)]
+        """Where the last `CONSECUTIVE` records begin; the present one is not among them yet."""
+        _, step, tokens = self._leading[-(CONSECUTIVE - 1)]
         return step, tokens
 
     def _lead(self, largest: _Track | None, step: int, tokens: int | None) -> None:
-        self._leading = [*self._leading, (largest, step, tokens)][-LASTING:]
+        self._leading = [*self._leading, (largest, step, tokens)][-CONSECUTIVE:]
         same = all(track is largest for track, *_ in self._leading)
         if largest is None or largest.number is None or largest is self._main:
             pass
-        elif same and len(self._leading) == LASTING:
+        elif same and len(self._leading) == CONSECUTIVE:
             assert largest.told is not None
             if self._last_main is not None:
                 at = self._leading[0][1:]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sinktrack.signal.quantiles import Curve as Curve
 from sinktrack.signal.quantiles import student_t, theil_sen
 
-SURE = 0.95
+CONFIDENCE = 0.95
 _LAGS = (1, 2, 4)
 _BINS = 24
 _BATCHES = 4
@@ -66,7 +66,7 @@ def change(x: Curve, y: Curve) -> Interval:
     """
     x, y = _binned(x), _binned(y)
     span = x[-1] - x[0]
-    slope, low, high = theil_sen(x, y, SURE)
+    slope, low, high = theil_sen(x, y, CONFIDENCE)
     wide = _widening(y - slope * x)
     return Interval(
         float(slope * span),
@@ -173,7 +173,7 @@ def beyond_noise(looks: int, records: int) -> float:
         looks: comparisons made over the run.
         records: from which the noise was estimated.
     """
-    return student_t((1 - SURE) / (2 * max(1, looks)), max(2, records // 2))
+    return student_t((1 - CONFIDENCE) / (2 * max(1, looks)), max(2, records // 2))
 
 
 def _less_floor(values: Curve, weight: Curve) -> Curve:
@@ -202,7 +202,7 @@ def _rising_fits(
 
 
 def _t(free: int) -> float:
-    return student_t((1 - SURE) / 2, max(1, free))
+    return student_t((1 - CONFIDENCE) / 2, max(1, free))
 
 
 def _binned(values: Curve) -> Curve:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from sinktrack.signal import robust
-from sinktrack.signal.phases import LASTING
+from sinktrack.signal.phases import CONSECUTIVE
 from sinktrack.signal.robust import Curve
-from sinktrack.signal.stages import LEAST_RISE, highest
+from sinktrack.signal.stages import MIN_RISE, highest
 
 METHODS = ("crossing", "change point", "fitted curve")
 _PART = 0.1
@@ -122,7 +122,7 @@ def _onsets(x: Curve, y: Curve) -> tuple[float | None, float | None, float | Non
     if not top > floor:
         return None, None, None
     over = y > floor + _PART * (top - floor)
-    lasting = np.convolve(over, np.ones(LASTING), "valid") == LASTING
+    lasting = np.convolve(over, np.ones(CONSECUTIVE), "valid") == CONSECUTIVE
     crossing = None
     if lasting.any() and (i := int(lasting.argmax())) > 0:
         level = floor + _PART * (top - floor)
@@ -137,10 +137,10 @@ def _onsets(x: Curve, y: Curve) -> tuple[float | None, float | None, float | Non
 
 def _leaves(x: Curve, y: Curve) -> int | None:
     """Index of the first of 3 records in a row that are above the floor by more than noise."""
-    for i in range(LASTING, len(y) - LASTING + 1):
+    for i in range(CONSECUTIVE, len(y) - CONSECUTIVE + 1):
         floor = float(np.median(y[:i]))
-        needed = max(LEAST_RISE, LASTING * robust.noise(x[:i], y[:i]))
-        if (y[i : i + LASTING] > floor + needed).all():
+        needed = max(MIN_RISE, CONSECUTIVE * robust.noise(x[:i], y[:i]))
+        if (y[i : i + CONSECUTIVE] > floor + needed).all():
             return i
     return None
 

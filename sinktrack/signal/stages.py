@@ -17,27 +17,27 @@ import numpy as np
 from sinktrack.records.lineage import current, left_behind
 from sinktrack.records.run import SCHEMA
 from sinktrack.signal import robust
-from sinktrack.signal.phases import BREAKS, LASTING, Span, Story, spans
+from sinktrack.signal.phases import BREAKS, CONSECUTIVE, Span, Story, spans
 from sinktrack.signal.robust import Curve, Interval
 
 living = current
 """The rule lives with the records."""
 
-ENOUGH = 8
+MIN_RECORDS = 8
 """Records from which a trend, a plateau or a drop is judged."""
-TRAILING = 3
+WINDOW_PART = 3
 """A trend is that of the last third of the steps since the onset."""
-LEAST_RISE = 0.05
+MIN_RISE = 0.05
 """Rise of the sink rate that counts as leaving the floor."""
-MATERIAL = 0.1
+MIN_CHANGE = 0.1
 """Part of the rise that a trend or a drop must make up to count."""
 QUANTITIES = ("sink_rate", "first_two_share", "depth")
-LEAST_MOVE = {"first_two_share": 0.05, "depth": 0.25}
+MIN_MOVE = {"first_two_share": 0.05, "depth": 0.25}
 """Change of a share, and of a depth in blocks, that counts as migration."""
 IN_A_ROW = 5
 """Records in a row that show such a change before it is told: each judges nearly the same window
 anew, so noise alone shows one in some run or other, and seldom for long."""
-_BESIDE_A_DROP = 2 * ENOUGH + LASTING
+_BESIDE_A_DROP = 2 * MIN_RECORDS + CONSECUTIVE
 """Records, up to the last, from which a drop is located and sized."""
 _SPREAD_OF_MEDIAN = 1.4826  # standard deviation over the median distance from the median
 _MEDIAN_OF_THREE = math.sqrt(0.449)  # its standard deviation over that of one value
@@ -160,7 +160,7 @@ class Stages:
     """The newest of the records; share and depth of older ones count as missing."""
     older: int = 0
     """Records of an older schema than the newest."""
-    trending: dict[str, int] = field(default_factory=lambda: dict.fromkeys(LEAST_MOVE, 0))
+    trending: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MIN_MOVE, 0))
     """Records in a row, up to the last, in which share and depth surely trend, by quantity;
     negative where they fall."""
     columns: dict[str, list[float]] = field(
@@ -186,7 +186,7 @@ class Stages:
         records = list(records)
         whole = [record for record in records if record.get("sink_rate") is not None]
         whole = whole or [record for record in records if head_share(record) is not None]
-        points, abandoned = line_of_training([Point.of(record) for record in whole])
+        points, abandoned = current_points([Point.of(record) for record in whole])
         stages = cls(abandoned=abandoned, marks=tuple(marks), partial=len(records) - len(whole))
         for point in points:
             stages._judge(point)
@@ -196,7 +196,7 @@ class Stages:
         """Judge the next record as `of` all of them would."""
         point = Point.of(record)
         if self.points and point.step <= self.points[-1].step:
-            points, gone = line_of_training([*self.points, point])
+            points, gone = current_points([*self.points, point])
             left_behind = (self.abandoned | gone) - {point.step}
             fresh = Stages(abandoned=left_behind, marks=self.marks, partial=self.partial)
             for old in points:
@@ -234,7 +234,7 @@ class Stages:
             return replace(point, first_two_share=math.nan, depth=math.nan)
         if point.schema > self.schema and self.points:
             self.older = len(self.points)
-            for name in LEAST_MOVE:
+            for name in MIN_MOVE:
                 self.columns[name] = [math.nan] * len(self.points)
             self._break(len(self.points))
         self.schema = point.schema
@@ -243,7 +243,7 @@ class Stages:
     def _break(self, index: int) -> None:
         """From there on share and depth are compared with none before."""
         self.broke = max(self.broke, index)
-        for name in LEAST_MOVE:
+        for name in MIN_MOVE:
             self.standing.pop(name, None)
             self.trending[name] = 0
 
@@ -254,42 +254,42 @@ class Stages:
         return x[~np.isnan(y)], y[~np.isnan(y)]
 
     def _look_for_rise(self) -> None:
-        last = self.points[-LASTING:]
+        last = self.points[-CONSECUTIVE:]
         x, y = self.curve("sink_rate", self.began)
-        if len(self.points) == LASTING and all(point.formed for point in last):
+        if len(self.points) == CONSECUTIVE and all(point.formed for point in last):
             self.left, self.floor, self.floor_records = 0, 0.0, 0
             return
-        if len(y) < LASTING + 1:
+        if len(y) < CONSECUTIVE + 1:
             return
         if self.left is None and all(point.formed for point in last):
-            earlier = self.points[:-LASTING]
+            earlier = self.points[:-CONSECUTIVE]
             if 2 * sum(point.formed for point in earlier) > len(earlier):  # this is no floor
                 self.left, self.floor, self.floor_records = 0, 0.0, 0
                 return
-        before = y[:-LASTING]
+        before = y[:-CONSECUTIVE]
         floor = float(np.median(before))
-        needed = max(LEAST_RISE, LASTING * robust.noise(x[:-LASTING], before))
+        needed = max(MIN_RISE, CONSECUTIVE * robust.noise(x[:-CONSECUTIVE], before))
         if all(point.sink_rate > floor + needed and point.low > floor for point in last):
             still = before[before <= floor + needed]
             self.floor, self.floor_records = float(np.median(still)), len(still)
-            self.left = len(self.points) - LASTING
+            self.left = len(self.points) - CONSECUTIVE
             self.settled, self.lost, self.standing = None, False, {}
 
     def _look_for_fall(self) -> Regression | None:
         assert self.left is not None and self.floor is not None
         x, y = self.curve("sink_rate", self.left)
-        recent = self.points[-LASTING:]
+        recent = self.points[-CONSECUTIVE:]
         top = highest(y)
-        needed = max(LEAST_RISE, (top - self.floor) * MATERIAL)
+        needed = max(MIN_RISE, (top - self.floor) * MIN_CHANGE)
         back = [point.sink_rate < self.floor + needed for point in recent]
         if top - self.floor > 2 * needed and all(back):
-            self.lost, self.began = True, len(self.points) - LASTING
+            self.lost, self.began = True, len(self.points) - CONSECUTIVE
         standing = self.standing.get("sink_rate")
         if standing is not None:
-            if y[-LASTING:].min() > top - standing.size.value / 2:
+            if y[-CONSECUTIVE:].min() > top - standing.size.value / 2:
                 del self.standing["sink_rate"]
             return None
-        return self._fall("sink_rate", x, y, MATERIAL * (top - self.floor))
+        return self._fall("sink_rate", x, y, MIN_CHANGE * (top - self.floor))
 
     def _look_for_move(self) -> Regression | None:
         """Only once the sink has settled: before, the circuit is still moving.
@@ -298,7 +298,7 @@ class Stages:
         """
         if self.settled is None or self.story.pending:
             return None
-        first = max(self.settled - ENOUGH + 1, self.broke)
+        first = max(self.settled - MIN_RECORDS + 1, self.broke)
         for name, sign in (("first_two_share", 1), ("depth", -1)):
             x, y = self.curve(name, first)
             y = sign * y
@@ -306,23 +306,23 @@ class Stages:
                 continue
             standing = self.standing.get(name)
             if standing is not None:
-                if y[-LASTING:].min() > highest(y) - standing.size.value / 2:
+                if y[-CONSECUTIVE:].min() > highest(y) - standing.size.value / 2:
                     del self.standing[name]
-            elif found := self._fall(name, x, y, LEAST_MOVE[name]):
+            elif found := self._fall(name, x, y, MIN_MOVE[name]):
                 return found
         return None
 
     def _fall(self, name: str, x: Curve, y: Curve, least: float) -> Regression | None:
         """Is the median of the last records below the highest such median before, by enough?"""
-        if len(y) < ENOUGH:
+        if len(y) < MIN_RECORDS:
             return None
         medians = _medians(y)
-        before = medians[:-LASTING]
-        spread = robust.noise(x[:-LASTING], y[:-LASTING])
+        before = medians[:-CONSECUTIVE]
+        spread = robust.noise(x[:-CONSECUTIVE], y[:-CONSECUTIVE])
         looks = len(medians) * (len(medians) - 1) // 2
         single = math.sqrt(2) * _MEDIAN_OF_THREE * spread
         probe = max(point.probe[name] for point in self.points[-_BESIDE_A_DROP:])
-        needed = max(least, probe, single * robust.beyond_noise(looks, len(y) - LASTING))
+        needed = max(least, probe, single * robust.beyond_noise(looks, len(y) - CONSECUTIVE))
         if before.max() - medians[-1] < needed:
             return None
         place, size = robust.steps_down(x[-_BESIDE_A_DROP:], y[-_BESIDE_A_DROP:], probe)
@@ -334,8 +334,8 @@ class Stages:
         """Index at which the trailing window begins: a third of the steps, 8 records at least."""
         assert self.left is not None
         steps = self.columns["step"]
-        since = steps[-1] - (steps[-1] - steps[self.left]) / TRAILING
-        return min(bisect_left(steps, since), max(self.left, len(steps) - ENOUGH))
+        since = steps[-1] - (steps[-1] - steps[self.left]) / WINDOW_PART
+        return min(bisect_left(steps, since), max(self.left, len(steps) - MIN_RECORDS))
 
     def trend(self, name: str) -> Interval | None:
         """Change over the trailing window; None before there are enough records.
@@ -344,7 +344,7 @@ class Stages:
         """
         since = max(self.window(), self.marked())
         x, y = self.curve(name, since if name == "sink_rate" else max(since, self.broke))
-        return robust.change(x, y) if len(y) >= ENOUGH else None
+        return robust.change(x, y) if len(y) >= MIN_RECORDS else None
 
     def marked(self) -> int:
         """Index of the first record from the last mark on."""
@@ -356,7 +356,7 @@ class Stages:
         """Step at which the rate left its floor; None where too little of the floor was seen."""
         if self.left is None or self.floor is None or self.lost:
             return None
-        if self.floor_records < LASTING:
+        if self.floor_records < CONSECUTIVE:
             return None
         x, y = self.curve("sink_rate", self.began)
         first = self.left - self.began
@@ -377,13 +377,13 @@ class Stages:
         quiet = robust.noise(x[window:], y[window:])
         away = y - float(y[window:].mean())
         lasting = _medians(away)[: window + 1]
-        far = np.nonzero(np.abs(lasting) > max(LASTING * quiet, MATERIAL * np.ptp(y)))[0]
+        far = np.nonzero(np.abs(lasting) > max(CONSECUTIVE * quiet, MIN_CHANGE * np.ptp(y)))[0]
         if not len(far):
             return Interval(*[float(x[0])] * 3)
         away = away * np.sign(lasting[far[-1]])
         side = np.nonzero(lasting[: far[-1]] * np.sign(lasting[far[-1]]) <= 0)[0]
-        top = highest(away[side[-1] if len(side) else 0 : far[-1] + LASTING])
-        start = int(np.nonzero(away[: far[-1] + LASTING] >= top / 3)[0][-1])
+        top = highest(away[side[-1] if len(side) else 0 : far[-1] + CONSECUTIVE])
+        start = int(np.nonzero(away[: far[-1] + CONSECUTIVE] >= top / 3)[0][-1])
         deviation = np.full(len(y) - start, max(quiet, top / 100))
         at = robust.leaves_floor(-x[start:][::-1], away[start:][::-1], deviation)
         return Interval(-at.value, -at.high, -at.low)
@@ -397,7 +397,7 @@ class Stages:
     def _stage(self) -> tuple[str | None, dict[str, Any]]:
         rate = self.points[-1].sink_rate
         if self.left is None:
-            enough = len(self.points) > LASTING
+            enough = len(self.points) > CONSECUTIVE
             return "absent" if enough else None, {"sink_rate": rate}
         assert self.floor is not None
         _, y = self.curve("sink_rate", self.left)
@@ -414,10 +414,10 @@ class Stages:
             "standing": sorted(self.standing),
         }
         if not self.story.pending:
-            for name, least in LEAST_MOVE.items():
+            for name, least in MIN_MOVE.items():
                 self._count(name, trends[name], least)
-        flat = trends["sink_rate"] is not None and trends["sink_rate"].rules_out(MATERIAL * rise)
-        trending = trends["sink_rate"] is not None and trends["sink_rate"].shows(MATERIAL * rise)
+        flat = trends["sink_rate"] is not None and trends["sink_rate"].rules_out(MIN_CHANGE * rise)
+        trending = trends["sink_rate"] is not None and trends["sink_rate"].shows(MIN_CHANGE * rise)
         if self.lost:
             return "lost", because
         if self.standing:
@@ -453,7 +453,7 @@ def head_share(record: Mapping[str, Any]) -> float | None:
     return sum(known) / (heads * len(known)) if known and heads else None
 
 
-def line_of_training(points: Sequence[Point]) -> tuple[list[Point], set[int]]:
+def current_points(points: Sequence[Point]) -> tuple[list[Point], set[int]]:
     """As `living`, and the steps that were `left_behind`."""
     gone = left_behind((point.step, point.source) for point in points)
     kept = {point.step: point for point in points if point.step not in gone}

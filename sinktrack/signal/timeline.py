@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from sinktrack.records.run import Run
-from sinktrack.signal.phases import LASTING
+from sinktrack.signal.phases import CONSECUTIVE
 from sinktrack.signal.stages import living
 
 HALF = 0.5
@@ -32,9 +32,9 @@ class Head:
     first: Moment | None
     """The first record in which it is a sink head."""
     since: Moment | None
-    """From there on it is one in every record, the last `LASTING` at least; else None."""
+    """From there on it is one in every record, the last `CONSECUTIVE` at least; else None."""
     ceased: Moment | None
-    """It was one, and from there on it is none in every record, the last `LASTING` at least."""
+    """It was one, and from there on it is none in every record, the last `CONSECUTIVE` at least."""
     births: int
     """Times that it is a sink head and was none in the record before; the first record bears
     none."""
@@ -138,7 +138,7 @@ def _life(place: tuple[int, int], moments: list[Moment], grids: list[dict[Any, b
     states = [is_one for _, is_one in seen]
     turns = [i for i in range(1, len(states)) if states[i] != states[i - 1]]
     last = turns[-1] if turns else 0
-    lasting = len(states) - last >= LASTING
+    lasting = len(states) - last >= CONSECUTIVE
     return Head(
         *place,
         first=next((moment for moment, is_one in seen if is_one), None),

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from sinktrack.errors import MeasurementError, require
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.metrics import ALONE, METRICS
-from sinktrack.models.guard import undone, untouched
+from sinktrack.models.guard import probe_context, restore_on_exit
 from sinktrack.models.megatron.digest import Vectors, digest, vectors
 from sinktrack.models.megatron.fresh import fresh
 from sinktrack.models.megatron.processes import processes
@@ -64,7 +64,7 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
 
     def passes() -> None:
         taps = []
-        with _synced(found), untouched(bare, size, probe), _ready(found):
+        with _synced(found), probe_context(bare, size, probe), _ready(found):
             fresh(found, all_of)
             for shard, plan in zip((collected, singles), planned, strict=True):
                 with megatron.watch(found, shard) as tap:
@@ -77,7 +77,7 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
                 raise tap.failure
 
     def experts() -> None:
-        with untouched(bare, size, probe):
+        with probe_context(bare, size, probe):
             for (block, number), routing in collected.routed.items():
                 layer = found.blocks[block]
                 if isinstance(layer, FSDPModule):
@@ -112,7 +112,7 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
     all_of.together(passes)
     _share_inputs(collected)
     all_of.together(experts)
-    shares = all_of.to_first((collected, singles, own), some)
+    shares = all_of.gather_to_rank0((collected, singles, own), some)
     measured = all_of.together(lambda: whole(shares))
     result: Measurement = all_of.from_first(measured)
     return result
@@ -153,9 +153,9 @@ def _vocabulary(found: Any) -> int | None:
 
 @contextmanager
 def _synced(found: Any) -> Iterator[None]:
-    """Parameters are gathered, and no hook gathers them anew; around `untouched`.
+    """Parameters are gathered, and no hook gathers them anew; around `probe_context`.
 
-    `untouched` would put the handles of these hooks back where something of the model leads to
+    `probe_context` would put the handles of these hooks back where something of the model leads to
     them, as ``no_sync_func`` does, after new hooks are set.
     """
     gathering = {
@@ -172,7 +172,7 @@ def _synced(found: Any) -> Iterator[None]:
                     handles.popitem()[1].remove()
                 wrapped.enable_forward_pre_hook()
 
-    with undone(undo):
+    with restore_on_exit(undo):
         for wrapped in gathering:
             wrapped.disable_forward_pre_hook()
         yield
@@ -180,7 +180,7 @@ def _synced(found: Any) -> Iterator[None]:
 
 @contextmanager
 def _ready(found: Any) -> Iterator[None]:
-    """No timers, no logits, no jitter; inside `untouched`, which ends it."""
+    """No timers, no logits, no jitter; inside `probe_context`, which ends it."""
     scalers = {scaler: scaler.main_loss_backward_scale for scaler in _scalers()}
     own = {name: getattr(found.config, name) for name in ("timers", "param_sync_func")}
 
@@ -190,7 +190,7 @@ def _ready(found: Any) -> Iterator[None]:
         for scaler, scale in scalers.items():
             scaler.main_loss_backward_scale = scale
 
-    with undone(undo):
+    with restore_on_exit(undo):
         for name in own:
             setattr(found.config, name, None)
         for chunk in found.bare:

@@ -46,7 +46,7 @@ class Processes:
                 raise MeasurementError(f"process {rank} failed: {reason}")
         return result  # type: ignore[return-value]
 
-    def to_first(self, value: Any, some: tuple[int, ...]) -> list[Any]:
+    def gather_to_rank0(self, value: Any, some: tuple[int, ...]) -> list[Any]:
         """The values of some processes, process 0 among them, on process 0; none on others."""
         if len(some) == 1:
             return [value] if self.rank in some else []
