@@ -431,8 +431,8 @@ def nanogpt() -> Iterator[Case]:
 
 
 def nanochat() -> Iterator[Case]:
-    from nanochat import gpt  # type: ignore[import-not-found]
-    from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
+    from nanochat import gpt
+    from nanochat.gpt import GPT, GPTConfig
 
     def make(pattern: str) -> Callable[[], nn.Module]:
         def made() -> nn.Module:
@@ -835,7 +835,7 @@ def live_litgpt(directory: Path) -> str:
 
 def live_nanochat(directory: Path) -> str:
     """With its own optimizer, whose compiled functions run eagerly here."""
-    from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
+    from nanochat.gpt import GPT, GPTConfig
 
     def train(tracker: Any) -> nn.Module:
         torch.manual_seed(0)
