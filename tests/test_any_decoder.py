@@ -537,7 +537,7 @@ def test_accelerate(tmp_path: Path) -> None:
             if tracked:
                 tracker.step(step, model, tokens=seen)
         found.append((plain.state_dict(), torch.get_rng_state()))
-    assert_identical(*found)
+    assert_identical(found[0], found[1])
     records = Run.read(tmp_path / "run").records
     assert [(record["step"], record["tokens"]) for record in records] == [(2, 96), (4, 192)]
     assert records[-1]["weights"] == measure(plain, PROBE).weights
@@ -774,7 +774,7 @@ def test_a_block_that_is_several_modules() -> None:
             x = torch.cat([x[:, :1] + self.start, x[:, 1:]], 1)
             for part in self.parts:
                 x = part(x)
-            return x
+            return x  # type: ignore[no-any-return]
 
     whole = reading(Kind(), PROBE.tokens)
     model = Long(whole)
