@@ -587,7 +587,7 @@ class Odd(torch_models.Block):
             x = x + wrote if plainly else torch.stack([x, wrote]).sum(0)
         elif how == "a product with the stream as its bias":
             made = torch.nn.functional.gelu(self.mlp.up(norm(x + wrote)))  # type: ignore[operator]
-            down = self.mlp.down.weight.T  # type: ignore[union-attr,operator]
+            down = self.mlp.down.weight.T  # type: ignore[union-attr]
             x = x + wrote
             if plainly:
                 return x + made @ down, value
