@@ -24,6 +24,7 @@ import venv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -402,7 +403,7 @@ def litgpt() -> Iterator[Case]:
         yield Case(
             f"{name} (GPT)",
             "softmax with a soft cap" if capped else "SDPA",
-            lambda config=config: GPT(config),
+            partial(GPT, config),
             ("post_attention_norm", "post_mlp_norm") if sandwich else ("attn", "mlp"),
             lambda model: model.transformer.h,
             experts=lambda moe: [expert.proj.weight for expert in getattr(moe, "experts", ())],
@@ -431,8 +432,8 @@ def nanogpt() -> Iterator[Case]:
 
 
 def nanochat() -> Iterator[Case]:
-    from nanochat import gpt  # type: ignore[import-not-found]
-    from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
+    from nanochat import gpt
+    from nanochat.gpt import GPT, GPTConfig
 
     def make(pattern: str) -> Callable[[], nn.Module]:
         def made() -> nn.Module:
@@ -628,7 +629,7 @@ def olmo_core() -> Iterator[Case]:
         case = Case(
             f"Transformer, {name}",
             "SDPA",
-            lambda config=config: config.build(init_device="cpu"),
+            partial(config.build, init_device="cpu"),
             None if name == "moe_hybrid" else writes,
             lambda model: model.blocks,
             experts=lambda moe: list(moe.experts.mlp.w2.view(4, 16, 32))
@@ -808,8 +809,9 @@ def live_litgpt(directory: Path) -> str:
             "pythia-14m", n_layer=3, n_embd=32, n_head=4, head_size=8, intermediate_size=48,
             block_size=64, vocab_size=VOCABULARY, padded_vocab_size=VOCABULARY,
         )  # fmt: skip
-        model = fabric.setup(torch.compile(GPT(config), backend="eager"))
-        optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-2))
+        compiled: Any = torch.compile(GPT(config), backend="eager")
+        model = fabric.setup(compiled)
+        optimizer: Any = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-2))
         state = {"iter_num": 0, "step_count": 0}
         while state["step_count"] < 4:
             tokens = torch.randint(VOCABULARY, (2, live_tokens // 4))
@@ -835,16 +837,16 @@ def live_litgpt(directory: Path) -> str:
 
 def live_nanochat(directory: Path) -> str:
     """With its own optimizer, whose compiled functions run eagerly here."""
-    from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
+    from nanochat.gpt import GPT, GPTConfig
 
     def train(tracker: Any) -> nn.Module:
         torch.manual_seed(0)
         config = GPTConfig(
             sequence_len=64, vocab_size=VOCABULARY, n_layer=4, n_head=4, n_kv_head=2, n_embd=32
         )
-        orig_model = GPT(config)
+        orig_model: Any = GPT(config)
         orig_model.init_weights()
-        model = torch.compile(orig_model, backend="eager", dynamic=False)
+        model: Any = torch.compile(orig_model, backend="eager", dynamic=False)
         optimizer = orig_model.setup_optimizer()
         for step in range(1, 5):
             tokens = torch.randint(VOCABULARY, (4, live_tokens // 4 + 1))
@@ -894,7 +896,16 @@ def environment(package: str, directory: Path) -> Path:
     below = "\n".join(f"import site; site.addsitedir({path!r})" for path in site.getsitepackages())
     (Path(own.stdout.strip()) / "below.pth").write_text(below + "\n")
     if REQUIREMENTS[package]:
-        install = [python, "-m", "pip", "install", "-q", "--no-deps", "--retries", "1"]
+        install: list[str | Path] = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--retries",
+            "1",
+        ]
         if subprocess.run([*install, *REQUIREMENTS[package]], check=False).returncode:
             sys.exit(f"{NOT_INSTALLED}{package}")
     return python

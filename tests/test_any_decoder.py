@@ -586,8 +586,8 @@ class Odd(torch_models.Block):
         elif how == "stack and sum":
             x = x + wrote if plainly else torch.stack([x, wrote]).sum(0)
         elif how == "a product with the stream as its bias":
-            made = torch.nn.functional.gelu(self.mlp.up(norm(x + wrote)))
-            down = self.mlp.down.weight.T  # type: ignore[union-attr,operator]
+            made = torch.nn.functional.gelu(self.mlp.up(norm(x + wrote)))  # type: ignore[operator]
+            down = self.mlp.down.weight.T  # type: ignore[union-attr]
             x = x + wrote
             if plainly:
                 return x + made @ down, value
@@ -774,7 +774,7 @@ def test_a_block_that_is_several_modules() -> None:
             x = torch.cat([x[:, :1] + self.start, x[:, 1:]], 1)
             for part in self.parts:
                 x = part(x)
-            return torch.as_tensor(x)
+            return x  # type: ignore[no-any-return]
 
     whole = reading(Kind(), PROBE.tokens)
     model = Long(whole)
