@@ -76,7 +76,8 @@ def test_lightning(attribute: str, tmp_path: Path) -> None:
         max_steps=2, callbacks=[saved], logger=False, enable_progress_bar=False,
         enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
-    trainer.fit(Module(argparse.Namespace(a=Path("x"))), torch.utils.data.DataLoader([0, 1]))
+    numbers: Any = [0, 1]
+    trainer.fit(Module(argparse.Namespace(a=Path("x"))), torch.utils.data.DataLoader(numbers))
     archive = tmp_path / "checkpoints"
     assert {path.name for path in archive.iterdir()} >= {"last.ckpt"}
     hf = config(tmp_path / "hf", llama())
@@ -360,7 +361,7 @@ def test_olmos_first_trainer(tmp_path: Path) -> None:
     assert "neither OLMo 1 nor OLMo 2" in str(lack(found))
 
 
-LITGPT = {
+LITGPT: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "llama": (llama, {}),
     "qwen3": (lambda: models.build(Qwen3Config(**models.small(head_dim=16, num_hidden_layers=2))),
               {"norm_qk": True, "head_size": 16}),

@@ -31,7 +31,7 @@ def pieces(stored: Mapping[str, Stored], config: Any) -> dict[str, Piece]:
             checkpoint holds one that this architecture has no place for.
     """
     found = dict(_Finder(stored, config).all())
-    used = {piece.stored.name for piece in found.values()}
+    used = {piece.stored.name for piece in found.values() if isinstance(piece.stored, Stored)}
     left = {
         name
         for name in set(stored) - used
