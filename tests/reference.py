@@ -281,8 +281,10 @@ def eager_attention(
         ``[B, H, T, T]`` probabilities, and ``[B, G, T, Dv]`` values, none where the family's eager
         attention is no function that takes them.
     """
-    module: Any = sys.modules[type(model.get_decoder()).__module__]
-    eager: Any = getattr(module, "eager_attention_forward", None)
+    name = "eager_attention_forward"
+    homes: list[Any] = [sys.modules[type(one).__module__] for one in (model.get_decoder(), model)]
+    module = next((home for home in homes if hasattr(home, name)), None)
+    eager: Any = getattr(module, name, None)
     values: list[torch.Tensor] = []
 
     def whole(attention: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -295,13 +297,13 @@ def eager_attention(
         ratio = (output / (weights @ spread).transpose(1, 2)).median(-1).values
         return output, weights * ratio.transpose(1, 2)[..., None]
 
-    if eager is not None:
+    if module is not None:
         module.eager_attention_forward = whole
     try:
         with torch.no_grad():
             found = model(tokens, output_attentions=True, use_cache=False).attentions
     finally:
-        if eager is not None:
+        if module is not None:
             module.eager_attention_forward = eager
     return [matrix for matrix in found if matrix is not None], values
 

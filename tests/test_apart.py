@@ -107,7 +107,7 @@ def test_tensor_and_expert_parallelism_of_transformers(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("original", [False, True])
+@pytest.mark.parametrize("original", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_fsdp1(original: bool, tmp_path: Path) -> None:
     """Blocks, or blocks and the embedding, or all as one unit; mixed precision; saved memory."""
     run(

@@ -97,6 +97,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     made.shutdown()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_loses_a_node_midway(
     archive: Path, wanted: list[dict[str, Any]], tmp_path: Path, cluster: Any
 ) -> None:

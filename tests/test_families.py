@@ -7,6 +7,7 @@ it anew.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ PARTLY: dict[str, tuple[str, dict[str, Any]]] = {
     "zaya": ("is added to its residual stream", {"num_experts_per_tok": 1}),
 }
 """Attention and norms are exact; what writes the P0 state cannot be told."""
+SLOW = {"granitemoehybrid"}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("its attention was not seen", {}),
     "doge": ("attention over queries", {}),
@@ -138,7 +140,12 @@ def tiny(family: str, changes: dict[str, Any]) -> Any:
     return models.build(config(**{**known, "num_hidden_layers": 4, **changes}))
 
 
-@pytest.mark.parametrize("family", EXACT)
+def minutes(families: Iterable[str]) -> list[Any]:
+    """The same, those marked that take a minute where a kernel's package is missing."""
+    return [pytest.param(f, marks=pytest.mark.slow) if f in SLOW else f for f in families]
+
+
+@pytest.mark.parametrize("family", minutes(EXACT))
 def test_exact(family: str) -> None:
     check_exact(tiny(family, EXACT[family]), PROBE)
 

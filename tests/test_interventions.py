@@ -170,17 +170,17 @@ def test_a_sink_of_the_embedding_has_no_writer() -> None:
 
 
 def test_no_circuit_no_verdict() -> None:
-    """At most 5 % of 200 random models get a verdict, short sequences making many a sink."""
+    """At most 5 % of 40 random models get a verdict, short sequences making many a sink."""
     tested = wrong = 0
-    for seed in range(200):
+    for seed in range(40):
         model, probe = planted.random_model(seed)
         measured = measure(model, probe)
         tested += is_testable(measured)
         found = examine(model, probe, measured)
         tests = (*found["necessity"], *found["sufficiency"], *found["position"])
         wrong += any(row["verdict"] for row in tests)
-    assert tested >= 50
-    assert wrong <= 10
+    assert tested >= 8
+    assert wrong <= 2
 
 
 @pytest.mark.parametrize("kind", ["neuron", "head"])

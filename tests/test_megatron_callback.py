@@ -16,6 +16,7 @@ from sinktrack.loggers.curves import metrics
 pytest.importorskip("megatron.core")
 
 ALONE = ["bridge", "bridge_async", "megatron_lm", "ramped", "refusals", "untold", "logged"]
+SLOW = ["bridge_async", "deepseek:pp2 vp2", "deepseek:tp2 sp ep2"]
 TWO = [
     "deepseek:ep2 overlap",
     "deepseek:pp2 vp2",
@@ -35,10 +36,16 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 @pytest.fixture(scope="module")
-def failures(where: dict[int, Path]) -> dict[str, list[Any]]:
-    """By case, what failed on each process."""
+def failures(where: dict[int, Path], request: pytest.FixtureRequest) -> dict[str, list[Any]]:
+    """By case, what failed on each process; of those that are asked for."""
     found: dict[str, list[Any]] = {}
-    for processes, wanted in ((1, ALONE), (2, TWO)):
+    asked = {"logged"} | {
+        item.callspec.params.get("case")
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    }
+    for processes, cases in ((1, ALONE), (2, TWO)):
+        wanted = [case for case in cases if case in asked]
         out = where[processes]
         launch(processes, "megatron_training.py", str(out), *wanted)
         for rank in range(processes):
@@ -47,7 +54,13 @@ def failures(where: dict[int, Path]) -> dict[str, list[Any]]:
     return found
 
 
-@pytest.mark.parametrize("case", [*ALONE, *TWO])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case
+        for case in (*ALONE, *TWO)
+    ],
+)
 def test_case(case: str, failures: dict[str, list[Any]]) -> None:
     for failure in failures[case]:
         assert failure is None, failure

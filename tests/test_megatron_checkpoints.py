@@ -530,6 +530,7 @@ def test_names_of_transformer_engine(saved: Path, tmp_path: Path) -> None:
             assert torch.equal(ours.slice(name)[...], theirs.slice(name)[...])
 
 
+@pytest.mark.slow
 def test_trained_saved_and_scanned(tmp_path: Path) -> None:
     """The script of the documentation, cut short."""
     script = Path(__file__).parents[1] / "scripts" / "megatron_tiny_moe.py"

@@ -17,7 +17,7 @@ from test_scan import COMMAND
 
 from sinktrack import RecordError, Run, scan
 
-KILLS = 50
+KILLS = 25
 STEPS = range(1, 9)
 
 
@@ -78,6 +78,7 @@ def test_killed_at_random_moments_and_started_again(
     assert len(held) > 3  # killed early, midway and late
 
 
+@pytest.mark.slow
 def test_the_command_killed_and_started_again(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
