@@ -27,7 +27,7 @@ from sinktrack.records.run import Run
 from sinktrack.signal import robust
 from sinktrack.signal.analysis import analyze
 from sinktrack.signal.loss import Losses
-from sinktrack.signal.quantiles import ranks, student_t
+from sinktrack.signal.quantiles import ranks
 from sinktrack.signal.robust import Interval
 
 Axis = Literal["step", "tokens", "loss"]
@@ -430,7 +430,11 @@ def _spreads(runs: Sequence[RunSummary]) -> tuple[SeedSpread, ...]:
                 continue
             mean, interval = float(values.mean()), None
             if len(values) >= LEAST_SEEDS:
-                half = _t(len(values) - 1) * float(values.std(ddof=1)) / math.sqrt(len(values))
+                half = (
+                    robust.two_sided_t(len(values) - 1)
+                    * float(values.std(ddof=1))
+                    / math.sqrt(len(values))
+                )
                 interval = Interval(mean, mean - half, mean + half)
             probes = [run.probe for run in members if run.probe is not None]
             found.append(SeedSpread(
@@ -471,7 +475,7 @@ def _welch(ones: robust.Curve, others: robust.Curve) -> Interval:
     if error == 0:
         return Interval(value, value, value)
     free = error**2 / sum(p**2 / (len(x) - 1) for p, x in zip(parts, (ones, others), strict=True))
-    half = _t(int(free)) * math.sqrt(error)
+    half = robust.two_sided_t(int(free)) * math.sqrt(error)
     return Interval(value, value - half, value + half)
 
 
@@ -569,10 +573,6 @@ def _rank_interval(one: robust.Curve, other: robust.Curve, given: int) -> Interv
     reach = NormalDist().inv_cdf((1 + robust.CONFIDENCE) / 2) * error
     low, high = (math.tanh(math.atanh(inner) + sign * reach) for sign in (-1, 1))
     return Interval(value, min(low, value), max(high, value))
-
-
-def _t(free: int) -> float:
-    return student_t((1 - robust.CONFIDENCE) / 2, max(1, free))
 
 
 def _axis(value: float, axis: Axis) -> str:

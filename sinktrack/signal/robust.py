@@ -87,7 +87,7 @@ def level(y: Curve, probe: float) -> Interval:
     batches = np.array([part.mean() for part in np.array_split(y, _BATCHES)])
     middle = float(y.mean())
     error = float(batches.std(ddof=1)) / np.sqrt(len(batches))
-    half = float(np.hypot(_t(len(batches) - 1) * error, probe))
+    half = float(np.hypot(two_sided_t(len(batches) - 1) * error, probe))
     return Interval(middle, middle - half, middle + half)
 
 
@@ -135,7 +135,7 @@ def leaves_floor(x: Curve, y: Curve, deviation: Curve) -> Interval:
     least, exact = errors.min(), 1e-12 * float(off @ off)
     wide = _widening(off - fits[errors.argmin()]) ** 2 if least > exact else 1.0
     scale = max(_LEAST_SCALE, least / free)
-    good = np.nonzero(errors <= least + scale * wide * _t(free) ** 2 + exact)[0]
+    good = np.nonzero(errors <= least + scale * wide * two_sided_t(free) ** 2 + exact)[0]
     ends = np.append(starts[1:], x[-1])
     middle = starts[errors <= least + exact]
     return Interval(float(middle.mean()), float(starts[max(0, good[0] - 1)]), float(ends[good[-1]]))
@@ -155,12 +155,12 @@ def steps_down(x: Curve, y: Curve, probe: float) -> tuple[Interval, Interval]:
     cuts = np.arange(2, len(y) - 1)
     errors = np.array([y[:cut].var() * cut + y[cut:].var() * (len(y) - cut) for cut in cuts])
     free = max(1, len(y) - 3)
-    good = cuts[errors <= errors.min() * (1 + _t(free) ** 2 / free) + 1e-15]
+    good = cuts[errors <= errors.min() * (1 + two_sided_t(free) ** 2 / free) + 1e-15]
     cut = int(cuts[errors.argmin()])
     before, after = y[:cut], y[cut:]
     residual = np.concatenate([before - before.mean(), after - after.mean()])
     error = float(np.sqrt(errors.min() / free * (1 / len(before) + 1 / len(after))))
-    half = float(np.hypot(_t(free) * error * _widening(residual), probe))
+    half = float(np.hypot(two_sided_t(free) * error * _widening(residual), probe))
     size = float(before.mean() - after.mean())
     place = Interval(float(x[cut]), float(x[good[0] - 1]), float(x[good[-1]]))
     return place, Interval(size, size - half, size + half)
@@ -201,7 +201,8 @@ def _rising_fits(
     ]
 
 
-def _t(free: int) -> float:
+def two_sided_t(free: int) -> float:
+    """What Student's t exceeds in size in 5 % of cases, at 1 degree of freedom or more."""
     return student_t((1 - CONFIDENCE) / 2, max(1, free))
 
 

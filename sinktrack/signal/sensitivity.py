@@ -15,7 +15,7 @@ import numpy as np
 from sinktrack.signal import robust
 from sinktrack.signal.phases import CONSECUTIVE
 from sinktrack.signal.robust import Curve
-from sinktrack.signal.stages import MIN_RISE, highest
+from sinktrack.signal.stages import MIN_RISE, fitted_onset, highest
 
 METHODS = ("crossing", "change point", "fitted curve")
 _PART = 0.1
@@ -127,10 +127,7 @@ def _onsets(x: Curve, y: Curve) -> tuple[float | None, float | None, float | Non
     if lasting.any() and (i := int(lasting.argmax())) > 0:
         level = floor + _PART * (top - floor)
         crossing = float(np.interp(level, sorted(y[i - 1 : i + 1]), x[i - 1 : i + 1]))
-    end = left + max(1, int(np.argmax(y[left:] >= floor + (top - floor) / 3)))
-    quiet = 1.4826 * float(np.median(np.abs(y[:left] - floor)))
-    deviation = robust.spread(y, floor, top, quiet, robust.noise(x[left:], y[left:]))
-    change = robust.leaves_floor(x[: end + 1], y[: end + 1], deviation[: end + 1]).value
+    change = fitted_onset(x, y, left, floor).value
     peak = left + int(np.argmax(y[left:]))
     return crossing, change, _logistic(x[: peak + 1], y[: peak + 1])
 

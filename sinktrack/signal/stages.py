@@ -359,13 +359,7 @@ class Stages:
         if self.floor_records < CONSECUTIVE:
             return None
         x, y = self.curve("sink_rate", self.began)
-        first = self.left - self.began
-        top = highest(y[first:])
-        end = first + max(1, int(np.argmax(y[first:] >= self.floor + (top - self.floor) / 3)))
-        quiet = _SPREAD_OF_MEDIAN * float(np.median(np.abs(y[:first] - self.floor)))
-        lively = robust.noise(x[first:], y[first:])
-        deviation = robust.spread(y, self.floor, top, quiet, lively)
-        return robust.leaves_floor(x[: end + 1], y[: end + 1], deviation[: end + 1])
+        return fitted_onset(x, y, self.left - self.began, self.floor)
 
     def top(self) -> Interval:
         """Step at which the rate reached the level that it holds now, from below or from above.
@@ -458,6 +452,23 @@ def current_points(points: Sequence[Point]) -> tuple[list[Point], set[int]]:
     gone = left_behind((point.step, point.source) for point in points)
     kept = {point.step: point for point in points if point.step not in gone}
     return [kept[step] for step in sorted(kept)], gone
+
+
+def fitted_onset(x: Curve, y: Curve, first: int, floor: float) -> Interval:
+    """Where a curve leaves its floor, by the fit of `robust.leaves_floor` to a third of its rise.
+
+    Args:
+        x: steps.
+        y: values.
+        first: index of the first record above the floor.
+        floor: its level.
+    """
+    top = highest(y[first:])
+    end = first + max(1, int(np.argmax(y[first:] >= floor + (top - floor) / 3)))
+    quiet = _SPREAD_OF_MEDIAN * float(np.median(np.abs(y[:first] - floor)))
+    lively = robust.noise(x[first:], y[first:])
+    deviation = robust.spread(y, floor, top, quiet, lively)
+    return robust.leaves_floor(x[: end + 1], y[: end + 1], deviation[: end + 1])
 
 
 def highest(y: Curve) -> float:
