@@ -1,10 +1,11 @@
 """Check everything that a GPU changes, in one command of under nine minutes.
 
-Attention to P0 in every dtype and layout against float64; training with the callback against
-training without, to the bit; records of a training against the scan of its checkpoints on the
-device; FSDP2; Megatron-Core with Transformer Engine where that is installed; the cost of a probe
-against a plain forward pass. What fails does not stop the rest. On a CPU the same runs in small, so
-that it works the day a GPU is at hand.
+Attention to P0 in every dtype and layout, and of a decoder of one's own that calls flex attention
+or packed sequences, against float64; the device against the CPU; training with the callback against
+training without, to the bit, plain, in bfloat16, compiled and with CUDA graphs; records of these
+against scans of their checkpoints on the device; FSDP2; Megatron-Core with Transformer Engine where
+that is installed; the cost of a probe against a plain forward pass. What fails does not stop the
+rest. On a CPU the same runs in small, so that it works the day a GPU is at hand.
 
     python scripts/gpu_check.py [--device cuda] [--out gpu.json]
 
@@ -25,13 +26,15 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -144,20 +147,138 @@ def backends(device: str, length: int) -> Iterator[Row]:
         yield Row(f"probe under the {name} kernel", float((found - wanted).abs().max()), 0.0)
 
 
-def _train(device: str, steps: int, tracker: SinkTracker | None, out: Path | None = None) -> Any:
+class Decoder(nn.Module):
+    """A decoder of one's own: GQA, and attention by the function named."""
+
+    def __init__(self, attention: str, blocks: int = 2, heads: int = 4, size: int = 64) -> None:
+        super().__init__()
+        width = heads * size
+        self.attention, self.heads, self.size = attention, heads, size
+        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(Block(width, self) for _ in range(blocks))
+        self.probabilities: list[Tensor] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = self.embedding(tokens)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden @ self.embedding.weight.mT
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Causal attention of [B, H, T, D] over keys and values of half as many heads."""
+        batch, heads, length, size = query.shape
+        if self.attention == "flex":
+            from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+            mask = create_block_mask(
+                lambda b, h, q, k: q >= k, None, None, length, length, device=query.device
+            )
+            run = torch.compile(flex_attention) if query.is_cuda else flex_attention
+            return run(query, key, value, block_mask=mask, enable_gqa=True)
+        key, value = (x.repeat_interleave(2, 1) for x in (key, value))
+        if self.attention == "varlen":
+            from torch.nn.attention.varlen import varlen_attn
+
+            ends = torch.arange(0, (batch + 1) * length, length, device=query.device).int()
+            query, key, value = (
+                x.transpose(1, 2).reshape(-1, heads, size) for x in (query, key, value)
+            )
+            out = varlen_attn(query, key, value, ends, ends, length, length, window_size=(-1, 0))
+            assert isinstance(out, Tensor)
+            return out.view(batch, length, heads, size).transpose(1, 2)
+        if self.attention == "written":
+            scores = query @ key.mT / math.sqrt(size)
+            seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+            self.probabilities.append(scores.masked_fill(~seen, -math.inf).softmax(-1))
+            return self.probabilities[-1] @ value
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+class Block(nn.Module):
+    """Attention and an MLP, each over a normed stream."""
+
+    def __init__(self, width: int, whole: Decoder) -> None:
+        super().__init__()
+        self.heads, self.size, self.attend = whole.heads, whole.size, whole.attend
+        self.query, self.key_value, self.out = (
+            nn.Linear(width, width, bias=False) for _ in range(3)
+        )
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        batch, length, width = hidden.shape
+        normed = F.rms_norm(hidden, (width,))
+        query, key_value = (
+            project(normed).view(batch, length, self.heads, self.size).transpose(1, 2)
+            for project in (self.query, self.key_value)
+        )
+        attended = self.attend(query, *(x.contiguous() for x in key_value.chunk(2, 1)))
+        hidden = hidden + self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        written: Tensor = self.down(F.gelu(self.up(F.rms_norm(hidden, (width,)))))
+        return hidden + written
+
+
+def decoders(device: str, length: int) -> Iterator[Row]:
+    """A decoder of one's own against the same in float64 with attention written out."""
+    probe = st.Probe.random(VOCABULARY, 2, length)
+    torch.manual_seed(0)
+    plain = Decoder("written").double()
+    for block in plain.layers:
+        assert isinstance(block, Block)
+        torch.nn.init.normal_(block.query.weight, std=0.3)  # far from uniform attention
+    with torch.no_grad():
+        plain(probe.tokens)
+    wanted = torch.stack(plain.probabilities)[..., 1:, 0].mean((1, 3))
+    half = [("SDPA", torch.bfloat16), ("varlen", torch.bfloat16)] if device == "cuda" else []
+    for kind, dtype in [("SDPA", torch.float32), ("flex", torch.float32), *half]:
+        own = Decoder(kind)
+        own.load_state_dict(plain.state_dict())
+        found = st.measure(st.Decoder(own.to(device, dtype)), probe).p0_attention
+        difference = float((found.double().cpu() - wanted).abs().max())
+        most = 5e-7 if dtype == torch.float32 else 2**-9
+        yield Row(f"a decoder of one's own, {kind}, {_short(dtype)}", difference, most)
+
+
+def devices(device: str, length: int) -> Iterator[Row]:
+    """The device gives in float32 what the CPU gives."""
+    probe = st.Probe.random(VOCABULARY, 2, length)
+    one, other = (
+        st.measure(model(where, torch.float32, 256, 3, length), probe) for where in ("cpu", device)
+    )
+    for name in ("p0_attention", "p0_norm", "mixing", "p0_write"):
+        wanted, found = (getattr(each, name, None) for each in (one, other))
+        if wanted is not None:
+            apart = float(((found - wanted).abs() / wanted.abs().max()).nan_to_num().max())
+            yield Row(f"the device against the CPU, {name}", apart, 1e-5)
+
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bfloat16 autocast": {"autocast": True},
+    "compiled": {"mode": "default"},
+    "CUDA graphs": {"mode": "reduce-overhead", "autocast": True},
+}
+
+
+def _train(
+    device: str, steps: int, tracker: SinkTracker | None, out: Path | None = None, *,
+    autocast: bool = False, mode: str = "",
+) -> Any:  # fmt: skip
     own = model(device, torch.float32, 128, 3, 64)
+    run = torch.compile(own, mode=mode, dynamic=False) if mode else own
     optimizer = torch.optim.AdamW(own.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
     losses = []
     for step in range(1, steps + 1):
         tokens = torch.randint(VOCABULARY, (4, 32), generator=generator).to(device)
-        loss = own(input_ids=tokens, labels=tokens).loss
+        with torch.autocast(device, torch.bfloat16) if autocast else nullcontext():
+            loss = run(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
         if tracker is not None:
-            tracker.step(step, own)
+            tracker.step(step, run)
         if out is not None and step % 4 == 0:
             own.save_pretrained(out / f"checkpoint-{step}")
     random = torch.get_rng_state(), *([torch.cuda.get_rng_state()] if device == "cuda" else [])
@@ -169,27 +290,31 @@ def training(device: str, steps: int) -> Iterator[Row]:
     """Training with the callback is training without it; the scan gives what the callback gave."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    probe = st.Probe.random(VOCABULARY, 4, 32)
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        probe = st.Probe.random(VOCABULARY, 4, 32)
-        plain = _train(device, steps, None)
-        again = _train(device, steps, None)
-        tracker = SinkTracker(probe, here / "live", every=2, on_error="raise")
-        tracked = _train(device, steps, tracker, here / "archive")
-        tracker.close()
-        note = "" if _bits(plain) == _bits(again) else "training does not repeat itself without it"
-        apart = None if note else float(_bits(plain) != _bits(tracked))
-        yield Row(
-            "training with the callback: bits that differ", apart, None if note else 0.0, note
-        )
-        list(st.scan(here / "archive", probe=probe, run=here / "scanned", device=device))
-        live = {record["step"]: record for record in st.Run.read(here / "live").records}
-        difference = 0.0
-        for record in st.Run.read(here / "scanned").records:
-            for name in ("p0_attention", "p0_norm"):
-                one, other = (torch.tensor(r[name]) for r in (record, live[record["step"]]))
-                difference = max(difference, float(((one - other) / other.abs().max()).abs().max()))
-        yield Row("scan on the device against the callback", difference, 1e-5)
+        for name, given in TRAININGS.items():
+            if "mode" in given and device != "cuda":
+                continue  # inductor's C++ takes a minute
+            plain = _bits(_train(device, steps, None, **given))
+            again = _bits(_train(device, steps, None, **given))
+            tracker = SinkTracker(probe, here / name, every=2, on_error="raise")
+            tracked = _bits(_train(device, steps, tracker, here / f"{name} saved", **given))
+            tracker.close()
+            note = "" if plain == again else "training does not repeat itself without it"
+            apart = None if note else float(plain != tracked)
+            most = None if note else 0.0
+            yield Row(f"training, {name}, with the callback: bits that differ", apart, most, note)
+            scanned = here / f"{name} scanned"
+            list(st.scan(here / f"{name} saved", probe=probe, run=scanned, device=device))
+            live = {record["step"]: record for record in st.Run.read(here / name).records}
+            difference = 0.0
+            for record in st.Run.read(scanned).records:
+                for field in ("p0_attention", "p0_norm"):
+                    one, other = (torch.tensor(r[field]) for r in (record, live[record["step"]]))
+                    apart = float(((one - other) / other.abs().max()).abs().max())
+                    difference = max(difference, apart)
+            yield Row(f"scan on the device against the callback, {name}", difference, 1e-5)
     torch.use_deterministic_algorithms(False)
 
 
@@ -304,6 +429,8 @@ def main() -> None:
     checks: dict[str, Callable[[], Iterator[Row]]] = {
         "attention": lambda: attention(device, 1024 if large else 64),
         "backends": lambda: backends(device, 1024 if large else 64),
+        "decoders": lambda: decoders(device, 256 if large else 64),
+        "devices": lambda: devices(device, 256 if large else 64),
         "training": lambda: training(device, 20 if large else 8),
         "FSDP2": lambda: sharded(device),
         "Transformer Engine": lambda: transformer_engine(device),

@@ -162,23 +162,23 @@ def at_p0(write: Write, arena: Arena, first_head: int = 0) -> WriteAtP0:
         terms.parts |= head_parts(write.projection, first_head)
     if write.routed is not None:
         routed, terms.gates = write.routed, {}
-        outputs = routed.outputs(0).float() * routed.factor
+        outputs = (routed.outputs(0).float() * routed.factor).cpu()
         index, gate = routed.index[:, 0].cpu(), routed.gate[:, 0].cpu()
         for expert in index.unique().tolist():
             chosen = index == expert
-            terms.parts["expert", expert] = outputs[chosen.to(outputs.device)].sum(0)
+            terms.parts["expert", expert] = outputs[chosen].sum(0)
             terms.gates[expert] = gate[chosen].tolist()
     return terms
 
 
 def head_parts(of: Projection, first: int = 0) -> dict[tuple[str, int], Tensor]:
-    """What each head writes at P0 and the bias, ``[D]`` float32 summed over the sequences."""
+    """What each head writes at P0 and the bias, ``[D]`` summed over the sequences, on the CPU."""
     mixed = of.mixed[:, 0].float().sum(0).view(of.heads, -1)
     weight = of.weight.float().unflatten(1, (of.heads, -1))
-    written = torch.einsum("hv,dhv->hd", mixed, weight) * of.factor
+    written = (torch.einsum("hv,dhv->hd", mixed, weight) * of.factor).cpu()
     parts = {("head", first + head): part for head, part in enumerate(written)}
     if of.bias is not None:
-        parts["attention_bias", -1] = of.bias.float() * (of.factor * len(of.mixed))
+        parts["attention_bias", -1] = (of.bias.float() * (of.factor * len(of.mixed))).cpu()
     return parts
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -659,6 +660,7 @@ class Flash(torch_models.Attention):
 
     left = -1
     cap = False
+    packed = False
     plainly = False
 
     def attend(self, q: Any, k: Any, v: Any) -> Any:
@@ -672,7 +674,28 @@ class Flash(torch_models.Attention):
         if self.cap:
             return torch.ops.sinktrack_tests.capped_flash(q, k, v).transpose(1, 2)
         scale = q.shape[-1] ** -0.5
+        if self.packed:
+            rows = (z.flatten(0, 1) for z in (q, k, v))
+            ends = torch.arange(0, q.shape[0] * q.shape[1] + 1, q.shape[1], dtype=torch.int32)
+            y = torch.ops.sinktrack_tests.packed(*rows, ends, q.shape[1], scale, [self.left, 0])
+            return y.unflatten(0, q.shape[:2]).transpose(1, 2)
         return torch.ops.sinktrack_tests.flash(q, k, v, scale, self.left, 0).transpose(1, 2)
+
+
+@torch.library.custom_op("sinktrack_tests::packed", mutates_args=())
+def packed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int,
+    scale: float, window: list[int],
+) -> torch.Tensor:  # fmt: skip
+    """``[B * T, H, D]``, each sequence for itself, as kernels of variable lengths take them."""
+    pairs = list(itertools.pairwise(ends.tolist()))
+    rows = [
+        torch.ops.sinktrack_tests.flash(
+            *(z[None, start:end] for z in (q, k, v)), scale, window[0], window[1]
+        )
+        for start, end in pairs
+    ]
+    return torch.cat([row[0] for row in rows])
 
 
 @torch.library.custom_op("sinktrack_tests::capped_flash", mutates_args=())
@@ -687,11 +710,13 @@ def capped_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Ten
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("left", [-1, 5])
 def test_an_operator_is_attention_by_value(
-    left: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    left: int, packed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Grouped queries, and a window among its numbers."""
+    """Grouped queries, a window among its numbers, and sequences in one row."""
+    monkeypatch.setattr(Flash, "packed", packed)
     model = Net(Kind()).to(dtype)
     for block in model.layers:
         block.attention.__class__ = Flash
@@ -718,6 +743,49 @@ def test_an_operator_with_a_soft_cap_is_refused_in_bfloat16(
     monkeypatch.setattr(Flash, "cap", True)
     with pytest.raises(MeasurementError, match="something else than causal softmax"):
         measure(model, PROBE)
+
+
+@pytest.mark.parametrize("how", ["every other checkpointed", "compiled", "both"])
+def test_blocks_that_are_wrapped_are_found(how: str) -> None:
+    """As selective activation checkpointing and compilation of each block leave them."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = Net(Kind())
+    wanted = measure(model, PROBE)
+    for number, block in enumerate(model.layers):
+        if how != "compiled" and number % 2:
+            model.layers[number] = checkpoint_wrapper(block)
+        if how != "every other checkpointed":
+            model.layers[number] = cast(
+                torch.nn.Module, torch.compile(model.layers[number], backend="eager")
+            )
+    found = measure(model, PROBE)
+    assert torch.equal(found.p0_attention, wanted.p0_attention)
+    assert found.localization == wanted.localization
+
+
+def test_a_kernel_of_half_precision_alone_says_how_to_go_on() -> None:
+    """As flash attention in a model of float32 weights that trains under autocast."""
+
+    def forward(model: Any, tokens: torch.Tensor) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        return model(tokens)
+
+    model = Net(Kind())
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(MeasurementError, match="open torch.autocast within forward= of"),
+    ):
+        measure(Decoder(model, forward=forward), PROBE)
+
+    def opened(model: Any, tokens: torch.Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(model, tokens)
+
+    found = measure(Decoder(model, forward=opened), PROBE)
+    plain = measure(model, PROBE)
+    torch.testing.assert_close(found.p0_attention, plain.p0_attention, atol=2e-2, rtol=0)
 
 
 def test_experts_that_cannot_be_told_apart_are_said(

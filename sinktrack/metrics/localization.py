@@ -438,7 +438,6 @@ class Writes:
     def _add(self, block: int, kind: str, index: int, part: Tensor) -> None:
         key = (block, self._order[block] - 1, kind, index)
         known = self._parts.get(key)
-        part = part.cpu()
         self._parts[key] = part if known is None else known + part
 
     def rows(self) -> list[tuple[str, int, Tensor]]:

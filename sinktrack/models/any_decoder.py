@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
 
 from sinktrack.attention import Attended, attend, read_scores
@@ -145,6 +146,14 @@ class Decoder:
                 f"{_class(bare)} does not run on tokens {tuple(tokens.shape)} "
                 f"({type(e).__name__}: {e}); give {way}"
             ) from e
+        except RuntimeError as e:
+            if "bf16" not in str(e) and "bfloat16" not in str(e).lower():
+                raise
+            raise MeasurementError(
+                f"{_class(bare)} does not run in the dtype of its weights ({e}); a probe runs "
+                "without the training's autocast: open torch.autocast within forward= of "
+                "sinktrack.Decoder"
+            ) from e
 
     def blocks(self) -> dict[int, nn.Module]:
         """The blocks by number.
@@ -213,11 +222,19 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _class(module: nn.Module) -> str:
-    """The name of a module's class, as it is without FSDP2's; of a list, those of its modules."""
+    """The name of a module's class, as `_kind` tells it; of a list, those of its modules."""
     if isinstance(module, Several):
         return " and ".join(_class(item) for item in module)
+    return _kind(module).__name__
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    """A module's class as written: without FSDP2's, compilation and activation checkpointing."""
+    module = _unwrap(module)
+    while isinstance(module, ActivationWrapper):
+        module = _unwrap(module.get_submodule("_checkpoint_wrapped_module"))
     of = type(module)
-    return of.__mro__[2].__name__ if isinstance(module, FSDPModule) else of.__name__
+    return of.__mro__[2] if isinstance(module, FSDPModule) else of
 
 
 def _evident(model: nn.Module) -> list[nn.Module]:
@@ -234,8 +251,8 @@ def _evident(model: nn.Module) -> list[nn.Module]:
         items = [item for item in module._modules.values() if item is not None]
         if not items:
             continue
-        alike = len({type(_unwrap(item)) for item in items}) == 1
-        alike = alike and type(items[0]).forward is not nn.Module.forward
+        alike = len({_kind(item) for item in items}) == 1  # every other one may be checkpointed
+        alike = alike and _kind(items[0]).forward is not nn.Module.forward
         if alike and all(next(_unwrap(item).children(), None) is not None for item in items):
             found[path] = items
     if len(found) == 1:
@@ -271,7 +288,7 @@ class Found:
     @property
     def type(self) -> str:
         """The class's name."""
-        return _class(_unwrap(self.model))
+        return _class(self.model)
 
 
 def measure_decoder(decoder: Decoder, probe: Probe, batch_size: int | None) -> Measurement:
@@ -331,7 +348,7 @@ def _found(decoder: Decoder) -> Found:
             )
     if is_apart(model):
         raise MeasurementError(
-            f"no process holds the whole of {_class(_unwrap(model))} (FSDP1, tensor, expert "
+            f"no process holds the whole of {_class(model)} (FSDP1, tensor, expert "
             "or pipeline parallelism); of models that are not transformers only whole ones, DDP "
             "and FSDP2 are supported: measure the saved checkpoints with `sinktrack scan`"
         )
@@ -1001,11 +1018,12 @@ class _Tap:
 
     def opaque(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Is an operator that nobody knows causal attention of its arguments?"""
-        given = [value for value in _tensors(args, kwargs) if value.ndim == 4]
-        outputs = [v for v in _tensors((result,), {}) if v.ndim == 4 and v.is_floating_point()]
+        given = [v for value in _tensors(args, kwargs) if (v := self._apart(value)).ndim == 4]
+        packed = [v for v in _tensors((result,), {}) if v.is_floating_point()]
+        outputs = [v for v in packed if self._apart(v).ndim == 4]
         if len(given) < 3 or not outputs or not self.inside:
             return
-        output = outputs[0]
+        output = self._apart(outputs[0])
         scales = {given[0].shape[-1] ** -0.5}
         scales |= {float(v) for k, v in kwargs.items() if "scale" in k and isinstance(v, float)}
         scales |= {value for value in args if isinstance(value, float)}
@@ -1023,12 +1041,19 @@ class _Tap:
                 own, attended = attend(*exact, scale=scale, mask=mask, also=self.observer.also)
                 if own.shape == whole.shape and _alike(own, whole):
                     self.show(name, attended, whole)
-                    mark(output, Mark("mixed", heads=query.shape[1]))
+                    mark(outputs[0], Mark("mixed", heads=query.shape[1]))
                     return
         self.went_as_attention = (
             f"{name} takes three tensors like queries, keys and values, and gives something else "
             "than causal softmax attention of them"
         )
+
+    def _apart(self, value: Tensor) -> Tensor:
+        """``[B, T, H, D]`` of sequences that are packed in ``[B * T, H, D]``."""
+        if value.ndim != 3 or len(value) != self.batch * self.length:
+            return value
+        apart: Tensor = value.unflatten(0, (self.batch, self.length))
+        return apart
 
     def _windows(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device

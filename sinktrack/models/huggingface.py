@@ -435,6 +435,7 @@ class _Tap:
 
     def __init__(self, found: Decoder, observer: Observer) -> None:
         self.found, self.observer = found, observer
+        self._edits_sight = type(observer).sight is not Observer.sight  # else no mask is built
         self.block = -1
         self.attended = 0
         self.attention_writes = 0
@@ -540,7 +541,9 @@ class _Tap:
                 "meaning is not known here; not supported"
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        mask = see(attention_mask, self._sight, query)
+        mask = attention_mask
+        if self._edits_sight:
+            mask = see(attention_mask, self._sight, query)
         with self._named():
             output, attended = attend(
                 query, key, value, scale=scale, mask=mask, softcap=softcap, sinks=s_aux,
@@ -600,7 +603,7 @@ class _Tap:
         batch, length, _ = self.shape
         if scores.ndim != 4 or (scores.shape[0], *scores.shape[2:]) != (batch, length, length):
             return None
-        changed = see(scores, self._only_hidden, scores)
+        changed = see(scores, self._only_hidden, scores) if self._edits_sight else scores
         assert changed is not None
         with self._named():
             attended = read_scores(changed, self.observer.also, changed is not scores)

@@ -112,7 +112,6 @@ class Shard(Observer):
             terms.parts |= head_parts(write.projection, self.layout.tp * write.projection.heads)
             if self.layout.tp:  # the bias is the same on each
                 terms.parts.pop(("attention_bias", -1), None)
-        terms.parts = {name: part.cpu() for name, part in terms.parts.items()}
         self.terms[block, number][write.sublayer] = terms
 
     def untold(self, block: int, reason: str) -> None:
