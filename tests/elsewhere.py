@@ -27,8 +27,8 @@ class Elsewhere(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor) -> Elsewhere:
         made: Elsewhere = Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=torch.device("meta"),
-            storage_offset=inner.storage_offset(),
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
+            dtype=inner.dtype, device=torch.device("meta"),
         )  # fmt: skip
         made.on_cpu = inner
         return made
