@@ -7,6 +7,7 @@ to ``OUT/RANK.json``. A case is a function of this module, or a model and a layo
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
 import re
@@ -454,6 +455,41 @@ def logged(out: Path) -> None:
         del sys.modules["megatron.training.global_vars"]
         if last:
             wandb.finish()
+    dist.barrier()
+
+
+def kept(out: Path) -> None:
+    """What a process keeps does not grow with the records, that of W&B's run least of all."""
+    import wandb
+
+    alone = dist.get_world_size() == 1
+    rank = dist.get_rank()
+    tracker = SinkTrackMegatron(PROBE, out / "run", every=1, on_error="raise")
+    chunks = small("deepseek")
+    shown: list[int] = []
+    if rank == dist.get_world_size() - 1:
+        run = wandb.init(mode="offline", dir=out, project="training", settings={"console": "off"})
+        run.log = lambda data, **_: shown.extend(  # W&B would keep rows itself
+            [data["sinktrack/step"]] if data else []
+        )
+
+    def lists() -> int:
+        gc.collect()
+        return sum(type(one) is list for one in gc.get_objects())
+
+    counted = []
+    for step in range(10):
+        tracker.step(step, chunks)
+        if step in (3, 9):
+            counted.append(lists())
+    assert counted[1] - counted[0] < 20, counted  # a record holds some fifty
+    if rank == dist.get_world_size() - 1:
+        assert shown == list(range(10))
+        assert len(tracker.tracker._past) == 10
+        assert run.config["sinktrack"]["every"] == 1
+        wandb.finish()
+    elif not alone:
+        assert tracker.tracker._past is None
     dist.barrier()
 
 
