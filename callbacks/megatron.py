@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from pathlib import Path
 from typing import Any, Unpack
@@ -78,6 +79,12 @@ class SinkTrackMegatron:
         due = self.tracker.due(self._iteration) or _is_saved(context, self._iteration, samples)
         self._probe(context, due, samples)
 
+    def on_log(self, context: Any) -> None:
+        """Megatron-LM writes its line: the last record's sink rate goes into it, once."""
+        if self.tracker.line and context.log_fragments is not None:
+            context.log_fragments.append(self.tracker.line)
+            self.tracker.line = ""
+
     def on_checkpoint_save(self, context: Any) -> None:
         """Megatron Bridge has saved: probe these weights, if they are those of now.
 
@@ -134,6 +141,8 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.line = ""
+        """What Megatron's log says of the last record, on every process: the last one writes it."""
         self._told: list[tuple[Any, ...]] = []
         """What W&B is to be told of the last record, where this process has no run of W&B."""
         self._lines: int | None = None
@@ -147,6 +156,8 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
         except Exception:
             self._pass_on(step)  # the others wait for it
             raise
+        if measured is not None and not math.isnan(rate := measured.sink_rate()):
+            self.line = f" P0 sink rate at {step}: {rate:.4f} |"
         self._pass_on(step)
         return measured
 
@@ -165,13 +176,17 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
             self._told.append((stage, alarm))
 
     def _pass_on(self, step: int) -> None:
-        """Every process calls; the last with a run of W&B logs, if process 0 has none."""
+        """Every process calls; the last with a run of W&B logs, if process 0 has none.
+
+        All learn the line of Megatron's log.
+        """
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
         all_of = processes()
         known = 0 if self._past is None else len(self._past)
-        replies = all_of.gather((wandb.is_active(), known))
-        chosen = max((rank for rank, (has, _) in enumerate(replies) if has), default=0)
+        replies = all_of.gather((wandb.is_active(), known, self.line))
+        self.line = replies[0][2]
+        chosen = max((rank for rank, (has, *_) in enumerate(replies) if has), default=0)
         if chosen == 0 or replies[0][0]:
             return
         news = None if self._run is None else self._news(replies[chosen][1])

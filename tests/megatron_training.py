@@ -217,7 +217,7 @@ class Manager:
     def __init__(self, callback: Any) -> None:
         events = (
             "on_train_start", "on_train_step_start", "on_train_step_end", "on_train_end",
-            "on_checkpoint_save",
+            "on_checkpoint_save", "on_log",
         )  # fmt: skip
         self.methods = {name: getattr(callback, name) for name in events}
         assert all(method.__func__ for method in self.methods.values())
@@ -436,12 +436,16 @@ def logged(out: Path) -> None:
 
         manager = Manager(tracker)
         context = SimpleNamespace(model=loop.chunks, user_state={})
+        said: list[str] = []
         manager.fire("on_train_start", context)
         for iteration in range(6):
             loop.arguments.curr_iteration = iteration
             manager.fire("on_train_step_start", context)
             manager.fire("on_train_step_end", context)
             loop.arguments.consumed_train_samples += 8
+            context.log_fragments = [" grad norm: 0.1 |"]  # fired on all; the last process prints
+            manager.fire("on_log", context)
+            said.append("".join(context.log_fragments[1:]))
             row("loss", iteration + 1)
             row("learning-rate", iteration + 1)
             if (iteration + 1) % 3 == 0:
@@ -451,6 +455,13 @@ def logged(out: Path) -> None:
         manager.fire("on_train_end", context)
         row("validation at the end", 6)
         row("test at the end", 6)
+        said_by = [None] * dist.get_world_size()
+        dist.all_gather_object(said_by, said)
+        if dist.get_rank() == 0:
+            rates = {one["step"]: one["sink_rate"] for one in Run.read(out / "run").records}
+            lines = [f" P0 sink rate at {step}: {rates.get(step, 0):.4f} |" for step in range(1, 7)]
+            lines[2] = lines[4] = ""  # at 3 an evaluation comes later, 5 is not due
+            assert said_by == [lines] * len(said_by)
     finally:
         del sys.modules["megatron.training.global_vars"]
         if last:
