@@ -404,6 +404,9 @@ def test_what_megatron_lm_leaves_to_defaults(saved: Path, tmp_path: Path) -> Non
     (here / "hf" / "config.json").write_text(json.dumps(damaged))
     with pytest.raises(ArchiveError, match="num_hidden_layers is 9 there"):
         open_source(only(archive))
+    rewrite(archive, of_tomorrow=3)
+    with pytest.raises(ArchiveError, match="hold 'of_tomorrow': 3, which is not known here"):
+        open_source(only(archive))
 
 
 def test_megatron_bridge(archive: Path, saved: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from sinktrack.archive import huggingface
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.layouts import megatron_config
+from sinktrack.archive.layouts.megatron_arguments import refuse
 from sinktrack.archive.layouts.megatron_names import pieces
 from sinktrack.archive.layouts.pieces import PieceSource
 from sinktrack.archive.source import Checkpoint
@@ -108,23 +109,23 @@ def open(checkpoint: Checkpoint) -> PieceSource:
 
 
 def _configuration(files: Files, given: Any, arguments: dict[str, Any], seen: Any) -> Any:
-    """The one given by hand; else by the arguments, else that of the model in ``hf`` beside them.
-
-    Megatron Bridge writes that folder where it is asked to save both.
+    """The one given by hand; else by the arguments, or where they do not say enough, that of the
+    model in ``hf`` beside them, which Megatron Bridge writes where it is asked to save both.
 
     Raises:
         ArchiveError: there is none, or the checkpoint contradicts it.
     """
     beside = files.at("hf")
+    if given is None and not arguments:
+        raise ArchiveError(
+            "neither common.pt nor common_state holds arguments; give the configuration of the "
+            "Hugging Face model with --hf-config"
+        )
     if given is None:
         try:
-            if not arguments:
-                raise ArchiveError(
-                    "neither common.pt nor common_state holds arguments; give the configuration of "
-                    "the Hugging Face model with --hf-config"
-                )
             return megatron_config.make(arguments, seen)
         except ArchiveError:
+            refuse(arguments)  # nobody vouches for what is not known
             if not beside.exists("config.json"):
                 raise
             given = huggingface.config(beside)
