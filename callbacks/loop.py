@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import torch.distributed as dist
 from torch import nn
 
+from sinktrack import text
 from sinktrack.callbacks.options import OptionArguments, Options, directory_of, probe_of
 from sinktrack.errors import MeasurementError
 from sinktrack.interventions import examine
@@ -23,7 +24,7 @@ from sinktrack.models.any_decoder import Decoder, check
 from sinktrack.models.base import Model as Adapted
 from sinktrack.models.base import adapt
 from sinktrack.probe import Probe
-from sinktrack.records.run import Run, to_json, versions
+from sinktrack.records.run import SCHEMA, Run, to_json, versions
 from sinktrack.signal import Stages, alarm
 
 _log = logging.getLogger("sinktrack")
@@ -62,7 +63,7 @@ class SinkTracker:
         **options: Unpack[OptionArguments],  # type: ignore[misc]
     ) -> None:
         self.options = Options(every=every, **options)
-        self._directory = self._named(run)
+        self._directory: Path | None = self._named(run)
         self.probe = probe_of(probe)
         self.loggers = loggers_of(self.options.loggers)
         self._tried = False
@@ -155,8 +156,8 @@ class SinkTracker:
             self._failed("probe", step, error, everywhere=adapted.agrees)
             return None
         for logger in self.loggers:
-            self._try(f"{_name(logger)} log", step, self._show, logger, record)
-        self._try("signal", step, self._judge, record)
+            self.tell(f"{_name(logger)} log", step, self._show, logger, record)
+        self.tell("signal", step, self._judge, record)
         return measurement
 
     def mark(self, step: int, what: str) -> None:
@@ -168,7 +169,7 @@ class SinkTracker:
             step: from which on it holds.
             what: in a few words.
         """
-        self._try("mark", step, self._mark, step, what)
+        self.tell("mark", step, self._mark, step, what)
 
     def _mark(self, step: int, what: str) -> None:
         if not self._decide(step) or self._run is None:
@@ -191,9 +192,9 @@ class SinkTracker:
     def close(self) -> None:
         """At the end of training: let every logger send what it has."""
         for logger in self.loggers:
-            self._try(f"{_name(logger)} log", self.measured or 0, logger.close)
+            self.tell(f"{_name(logger)} log", self.measured or 0, logger.close)
 
-    def _try(self, what: str, step: int, tell: Callable[..., None], *of: Any) -> None:
+    def tell(self, what: str, step: int, tell: Callable[..., None], *of: Any) -> None:
         """Tell of a record that is on disk already, so that a failure loses nothing."""
         try:
             tell(*of)
@@ -205,6 +206,13 @@ class SinkTracker:
             self._log(record)
         else:
             logger.log(record)
+
+    def tokens_at(self, step: int) -> int | None:
+        """Those of the record of a step; None where this process has none."""
+        if self._run is None:
+            return None
+        records = Run.read(self._run.directory).records  # not kept: they grow with the model
+        return next((one.get("tokens") for one in records if one["step"] == step), None)
 
     def settle(self) -> None:
         """End W&B's row of the last record, before a trainer logs a later step."""
@@ -265,6 +273,24 @@ class SinkTracker:
         if self._past is None:  # not by our run, which would keep all of every record
             self._past = wandb.Past.of(Run.read(self._run.directory).history)
         wandb.log(record, self.axes, self._run, self._past)
+        self._describe()
+
+    def _describe(self) -> None:
+        """Tell W&B's run what is measured, and when."""
+        options = self.options
+        wandb.describe(
+            {
+                "run": text.printable(str(self._directory)),
+                "probe": self.probe.digest,
+                "sequences": self.probe.tokens.shape[0],
+                "length": self.probe.tokens.shape[1],
+                "every": options.every,
+                "early": options.early,
+                "causal_every": options.causal_every,
+                "version": versions().get("sinktrack"),
+                "schema": SCHEMA,
+            }
+        )
 
     def _causal(self, step: int, adapted: Adapted, measurement: Measurement) -> dict[str, Any]:
         """The record's causal tests, where they are due."""
@@ -303,7 +329,7 @@ class SinkTracker:
             if isinstance(logger, wandb.WeightsAndBiases):
                 self._announce(self._stages.stage, fall)
             elif fall is not None:
-                self._try(f"{_name(logger)} log", record["step"], logger.alert, _FELL, fall)
+                self.tell(f"{_name(logger)} log", record["step"], logger.alert, _FELL, fall)
 
     def _announce(self, stage: str | None, fall: str | None) -> None:
         """Tell W&B the stage, and alert it of a fall."""
@@ -320,6 +346,18 @@ class SinkTracker:
         if reason not in self._reported:
             self._reported.add(reason)
             _log.warning("the %s at step %d failed, training goes on: %s", what, step, reason)
+
+
+class DirectoryLater(SinkTracker):
+    """Takes a directory below the framework's where no run was named."""
+
+    def _named(self, run: Any) -> Path | None:
+        return None if run is None else super()._named(run)
+
+    def below(self, directory: str) -> None:
+        """The framework's directory is known."""
+        if self._directory is None:
+            self._directory = Path(directory) / "sinktrack"
 
 
 def loggers_of(given: Any) -> list[Logger]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from pathlib import Path
 from typing import Any, Unpack
@@ -16,6 +17,7 @@ from sinktrack.loggers import weights_and_biases as wandb
 from sinktrack.measurement import Measurement
 from sinktrack.models.megatron.processes import processes
 from sinktrack.probe import Probe
+from sinktrack.records.run import Run
 
 
 class SinkTrackMegatron:
@@ -77,6 +79,12 @@ class SinkTrackMegatron:
         due = self.tracker.due(self._iteration) or _is_saved(context, self._iteration, samples)
         self._probe(context, due, samples)
 
+    def on_log(self, context: Any) -> None:
+        """Megatron-LM writes its line: the last record's sink rate goes into it, once."""
+        if self.tracker.line and context.log_fragments is not None:
+            context.log_fragments.append(self.tracker.line)
+            self.tracker.line = ""
+
     def on_checkpoint_save(self, context: Any) -> None:
         """Megatron Bridge has saved: probe these weights, if they are those of now.
 
@@ -133,10 +141,12 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.line = ""
+        """What Megatron's log says of the last record, on every process: the last one writes it."""
         self._told: list[tuple[Any, ...]] = []
         """What W&B is to be told of the last record, where this process has no run of W&B."""
-        self._written: list[dict[str, Any]] = []
-        """All records, where this process has W&B's run and another the directory."""
+        self._lines: int | None = None
+        """Records in the directory, where that is this process'; None until W&B is told."""
 
     def probe_now(self, step: int, model: Any, tokens: int | None = None) -> Measurement | None:
         """As `SinkTracker.probe_now`; what it tells W&B goes to the process that has the run."""
@@ -146,10 +156,14 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
         except Exception:
             self._pass_on(step)  # the others wait for it
             raise
+        if measured is not None and not math.isnan(rate := measured.sink_rate()):
+            self.line = f" P0 sink rate at {step}: {rate:.4f} |"
         self._pass_on(step)
         return measured
 
     def _log(self, record: dict[str, Any]) -> None:
+        if self._lines is not None:
+            self._lines += 1
         if wandb.is_active():
             super()._log(record)
         else:
@@ -162,33 +176,50 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
             self._told.append((stage, alarm))
 
     def _pass_on(self, step: int) -> None:
-        """Every process calls; the last with a run of W&B logs, if process 0 has none."""
+        """Every process calls; the last with a run of W&B logs, if process 0 has none.
+
+        All learn the line of Megatron's log.
+        """
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return
         all_of = processes()
-        replies = all_of.gather((wandb.is_active(), len(self._written)))
-        chosen = max((rank for rank, (has, _) in enumerate(replies) if has), default=0)
+        known = 0 if self._past is None else len(self._past)
+        replies = all_of.gather((wandb.is_active(), known, self.line))
+        self.line = replies[0][2]
+        chosen = max((rank for rank, (has, *_) in enumerate(replies) if has), default=0)
         if chosen == 0 or replies[0][0]:
             return
-        news: Any = None
-        if self._run is not None:
-            news = self._run.written[replies[chosen][1] :], self._told
+        news = None if self._run is None else self._news(replies[chosen][1])
         news = all_of.from_first(news)
-        result = self._tell(*news) if all_of.rank == chosen else None
+        result = self._tell(*news) if all_of.rank == chosen and news is not None else None
         result = all_of.gather(result)[chosen]
         if self._run is not None and isinstance(result, Exception):
             self._failed("W&B log", step, result)
         elif self._run is not None and result is not None:
             wandb.Sent(self._run).add(result, step, whole=True)
 
-    def _tell(self, written: list[dict[str, Any]], told: list[tuple[Any, ...]]) -> Any:
+    def _news(self, known: int) -> tuple[wandb.Past | None, list[tuple[Any, ...]]]:
+        """All records if not all before the last are known where W&B is, and what it is told."""
+        assert self._run is not None
+        new = sum(isinstance(first, dict) for first, _ in self._told)
+        if self._lines is not None and known == self._lines - new:
+            return None, self._told
+        past = wandb.Past.of(Run.read(self._run.directory).history)
+        self._lines = len(past)
+        return past, self._told
+
+    def _tell(self, past: wandb.Past | None, told: list[tuple[Any, ...]]) -> Any:
         """Log here; which run of W&B got a record, or what went wrong."""
-        self._written += written
         try:
             target = None
             for first, second in told:
                 if isinstance(first, dict):
-                    target = wandb.show(first, second, self._written)
+                    if past is not None:
+                        self._past = past
+                    elif self._past is not None:
+                        self._past.append(first)
+                    target = wandb.show(first, second, self._past or [first])
+                    self._describe()
                 else:
                     super()._announce(first, second)
         except Exception as error:

@@ -70,20 +70,23 @@ class Options:
     def _count(self, name: str, least: str, optional: bool = False) -> None:
         """Refuse what is no whole number of 1 or more; numpy's become plain ones."""
         given = getattr(self, name)
-        if given is None and optional:
-            return
-        try:
-            if isinstance(given, bool):
-                raise TypeError
-            count = operator.index(given)
-        except TypeError:
-            wanted = "a whole number or None" if optional else "a whole number"
-            raise TypeError(
-                f"{name}={given!r} is of type {type(given).__name__}: wanted {wanted}"
-            ) from None
-        if count < 1:
-            raise ValueError(f"{name}={count}: {least}")
-        object.__setattr__(self, name, count)
+        if given is not None or not optional:
+            object.__setattr__(self, name, _whole(name, given, least, optional))
+
+
+def _whole(name: str, given: Any, least: str, optional: bool, also: str = "") -> int:
+    try:
+        if isinstance(given, bool):
+            raise TypeError
+        count = operator.index(given)
+    except TypeError:
+        wanted = "a whole number" + also + " or None" * optional
+        raise TypeError(
+            f"{name}={given!r} is of type {type(given).__name__}: wanted {wanted}"
+        ) from None
+    if count < 1:
+        raise ValueError(f"{name}={count}: {least}")
+    return count
 
 
 def probe_of(given: Any) -> Probe:
@@ -101,6 +104,17 @@ def probe_of(given: Any) -> Probe:
         f"probe is of type {type(given).__name__}: wanted a Probe, or the path of a probe file; "
         "Probe.from_tokens and Probe.from_texts make one"
     )
+
+
+def tokens_of(given: Any) -> Any:
+    """Tokens of a step, or a function that counts those seen.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+    if given is None or callable(given):
+        return given
+    return _whole("tokens", given, "a step takes at least one token", True, ", a function")
 
 
 def directory_of(given: Any) -> Path:

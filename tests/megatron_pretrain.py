@@ -143,20 +143,18 @@ def main(out: str, run: str, *more: str) -> None:
     if run != "-":
         tracker = SinkTrackMegatron(PROBE, run, every=2, on_error="raise")
         given["non_loss_data_func"] = tracker.non_loss_data_func
-    kind = ModelType.encoder_or_decoder
-    named = inspect.signature(training.pretrain).parameters
-    if "cfg_container" in named:
+    given |= {
+        "train_valid_test_dataset_provider": datasets,
+        "model_provider": model,
+        "model_type": ModelType.encoder_or_decoder,
+        "forward_step_func": step,
+    }
+    if "cfg_container" in inspect.signature(training.pretrain).parameters:
         from megatron.training.argument_utils import pretrain_cfg_container_from_args
         from megatron.training.arguments import parse_and_validate_args
 
-        arguments = parse_and_validate_args()
-        container = pretrain_cfg_container_from_args(arguments)
-        training.pretrain(container, datasets, kind, step, model, **given)
-    else:
-        arguments_module = importlib.import_module("megatron.training.arguments")
-        if hasattr(arguments_module, "parse_and_validate_args") and "args_defaults" not in named:
-            arguments_module.parse_and_validate_args()
-        training.pretrain(datasets, model, kind, step, **given)
+        given["cfg_container"] = pretrain_cfg_container_from_args(parse_and_validate_args())
+    training.pretrain(**given)
 
 
 if __name__ == "__main__":

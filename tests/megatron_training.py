@@ -7,6 +7,7 @@ to ``OUT/RANK.json``. A case is a function of this module, or a model and a layo
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
 import re
@@ -216,7 +217,7 @@ class Manager:
     def __init__(self, callback: Any) -> None:
         events = (
             "on_train_start", "on_train_step_start", "on_train_step_end", "on_train_end",
-            "on_checkpoint_save",
+            "on_checkpoint_save", "on_log",
         )  # fmt: skip
         self.methods = {name: getattr(callback, name) for name in events}
         assert all(method.__func__ for method in self.methods.values())
@@ -435,12 +436,16 @@ def logged(out: Path) -> None:
 
         manager = Manager(tracker)
         context = SimpleNamespace(model=loop.chunks, user_state={})
+        said: list[str] = []
         manager.fire("on_train_start", context)
         for iteration in range(6):
             loop.arguments.curr_iteration = iteration
             manager.fire("on_train_step_start", context)
             manager.fire("on_train_step_end", context)
             loop.arguments.consumed_train_samples += 8
+            context.log_fragments = [" grad norm: 0.1 |"]  # fired on all; the last process prints
+            manager.fire("on_log", context)
+            said.append("".join(context.log_fragments[1:]))
             row("loss", iteration + 1)
             row("learning-rate", iteration + 1)
             if (iteration + 1) % 3 == 0:
@@ -450,10 +455,52 @@ def logged(out: Path) -> None:
         manager.fire("on_train_end", context)
         row("validation at the end", 6)
         row("test at the end", 6)
+        said_by = [None] * dist.get_world_size()
+        dist.all_gather_object(said_by, said)
+        if dist.get_rank() == 0:
+            rates = {one["step"]: one["sink_rate"] for one in Run.read(out / "run").records}
+            lines = [f" P0 sink rate at {step}: {rates.get(step, 0):.4f} |" for step in range(1, 7)]
+            lines[2] = lines[4] = ""  # at 3 an evaluation comes later, 5 is not due
+            assert said_by == [lines] * len(said_by)
     finally:
         del sys.modules["megatron.training.global_vars"]
         if last:
             wandb.finish()
+    dist.barrier()
+
+
+def kept(out: Path) -> None:
+    """What a process keeps does not grow with the records, that of W&B's run least of all."""
+    import wandb
+
+    alone = dist.get_world_size() == 1
+    rank = dist.get_rank()
+    tracker = SinkTrackMegatron(PROBE, out / "run", every=1, on_error="raise")
+    chunks = small("deepseek")
+    shown: list[int] = []
+    if rank == dist.get_world_size() - 1:
+        run = wandb.init(mode="offline", dir=out, project="training", settings={"console": "off"})
+        run.log = lambda data, **_: shown.extend(  # W&B would keep rows itself
+            [data["sinktrack/step"]] if data else []
+        )
+
+    def lists() -> int:
+        gc.collect()
+        return sum(type(one) is list for one in gc.get_objects())
+
+    counted = []
+    for step in range(10):
+        tracker.step(step, chunks)
+        if step in (3, 9):
+            counted.append(lists())
+    assert counted[1] - counted[0] < 20, counted  # a record holds some fifty
+    if rank == dist.get_world_size() - 1:
+        assert shown == list(range(10))
+        assert len(tracker.tracker._past) == 10
+        assert run.config["sinktrack"]["every"] == 1
+        wandb.finish()
+    elif not alone:
+        assert tracker.tracker._past is None
     dist.barrier()
 
 

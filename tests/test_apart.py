@@ -65,8 +65,8 @@ FOLLOWED = """
 """
 
 
-def run(tmp_path: Path, code: str) -> None:
-    two_processes(tmp_path, textwrap.dedent(FOLLOWED) + textwrap.dedent(code))
+def run(tmp_path: Path, code: str, count: int = 2) -> None:
+    two_processes(tmp_path, textwrap.dedent(FOLLOWED) + textwrap.dedent(code), count)
 
 
 def test_tensor_and_expert_parallelism_of_transformers(tmp_path: Path) -> None:
@@ -104,6 +104,83 @@ def test_tensor_and_expert_parallelism_of_transformers(tmp_path: Path) -> None:
                 }
             compare(make, builds.get(name, short(models.mixtral)), name, whole)
         """,
+    )
+
+
+@pytest.mark.slow
+def test_two_kinds_at_once_over_four_processes(tmp_path: Path) -> None:
+    """FSDP2 with replicas, with tensor and with expert parallelism: of transformers and by hand."""
+    for name, build in {"llama": models.llama, "mixtral": models.mixtral}.items():
+        build(num_hidden_layers=2).save_pretrained(tmp_path / "saved" / name)
+    run(
+        tmp_path,
+        """
+        import pytest
+        import torch_models
+        from sinktrack import MeasurementError
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor.parallel import (
+            ColwiseParallel, RowwiseParallel, parallelize_module,
+        )
+        from torch_models import Kind, Net
+        from transformers import AutoModelForCausalLM
+        from transformers.distributed import DistributedConfig
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("one", "other"))
+
+        def whole(model):
+            return {
+                key: value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+                for key, value in model.state_dict().items()
+            }
+
+        def shard(model, blocks, mesh):
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            return model
+
+        for name in ("llama", "mixtral"):
+            build = short(getattr(models, name))
+            def by_hand():
+                model = build().train()
+                return shard(model, model.model.layers, mesh)
+            compare(by_hand, build, f"{name} by hand", whole)
+            sizes = {
+                "tensor": {"fsdp_size": 2, "tp_size": 2},
+                "replicas": {"fsdp_size": 2, "dp_replicate_size": 2},
+            }
+            if name == "mixtral":
+                sizes["experts"] = {"fsdp_size": 2, "tp_size": 2, "ep_size": 2}
+            for kind, given in sizes.items():
+                def make():
+                    return AutoModelForCausalLM.from_pretrained(
+                        out / "saved" / name, dtype=torch.float32,
+                        distributed_config=DistributedConfig(**given),
+                    ).train()
+                compare(make, build, f"{name} {kind}", whole)
+
+        probe = Probe.random(torch_models.VOCABULARY, sequences=5, length=17)
+        for kind in (Kind(qk_norm=True, lambdas=True), Kind(experts="list", shared=True)):
+            alone = measure(Net(kind), probe)
+            model = Net(kind)
+            found = measure(shard(model, model.layers, mesh), probe)
+            assert found.weights == alone.weights
+            assert torch.equal(found.p0_attention, alone.p0_attention)
+            assert found.localization == alone.localization
+        model = Net(Kind())
+        for block in model.layers:
+            parts = {f"attention.{name}": ColwiseParallel() for name in "qkv"}
+            parallelize_module(
+                block, mesh["other"], parts | {"attention.o": RowwiseParallel()}
+            )
+        shard(model, model.layers, mesh["one"])
+        model.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(AssertionError("ran")))
+        with pytest.raises(MeasurementError, match="tensor"):
+            measure(model, probe)
+        dist.barrier()
+        """,
+        count=4,
     )
 
 

@@ -311,7 +311,7 @@ def test_a_failing_probe_is_reported_once(tmp_path: Path, caplog: pytest.LogCapt
         SinkTracker(PROBE, tmp_path, every=1, on_error="raise").step(3, model)
 
 
-def two_processes(tmp_path: Path, code: str) -> None:
+def two_processes(tmp_path: Path, code: str, count: int = 2) -> None:
     """Run ``code`` under torchrun with everything of this module and ``out`` at hand."""
     script = tmp_path / "script.py"
     start = f"""
@@ -323,7 +323,8 @@ def two_processes(tmp_path: Path, code: str) -> None:
     """
     end = "os._exit(0)  # gloo's threads may outlive the interpreter, which then aborts\n"
     script.write_text(textwrap.dedent(start) + textwrap.dedent(code) + end)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command.append(f"--nproc-per-node={count}")
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 

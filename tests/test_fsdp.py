@@ -93,3 +93,74 @@ def test_a_pickle_that_calls_something_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError, match="pathlib"):
         open_source(discover(tmp_path)[0])
     assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_trainers_own(version: int, tmp_path: Path) -> None:
+    """The Trainer shards by accelerate, which does so for GPUs alone: a process says it has one."""
+    two_processes(
+        tmp_path,
+        f"""
+        from accelerate.state import PartialState
+        from accelerate.utils import DistributedType
+        from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+        begin, wrap = PartialState.__init__, FSDP.__init__
+        def of_gpus(self, *args, **kwargs):
+            begin(self, *args, **kwargs)
+            if self.distributed_type == DistributedType.MULTI_CPU:
+                PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        PartialState.__init__ = of_gpus
+        FSDP.__init__ = lambda *args, **kwargs: wrap(
+            *args, **kwargs | {{"device_id": torch.device("cpu")}}
+        )
+
+        class Shards(TrainerCallback):
+            def on_train_end(self, args, state, control, model, optimizer, **_):
+                self.losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+                self.random = (random.getstate(), numpy_state(), torch.get_rng_state())
+                if {version} == 1:
+                    with FSDP.summon_full_params(model):
+                        weights = {{k: v.clone() for k, v in model.module.state_dict().items()}}
+                else:
+                    weights = {{k: v.full_tensor() for k, v in model.state_dict().items()}}
+                self.weights = {{k.replace("_fsdp_wrapped_module.", ""): v
+                                for k, v in weights.items()}}
+
+        found = []
+        for tracked in (False, True):
+            set_seed(1)
+            shards = Shards()
+            callback = SinkTrackCallback(PROBE, out / "run", every=4, on_error="raise")
+            arguments = TrainingArguments(
+                output_dir=str(out), max_steps=6, learning_rate=3e-3, logging_steps=1,
+                per_device_train_batch_size=4, report_to=[], use_cpu=True, ddp_backend="gloo",
+                save_strategy="no", fsdp="full_shard auto_wrap" if {version} == 1 else True,
+                fsdp_config={{
+                    "version": {version}, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+                    "sync_module_states": False, "cpu_ram_efficient_loading": False,
+                }},
+            )
+            callbacks = [callback, shards] if tracked else [shards]
+            trainer = Trainer(models.llama().train(), arguments, train_dataset=Data(),
+                              callbacks=callbacks)
+            trainer.train()
+            assert "FSDP" in type(trainer.model).__name__ or {version} == 1
+            assert {version} == 2 or isinstance(trainer.model, FSDP)
+            found.append(vars(shards))
+        assert_identical(*found)
+        whole = models.llama()
+        whole.load_state_dict(found[1]["weights"])
+        if dist.get_rank() == 0:
+            run = Run.read(out / "run")
+            assert run.steps == [0, 4, 6]
+            live = measure(whole, PROBE)
+            assert run.records[-1]["weights"] == live.weights
+            torch.testing.assert_close(
+                torch.tensor(run.records[-1]["p0_attention"]), live.p0_attention,
+                atol=1e-6, rtol=0,
+            )
+        dist.barrier()
+        """,
+    )

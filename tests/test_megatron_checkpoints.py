@@ -397,6 +397,16 @@ def test_what_megatron_lm_leaves_to_defaults(saved: Path, tmp_path: Path) -> Non
         open_source(only(archive))
     source = open_source(only(archive, hf_config=tmp_path / "hf"))
     assert source.config.rope_parameters == original.rope_parameters
+    (here,) = archive.glob("iter_*")
+    shutil.copytree(tmp_path / "hf", here / "hf")  # as Megatron Bridge saves both
+    assert open_source(only(archive)).config.rope_parameters == original.rope_parameters
+    damaged = json.loads((here / "hf" / "config.json").read_text()) | {"num_hidden_layers": 9}
+    (here / "hf" / "config.json").write_text(json.dumps(damaged))
+    with pytest.raises(ArchiveError, match="num_hidden_layers is 9 there"):
+        open_source(only(archive))
+    rewrite(archive, of_tomorrow=3)
+    with pytest.raises(ArchiveError, match="hold 'of_tomorrow': 3, which is not known here"):
+        open_source(only(archive))
 
 
 def test_megatron_bridge(archive: Path, saved: Path) -> None:

@@ -43,6 +43,10 @@ _open: dict[str, int] = {}
 """By W&B run: the step of its row that was left open with a record of ours in it."""
 
 
+_described: dict[str, Mapping[str, Any]] = {}
+"""By W&B run: what its config says of us."""
+
+
 class Past(list[Mapping[str, Any]]):
     """Records as they were written, of which all but the last two hold what is drawn of all.
 
@@ -154,6 +158,11 @@ def is_active() -> bool:
     return _active() is not None
 
 
+def is_run(other: Any) -> bool:
+    """Is this the process's W&B run, which the callbacks log to by themselves?"""
+    return other is not None and other is _active()
+
+
 def settle() -> None:
     """End the active W&B run's row if a record of ours is in it and it is still open.
 
@@ -176,6 +185,18 @@ def stage(name: str | None) -> None:
     active = _active()
     if active is not None and name is not None:
         active.summary["sinktrack/stage"] = name
+
+
+def describe(entry: Mapping[str, Any]) -> None:
+    """Note under ``sinktrack`` in the active W&B run's config what is measured, once.
+
+    All else there stays as it is; of a resumed run the entry is that of now. Without a run, do
+    nothing.
+    """
+    active = _active()
+    if active is not None and _described.get(active.id) != entry:
+        active.config.update({"sinktrack": dict(entry)}, allow_val_change=True)
+        _described[active.id] = entry
 
 
 def _active() -> Any:

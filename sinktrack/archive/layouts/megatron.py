@@ -18,6 +18,7 @@ import torch
 from sinktrack.archive import huggingface
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.layouts import megatron_config
+from sinktrack.archive.layouts.megatron_arguments import refuse
 from sinktrack.archive.layouts.megatron_names import pieces
 from sinktrack.archive.layouts.pieces import PieceSource
 from sinktrack.archive.source import Checkpoint
@@ -98,20 +99,38 @@ def open(checkpoint: Checkpoint) -> PieceSource:
     arguments = _arguments(files)
     if not arguments and place is not None and not files.exists("common.pt"):
         arguments = _common_state(files, place)
-    if given is None and not arguments:
-        raise ArchiveError(
-            f"{files.location}: neither common.pt nor common_state holds arguments; give the "
-            "configuration of the Hugging Face model with --hf-config"
-        )
     try:
         seen = _seen(stored)
-        if given is not None:
-            megatron_config.compare(given, arguments, seen)
-        config = given if given is not None else megatron_config.make(arguments, seen)
+        config = _configuration(files, given, arguments, seen)
         found = pieces(stored, config)
     except (ArchiveError, TypeError, ValueError, KeyError) as error:
         raise ArchiveError(f"{files.location}: {error}") from error
     return PieceSource(files, config, files, found, _count(arguments))
+
+
+def _configuration(files: Files, given: Any, arguments: dict[str, Any], seen: Any) -> Any:
+    """The one given by hand; else by the arguments, or where they do not say enough, that of the
+    model in ``hf`` beside them, which Megatron Bridge writes where it is asked to save both.
+
+    Raises:
+        ArchiveError: there is none, or the checkpoint contradicts it.
+    """
+    beside = files.at("hf")
+    if given is None and not arguments:
+        raise ArchiveError(
+            "neither common.pt nor common_state holds arguments; give the configuration of the "
+            "Hugging Face model with --hf-config"
+        )
+    if given is None:
+        try:
+            return megatron_config.make(arguments, seen)
+        except ArchiveError:
+            refuse(arguments)  # nobody vouches for what is not known
+            if not beside.exists("config.json"):
+                raise
+            given = huggingface.config(beside)
+    megatron_config.compare(given, arguments, seen)
+    return given
 
 
 def _other_format(names: set[str]) -> str | None:
