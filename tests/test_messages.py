@@ -18,8 +18,9 @@ from sinktrack.archive.discover import NoCheckpoint, discover
 
 SAID = {
     "PEFT adapters": (
-        "holds adapters alone (adapter_config.json, adapter_model.safetensors); merge them into"
-        " their base model with PEFT's merge_and_unload, and save that"
+        "holds adapters alone (adapter_config.json, adapter_model.safetensors); give the model "
+        "that they were trained on with --base (base), or merge them into it with PEFT's "
+        "merge_and_unload and save that"
     ),
     "DeepSpeed, pipeline parts alone": (
         "holds DeepSpeed's state (global_step5/, zero_to_fp32.py), a part for each process; "

@@ -22,8 +22,8 @@ _KINDS = (
     ),
     (
         r"adapter_(?:model.*|config\.json)",
-        "adapters alone ({found}); merge them into their base model with PEFT's merge_and_unload, "
-        "and save that",
+        "adapters alone ({found}); give the model that they were trained on with --base (base), or "
+        "merge them into it with PEFT's merge_and_unload and save that",
     ),
     (
         rf"global_step[0-9]+/|{_DEEPSPEED.pattern}|zero_to_fp32\.py",

@@ -22,7 +22,7 @@ from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError
 
 FORMATS = (
-    "safetensors_files", "pytorch_files", "fsdp", "olmo_core", "deepspeed", "verl",
+    "safetensors_files", "pytorch_files", "adapters", "fsdp", "olmo_core", "deepspeed", "verl",
     "litgpt", "nanogpt", "nanochat", "olmo", "trainer_files", "torchtitan", "megatron",
 )  # fmt: skip
 """Modules of this package; of two that know a directory the first counts."""
@@ -96,6 +96,8 @@ class Checkpoint:
     name: str
     config: Files | None = None
     """Where the ``config.json`` is that describes the model, if not in the checkpoint."""
+    base: Checkpoint | None = None
+    """The model that an adapter was trained on."""
     reason: str | None = None
     """Why it cannot be measured, where that was seen before it is opened."""
     file: str | None = None

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from sinktrack.archive.discover import discover, in_order
+from sinktrack.archive.discover import base_model, discover, in_order
 from sinktrack.archive.follow import looks
 from sinktrack.archive.names import Pattern
 from sinktrack.archive.source import Checkpoint, Source, open
@@ -46,6 +46,7 @@ def scan(
     batch_size: int | None = None,
     dtype: Dtype | None = None,
     hf_config: str | Path | None = None,
+    base: str | Path | None = None,
     pattern: str | None = None,
     engine: Engine | None = None,
     workers: int | None = None,
@@ -66,6 +67,7 @@ def scan(
         batch_size: sequences per forward pass of a block; all at once by default.
         dtype: compute in this one; by default in the one that the weights are stored in.
         hf_config: see `discover`.
+        base: see `discover`.
         pattern: how checkpoints are named, where `discover` does not know.
         engine: ``local``, worker processes of this machine; ``ray``, tasks of a Ray cluster; by
             default this process does all the work, in step order.
@@ -97,7 +99,7 @@ def scan(
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
     job = Job(run.probe, device, batch_size, blocks, causal, dtype, card)
-    checkpoints = Checkpoints([archive], pattern, hf_config, follow, part)
+    checkpoints = Checkpoints([archive], pattern, hf_config, follow, part, base)
     failed = []
 
     def told(checkpoint: Checkpoint, outcome: Outcome) -> None:
@@ -118,6 +120,7 @@ class Checkpoints:
         hf_config: see `discover`.
         follow: look every so many seconds, without end, at one archive.
         part: see `scan`.
+        base: see `discover`.
 
     Raises:
         ArchiveError: as of `discover`, but for what is to be followed: that may come.
@@ -130,6 +133,7 @@ class Checkpoints:
         hf_config: str | Path | None = None,
         follow: float | None = None,
         part: tuple[int, int] | None = None,
+        base: str | Path | None = None,
     ) -> None:
         if part is not None and not 0 <= part[0] < part[1]:
             raise ValueError(f"part {part[0]} of {part[1]}: they are counted from 0")
@@ -137,7 +141,9 @@ class Checkpoints:
         require("transformers", "scan")  # reads configurations, tokenizers and layouts
         if pattern is not None:
             Pattern(pattern)  # wrong use is said at once, also where a scan waits
-        find = [partial(discover, archive, pattern, hf_config) for archive in archives]
+        if base is not None:
+            base_model(base)
+        find = [partial(discover, archive, pattern, hf_config, base) for archive in archives]
         self.by_archive: list[list[Checkpoint]] = []
         """What is there now, in the order of the archives; empty where one is followed."""
         if follow is None:
@@ -385,7 +391,9 @@ def _probe_for(checkpoint: Checkpoint) -> tuple[Probe, str]:
 
     if checkpoint.reason is not None:
         raise ArchiveError(checkpoint.reason)
-    found = tokenizer(checkpoint.files)
+    base = checkpoint.base and checkpoint.base.files
+    places = [files for files in (checkpoint.files, checkpoint.config, base) if files is not None]
+    found = next(filter(None, map(tokenizer, places)), None)
     if found is not None:
         made = Probe.from_texts(found, passages())
         return made, f"no probe given: {made} from built-in prose and the checkpoint's tokenizer"
