@@ -238,8 +238,20 @@ def _known_by_name(files: Files) -> list[Checkpoint]:
     _tell(files, [label for label in _others(passed) if names.alike(label)])
     if not revisions:
         found += _final(files, found)
-    saved = {one.step for one in found if one.reason is None and one.format != "deepspeed"}
-    return [one for one in found if one.format != "deepspeed" or one.step not in saved]
+    return list(_without_twins(found))
+
+
+def _without_twins(found: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
+    """All but DeepSpeed's state of a step that stands there as a checkpoint, too."""
+    saved = {one.step: one for one in found if one.reason is None and one.format != "deepspeed"}
+    for one in found:
+        if one.format == "deepspeed" and one.step in saved:
+            _say_once(
+                f"{one.where} is passed over: {saved[one.step].name} beside it is a checkpoint of "
+                f"the same step {one.step}; to measure it, name it by itself"
+            )
+        else:
+            yield one
 
 
 def _final(files: Files, found: Sequence[Checkpoint]) -> list[Checkpoint]:

@@ -61,6 +61,8 @@ class Slice(Protocol):
     def __getitem__(self, index: Index) -> Tensor:
         """A part of it, or with ``...`` all; on the CPU, as it is stored.
 
+        What is computed of several stored tensors comes in float32, to be rounded by who asked.
+
         Raises:
             ArchiveError: the file is damaged.
         """
@@ -124,7 +126,8 @@ def open(checkpoint: Checkpoint) -> Source:
         size = sizes.get(name)
         if isinstance(size, int) and not 0 <= size <= _LARGEST_SIZE:
             raise ArchiveError(f"{checkpoint.files.location}: config.json has {name} {size}")
-    return source
+    applied: Source = importlib.import_module("sinktrack.archive.quantized").applied(source)
+    return applied
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:

@@ -239,7 +239,8 @@ class Job:
         return [checkpoint for checkpoint in checkpoints if checkpoint.step not in done]
 
     def _is_in(self, record: Mapping[str, Any]) -> bool:
-        if self.dtype is not None and record.get("dtype", self.dtype) != self.dtype:
+        held = str(record.get("dtype", self.dtype)).partition(" from ")[0]
+        if self.dtype is not None and held != self.dtype:
             return False
         asked = [name for name, of in (("causal", self.causal), ("position_card", self.card)) if of]
         if asked:
@@ -270,6 +271,8 @@ class Job:
         record: dict[str, Any] = to_json(
             measured.to_record(checkpoint.step, checkpoint.name, versions(), tokens) | tests
         )
+        if stored := getattr(source, "quantized", None):
+            record["dtype"] += f" from {stored}"
         return record
 
     def _start(self, checkpoint: Checkpoint, source: Source) -> Start | None:

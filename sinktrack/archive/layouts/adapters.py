@@ -94,6 +94,8 @@ class MergedSource:
         self, files: Files, settings: Mapping[str, Any], stored: Mapping[str, Slice], base: Source
     ) -> None:
         self.files, self.config, self._base = files, base.config, base
+        self.quantized = getattr(base, "quantized", None)
+        """What the base is stored as, where that is of few bits."""
         found = empty(base)
         places = _Places(base, found.model, found.names)
         self._changes = _Adapter(files, settings, stored).on(places)
