@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,11 +11,14 @@ import archive_kinds
 import models
 import pytest
 import torch
+import transformers
 from test_remains import sinktrack
 
-from sinktrack import ArchiveError, Probe, Run
+from sinktrack import ArchiveError, Probe, Run, scan
 from sinktrack.archive import names
 from sinktrack.archive.discover import NoCheckpoint, discover
+from sinktrack.archive.huggingface import load
+from sinktrack.scan import choose_probe
 
 SAID = {
     "PEFT adapters": (
@@ -210,3 +214,104 @@ def test_a_sweep_makes_a_run_of_each_child(
     assert code == 2 and said.endswith(f"there is {tmp_path / 'runs/a'}\n")
     code, said = sinktrack("demo", "--out", tmp_path / "probe", capsys=capsys)
     assert code == 2
+
+
+def edited(path: Path, **changes: object) -> Path:
+    """A checkpoint whose configuration says something else."""
+    models.llama(num_hidden_layers=1).save_pretrained(path)
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}},
+            f"config.json: transformers {transformers.__version__} does not know how to build "
+            "model_type 'mine', which is code of the checkpoint's own (configuration_mine.Mine); "
+            "that is never run: give the config.json of a family of transformers that holds the "
+            "same tensors with --hf-config (hf_config), or load the model where you trust its code "
+            "and measure it with st.measure(st.Decoder(model, blocks=...), probe)",
+        ),
+        (
+            {"model_type": "mine"},
+            f"config.json: transformers {transformers.__version__} does not know how to build "
+            "model_type 'mine'; give the config.json of a family that it knows with --hf-config "
+            "(hf_config), or install a transformers that knows it",
+        ),
+        (
+            {"model_type": None},
+            "config.json: it names no model_type; give the config.json of a family that it knows "
+            "with --hf-config (hf_config), or install a transformers that knows it",
+        ),
+        (
+            {"model_type": "t5"},
+            "a t5 cannot be built: it is an encoder and a decoder, and read are decoders that "
+            "stand alone",
+        ),
+        (
+            {"model_type": "clip", "architectures": ["CLIPModel"]},
+            "a clip cannot be built: transformers has no language model of this kind (saved as "
+            "CLIPModel), whose blocks could be measured",
+        ),
+    ],
+)
+def test_configurations_that_no_decoder_is_built_of(
+    changes: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    (found,) = discover(edited(tmp_path / "checkpoint-1", **changes))
+    with pytest.raises(ArchiveError) as error:
+        load(found)
+    text = str(error.value).removeprefix(f"{found.files.location}/")
+    assert text == said
+
+
+def test_another_model_in_the_archive_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    archive = tmp_path / "a"
+    for step, build in ((1, models.llama), (2, models.gpt2), (3, models.llama)):
+        build().save_pretrained(archive / f"checkpoint-{step}")
+    probe = Probe.random(models.VOCABULARY, sequences=2, length=6)
+    with pytest.raises(
+        ArchiveError, match="1 checkpoints failed\ncheckpoint-2: record of a model "
+    ):
+        list(scan(archive, probe=probe, run=tmp_path / "run"))
+    assert Run.read(tmp_path / "run").steps == [1, 3]
+
+
+def test_tokenizers_that_are_read_and_others(tmp_path: Path) -> None:
+    models.llama(num_hidden_layers=1).save_pretrained(tmp_path / "a/checkpoint-1")
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    shutil.copy(tmp_path / "a/checkpoint-1/config.json", hf)
+
+    def said(**options: object) -> str:
+        run = Run.open(tmp_path / "run")
+        (note,) = choose_probe(discover(tmp_path / "a", **options), run, None)[1:]
+        return str(note)
+
+    assert said().startswith("no probe given and no tokenizer found: ")
+    (tmp_path / "a/checkpoint-1/vocab.json").write_text("{}")
+    (tmp_path / "a/checkpoint-1/merges.txt").write_text("")
+    assert said(hf_config=hf).startswith(
+        "no probe given and there is vocab.json, merges.txt without the tokenizer.json that is "
+        "read: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes it: "
+    )
+    models.save_tokenizer([f"w{i}" for i in range(60)], hf)
+    assert said(hf_config=hf).endswith("built-in prose and the checkpoint's tokenizer")
+
+
+def test_a_state_of_deepspeed_beside_a_checkpoint_of_its_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models.llama(num_hidden_layers=1).save_pretrained(tmp_path / "checkpoint-5")
+    for step in (5, 6):
+        state = tmp_path / f"global_step{step}/mp_rank_00_model_states.pt"
+        state.parent.mkdir()
+        torch.save({"module": {"a": torch.ones(2)}}, state)
+    assert [found.name for found in discover(tmp_path)] == ["checkpoint-5", "global_step6"]
+    assert (
+        f"{tmp_path}/global_step5 is passed over: checkpoint-5 beside it is a checkpoint of the "
+        "same step 5; to measure it, name it by itself"
+    ) in caplog.text

@@ -16,7 +16,14 @@ from sinktrack.archive.discover import base_model, discover, in_order
 from sinktrack.archive.follow import looks
 from sinktrack.archive.names import Pattern
 from sinktrack.archive.source import Checkpoint, Source, open
-from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, one_line, require
+from sinktrack.errors import (
+    AnotherModel,
+    ArchiveError,
+    MeasurementError,
+    SinktrackError,
+    one_line,
+    require,
+)
 from sinktrack.measure import measure, measure_streamed
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
@@ -189,7 +196,11 @@ class Scan:
             rounds = (self.job.lacking(found, self.run) for found in self.checkpoints.rounds)
             for checkpoint, outcome in _outcomes(rounds, self.job, self.engine, self.workers):
                 if isinstance(outcome, dict):
-                    self.run.append(outcome)
+                    try:
+                        self.run.append(outcome)
+                    except AnotherModel as error:  # mixed archives: named, and the others go on
+                        notify(checkpoint, error)
+                        continue
                     for steps in twins.equal_weights(self.run.records):
                         if outcome["step"] in steps:
                             _log.warning("%s", twins.told(steps))
@@ -390,19 +401,21 @@ class NoExample(ArchiveError):
 
 
 def _probe_for(checkpoint: Checkpoint) -> tuple[Probe, str]:
-    from sinktrack.archive.huggingface import tokenizer, vocabulary
+    from sinktrack.archive.huggingface import other_tokenizer, tokenizer, vocabulary
 
     if checkpoint.reason is not None:
         raise ArchiveError(checkpoint.reason)
     base = checkpoint.base and checkpoint.base.files
     places = [files for files in (checkpoint.files, checkpoint.config, base) if files is not None]
-    found = next(filter(None, map(tokenizer, places)), None)
+    found = next((one for files in places if (one := tokenizer(files)) is not None), None)
     if found is not None:
         made = Probe.from_texts(found, passages())
         return made, f"no probe given: {made} from built-in prose and the checkpoint's tokenizer"
     made = Probe.random(vocabulary(checkpoint))
+    other = next(filter(None, map(other_tokenizer, places)), None)
+    lacking = f"there is {other}" if other else "no tokenizer found"
     return made, (
-        f"no probe given and no tokenizer found: {made} of seeded random tokens. A model that was "
+        f"no probe given and {lacking}: {made} of seeded random tokens. A model that was "
         "trained with [BOS] may show no sink on it: `sinktrack probe` makes one that begins so"
     )
 
