@@ -239,12 +239,13 @@ def edited(path: Path, **changes: object) -> Path:
             {"model_type": "mine"},
             f"config.json: transformers {transformers.__version__} does not know how to build "
             "model_type 'mine'; give the config.json of a family that it knows with --hf-config "
-            "(hf_config), or install a transformers that knows it",
+            "(hf_config), or, where a newer one knows it, pip install --upgrade transformers",
         ),
         (
             {"model_type": None},
             "config.json: it names no model_type; give the config.json of a family that it knows "
-            "with --hf-config (hf_config), or install a transformers that knows it",
+            "with --hf-config (hf_config), or, where a newer one knows it, pip install --upgrade "
+            "transformers",
         ),
         (
             {"model_type": "t5"},

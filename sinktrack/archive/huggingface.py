@@ -328,7 +328,7 @@ def _refuse_unknown(where: str, kind: Any, own_code: Any) -> NoReturn:
     failure = "it names no model_type" if kind is None else f"{own} {str(kind)[:80]!r}"
     raise ArchiveError(
         f"{where}: {failure}; give the config.json of a family that it knows with --hf-config "
-        "(hf_config), or install a transformers that knows it"
+        "(hf_config), or, where a newer one knows it, pip install --upgrade transformers"
     )
 
 
