@@ -51,19 +51,19 @@ SAID = {
     ),
     "nanotron": (
         "holds a checkpoint of nanotron (checkpoint_metadata.json); write it with nanotron's "
-        "examples/llama/convert_nanotron_to_hf.py"
+        "examples/llama/convert_nanotron_to_hf.py --checkpoint_path=... --save_path=..."
     ),
     "NeMo 2": (
-        "holds a checkpoint of NeMo (context/); write it with `nemo llm export path=... target=hf`"
+        "holds a checkpoint of NeMo (context/); write it with `nemo llm export path=... "
+        "target=hf output_path=...`"
     ),
     "NeMo 1": (
         "holds a packed checkpoint of NeMo (model.nemo); write it with NeMo's own export to "
         "Hugging Face"
     ),
-    "GGUF": (
-        "holds GGUF (model-Q4_K_M.gguf), whose weights are rounded for inference; scan the "
-        "model it was made of, or load it with transformers' from_pretrained(..., "
-        "gguf_file=...) and save_pretrained"
+    "several of GGUF": (
+        "holds files of GGUF (model-Q4_K_M.gguf, model-f16.gguf); name the one to "
+        "measure, or scan the model they were made of"
     ),
     "TensorFlow, Flax": (
         "holds weights of TensorFlow or Flax (flax_model.msgpack, tf_model.h5); load them with "
@@ -71,9 +71,9 @@ SAID = {
         "save_pretrained"
     ),
     "JAX, Orbax": (
-        "holds a checkpoint of JAX by Orbax (_CHECKPOINT_METADATA, _METADATA, manifest.ocdbt): "
-        "MaxText, Levanter, EasyLM and others; write it with that project's own converter to "
-        "Hugging Face"
+        "holds a checkpoint of JAX by Orbax (_CHECKPOINT_METADATA, _METADATA, manifest.ocdbt);"
+        " write it with its project's own converter to Hugging Face, such as MaxText's "
+        "to_huggingface.py or levanter.main.export_lm_to_hf"
     ),
     "NumPy": ("holds arrays of NumPy (params.npz); save the model with save_pretrained"),
     "ONNX": (
@@ -149,7 +149,17 @@ def test_what_else_may_have_been_meant(tmp_path: Path, monkeypatch: pytest.Monke
             discover(archive)
 
 
-@pytest.mark.parametrize("name", ["epoch_3", "checkpoint_5", "ckpt_000", "lc-4k-to-32k.step+7x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "epoch_3",
+        "checkpoint_5",
+        "checkpoint_0050000",
+        "ckpt_000",
+        "CrystalCoder_phase1_checkpoint_000055500",
+        "lc-4k-to-32k.step+7x",
+    ],
+)
 def test_a_pattern_that_is_suggested_works_as_printed(name: str, tmp_path: Path) -> None:
     models.llama(num_hidden_layers=1).save_pretrained(tmp_path / "a" / name)
     (tmp_path / "a/other").mkdir()
@@ -316,3 +326,17 @@ def test_a_state_of_deepspeed_beside_a_checkpoint_of_its_step(
         f"{tmp_path}/global_step5 is passed over: checkpoint-5 beside it is a checkpoint of the "
         "same step 5; to measure it, name it by itself"
     ) in caplog.text
+
+
+def test_revisions_without_a_number_get_no_pattern(tmp_path: Path) -> None:
+    cache = tmp_path / "models--a--b"
+    models.llama(num_hidden_layers=1).save_pretrained(cache / "snapshots" / ("a" * 40))
+    (cache / "refs").mkdir()
+    for name in ("main", "kestrel", "deeper-starling"):
+        (cache / "refs" / name).write_text("a" * 40)
+    with pytest.raises(ArchiveError) as error:
+        discover(cache)
+    assert str(error.value) == (
+        f"{cache} holds revisions whose names tell no step that is known: deeper-starling, kestrel; "
+        f"give one revision as the archive: {cache}/snapshots/COMMIT"
+    )

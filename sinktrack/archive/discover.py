@@ -197,9 +197,11 @@ def _in_file(path: str) -> list[Checkpoint]:
     found = _read_by_a_format(files)
     if own := [one for one in found if one.file == name]:
         return own
-    trainer = importlib.import_module("sinktrack.archive.layouts.trainer_files")
-    alone = trainer.alone(files, name)
-    return [alone] if alone else [one for one in found if one.file is None]
+    for layout in ("gguf_files", "trainer_files"):
+        module = importlib.import_module(f"sinktrack.archive.layouts.{layout}")
+        if (alone := module.alone(files, name)) is not None:
+            return [alone]
+    return [one for one in found if one.file is None]
 
 
 def _known_by_name(files: Files) -> list[Checkpoint]:
@@ -536,13 +538,16 @@ def _any_number(text: str) -> str:
 
 
 def _unknown_revisions(files: Files, others: Sequence[str]) -> ArchiveError:
-    example = _example(others)
     main = "snapshots/COMMIT" if files.local else "@main"
+    cure = "give one revision as the archive"
+    if any(re.search("[0-9]", name) for name in others):
+        cure = (
+            f"give --pattern, for example --pattern '{_example(others)}' where that number counts "
+            "steps, or one revision as the archive"
+        )
     return ArchiveError(
         f"{files.location} holds revisions whose names tell no step that is known: "
-        f"{remains.few(others)}; give --pattern, for example --pattern '{example}' where that "
-        f"number counts steps, or one revision as the archive: {files.location}"
-        f"{'/' if files.local else ''}{main}"
+        f"{remains.few(others)}; {cure}: {files.location}{'/' if files.local else ''}{main}"
     )
 
 

@@ -136,7 +136,7 @@ def empty(source: Source, dtype: str | None = None, *, head: bool = False) -> Em
             "tensors cannot be the weights"
         )
     wide = getattr(torch, dtype) if dtype else _promoted(stored.values())
-    model = _built(config, wide)
+    model = built(config, wide)
     names, left = _places(model, stored)
     found = Empty(model, names, _text(model))
     try:
@@ -145,7 +145,7 @@ def empty(source: Source, dtype: str | None = None, *, head: bool = False) -> Em
     except ArchiveError as error:
         raise ArchiveError(f"{source.files.location}: {error}") from error
     if dtype is None and (narrow := _narrowest(found, stored, head)) != wide:
-        model = _built(config, narrow)
+        model = built(config, narrow)
         found = Empty(model, names, _text(model))
     return found
 
@@ -156,7 +156,7 @@ def prefix_of(model: nn.Module, module: nn.Module) -> str:
     return f"{path}." if path else ""
 
 
-def _built(config: Any, dtype: torch.dtype) -> Any:
+def built(config: Any, dtype: torch.dtype) -> Any:
     """On the meta device; of text and images where the configuration is of both."""
     auto: Any = AutoModelForCausalLM
     if config.get_text_config(decoder=True) is not config and _sees(config):
