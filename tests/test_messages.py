@@ -337,6 +337,6 @@ def test_revisions_without_a_number_get_no_pattern(tmp_path: Path) -> None:
     with pytest.raises(ArchiveError) as error:
         discover(cache)
     assert str(error.value) == (
-        f"{cache} holds revisions whose names tell no step that is known: deeper-starling, kestrel; "
-        f"give one revision as the archive: {cache}/snapshots/COMMIT"
+        f"{cache} holds revisions whose names tell no step that is known: deeper-starling, "
+        f"kestrel; give one revision as the archive: {cache}/snapshots/COMMIT"
     )
