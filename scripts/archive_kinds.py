@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "nanotron": ("checkpoint_metadata.json", "config.yaml", "model/a", "model_config.json"),
     "NeMo 2": ("context/model.yaml", "weights/.metadata"),
     "NeMo 1": ("model.nemo",),
-    "GGUF": ("model-Q4_K_M.gguf",),
+    "several of GGUF": ("model-Q4_K_M.gguf", "model-f16.gguf"),
     "TensorFlow, Flax": ("flax_model.msgpack", "tf_model.h5"),
     "JAX, Orbax": ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"),
     "NumPy": ("params.npz",),

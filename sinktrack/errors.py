@@ -25,6 +25,10 @@ class RecordError(SinktrackError):
     """The run directory cannot be read, or refuses a record."""
 
 
+class AnotherModel(RecordError):
+    """A record is of another model than the run holds."""
+
+
 class ArchiveError(SinktrackError):
     """A checkpoint, or a directory of them, cannot be read."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -10,16 +11,20 @@ import archive_kinds
 import models
 import pytest
 import torch
+import transformers
 from test_remains import sinktrack
 
-from sinktrack import ArchiveError, Probe, Run
+from sinktrack import ArchiveError, Probe, Run, scan
 from sinktrack.archive import names
 from sinktrack.archive.discover import NoCheckpoint, discover
+from sinktrack.archive.huggingface import load
+from sinktrack.scan import choose_probe
 
 SAID = {
     "PEFT adapters": (
-        "holds adapters alone (adapter_config.json, adapter_model.safetensors); merge them into"
-        " their base model with PEFT's merge_and_unload, and save that"
+        "holds adapters alone (adapter_config.json, adapter_model.safetensors); give the model "
+        "that they were trained on with --base (base), or merge them into it with PEFT's "
+        "merge_and_unload and save that"
     ),
     "DeepSpeed, pipeline parts alone": (
         "holds DeepSpeed's state (global_step5/, zero_to_fp32.py), a part for each process; "
@@ -46,19 +51,19 @@ SAID = {
     ),
     "nanotron": (
         "holds a checkpoint of nanotron (checkpoint_metadata.json); write it with nanotron's "
-        "examples/llama/convert_nanotron_to_hf.py"
+        "examples/llama/convert_nanotron_to_hf.py --checkpoint_path=... --save_path=..."
     ),
     "NeMo 2": (
-        "holds a checkpoint of NeMo (context/); write it with `nemo llm export path=... target=hf`"
+        "holds a checkpoint of NeMo (context/); write it with `nemo llm export path=... "
+        "target=hf output_path=...`"
     ),
     "NeMo 1": (
         "holds a packed checkpoint of NeMo (model.nemo); write it with NeMo's own export to "
         "Hugging Face"
     ),
-    "GGUF": (
-        "holds GGUF (model-Q4_K_M.gguf), whose weights are rounded for inference; scan the "
-        "model it was made of, or load it with transformers' from_pretrained(..., "
-        "gguf_file=...) and save_pretrained"
+    "several of GGUF": (
+        "holds files of GGUF (model-Q4_K_M.gguf, model-f16.gguf); name the one to "
+        "measure, or scan the model they were made of"
     ),
     "TensorFlow, Flax": (
         "holds weights of TensorFlow or Flax (flax_model.msgpack, tf_model.h5); load them with "
@@ -66,9 +71,9 @@ SAID = {
         "save_pretrained"
     ),
     "JAX, Orbax": (
-        "holds a checkpoint of JAX by Orbax (_CHECKPOINT_METADATA, _METADATA, manifest.ocdbt): "
-        "MaxText, Levanter, EasyLM and others; write it with that project's own converter to "
-        "Hugging Face"
+        "holds a checkpoint of JAX by Orbax (_CHECKPOINT_METADATA, _METADATA, manifest.ocdbt);"
+        " write it with its project's own converter to Hugging Face, such as MaxText's "
+        "to_huggingface.py or levanter.main.export_lm_to_hf"
     ),
     "NumPy": ("holds arrays of NumPy (params.npz); save the model with save_pretrained"),
     "ONNX": (
@@ -144,7 +149,17 @@ def test_what_else_may_have_been_meant(tmp_path: Path, monkeypatch: pytest.Monke
             discover(archive)
 
 
-@pytest.mark.parametrize("name", ["epoch_3", "checkpoint_5", "ckpt_000", "lc-4k-to-32k.step+7x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "epoch_3",
+        "checkpoint_5",
+        "checkpoint_0050000",
+        "ckpt_000",
+        "CrystalCoder_phase1_checkpoint_000055500",
+        "lc-4k-to-32k.step+7x",
+    ],
+)
 def test_a_pattern_that_is_suggested_works_as_printed(name: str, tmp_path: Path) -> None:
     models.llama(num_hidden_layers=1).save_pretrained(tmp_path / "a" / name)
     (tmp_path / "a/other").mkdir()
@@ -209,3 +224,119 @@ def test_a_sweep_makes_a_run_of_each_child(
     assert code == 2 and said.endswith(f"there is {tmp_path / 'runs/a'}\n")
     code, said = sinktrack("demo", "--out", tmp_path / "probe", capsys=capsys)
     assert code == 2
+
+
+def edited(path: Path, **changes: object) -> Path:
+    """A checkpoint whose configuration says something else."""
+    models.llama(num_hidden_layers=1).save_pretrained(path)
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}},
+            f"config.json: transformers {transformers.__version__} does not know how to build "
+            "model_type 'mine', which is code of the checkpoint's own (configuration_mine.Mine); "
+            "that is never run: give the config.json of a family of transformers that holds the "
+            "same tensors with --hf-config (hf_config), or load the model where you trust its code "
+            "and measure it with st.measure(st.Decoder(model, blocks=...), probe)",
+        ),
+        (
+            {"model_type": "mine"},
+            f"config.json: transformers {transformers.__version__} does not know how to build "
+            "model_type 'mine'; give the config.json of a family that it knows with --hf-config "
+            "(hf_config), or, where a newer one knows it, pip install --upgrade transformers",
+        ),
+        (
+            {"model_type": None},
+            "config.json: it names no model_type; give the config.json of a family that it knows "
+            "with --hf-config (hf_config), or, where a newer one knows it, pip install --upgrade "
+            "transformers",
+        ),
+        (
+            {"model_type": "t5"},
+            "a t5 cannot be built: it is an encoder and a decoder, and read are decoders that "
+            "stand alone",
+        ),
+        (
+            {"model_type": "clip", "architectures": ["CLIPModel"]},
+            "a clip cannot be built: transformers has no language model of this kind (saved as "
+            "CLIPModel), whose blocks could be measured",
+        ),
+    ],
+)
+def test_configurations_that_no_decoder_is_built_of(
+    changes: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    (found,) = discover(edited(tmp_path / "checkpoint-1", **changes))
+    with pytest.raises(ArchiveError) as error:
+        load(found)
+    text = str(error.value).removeprefix(f"{found.files.location}/")
+    assert text == said
+
+
+def test_another_model_in_the_archive_is_named_and_the_others_go_on(tmp_path: Path) -> None:
+    archive = tmp_path / "a"
+    for step, build in ((1, models.llama), (2, models.gpt2), (3, models.llama)):
+        build().save_pretrained(archive / f"checkpoint-{step}")
+    probe = Probe.random(models.VOCABULARY, sequences=2, length=6)
+    with pytest.raises(
+        ArchiveError, match="1 checkpoints failed\ncheckpoint-2: record of a model "
+    ):
+        list(scan(archive, probe=probe, run=tmp_path / "run"))
+    assert Run.read(tmp_path / "run").steps == [1, 3]
+
+
+def test_tokenizers_that_are_read_and_others(tmp_path: Path) -> None:
+    models.llama(num_hidden_layers=1).save_pretrained(tmp_path / "a/checkpoint-1")
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    shutil.copy(tmp_path / "a/checkpoint-1/config.json", hf)
+
+    def said(**options: object) -> str:
+        run = Run.open(tmp_path / "run")
+        (note,) = choose_probe(discover(tmp_path / "a", **options), run, None)[1:]
+        return str(note)
+
+    assert said().startswith("no probe given and no tokenizer found: ")
+    (tmp_path / "a/checkpoint-1/vocab.json").write_text("{}")
+    (tmp_path / "a/checkpoint-1/merges.txt").write_text("")
+    assert said(hf_config=hf).startswith(
+        "no probe given and there is vocab.json, merges.txt without the tokenizer.json that is "
+        "read: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes it: "
+    )
+    models.save_tokenizer([f"w{i}" for i in range(60)], hf)
+    assert said(hf_config=hf).endswith("built-in prose and the checkpoint's tokenizer")
+
+
+def test_a_state_of_deepspeed_beside_a_checkpoint_of_its_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models.llama(num_hidden_layers=1).save_pretrained(tmp_path / "checkpoint-5")
+    for step in (5, 6):
+        state = tmp_path / f"global_step{step}/mp_rank_00_model_states.pt"
+        state.parent.mkdir()
+        torch.save({"module": {"a": torch.ones(2)}}, state)
+    assert [found.name for found in discover(tmp_path)] == ["checkpoint-5", "global_step6"]
+    assert (
+        f"{tmp_path}/global_step5 is passed over: checkpoint-5 beside it is a checkpoint of the "
+        "same step 5; to measure it, name it by itself"
+    ) in caplog.text
+
+
+def test_revisions_without_a_number_get_no_pattern(tmp_path: Path) -> None:
+    cache = tmp_path / "models--a--b"
+    models.llama(num_hidden_layers=1).save_pretrained(cache / "snapshots" / ("a" * 40))
+    (cache / "refs").mkdir()
+    for name in ("main", "kestrel", "deeper-starling"):
+        (cache / "refs" / name).write_text("a" * 40)
+    with pytest.raises(ArchiveError) as error:
+        discover(cache)
+    assert str(error.value) == (
+        f"{cache} holds revisions whose names tell no step that is known: deeper-starling, "
+        f"kestrel; give one revision as the archive: {cache}/snapshots/COMMIT"
+    )

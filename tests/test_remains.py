@@ -81,7 +81,7 @@ def dangling(path: Path, saved: Path) -> None:
 
 REMAINS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "adapters": (adapters, "holds adapters alone .adapter_config.json, adapter_model.safetensors.; "
-                 "merge them"),
+                 "give the model that they"),
     "adapters in DeepSpeed": (lambda p, _: write(p, "adapter_model.bin", "global_step5/a", "latest",
                               "zero_to_fp32.py"), "adapters alone .adapter_model.bin"),
     "DeepSpeed": (lambda p, _: write(p, "global_step5/mp_rank_00_model_states.pt", "latest",

@@ -25,7 +25,7 @@ _MOST_CHECKPOINTS = 100_000
 _LOOKED_INTO = 100
 _FINAL = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
+    "pytorch_model.bin.index.json", "adapter_model.safetensors", "adapter_model.bin",
 )  # fmt: skip
 _log = logging.getLogger("sinktrack")
 _told: set[str] = set()
@@ -47,7 +47,10 @@ class _Place:
 
 
 def discover(
-    archive: str | Path, pattern: str | None = None, hf_config: str | Path | None = None
+    archive: str | Path,
+    pattern: str | None = None,
+    hf_config: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> list[Checkpoint]:
     """The checkpoints of an archive in step order.
 
@@ -63,6 +66,7 @@ def discover(
             names that are known.
         hf_config: a directory with the ``config.json`` that describes the models, where the
             checkpoints do not say it.
+        base: the model that adapters were trained on, into which they are merged.
 
     Raises:
         NoCheckpoint: there is none.
@@ -86,11 +90,39 @@ def discover(
         found = _known_by_name(files)
     if hf_config is not None:
         found = [replace(checkpoint, config=Files(hf_config)) for checkpoint in found]
+    if base is not None:
+        model = base_model(base)
+        if all(one.format != "adapters" for one in found):
+            raise ArchiveError(f"{files.location} holds no adapters: leave out --base (base)")
+        found = [
+            replace(one, base=model, reason=None) if one.format == "adapters" else one
+            for one in found
+        ]
     return in_order(found)
 
 
+def base_model(location: str | Path) -> Checkpoint:
+    """The one model that adapters were trained on.
+
+    Raises:
+        ArchiveError: it is not there, or several.
+    """
+    files = Files(location)
+    if files.local and not os.path.isdir(files.location):
+        raise ArchiveError(f"--base {location} is not a directory{_meant(str(location), files)}")
+    place = _main(files)
+    found = [] if place.lost else _read_by_a_format(place.files)
+    if len(found) != 1 or found[0].reason is not None or found[0].format == "adapters":
+        said = place.lost or (found and found[0].reason) or "name the directory of one model"
+        raise ArchiveError(f"--base {location} is no model that is read: {said}")
+    return found[0]
+
+
 def archives_below(
-    directory: str | Path, pattern: str | None = None, hf_config: str | Path | None = None
+    directory: str | Path,
+    pattern: str | None = None,
+    hf_config: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> dict[str, str]:
     """The archives in a directory of several, as a sweep leaves them, by its children's names.
 
@@ -106,7 +138,8 @@ def archives_below(
             continue
         for place in [child.location, _holding(child)]:
             with suppress(ArchiveError):
-                if place and any(one.reason is None for one in discover(place, pattern, hf_config)):
+                inner = discover(place, pattern, hf_config, base) if place else []
+                if place and any(one.reason is None for one in inner):
                     found[name] = place
                     break
     return found
@@ -164,9 +197,11 @@ def _in_file(path: str) -> list[Checkpoint]:
     found = _read_by_a_format(files)
     if own := [one for one in found if one.file == name]:
         return own
-    trainer = importlib.import_module("sinktrack.archive.layouts.trainer_files")
-    alone = trainer.alone(files, name)
-    return [alone] if alone else [one for one in found if one.file is None]
+    for layout in ("gguf_files", "trainer_files"):
+        module = importlib.import_module(f"sinktrack.archive.layouts.{layout}")
+        if (alone := module.alone(files, name)) is not None:
+            return [alone]
+    return [one for one in found if one.file is None]
 
 
 def _known_by_name(files: Files) -> list[Checkpoint]:
@@ -205,8 +240,20 @@ def _known_by_name(files: Files) -> list[Checkpoint]:
     _tell(files, [label for label in _others(passed) if names.alike(label)])
     if not revisions:
         found += _final(files, found)
-    saved = {one.step for one in found if one.reason is None and one.format != "deepspeed"}
-    return [one for one in found if one.format != "deepspeed" or one.step not in saved]
+    return list(_without_twins(found))
+
+
+def _without_twins(found: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
+    """All but DeepSpeed's state of a step that stands there as a checkpoint, too."""
+    saved = {one.step: one for one in found if one.reason is None and one.format != "deepspeed"}
+    for one in found:
+        if one.format == "deepspeed" and one.step in saved:
+            _say_once(
+                f"{one.where} is passed over: {saved[one.step].name} beside it is a checkpoint of "
+                f"the same step {one.step}; to measure it, name it by itself"
+            )
+        else:
+            yield one
 
 
 def _final(files: Files, found: Sequence[Checkpoint]) -> list[Checkpoint]:
@@ -491,13 +538,16 @@ def _any_number(text: str) -> str:
 
 
 def _unknown_revisions(files: Files, others: Sequence[str]) -> ArchiveError:
-    example = _example(others)
     main = "snapshots/COMMIT" if files.local else "@main"
+    cure = "give one revision as the archive"
+    if any(re.search("[0-9]", name) for name in others):
+        cure = (
+            f"give --pattern, for example --pattern '{_example(others)}' where that number counts "
+            "steps, or one revision as the archive"
+        )
     return ArchiveError(
         f"{files.location} holds revisions whose names tell no step that is known: "
-        f"{remains.few(others)}; give --pattern, for example --pattern '{example}' where that "
-        f"number counts steps, or one revision as the archive: {files.location}"
-        f"{'/' if files.local else ''}{main}"
+        f"{remains.few(others)}; {cure}: {files.location}{'/' if files.local else ''}{main}"
     )
 
 

@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
@@ -39,6 +41,11 @@ _LARGEST = 64 * 2**20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _EIGHT = torch.float8_e4m3fn
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_OTHER_TOKENIZERS = (
+    "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+"""What tokenizers without a ``tokenizer.json`` are made of."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ def empty(source: Source, dtype: str | None = None, *, head: bool = False) -> Em
             "tensors cannot be the weights"
         )
     wide = getattr(torch, dtype) if dtype else _promoted(stored.values())
-    model = _built(config, wide)
+    model = built(config, wide)
     names, left = _places(model, stored)
     found = Empty(model, names, _text(model))
     try:
@@ -138,7 +145,7 @@ def empty(source: Source, dtype: str | None = None, *, head: bool = False) -> Em
     except ArchiveError as error:
         raise ArchiveError(f"{source.files.location}: {error}") from error
     if dtype is None and (narrow := _narrowest(found, stored, head)) != wide:
-        model = _built(config, narrow)
+        model = built(config, narrow)
         found = Empty(model, names, _text(model))
     return found
 
@@ -149,11 +156,23 @@ def prefix_of(model: nn.Module, module: nn.Module) -> str:
     return f"{path}." if path else ""
 
 
-def _built(config: Any, dtype: torch.dtype) -> Any:
+def built(config: Any, dtype: torch.dtype) -> Any:
     """On the meta device; of text and images where the configuration is of both."""
     auto: Any = AutoModelForCausalLM
     if config.get_text_config(decoder=True) is not config and _sees(config):
         auto = AutoModelForImageTextToText
+    kind, known = config.model_type, auto._model_mapping
+    if getattr(config, "is_encoder_decoder", False):
+        raise ArchiveError(
+            f"a {kind} cannot be built: it is an encoder and a decoder, and read are decoders that "
+            "stand alone"
+        )
+    if type(config) not in known:
+        saved = ", ".join(map(str, getattr(config, "architectures", None) or ["no class"]))
+        raise ArchiveError(
+            f"a {kind} cannot be built: transformers has no language model of this kind (saved as "
+            f"{saved[:200]}), whose blocks could be measured"
+        )
     try:
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -287,10 +306,30 @@ def config(files: Files) -> Any:
     Raises:
         ArchiveError: it is missing, damaged, or not known to transformers.
     """
-    kind = files.read_json("config.json").get("model_type")
-    where = files.path("config.json")
+    said = files.read_json("config.json")
+    kind, where = said.get("model_type"), files.path("config.json")
+    if kind not in CONFIG_MAPPING:
+        _refuse_unknown(where, kind, said.get("auto_map"))
     failure = f"{where}: transformers does not know how to build model_type {kind!r}"
     return _made(AutoConfig, files, ["config.json"], failure)
+
+
+def _refuse_unknown(where: str, kind: Any, own_code: Any) -> NoReturn:
+    """Say why transformers has no such family, and what goes on."""
+    own = f"transformers {transformers.__version__} does not know how to build model_type"
+    if isinstance(own_code, dict) and own_code:
+        names = foreign.some([str(name) for name in own_code.values()])
+        raise ArchiveError(
+            f"{where}: {own} {str(kind)[:80]!r}, which is code of the checkpoint's own ({names}); "
+            "that is never run: give the config.json of a family of transformers that holds the "
+            "same tensors with --hf-config (hf_config), or load the model where you trust its code "
+            "and measure it with st.measure(st.Decoder(model, blocks=...), probe)"
+        )
+    failure = "it names no model_type" if kind is None else f"{own} {str(kind)[:80]!r}"
+    raise ArchiveError(
+        f"{where}: {failure}; give the config.json of a family that it knows with --hf-config "
+        "(hf_config), or, where a newer one knows it, pip install --upgrade transformers"
+    )
 
 
 def config_of(checkpoint: Checkpoint) -> Any:
@@ -342,6 +381,17 @@ def tokenizer(files: Files) -> Any | None:
         return None
     names = [name for name in _TOKENIZER if files.exists(name)]
     return _made(AutoTokenizer, files, names, f"the tokenizer of {files.location} cannot be read")
+
+
+def other_tokenizer(files: Files) -> str | None:
+    """What stands in the place of a tokenizer that is read, and what makes one of it."""
+    for place in (files, files.at("tokenizer")):
+        if found := [name for name in _OTHER_TOKENIZERS if place.exists(name)]:
+            return (
+                f"{', '.join(found)} without the tokenizer.json that is read: "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes it"
+            )
+    return None
 
 
 def vocabulary(checkpoint: Checkpoint) -> int:

@@ -22,8 +22,8 @@ _KINDS = (
     ),
     (
         r"adapter_(?:model.*|config\.json)",
-        "adapters alone ({found}); merge them into their base model with PEFT's merge_and_unload, "
-        "and save that",
+        "adapters alone ({found}); give the model that they were trained on with --base (base), or "
+        "merge them into it with PEFT's merge_and_unload and save that",
     ),
     (
         rf"global_step[0-9]+/|{_DEEPSPEED.pattern}|zero_to_fp32\.py",
@@ -54,11 +54,12 @@ _KINDS = (
     (
         r"(?:.*_)?model_.*pp-rank-[0-9]+-of-.*\.safetensors|checkpoint_metadata\.json",
         "a checkpoint of nanotron ({found}); write it with nanotron's "
-        "examples/llama/convert_nanotron_to_hf.py",
+        "examples/llama/convert_nanotron_to_hf.py --checkpoint_path=... --save_path=...",
     ),
     (
         r"model_weights/|context/",
-        "a checkpoint of NeMo ({found}); write it with `nemo llm export path=... target=hf`",
+        "a checkpoint of NeMo ({found}); write it with `nemo llm export path=... target=hf "
+        "output_path=...`",
     ),
     (
         r".*\.nemo",
@@ -71,8 +72,7 @@ _KINDS = (
     ),
     (
         r".*\.gguf",
-        "GGUF ({found}), whose weights are rounded for inference; scan the model it was made of, "
-        "or load it with transformers' from_pretrained(..., gguf_file=...) and save_pretrained",
+        "files of GGUF ({found}); name the one to measure, or scan the model they were made of",
     ),
     (
         r"tf_model\.h5|.*\.h5|flax_model.*\.msgpack|model\.ckpt\.(?:index|meta|data.*)|"
@@ -82,8 +82,8 @@ _KINDS = (
     ),
     (
         r"_CHECKPOINT_METADATA|_METADATA|manifest\.ocdbt|ocdbt\.process_.*|_sharding",
-        "a checkpoint of JAX by Orbax ({found}): MaxText, Levanter, EasyLM and others; write it "
-        "with that project's own converter to Hugging Face",
+        "a checkpoint of JAX by Orbax ({found}); write it with its project's own converter to "
+        "Hugging Face, such as MaxText's to_huggingface.py or levanter.main.export_lm_to_hf",
     ),
     (
         r".*\.npz|.*\.npy",

@@ -22,8 +22,9 @@ from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError
 
 FORMATS = (
-    "safetensors_files", "pytorch_files", "fsdp", "olmo_core", "deepspeed", "verl",
-    "litgpt", "nanogpt", "nanochat", "olmo", "trainer_files", "torchtitan", "megatron",
+    "safetensors_files", "pytorch_files", "adapters", "fsdp", "olmo_core", "deepspeed", "verl",
+    "litgpt", "nanogpt", "nanochat", "olmo", "gguf_files", "trainer_files", "torchtitan",
+    "megatron",
 )  # fmt: skip
 """Modules of this package; of two that know a directory the first counts."""
 
@@ -61,6 +62,8 @@ class Slice(Protocol):
     def __getitem__(self, index: Index) -> Tensor:
         """A part of it, or with ``...`` all; on the CPU, as it is stored.
 
+        What is computed of several stored tensors comes in float32, to be rounded by who asked.
+
         Raises:
             ArchiveError: the file is damaged.
         """
@@ -96,6 +99,8 @@ class Checkpoint:
     name: str
     config: Files | None = None
     """Where the ``config.json`` is that describes the model, if not in the checkpoint."""
+    base: Checkpoint | None = None
+    """The model that an adapter was trained on."""
     reason: str | None = None
     """Why it cannot be measured, where that was seen before it is opened."""
     file: str | None = None
@@ -122,7 +127,8 @@ def open(checkpoint: Checkpoint) -> Source:
         size = sizes.get(name)
         if isinstance(size, int) and not 0 <= size <= _LARGEST_SIZE:
             raise ArchiveError(f"{checkpoint.files.location}: config.json has {name} {size}")
-    return source
+    applied: Source = importlib.import_module("sinktrack.archive.quantized").applied(source)
+    return applied
 
 
 def unwrapped(names: Iterable[str]) -> dict[str, str]:

@@ -91,12 +91,16 @@ def _make(
     left_out = ""
     if tokenizer is not None and texts is not None:
         require("transformers", "hf")
+        from sinktrack.archive.huggingface import other_tokenizer
         from sinktrack.archive.huggingface import tokenizer as load_tokenizer
         from sinktrack.archive.storage.files import Files
 
         found = load_tokenizer(Files(tokenizer))
         if found is None:
-            raise ProbeError(f"no tokenizer.json in {tokenizer}")
+            other = other_tokenizer(Files(tokenizer))
+            raise ProbeError(
+                f"{tokenizer} holds {other}" if other else f"no tokenizer.json in {tokenizer}"
+            )
         try:
             lines = text.lines(texts)
         except OSError as error:

@@ -55,6 +55,13 @@ def command(
             metavar="DIR", help="Where the model's config.json is, if not in the checkpoints."
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model that adapters were trained on: a directory, or hf://organization/name.",
+        ),
+    ] = None,
     pattern: Annotated[
         str | None,
         typer.Option(
@@ -118,16 +125,17 @@ def command(
 
     one = _One(job, probe, engine, workers, as_json, follow, blocks)
     try:
-        found = Checkpoints(archives, pattern, hf_config, poll if follow else None, share)
+        found = Checkpoints(archives, pattern, hf_config, poll if follow else None, share, base)
     except NoCheckpoint:
-        below = archives_below(archives[0], pattern, hf_config) if len(archives) == 1 else {}
+        below = archives_below(archives[0], pattern, hf_config, base) if len(archives) == 1 else {}
         if len(below) < 2:
             raise
         ERR.print(f"{archives[0]} holds {len(below)} archives, a run for each in {run}")
         failed = 0
         for name, archive in below.items():
             ERR.print(f"{name}:", markup=False)
-            failed += one.scan(Checkpoints([archive], pattern, hf_config, part=share), run / name)
+            inner = Checkpoints([archive], pattern, hf_config, part=share, base=base)
+            failed += one.scan(inner, run / name)
         raise typer.Exit(1 if failed else 0) from None
     if follow:
         there = "://" in archives[0] or Path(archives[0]).is_dir()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sinktrack import atomic, text
-from sinktrack.errors import RecordError, require
+from sinktrack.errors import AnotherModel, RecordError, require
 from sinktrack.metrics import FIELDS
 from sinktrack.records import lineage, locks, marks
 
@@ -186,7 +186,8 @@ class Run:
         """Add a record and flush it to disk; whole or not at all. nan becomes null.
 
         Raises:
-            RecordError: another schema, probe or model, no step, an infinity, or the write failed.
+            AnotherModel: the run holds records of another model.
+            RecordError: another schema or probe, no step, an infinity, or the write failed.
         """
         line = self._line(record)
         new = not self._file.exists()
@@ -332,7 +333,7 @@ class Run:
             theirs, ours = (
                 ", ".join(f"{name} {of.get(name)}" for name in differing) for of in (model, before)
             )
-            raise RecordError(
+            raise AnotherModel(
                 f"record of a model with {theirs}, but {self.directory} holds records of one with "
                 f"{ours}; use another run directory"
             )

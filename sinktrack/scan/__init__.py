@@ -12,11 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from sinktrack.archive.discover import discover, in_order
+from sinktrack.archive.discover import base_model, discover, in_order
 from sinktrack.archive.follow import looks
 from sinktrack.archive.names import Pattern
 from sinktrack.archive.source import Checkpoint, Source, open
-from sinktrack.errors import ArchiveError, MeasurementError, SinktrackError, one_line, require
+from sinktrack.errors import (
+    AnotherModel,
+    ArchiveError,
+    MeasurementError,
+    SinktrackError,
+    one_line,
+    require,
+)
 from sinktrack.measure import measure, measure_streamed
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
@@ -46,6 +53,7 @@ def scan(
     batch_size: int | None = None,
     dtype: Dtype | None = None,
     hf_config: str | Path | None = None,
+    base: str | Path | None = None,
     pattern: str | None = None,
     engine: Engine | None = None,
     workers: int | None = None,
@@ -66,6 +74,7 @@ def scan(
         batch_size: sequences per forward pass of a block; all at once by default.
         dtype: compute in this one; by default in the one that the weights are stored in.
         hf_config: see `discover`.
+        base: see `discover`.
         pattern: how checkpoints are named, where `discover` does not know.
         engine: ``local``, worker processes of this machine; ``ray``, tasks of a Ray cluster; by
             default this process does all the work, in step order.
@@ -97,7 +106,7 @@ def scan(
     if run.probe is None:
         raise ArchiveError(f"{run.directory} holds no probe yet; give one")
     job = Job(run.probe, device, batch_size, blocks, causal, dtype, card)
-    checkpoints = Checkpoints([archive], pattern, hf_config, follow, part)
+    checkpoints = Checkpoints([archive], pattern, hf_config, follow, part, base)
     failed = []
 
     def told(checkpoint: Checkpoint, outcome: Outcome) -> None:
@@ -118,6 +127,7 @@ class Checkpoints:
         hf_config: see `discover`.
         follow: look every so many seconds, without end, at one archive.
         part: see `scan`.
+        base: see `discover`.
 
     Raises:
         ArchiveError: as of `discover`, but for what is to be followed: that may come.
@@ -130,6 +140,7 @@ class Checkpoints:
         hf_config: str | Path | None = None,
         follow: float | None = None,
         part: tuple[int, int] | None = None,
+        base: str | Path | None = None,
     ) -> None:
         if part is not None and not 0 <= part[0] < part[1]:
             raise ValueError(f"part {part[0]} of {part[1]}: they are counted from 0")
@@ -137,7 +148,9 @@ class Checkpoints:
         require("transformers", "scan")  # reads configurations, tokenizers and layouts
         if pattern is not None:
             Pattern(pattern)  # wrong use is said at once, also where a scan waits
-        find = [partial(discover, archive, pattern, hf_config) for archive in archives]
+        if base is not None:
+            base_model(base)
+        find = [partial(discover, archive, pattern, hf_config, base) for archive in archives]
         self.by_archive: list[list[Checkpoint]] = []
         """What is there now, in the order of the archives; empty where one is followed."""
         if follow is None:
@@ -183,7 +196,11 @@ class Scan:
             rounds = (self.job.lacking(found, self.run) for found in self.checkpoints.rounds)
             for checkpoint, outcome in _outcomes(rounds, self.job, self.engine, self.workers):
                 if isinstance(outcome, dict):
-                    self.run.append(outcome)
+                    try:
+                        self.run.append(outcome)
+                    except AnotherModel as error:  # mixed archives: named, and the others go on
+                        notify(checkpoint, error)
+                        continue
                     for steps in twins.equal_weights(self.run.records):
                         if outcome["step"] in steps:
                             _log.warning("%s", twins.told(steps))
@@ -233,7 +250,8 @@ class Job:
         return [checkpoint for checkpoint in checkpoints if checkpoint.step not in done]
 
     def _is_in(self, record: Mapping[str, Any]) -> bool:
-        if self.dtype is not None and record.get("dtype", self.dtype) != self.dtype:
+        held = str(record.get("dtype", self.dtype)).partition(" from ")[0]
+        if self.dtype is not None and held != self.dtype:
             return False
         asked = [name for name, of in (("causal", self.causal), ("position_card", self.card)) if of]
         if asked:
@@ -264,6 +282,8 @@ class Job:
         record: dict[str, Any] = to_json(
             measured.to_record(checkpoint.step, checkpoint.name, versions(), tokens) | tests
         )
+        if stored := getattr(source, "quantized", None):
+            record["dtype"] += f" from {stored}"
         return record
 
     def _start(self, checkpoint: Checkpoint, source: Source) -> Start | None:
@@ -381,17 +401,21 @@ class NoExample(ArchiveError):
 
 
 def _probe_for(checkpoint: Checkpoint) -> tuple[Probe, str]:
-    from sinktrack.archive.huggingface import tokenizer, vocabulary
+    from sinktrack.archive.huggingface import other_tokenizer, tokenizer, vocabulary
 
     if checkpoint.reason is not None:
         raise ArchiveError(checkpoint.reason)
-    found = tokenizer(checkpoint.files)
+    base = checkpoint.base and checkpoint.base.files
+    places = [files for files in (checkpoint.files, checkpoint.config, base) if files is not None]
+    found = next((one for files in places if (one := tokenizer(files)) is not None), None)
     if found is not None:
         made = Probe.from_texts(found, passages())
         return made, f"no probe given: {made} from built-in prose and the checkpoint's tokenizer"
     made = Probe.random(vocabulary(checkpoint))
+    other = next(filter(None, map(other_tokenizer, places)), None)
+    lacking = f"there is {other}" if other else "no tokenizer found"
     return made, (
-        f"no probe given and no tokenizer found: {made} of seeded random tokens. A model that was "
+        f"no probe given and {lacking}: {made} of seeded random tokens. A model that was "
         "trained with [BOS] may show no sink on it: `sinktrack probe` makes one that begins so"
     )
 
