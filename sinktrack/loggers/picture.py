@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sinktrack.records.thinned import evenly
+
 _STOPS = np.array(
     [[243, 247, 253], [185, 214, 240], [106, 166, 218], [43, 103, 176], [15, 42, 99]], dtype=float
 )
@@ -29,9 +31,9 @@ def blocks(records: Sequence[Mapping[str, Any]]) -> NDArray[np.uint8]:
     """Concentration, blocks from top to bottom and records from left to right.
 
     Returns:
-        RGB ``[height, width, 3]``; of more records than pixels every second or third is drawn.
+        RGB ``[height, width, 3]``; of more records than pixels as many as there are, evenly.
     """
-    drawn = records[:: -(-len(records) // _WIDEST)]
+    drawn = [records[i] for i in evenly(len(records), _WIDEST)]
     return heat(np.array([record["concentration"] for record in drawn], dtype=float).T)
 
 

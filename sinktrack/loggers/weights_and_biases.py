@@ -30,6 +30,7 @@ from sinktrack.loggers.curves import (
 from sinktrack.metrics.axes import by_block
 from sinktrack.records.lineage import current
 from sinktrack.records.run import Run
+from sinktrack.records.thinned import evenly
 from sinktrack.signal import analyze
 
 _ROOM = 16 * 2**20
@@ -325,7 +326,7 @@ def _pictures(
 def _charts(wandb: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All blocks in one chart; names of equal length, so that the legend sorts."""
     blocks = range(records[-1]["model"]["blocks"])
-    drawn = records[:: -(-len(records) * len(blocks) // _MOST_POINTS)]
+    drawn = [records[i] for i in evenly(len(records), max(2, _MOST_POINTS // len(blocks)))]
     found = {}
     for field in blockwise():
         rows = [(record["step"], by_block(record, field)) for record in drawn]

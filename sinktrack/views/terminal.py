@@ -17,6 +17,7 @@ from sinktrack.metrics import FIELDS
 from sinktrack.metrics.attention import EPSILON, uniform
 from sinktrack.metrics.axes import by_block, is_by_block
 from sinktrack.records.names import name as spelled
+from sinktrack.records.thinned import evenly
 from sinktrack.records.twins import equal_weights, told
 from sinktrack.signal import Analysis
 from sinktrack.views.story import CARD, story
@@ -297,8 +298,7 @@ def _sparkline(
     values: Sequence[float | None], low: float, high: float, width: int, bars: str
 ) -> str:
     """Bars between ``low`` and ``high``, at most ``width``; a space where there is no value."""
-    if len(values) > width:
-        values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
+    values = [values[i] for i in evenly(len(values), width)]
     scale = len(bars) / (high - low) if high > low else 0.0
     return "".join(
         " " if value is None else bars[min(len(bars) - 1, max(0, int((value - low) * scale)))]
