@@ -78,17 +78,20 @@ const runColour = (run) => {
 const short = (name, most) => (name.length <= most ? name : `${name.slice(0, Math.max(1, Math.floor(most / 3)))}…${name.slice(-Math.max(1, most - 1 - Math.max(1, Math.floor(most / 3))))}`);
 /** Least and largest that an axis must show: one wild record, or one wild run of several, does not count.
 
-Takes the values of each curve, nulls among them, by run. */
+Takes the values of each curve, nulls among them, by run. A last record may be a beginning, so it counts. */
 const robustRange = (byRun) => {
-  const median3 = (values) => values.map((_, i) => {
-    const start = Math.min(Math.max(i - 1, 0), Math.max(values.length - 3, 0));
-    const window = values.slice(start, start + 3).sort((a, b) => a - b);
-    return window[Math.floor((window.length - 1) / 2)];
-  });
+  const calm = (values) => [1, -1].reduce((kept, sign) => {
+    if (kept.length < 4) return kept;
+    const order = kept.map((value) => sign * value);
+    const wild = order.slice(0, -1).reduce((top, value, i) => (value > order[top] ? i : top), 0);
+    const rest = order.filter((_, i) => i !== wild);
+    const top = largest(rest, -Infinity);
+    return order[wild] - top > 3 * (top + largest(rest.map((value) => -value), -Infinity)) ? kept.filter((_, i) => i !== wild) : kept;
+  }, values);
   const known = byRun.map((curves) => curves.map((values) => values.filter((value) => value !== null && value !== undefined)));
   const all = known.flat(2);
   if (!all.length) return null;
-  const [lows, highs] = [Math.min, Math.max].map((of) => known.map((curves) => curves.flatMap(median3).reduce((a, b) => of(a, b), of === Math.min ? Infinity : -Infinity)).filter(Number.isFinite).sort((a, b) => a - b));
+  const [lows, highs] = [Math.min, Math.max].map((of) => known.map((curves) => curves.flatMap(calm).reduce((a, b) => of(a, b), of === Math.min ? Infinity : -Infinity)).filter(Number.isFinite).sort((a, b) => a - b));
   let [low, high] = [lows[0], highs.at(-1)];
   if (highs.length > 2 && high - highs.at(-2) > 3 * (highs.at(-2) - low)) high = highs.at(-2);
   if (lows.length > 2 && lows[1] - low > 3 * (high - lows[1])) low = lows[1];
