@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,11 @@ def test_onsets_stand_on_the_strips(twelve: Any) -> None:
 
 def test_panels_are_equal_and_their_names_apart(twelve: Any) -> None:
     sizes = twelve.evaluate(
-        """() => { const full = document.getElementById("blocks")._fullLayout;
-            return runs.map((_, i) => [full[`xaxis${i ? i + 1 : ""}`]._length,
-                full[`yaxis${i ? i + 1 : ""}`]._length, ...full[`xaxis${i ? i + 1 : ""}`].range]); }"""
+        """() => runs.map((_, i) => {
+            const full = document.getElementById("blocks")._fullLayout;
+            const [x, y] = ["xaxis", "yaxis"].map((name) => full[`${name}${i ? i + 1 : ""}`]);
+            return [x._length, y._length, ...x.range];
+        })"""
     )
     for size in sizes:
         assert size == pytest.approx(sizes[0], rel=1e-3)
@@ -193,8 +196,8 @@ def test_labels_of_log_axes_do_not_touch(twelve: Any) -> None:
 def test_every_tooltip_has_quantity_and_place(twelve: Any) -> None:
     """Those of curves and heat maps say what it is, at which step, and of which run."""
     tips = twelve.evaluate(
-        """() => Object.fromEntries([...document.querySelectorAll(".js-plotly-plot")].map((chart) => [
-            chart.id, chart.data.filter(({hoverinfo}) => hoverinfo !== "skip")
+        """() => Object.fromEntries(
+            [...document.querySelectorAll(".js-plotly-plot")].map((chart) => [chart.id, chart.data.filter(({hoverinfo}) => hoverinfo !== "skip")
                 .flatMap(({hovertemplate}) => hovertemplate ?? null)]))"""
     )
     words = {
@@ -283,7 +286,7 @@ def test_the_first_and_the_last_are_never_thinned_away(count: int, most: int) ->
     kept = evenly(count, most)
     assert len(kept) == min(count, most) == len(set(kept)) and kept == sorted(kept)
     assert kept[-1] == count - 1 and (most == 1 or kept[0] == 0)
-    apart = [b - a for a, b in zip(kept, kept[1:], strict=False)]
+    apart = [b - a for a, b in pairwise(kept)]
     assert not apart or max(apart) - min(apart) <= 1
 
 

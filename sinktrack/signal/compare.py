@@ -230,7 +230,7 @@ class Comparison:
             told += f" (95 % between seeds: {ends[0]} to {ends[1]})"
         told += f", {one.runs} runs from {low} to {high}"
         if one.probe is not None:
-            told += f"; over one run's sequences ±{100 * one.probe:.1f} points"
+            told += f"; over one run's sequences +/-{100 * one.probe:.1f} points"
         return told + (f"; {one.without} without" if one.without else "")
 
     def _told(self, quantity: str, value: float) -> str:

@@ -33,7 +33,13 @@ const sentence = (text) => text[0].toUpperCase() + text.slice(1);
 const titled = (name) => fields[name].title + (fields[name].unit && !["share", "probability"].includes(fields[name].unit) ? ` (${fields[name].unit})` : "");
 /** Behind a number: its unit where a percent sign does not say it. */
 const unitOf = (name) => (fields[name].unit && !["share", "probability", "block", "cosine"].includes(fields[name].unit) ? ` ${fields[name].unit}` : "");
-const between = (interval, form) => (interval ? `95 %: ${form(interval[0])} to ${form(interval[1])}` : "no interval");
+/** An interval in words, also where it has no width that shows. */
+const between = (interval, form) => {
+  if (!interval) return "no interval";
+  const [low, high] = interval.map(form);
+  if (low !== high) return `95 %: ${low} to ${high}`;
+  return interval[0] === interval[1] ? "every sequence gives the same" : "95 %: narrower than the last digit";
+};
 /** Plotly takes some tags in names for markup. */
 const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 const words = (kind) => kind.replaceAll("_", " ");

@@ -61,7 +61,7 @@ const drawShares = () => {
   Plotly.react("shares", [{
     type: "bar", orientation: "h", x: shares, y: parts.map(label), text: shares.map(percent), textposition: "outside", cliponaxis: false,
     textfont: { color: colour("muted") }, hovertemplate: `Share of the P0 state, ${stepOf()}, %{y}: %{x:.2%}<extra></extra>`,
-    marker: { color: parts.map(([, block]) => (block === null ? colour("muted") : depthColour(block, blocks))) },
+    marker: { color: parts.map(([, block]) => (block === null ? colour("muted") : depthColour(block, blocks))), opacity: shownRecord().formed || shownRecord().untold ? 1 : 0.35 },
   }], layout({
     height: 60 + 26 * slots, showlegend: false, bargap: 0.25,
     xaxis: axis({ title: "share", tickformat: ".0%", range: [low - (low < 0 ? 1.5 * room : 0), high + room] }),
@@ -174,6 +174,9 @@ const drawCircuit = () => {
   const verdicts = record.shares.map((part) => [part, necessity(part)]).filter(([, test]) => test && test[9]);
   const found = verdicts.map(([part, test]) => `${label(part)} is ${test[9]}`).join(", ");
   const said = record.shares.filter((part) => Math.abs(part[2]) >= 0.05).map((part) => `${label(part)} ${percent(part[2])}`).join(", ");
+  const unformed = !record.formed && !record.untold;
+  $("circuit").classList.toggle("unformed", unformed);
+  $("unformed").hidden = !unformed || !record.shares.length;
   $("circuit").replaceChildren();
   const picture = svg("svg", {
     viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
