@@ -197,7 +197,8 @@ def test_every_tooltip_has_quantity_and_place(twelve: Any) -> None:
     """Those of curves and heat maps say what it is, at which step, and of which run."""
     tips = twelve.evaluate(
         """() => Object.fromEntries(
-            [...document.querySelectorAll(".js-plotly-plot")].map((chart) => [chart.id, chart.data.filter(({hoverinfo}) => hoverinfo !== "skip")
+            [...document.querySelectorAll(".js-plotly-plot")].map((chart) => [chart.id, chart.data
+                .filter(({hoverinfo}) => hoverinfo !== "skip")
                 .flatMap(({hovertemplate}) => hovertemplate ?? null)]))"""
     )
     words = {

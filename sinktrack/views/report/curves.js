@@ -237,7 +237,7 @@ const drawLocalization = () => {
   const panels = [["first_two_share", [0.79, 1]], ["first_two_gain", [0.53, 0.74]], ["depth", [0.27, 0.48]], ["reference_block", [0, 0.21]]];
   const traces = runs.flatMap((run, i) => panels.flatMap(([field], j) =>
     asFormed(run, i, field, j ? `y${j + 1}` : "y", j === 0, fields[field].unit === "block")));
-  const ranges = panels.map(([field]) => robustRange(valuesOf(field)));
+  const ranges = panels.map(([field]) => (fields[field].unit === "block" ? null : robustRange(valuesOf(field))));
   const axes = Object.fromEntries(panels.map(([field, domain], j) => [`yaxis${j ? j + 1 : ""}`, axis({
     ...(ranges[j]?.beyond ? { range: [Math.min(0, ranges[j].low), ranges[j].high] } : {}), title: fields[field].unit === "block" ? "first block" : fields[field].title.replace("first-two ", ""), domain, rangemode: "tozero", nticks: 4,
     ...(fields[field].form.endsWith("%") ? { tickformat: ".0%" } : fields[field].unit === "block" ? { tickformat: "d" } : {}),
@@ -256,7 +256,7 @@ const drawNumber = () => {
   if (!name) return;
   const { form, help, scale } = fields[name];
   $("number_help").textContent = help;
-  const found = scale === "log" ? null : robustRange(valuesOf(name));
+  const found = scale === "log" || fields[name].unit === "block" ? null : robustRange(valuesOf(name));
   Plotly.react("number", curvesOf(name), layout({
     showlegend: runs.length > 1, shapes: noteLines(), annotations: beyondNote(found), xaxis: xAxis(),
     yaxis: axis({

@@ -204,7 +204,7 @@ const drawCircuit = () => {
     if (writer && step < 64) { // else the bar says it
       const [name, kind, block, share] = writer;
       const x = block === null ? left + step / 2 : centre(block);
-      inside(x, kind === "mlp" || block === null ? middle + 92 + 13 * (i % 2) : 58, `${sentence(name)} writes ${percent(share)}`, "writer");
+      inside(x, kind === "mlp" || block === null ? middle + 102 + 13 * (i % 2) : 58, `${sentence(name)} writes ${percent(share)}`, "writer");
     }
     if (sink.erasers.length) {
       const at = sink.erasers.map(([, , block]) => centre(block));
