@@ -246,10 +246,11 @@ def _blocks(records: Sequence[Mapping[str, Any]], console: Console) -> Table:
     """
     bars = _bars(console.encoding)
     without: tuple[str, ...] = ()
+    unbounded = console.options.update_width(1000)
     for drop in (None, *_DISPENSABLE):
         without += () if drop is None else (drop,)
         narrow = _table(records, _SHORTEST, bars, without)
-        left = console.width - Measurement.get(console, console.options, narrow).maximum
+        left = console.width - Measurement.get(console, unbounded, narrow).maximum
         if left >= 0:
             break
     curves = [c for c in narrow.columns if str(c.header).startswith(("over run", "log "))]

@@ -102,8 +102,8 @@ const robustRange = (byRun) => {
   if (highs.length > 2 && high - highs.at(-2) > 3 * (highs.at(-2) - low)) high = highs.at(-2);
   if (lows.length > 2 && lows[1] - low > 3 * (high - lows[1])) low = lows[1];
   const [least, most] = [all.reduce((a, b) => Math.min(a, b)), all.reduce((a, b) => Math.max(a, b))];
-  if (high <= low || most - least <= 4 * (high - low)) return { low: least, high: most, beyond: 0 };
-  const room = 0.06 * (high - low);
+  if (high <= low || most - least <= 5 * (high - low)) return { low: least, high: most, beyond: 0 };
+  const room = 0.15 * (high - low);
   return { low: low - room, high: high + room, beyond: all.filter((value) => value < low - room || value > high + room).length };
 };
 /** Says how many values an axis leaves out. */

@@ -58,6 +58,7 @@ const drawShares = () => {
   const [low, high] = [Math.min(0, ...shares), Math.max(1, ...shares)];
   const room = Math.max(0.12, 58 / Math.max(120, $("shares").clientWidth - 190)) * (high - low);
   const slots = Math.max(parts.length, 4);
+  $("heads").style.height = `${Math.max(400, 60 + 26 * slots)}px`;
   Plotly.react("shares", [{
     type: "bar", orientation: "h", x: shares, y: parts.map(label), text: shares.map(percent), textposition: "outside", cliponaxis: false,
     textfont: { color: colour("muted") }, hovertemplate: `Share of the P0 state, ${stepOf()}, %{y}: %{x:.2%}<extra></extra>`,
@@ -299,8 +300,8 @@ const drawRecord = () => {
   slider.setAttribute("aria-valuetext", $("chosen").textContent);
   $("reference").textContent = record.says.join(" ");
   drawCircuit();
-  drawHeads();
   drawShares();
+  drawHeads();
   drawFirstTokens();
   drawCard();
   drawComponents();
