@@ -129,6 +129,7 @@ class SinkTracker:
         except Exception as error:
             self.failed += 1
             self._failed("probe", step, error)
+            self._try("W&B log", step, self._status)
             return None
         if not self._decide(step, again=True) and not adapted.every_process:
             self.failed += not self._silent
@@ -153,10 +154,12 @@ class SinkTracker:
         except Exception as error:
             self.failed += 1
             self._failed("probe", step, error, everywhere=adapted.agrees)
+            self._try("W&B log", step, self._status)
             return None
         for logger in self.loggers:
             self._try(f"{_name(logger)} log", step, self._show, logger, record)
         self._try("signal", step, self._judge, record)
+        self._try("W&B log", step, self._status)
         return measurement
 
     def mark(self, step: int, what: str) -> None:
@@ -205,6 +208,10 @@ class SinkTracker:
             self._log(record)
         else:
             logger.log(record)
+
+    def _status(self) -> None:
+        if any(isinstance(logger, wandb.WeightsAndBiases) for logger in self.loggers):
+            wandb.status(self.recorded, self.failed)
 
     def settle(self) -> None:
         """End W&B's row of the last record, before a trainer logs a later step."""

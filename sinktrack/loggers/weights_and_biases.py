@@ -179,6 +179,15 @@ def stage(name: str | None) -> None:
         active.summary["sinktrack/stage"] = name
 
 
+def status(recorded: int, failed: int) -> None:
+    """Put into the summary of the active W&B run that probes run, and how many failed."""
+    active = _active()
+    if active is not None:
+        active.summary["sinktrack/probes_failed"] = failed
+        if not recorded:  # later it is the number of records, also over restarts
+            active.summary["sinktrack/probes"] = 0
+
+
 def _active() -> Any:
     """This process's W&B run, if it keeps what it is given; else None."""
     active = getattr(sys.modules.get("wandb"), "run", None)
