@@ -138,7 +138,7 @@ def test_the_command(tmp_path: Path) -> None:
         CliRunner().invoke(app, ["practice", str(tmp_path / "run"), "--json"]).output
     )
     assert found == json.loads(json.dumps(practice(a_record()).to_json()))
-    assert [one for one in found["keys"] if one["keep"] == "p0_and_recent"][0] == {
+    assert next(one for one in found["keys"] if one["keep"] == "p0_and_recent") == {
         "block": 1, "kv_head": 0, "heads": [0, 1], "rest": pytest.approx(0.05),
         "keep": "p0_and_recent",
     }  # fmt: skip

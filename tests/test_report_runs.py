@@ -15,7 +15,7 @@ from test_show import serial_record
 
 from sinktrack.errors import RecordError
 from sinktrack.records.thinned import evenly
-from sinktrack.signal import analyze
+from sinktrack.signal import analyze, timeline
 from sinktrack.text import natural
 from sinktrack.views.report import page, write_report
 
@@ -259,6 +259,32 @@ def test_nothing_is_cut_off(browser: Any, tmp_path: Path, width: int) -> None:
             )
             assert all(domain == [0, 1] for domain in domains), "one below the other"
         context.close()
+
+
+def test_the_life_of_every_head(twelve: Any) -> None:
+    """Head 1.2 comes and ceases, 2.0 comes and goes, 3.3 stays."""
+    path = Path(twelve.url.split("#")[0].removeprefix("file://")).with_name("lives.html")
+    records = synthetic_records(steps=STEPS)
+    for i, record in enumerate(records):
+        states = [[0.0] * 4 for _ in range(4)]
+        states[1][2], states[2][0], states[3][3] = 5 <= i < 9, i % 2, i >= 7
+        record["sink_sequences"] = [[float(one) for one in row] for row in states]
+    write_report({"run": records}, path)
+    opened = twelve.context.new_page()
+    opened.goto(path.as_uri())
+    opened.wait_for_selector("#shares .main-svg")
+    wanted = timeline(records)
+    count, born, died = traces(opened, "head_counts")
+    assert count["y"] == list(wanted.sink_heads) and born["y"] == list(wanted.births)
+    assert died["y"] == [-one for one in wanted.deaths] and sum(wanted.births) == 1 + 10 + 1
+    heat, ceased, changing = opened.evaluate(
+        "document.getElementById('head_lives').data.map(({x, y, z, text}) => ({x, y, z, text}))"
+    )
+    assert heat["z"][3] == [None, None, None, 700]
+    assert (ceased["x"], ceased["y"], ceased["text"]) == ([2], [1], ["ceased at step 900"])
+    assert (changing["x"], changing["y"]) == ([0], [2])
+    assert "12 births" in opened.inner_text("#lives_told")
+    opened.close()
 
 
 def embedded(runs: dict[str, Any], **options: Any) -> dict[str, Any]:

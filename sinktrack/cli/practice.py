@@ -14,14 +14,16 @@ def command(
     run: RunDirectory,
     least: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Attention to P0 from which other keys are few."),
+        typer.Option(min=0.01, max=1.0, help="Attention to P0 from which other keys are few."),
     ] = 0.9,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object, with the map of keys, on stdout.")
     ] = False,
 ) -> None:
-    """Which key heads are candidates for P0 and recent keys alone, whether [BOS] is needed, outliers,
-    and experts to leave alone: from the last record, untested.
+    """For who evicts keys, quantizes or prunes: what the last record says, none of it tested.
+
+    Which key heads are candidates for P0 and recent keys alone, whether [BOS] is needed, outliers,
+    and experts to leave alone.
     """
     from rich.text import Text
 
@@ -36,8 +38,6 @@ def command(
     if as_json:
         print(json.dumps(found.to_json()))
         return
-    OUT.print(
-        Text(f"Step {found.step:,}, from what was measured on its probe; none of it is tested")
-    )
+    OUT.print(Text(f"Step {found.step:,}, as measured on its probe; none of it is tested"))
     for line in found.lines():
         OUT.print(Text(f"  {line}"))

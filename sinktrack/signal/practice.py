@@ -117,7 +117,8 @@ class Practice:
             found.append("First key: no block rests on it, so nothing here asks to keep it.")
         else:
             found.append(
-                "First key: keep it: blocks rest on position 0, and without it would rest elsewhere."
+                "First key: keep it: blocks rest on position 0, and what they would do without it "
+                "was not measured."
             )
             if self.start_token is None:
                 found.append(f"[BOS]: {self.missing['start_token']}.")

@@ -19,7 +19,7 @@ from sinktrack.metrics.axes import by_block, is_by_block
 from sinktrack.records.names import name as spelled
 from sinktrack.records.thinned import evenly
 from sinktrack.records.twins import equal_weights, told
-from sinktrack.signal import Analysis
+from sinktrack.signal import Analysis, timeline
 from sinktrack.views.story import CARD, story
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -63,7 +63,7 @@ def show(
         console.print(Text(told(steps).capitalize() + "."))
     console.print()
     if len(records) > 1:
-        _signal(signal, console)
+        _signal(records, signal, console)
         console.print()
     console.print(_blocks(records, console))
     if evenly := _evenly(last):
@@ -123,9 +123,10 @@ def _bounds(interval: Sequence[float] | None, form: str) -> str:
     return "  (every sequence gives the same)" if same else "  (95 %: narrower than this)"
 
 
-def _signal(signal: Analysis, console: Console) -> None:
+def _signal(records: Sequence[Mapping[str, Any]], signal: Analysis, console: Console) -> None:
     console.print(Text("Signal: a candidate for the state of convergence, not an established one"))
-    for line in signal.lines():
+    lives = timeline(records)
+    for line in [*signal.lines(), *([str(lives)] if len(lives.moments) > 1 else [])]:
         console.print(Padding(Text(line), (0, 0, 0, 2)))
     if signal.sensitivity is not None and signal.sensitivity.steps:
         for line in ["Onset by definition (step)", *signal.sensitivity.table()]:

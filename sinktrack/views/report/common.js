@@ -110,6 +110,10 @@ const robustRange = (byRun) => {
 const beyondNote = (found, extra = {}) => (found?.beyond ? [{
   text: `${plural(found.beyond, "value")} beyond this axis`, xref: "paper", yref: "paper", x: 1, y: 1, xanchor: "right", yanchor: "bottom", showarrow: false, font: { color: colour("muted"), size: 11 }, ...extra,
 }] : []);
+/** Says that a chart is empty on purpose. */
+const emptyNote = (values) => (values.some((value) => value !== null && value !== undefined) ? [] : [{
+  text: "none of it was measured", xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false, font: { color: colour("muted") },
+}]);
 /** Ticks of a log axis that do not touch: whole powers, or 1, 2, 5 of each, or round numbers between close ends. */
 const logTicks = (values, most) => {
   const positive = values.filter((value) => value > 0);

@@ -245,7 +245,7 @@ const drawLocalization = () => {
   })]));
   Plotly.react("localization", traces, layout({
     showlegend: runs.length > 1 && !compared, shapes: noteLines(), xaxis: xAxis({ anchor: "y4" }), ...axes,
-    annotations: panels.flatMap((_, j) => beyondNote(ranges[j], { yref: `y${j ? j + 1 : ""} domain` })),
+    annotations: [...emptyNote(panels.flatMap(([field]) => valuesOf(field).flat(2))), ...panels.flatMap((_, j) => beyondNote(ranges[j], { yref: `y${j ? j + 1 : ""} domain` }))],
   }), config);
 };
 
@@ -351,7 +351,52 @@ const drawNorms = () => {
       marker: { color: [0], cmin: 0, cmax: blocks, colorscale: scaleOf(depths()), showscale: true,
         colorbar: { ...bar("block"), ...(blocks > 12 ? {} : { tickvals: range(blocks + 1), ticktext: [...range(blocks), "output"] }) } } },
   ], layout({
-    showlegend: false, shapes: noteLines([shown()]), xaxis: xAxis(), yaxis: axis({ title: titled("norm_ratio"), type: "log", ...logTicks(norms, 10) }),
+    annotations: emptyNote(norms), showlegend: false, shapes: noteLines([shown()]), xaxis: xAxis(), yaxis: axis({ title: titled("norm_ratio"), type: "log", ...logTicks(norms, 10) }),
+  }), config);
+};
+
+/** The life of every head: how many are sink heads, and since when each is one. */
+const drawLives = () => {
+  const { lives } = shown();
+  $("lives").hidden = !lives;
+  if (!lives) return;
+  $("lives_told").textContent = `${sentence(lives.told)}.`;
+  const field = choice("x") === "tokens" && lives.tokens.every((value) => value !== null) ? "tokens" : "steps";
+  const at_ = field === "tokens" ? "%{x:,} tokens" : "step %{x:,}";
+  const kept = range(lives.steps.length).filter((i) => choice("scale") === "linear" || lives[field][i] > 0);
+  const x = kept.map((i) => lives[field][i]);
+  const bars = [["born", 1, colour("accent"), "Births"], ["died", -1, colour("mark"), "Deaths"]].map(([name, sign, tone, title]) => ({
+    type: "scatter", mode: "lines", line: { shape: "hvh", width: 1.5, color: tone }, fill: "tozeroy", name: title, yaxis: "y2", x, y: kept.map((i) => sign * lives[name][i]),
+    customdata: kept.map((i) => lives[name][i]), hovertemplate: `${title}, ${at_}: %{customdata} heads<extra></extra>`,
+  }));
+  Plotly.react("head_counts", [
+    { type: "scatter", mode: x.length > 60 ? "lines" : "lines+markers", name: "Sink heads", x, y: kept.map((i) => lives.count[i]), line: { color: colour("ink"), width: 2 }, marker: { size: 5 }, hovertemplate: `Sink heads, ${at_}: %{y} heads<extra></extra>` }, ...bars,
+  ], layout({
+    xaxis: axis({ title: AXES[field === "tokens" ? "tokens" : "step"], type: choice("scale"), anchor: "y2", ...(choice("scale") === "log" ? logTicks(x, 6) : {}) }),
+    yaxis: axis({ title: "sink heads", rangemode: "tozero", domain: [0.42, 1] }), yaxis2: axis({ title: "born, gone", domain: [0, 0.34] }),
+  }), config);
+  const rows = range(lives.since.length);
+  const columns = range(lives.since[0].length);
+  const said = (i, j) => {
+    if (lives.since[i][j] !== null) return `a sink head for good since step ${count(lives.since[i][j])}`;
+    if (lives.ceased[i][j] !== null) return `ceased at step ${count(lives.ceased[i][j])}`;
+    if (lives.births[i][j] === null) return "not measured";
+    return lives.births[i][j] ? `comes and goes, born ${lives.births[i][j]} times` : "never a sink head";
+  };
+  const points = (of) => rows.flatMap((i) => columns.filter((j) => of(i, j)).map((j) => [j, i]));
+  const marked = (name, symbol, found) => ({
+    type: "scatter", mode: "markers", name, x: found.map(([j]) => j), y: found.map(([, i]) => i), marker: { symbol, size: 8, color: colour("mark") }, text: found.map(([j, i]) => said(i, j)),
+    hovertemplate: "Block %{y}, head %{x}: %{text}<extra></extra>", showlegend: false,
+  });
+  Plotly.react("head_lives", [{
+    type: "heatmap", x: columns, y: rows, z: lives.since, hoverongaps: true, colorscale: scaleOf(heats().toReversed()), xgap: 1, ygap: 1,
+    text: rows.map((i) => columns.map((j) => said(i, j))), hovertemplate: "Block %{y}, head %{x}: %{text}<extra></extra>", colorbar: bar("since step"),
+  },
+  marked("ceased", "x-thin-open", points((i, j) => lives.ceased[i][j] !== null)),
+  marked("comes and goes", "circle-open", points((i, j) => lives.since[i][j] === null && lives.ceased[i][j] === null && lives.births[i][j] > 0)),
+  ], layout({
+    plot_bgcolor: colour("gap"), xaxis: axis({ title: "head", showgrid: false, zeroline: false, ...(columns.length > 16 ? {} : { dtick: 1 }) }),
+    yaxis: axis({ title: "block", showgrid: false, zeroline: false, autorange: "reversed", ...(rows.length > 16 ? {} : { dtick: 1 }) }),
   }), config);
 };
 
@@ -361,5 +406,6 @@ const drawCurves = () => {
   drawLocalization();
   drawBlocks();
   drawNorms();
+  drawLives();
   drawNumber();
 };

@@ -22,7 +22,7 @@ from sinktrack.records.marks import Mark
 from sinktrack.records.names import name as named
 from sinktrack.records.thinned import evenly
 from sinktrack.records.twins import equal_weights, told
-from sinktrack.signal import analyze, compare
+from sinktrack.signal import analyze, compare, timeline
 from sinktrack.signal.loss import Losses
 from sinktrack.text import natural
 from sinktrack.views.story import (
@@ -173,6 +173,7 @@ def _run(
         "signal": found.lines() if len(records) > 1 else [],
         "missing": found.missing,
         "onset": {axis: at and _rounded([at.value, at.low, at.high]) for axis, at in onset.items()},
+        "lives": _lives(written),
         "marks": [_placed(mark, records, losses) for mark in marks],
         "records": [
             _drawn(records[i])
@@ -185,6 +186,30 @@ def _run(
             for i in kept
         ],
     }
+
+
+def _lives(written: Records) -> dict[str, Any] | None:
+    """When each head became a sink head for good and when it ceased; None of fewer than 2 records.
+
+    By block and head the step ``since`` which it is one, and at which it ``ceased``, null where it
+    did not, and ``births``, of heads that are measured.
+    """
+    found = timeline(written)
+    if len(found.moments) < 2:
+        return None
+    shape = [max(one.block for one in found.heads) + 1, max(one.head for one in found.heads) + 1]
+    grids: dict[str, list[list[int | None]]] = {
+        name: [[None] * shape[1] for _ in range(shape[0])] for name in ("since", "ceased", "births")
+    }
+    for one in found.heads:
+        grids["since"][one.block][one.head] = None if one.since is None else one.since.step
+        grids["ceased"][one.block][one.head] = None if one.ceased is None else one.ceased.step
+        grids["births"][one.block][one.head] = one.births
+    return grids | {
+        "told": str(found), "steps": [moment.step for moment in found.moments],
+        "tokens": [moment.tokens for moment in found.moments], "count": list(found.sink_heads),
+        "born": list(found.births), "died": list(found.deaths),
+    }  # fmt: skip
 
 
 def _placed(mark: Mark, records: Records, losses: Losses | None) -> dict[str, Any]:

@@ -35,7 +35,10 @@ const showRun = (index) => {
   state.run = index;
   describe();
   if (compared) drawCurves();
-  else drawNorms();
+  else {
+    drawNorms();
+    drawLives();
+  }
   showRecord(state.record[index]);
   listRecords();
 };
@@ -110,7 +113,7 @@ offer();
 recall();
 compare();
 describe();
-for (const draw of [drawLeftOut, drawSinkRate, drawLocalization, drawBlocks, drawNorms, drawNumber, answer, drawRecord, hint]) setTimeout(draw);
+for (const draw of [drawLeftOut, drawSinkRate, drawLocalization, drawBlocks, drawNorms, drawLives, drawNumber, answer, drawRecord, hint]) setTimeout(draw);
 
 /** Ask the server for new records; stay with the record that is shown, or follow the newest. */
 const EVERY = 2000;

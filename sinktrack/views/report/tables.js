@@ -90,7 +90,7 @@ const compare = () => {
   const table = $("compared").querySelector("table");
   const lasts = runs.map((run) => run.records.at(-1));
   const same = (name) => ["step", "tokens", "source"].includes(name) && new Set(lasts.map((record) => record[name])).size === 1;
-  const used = columns(runs.flatMap((run) => run.records)).filter(([name]) => !same(name));
+  const used = columns(runs.flatMap((run) => run.records)).filter(([name, text]) => !same(name) && lasts.some((record) => text(record) !== "–"));
   table.tHead.replaceChildren();
   const grouped = compared && settings().length < runs.length;
   row(["run", ...(grouped ? ["setting"] : []), "onset (step)", ...used.map(([name]) => name)], table.tHead, "th");
