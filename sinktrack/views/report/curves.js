@@ -144,8 +144,11 @@ const initial = (stage) => stage[0].toUpperCase();
 /** A strip of stages for each run; letters tell them apart where colours do not. */
 const stageStrips = () => runs.map((run, i) => {
   const { x, records } = inOrder(placed(run));
+  // a letter in the middle of each stretch, where no edge cuts it
+  const ends = records.map(({ stage }, j) => (stage === records[j + 1]?.stage ? -1 : j)).filter((j) => j >= 0);
+  const middles = new Set(ends.map((end, k) => Math.floor((end + (k ? ends[k - 1] + 1 : 0)) / 2)));
   return {
-    type: "heatmap", x, y: [i], z: [records.map((record) => (record.stage === null ? null : STAGES.indexOf(record.stage)))], text: [records.map(({ stage }, j) => (stage === null || stage === records[j - 1]?.stage ? "" : initial(stage)))], texttemplate: "%{text}",
+    type: "heatmap", x, y: [i], z: [records.map((record) => (record.stage === null ? null : STAGES.indexOf(record.stage)))], text: [records.map(({ stage }, j) => (stage === null || !middles.has(j) ? "" : initial(stage)))], texttemplate: "%{text}",
     customdata: [records.map((record) => record.stage)], textfont: { color: colour("card"), size: 11 },
     yaxis: "y2", ...(runs.length > 20 ? { texttemplate: "" } : {}), zmin: -0.5, zmax: STAGES.length - 0.5, showscale: false, name: "stages", meta: i,
     colorscale: STAGES.flatMap((stage, k) => [[k / STAGES.length, colour(stage)], [(k + 1) / STAGES.length, colour(stage)]]),
