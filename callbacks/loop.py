@@ -130,6 +130,7 @@ class SinkTracker:
         except Exception as error:
             self.failed += 1
             self._failed("probe", step, error)
+            self.tell("W&B log", step, self._status)
             return None
         if not self._decide(step, again=True) and not adapted.every_process:
             self.failed += not self._silent
@@ -154,10 +155,12 @@ class SinkTracker:
         except Exception as error:
             self.failed += 1
             self._failed("probe", step, error, everywhere=adapted.agrees)
+            self.tell("W&B log", step, self._status)
             return None
         for logger in self.loggers:
             self.tell(f"{_name(logger)} log", step, self._show, logger, record)
         self.tell("signal", step, self._judge, record)
+        self.tell("W&B log", step, self._status)
         return measurement
 
     def mark(self, step: int, what: str) -> None:
@@ -213,6 +216,10 @@ class SinkTracker:
             return None
         records = Run.read(self._run.directory).records  # not kept: they grow with the model
         return next((one.get("tokens") for one in records if one["step"] == step), None)
+
+    def _status(self) -> None:
+        if any(isinstance(logger, wandb.WeightsAndBiases) for logger in self.loggers):
+            wandb.status(self.recorded, self.failed)
 
     def settle(self) -> None:
         """End W&B's row of the last record, before a trainer logs a later step."""

@@ -1,9 +1,10 @@
 """Train the demo's model under several seeds, learning rates and troubles; keep what was recorded.
 
 Writes, per run, a run directory with the fields of the records that the signal reads, and the loss
-as a CSV. tests/data/runs holds what this wrote; docs/signal.md says what was found.
+as a CSV. tests/data/runs holds what this wrote; docs/signal.md says what was found. With --seeds
+it is ten seeds at both learning rates, half as long, as tests/data/seeds holds them.
 
-    python scripts/real_runs.py OUT [--only NAME]
+    python scripts/real_runs.py OUT [--only NAME] [--seeds]
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from sinktrack.demo import probe, tiny_moe, train
 from sinktrack.records.run import Run
 
 STEPS, EVERY = 800, 20
+SEED_STEPS = 400
 FIELDS = (
     "schema", "step", "tokens", "source", "probe", "model", "sink_rate", "sink_rate_by_block",
     "concentration", "formed", "reference_block", "sinks", "sink_heads", "first_sink_block",
@@ -57,6 +59,10 @@ SETTINGS = {
 }
 
 
+SEEDS = {f"seed{seed}-lr{rate:g}": Setting(seed, rate) for seed in range(1, 11)
+         for rate in (5e-3, 1e-2)}  # fmt: skip
+
+
 class Losses(TrainerCallback):  # type: ignore[misc]
     """The training loss at each logged step."""
 
@@ -80,7 +86,7 @@ class Spike(TrainerCallback):  # type: ignore[misc]
                 group["lr"] = self.rate
 
 
-def run(setting: Setting, out: Path) -> None:
+def run(setting: Setting, out: Path, steps: int = STEPS) -> None:
     """Train, and write the records and the loss to ``out``."""
     losses = Losses()
     with tempfile.TemporaryDirectory() as temporary:
@@ -89,7 +95,7 @@ def run(setting: Setting, out: Path) -> None:
         extra = [Spike(setting.spike)] if setting.spike is not None else []
         train(
             tiny_moe(setting.seed, setting.sliding_window), Path(temporary), seed=setting.seed,
-            steps=STEPS, callbacks=[tracker, losses, *extra], save_strategy="no",
+            steps=steps, callbacks=[tracker, losses, *extra], save_strategy="no",
             logging_steps=EVERY, learning_rate=setting.learning_rate,
         )  # fmt: skip
         records = Run.read(full).records
@@ -126,13 +132,14 @@ def rounded(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--only", choices=list(SETTINGS))
+    parser.add_argument("--only", choices=list(SETTINGS | SEEDS))
+    parser.add_argument("--seeds", action="store_true", help="ten seeds of two settings")
     options = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    for name, setting in SETTINGS.items():
+    for name, setting in (SEEDS if options.seeds else SETTINGS).items():
         if options.only in (None, name):
-            run(setting, options.out / name)
+            run(setting, options.out / name, SEED_STEPS if options.seeds else STEPS)
             print(name, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from sinktrack.errors import RecordError
@@ -61,6 +62,14 @@ def lines(path: Path) -> list[str]:
 def printable(name: str) -> str:
     r"""A name with ``\udcXX`` for each byte that is not UTF-8, so that all can write it."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def natural(name: str) -> list[tuple[int, float, str]]:
+    """A key that sorts by numbers: ``seed2`` before ``seed10``, ``5e-4`` before ``0.01``."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", name, flags=re.ASCII)
+    return [
+        (0, float(part), "") if i % 2 else (1, 0.0, part) for i, part in enumerate(parts) if part
+    ]
 
 
 def refuse_unencodable(path: Path, who: str) -> None:

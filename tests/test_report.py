@@ -497,7 +497,7 @@ def test_runs_are_compared(open_report: Open) -> None:
     runs = {
         "one": synthetic_records(),
         "two": shifted(synthetic_records(6, range(0, 3000, 100)), 0.5),
-        "three <b>": synthetic_records(formed=False),
+        "two <b>": synthetic_records(formed=False),
     }
     page = open_report(runs)
     for name, records in runs.items():

@@ -69,6 +69,28 @@ def test_fits_80_columns(blocks: int) -> None:
     assert all(row(text, block) for block in range(blocks))
 
 
+@pytest.mark.parametrize("width", [40, 60, 72, 79])
+def test_a_narrow_terminal_gets_fewer_columns(width: int) -> None:
+    """Nothing is cut, and what stays is whole."""
+    records = synthetic_records(48, steps=range(0, 10_000, 500))
+    text = shown(records, width=width)
+    assert "\u2026" not in text and max(map(len, text.splitlines())) <= width
+    table = [row(text, block).split() for block in (3, 47)]
+    assert all(f"{records[-1]['concentration'][b]:.2f}" in cells for b, cells in
+               zip((3, 47), table, strict=True))  # fmt: skip
+
+
+def test_a_comparison_in_ascii() -> None:
+    data = Path(__file__).parent / "data" / "runs"
+    code = "import sys; from sinktrack.cli import main; sys.argv[1:1] = ['compare']; main()"
+    made = subprocess.run(
+        [sys.executable, "-c", code, *sorted(data.glob("seed*"))], capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"},
+    )  # fmt: skip
+    text = made.stdout.decode("ascii")
+    assert made.returncode == 0 and "seed2" in text and not re.search(r"\\[xu]", text)
+
+
 def test_the_widest_numbers_fit_80_columns() -> None:
     records = synthetic_records(48, steps=range(0, 10_000, 500))
     for record in records:

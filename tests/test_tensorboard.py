@@ -61,8 +61,8 @@ def test_heads_are_a_picture_with_a_slider_over_steps(run: Run) -> None:
     pictures = read(run.directory / "tb").Images("sinktrack/heads")
     assert [picture.step for picture in pictures] == [record["step"] for record in records]
     pixels = np.asarray(Image.open(io.BytesIO(pictures[-1].encoded_image_string)))
-    cell = 24
-    assert pixels.shape == (4 * cell, 4 * cell, 3)
+    cell = 37
+    pixels = pixels[34 : 34 + 4 * cell, 58 : 58 + 4 * cell]
     brightness = pixels[cell // 2 :: cell, cell // 2].sum(-1)
     attention = [heads[0] for heads in records[-1]["p0_attention"]]
     assert (
@@ -78,7 +78,13 @@ def test_charts_and_table(run: Run) -> None:
     events = read(run.directory / "tb")
     [written] = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(written.tensor_proto.string_val[0])
-    charts = {chart.title: chart for chart in layout.category[0].chart}
+    assert [category.title for category in layout.category] == ["P0 sink", "P0 sink by block"]
+    assert [chart.title for chart in layout.category[0].chart][:2] == [
+        "sink_rate",
+        "sink_rate_from_2",
+    ]
+    charts = {chart.title: chart for category in layout.category for chart in category.chart}
+    assert list(charts["first_sink_block"].multiline.tag) == ["^sinktrack/first_sink_block$"]
     assert list(charts["concentration"].multiline.tag) == [r"sinktrack/concentration/block_\d+"]
     series = charts["sink_rate"].margin.series[0]
     tags = set(events.Tags()["scalars"])

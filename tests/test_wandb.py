@@ -139,8 +139,9 @@ def test_the_trainer_loses_no_row_and_ours_have_their_axis(
         *[records[-1]["top_components"][0].get(name) for name in table["columns"][1:]],
     ]
     with Image.open(directory / ours[-1]["sinktrack/blocks/path"]) as picture:
-        assert picture.size == (5 * 24, 4 * 24), "a column for each record, a row for each block"
+        assert picture.size == (5 * 36 + 142, 4 * 37 + 80), "a column a record, a row a block"
     summary = read_summary(tmp_path)
+    assert (summary["sinktrack/probes"], summary["sinktrack/probes_failed"]) == (5, 0)
     assert summary["sinktrack/sink_rate"] == pytest.approx(records[-1]["sink_rate"])
     assert summary["sinktrack/formed"] is records[-1]["formed"]
     steps = {d.name: d.step_metric for d in definitions} | {
@@ -186,6 +187,22 @@ def test_without_an_active_run_none_is_opened(
     assert wandb.run is None
     SinkTracker(PROBE, tmp_path / "run", every=1, on_error="raise").step(0, models.llama())
     assert wandb.run is None and not (tmp_path / "wandb").exists()
+
+
+def test_probes_that_fail_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks at the table of runs sees that nothing was measured."""
+    monkeypatch.chdir(tmp_path)
+    model, probe = planted.dense(), planted.probe(4)
+    with wandb.init(project="test", mode="offline", dir=tmp_path):
+        tracker = SinkTracker(probe, tmp_path / "run", every=1)
+        model.model.layers[0].self_attn.register_forward_pre_hook(
+            lambda *_, **__: 1 / 0, with_kwargs=True
+        )
+        tracker.step(0, model)
+        tracker.step(1, model)
+        wandb.log({"loss": 1.0})
+    found = read_summary(tmp_path)
+    assert (found["sinktrack/probes"], found["sinktrack/probes_failed"]) == (0, 2)
 
 
 def test_a_trainers_own_steps_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

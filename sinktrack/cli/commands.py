@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from sinktrack.cli import compare, demo, export, mark, probe, publish, report, scan, show
+from sinktrack.cli import compare, demo, export, mark, practice, probe, publish, report, scan, show
 
 _EXIT_CODES = "Exit codes: 0 done, 1 some checkpoints failed, 2 wrong use, 130 interrupted."
 
@@ -66,6 +66,7 @@ for _name, _module, _group, _example in (
     ("show", show, _LOOK, "sinktrack show runs/one"),
     ("report", report, _LOOK, "sinktrack report runs/one runs/two --out report.html"),
     ("compare", compare, _LOOK, "sinktrack compare runs/* --table runs.csv"),
+    ("practice", practice, _LOOK, "sinktrack practice runs/one --json"),
     ("mark", mark, _LOOK, 'sinktrack mark runs/one 5000 "learning rate decays"'),
     ("export", export, _LOOK, "sinktrack export runs/one --format parquet"),
     ("publish", publish, _LOOK, "sinktrack publish runs/one --to wandb --project pretraining"),

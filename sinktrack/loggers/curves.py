@@ -69,6 +69,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a run comes to so far, by key: its last curves, and when its sink formed."""
     last = records[-1]
     found: dict[str, Any] = metrics(last)
+    found["sinktrack/probes"] = len(records)
     found["sinktrack/formed"] = last["formed"]
     found["sinktrack/first_formed_at_step"] = next(
         (record["step"] for record in records if record["formed"]), None

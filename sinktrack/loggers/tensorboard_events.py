@@ -109,15 +109,18 @@ def publish(run: Run, directory: Path) -> int:
 
 
 def layout(record: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
-    """Charts for the tab "custom scalars": all blocks in one, and curves with their intervals."""
-    margins = {
-        name: ["Margin", [f"sinktrack/{name}{bound}" for bound in ("", "/low", "/high")]]
-        for name in _bounded(record)
+    """Charts for the tab "custom scalars": headline curves first, then all blocks in one chart."""
+    bounded = _bounded(record)
+    headline = {
+        field.name: ["Margin", [f"sinktrack/{field.name}{end}" for end in ("", "/low", "/high")]]
+        if field.name in bounded
+        else ["Multiline", [f"^sinktrack/{field.name}$"]]
+        for field in scalars()
     }
     blocks = {
         field.name: ["Multiline", [rf"sinktrack/{field.name}/block_\d+"]] for field in blockwise()
     }
-    return {"sinktrack": margins | blocks}
+    return {"P0 sink": headline, "P0 sink by block": blocks}
 
 
 def _bounded(record: Mapping[str, Any]) -> list[str]:

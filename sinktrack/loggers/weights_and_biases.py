@@ -30,6 +30,7 @@ from sinktrack.loggers.curves import (
 from sinktrack.metrics.axes import by_block
 from sinktrack.records.lineage import current
 from sinktrack.records.run import Run
+from sinktrack.records.thinned import evenly
 from sinktrack.signal import analyze
 
 _ROOM = 16 * 2**20
@@ -199,6 +200,15 @@ def describe(entry: Mapping[str, Any]) -> None:
         _described[active.id] = entry
 
 
+def status(recorded: int, failed: int) -> None:
+    """Put into the summary of the active W&B run that probes run, and how many failed."""
+    active = _active()
+    if active is not None:
+        active.summary["sinktrack/probes_failed"] = failed
+        if not recorded:  # later it is the number of records, also over restarts
+            active.summary["sinktrack/probes"] = 0
+
+
 def _active() -> Any:
     """This process's W&B run, if it keeps what it is given; else None."""
     active = getattr(sys.modules.get("wandb"), "run", None)
@@ -346,7 +356,7 @@ def _pictures(
 def _charts(wandb: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All blocks in one chart; names of equal length, so that the legend sorts."""
     blocks = range(records[-1]["model"]["blocks"])
-    drawn = records[:: -(-len(records) * len(blocks) // _MOST_POINTS)]
+    drawn = [records[i] for i in evenly(len(records), max(2, _MOST_POINTS // len(blocks)))]
     found = {}
     for field in blockwise():
         rows = [(record["step"], by_block(record, field)) for record in drawn]

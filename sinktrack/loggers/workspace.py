@@ -70,6 +70,7 @@ def view(entity: str, project: str) -> Any:
         project=project,
         sections=[
             spaces.Section(name="P0 sink", panels=headline, is_open=True),
-            spaces.Section(name="P0 sink by block", panels=[*blocks, *pictures], is_open=True),
+            spaces.Section(name="P0 sink by block", panels=blocks, is_open=True),
+            spaces.Section(name="P0 sink in pictures", panels=pictures, is_open=True),
         ],
     )

@@ -173,6 +173,27 @@ class Comparison:
             for row in [titles, *rows]
         ]
 
+    def verdict(self) -> list[str]:
+        """What matters most: do settings differ, and when did the sink begin in each?"""
+        settings = list(_by_setting(self.runs))
+        told = f"{len(self.runs)} runs of {len(settings)} setting{'s' if len(settings) > 1 else ''}"
+        claimed = [one for one in self.differences if one.claimed]
+        if claimed:
+            what = "; ".join(
+                f"{QUANTITIES[one.quantity]} ({one.settings[1]} less {one.settings[0]}: "
+                f"{self._told(one.quantity, one.value.value)}, p = {one.p:.3f})"
+                for one in claimed
+            )
+            first = f"{told}: beyond what seeds explain differ {what}."
+        elif self.differences:
+            tested = dict.fromkeys(QUANTITIES[one.quantity] for one in self.differences)
+            first = f"{told}: {', '.join(tested)} differ no more than seeds explain."
+        elif len(settings) > 1:
+            first = f"{told}: too few runs, or too little in common, to tell settings apart."
+        else:
+            first = f"{told}."
+        return [first, *(self._spread(one) for one in self.spreads if one.quantity == "onset")]
+
     def lines(self) -> list[str]:
         """What was found, in words."""
         found = []
@@ -209,7 +230,7 @@ class Comparison:
             told += f" (95 % between seeds: {ends[0]} to {ends[1]})"
         told += f", {one.runs} runs from {low} to {high}"
         if one.probe is not None:
-            told += f"; over one run's sequences ±{100 * one.probe:.1f} points"
+            told += f"; over one run's sequences +/-{100 * one.probe:.1f} points"
         return told + (f"; {one.without} without" if one.without else "")
 
     def _told(self, quantity: str, value: float) -> str:
@@ -226,7 +247,7 @@ def compare(
     losses: Mapping[str, Losses] | None = None,
     axis: Axis = "step",
 ) -> Comparison:
-    """Put runs side by side.
+    """Put runs side by side, in the natural order of their names.
 
     Args:
         runs: by name, a run or its records in the order in which they were written.
@@ -238,6 +259,7 @@ def compare(
     Raises:
         RecordError: runs of different probes; a name that is no run's; no losses for that axis.
     """
+    runs = {name: runs[name] for name in sorted(runs, key=text.natural)}
     given = {name: list(run.written if isinstance(run, Run) else run) for name, run in runs.items()}
     _check(given, settings or {}, scores or {}, losses or {}, axis)
     lines = {name: _Line(current(records), (losses or {}).get(name), axis)

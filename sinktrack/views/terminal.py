@@ -17,8 +17,9 @@ from sinktrack.metrics import FIELDS
 from sinktrack.metrics.attention import EPSILON, uniform
 from sinktrack.metrics.axes import by_block, is_by_block
 from sinktrack.records.names import name as spelled
+from sinktrack.records.thinned import evenly
 from sinktrack.records.twins import equal_weights, told
-from sinktrack.signal import Analysis
+from sinktrack.signal import Analysis, timeline
 from sinktrack.views.story import CARD, story
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -27,6 +28,8 @@ _PLAIN_BARS = ".:-=+*%#"
 _LONGEST = 24
 _SHORTEST = 4
 _TOP = 5
+_DISPENSABLE = ("norms", "gain", "kind", "attention", "over run", "mlp", "norm ratio")
+"""Columns of the table of blocks that a narrow terminal does without, in this order."""
 _OF_A_SINK = ("first_two_share", "depth", "reference_block", "position_share")
 """Headline numbers that speak of no sink before one has formed."""
 _IN_THE_TABLE = ("concentration", "norm_ratio")
@@ -60,7 +63,7 @@ def show(
         console.print(Text(told(steps).capitalize() + "."))
     console.print()
     if len(records) > 1:
-        _signal(signal, console)
+        _signal(records, signal, console)
         console.print()
     console.print(_blocks(records, console))
     if evenly := _evenly(last):
@@ -97,8 +100,7 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
     def measured(name: str) -> None:
         field, value, interval = FIELDS[name], last.get(name), last["intervals"].get(name)
         if value is not None:
-            text = " to ".join(format(bound, field.form) for bound in interval or ())
-            add(field.title, format(value, field.form) + (f"  (95 %: {text})" if text else ""))
+            add(field.title, format(value, field.form) + _bounds(interval, field.form))
 
     tokens = "" if last["tokens"] is None else f", {last['tokens']:,} tokens"
     count = f"{len(records)} record" + ("s" if len(records) > 1 else "")
@@ -110,9 +112,21 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
     return grid
 
 
-def _signal(signal: Analysis, console: Console) -> None:
+def _bounds(interval: Sequence[float] | None, form: str) -> str:
+    """An interval in words, also where it has no width that shows."""
+    if interval is None:
+        return ""
+    low, high = (format(bound, form) for bound in interval)
+    if low != high:
+        return f"  (95 %: {low} to {high})"
+    same = interval[0] == interval[1]
+    return "  (every sequence gives the same)" if same else "  (95 %: narrower than this)"
+
+
+def _signal(records: Sequence[Mapping[str, Any]], signal: Analysis, console: Console) -> None:
     console.print(Text("Signal: a candidate for the state of convergence, not an established one"))
-    for line in signal.lines():
+    lives = timeline(records)
+    for line in [*signal.lines(), *([str(lives)] if len(lives.moments) > 1 else [])]:
         console.print(Padding(Text(line), (0, 0, 0, 2)))
     if signal.sensitivity is not None and signal.sensitivity.steps:
         for line in ["Onset by definition (step)", *signal.sensitivity.table()]:
@@ -227,53 +241,68 @@ def _more(record: Mapping[str, Any]) -> list[str]:
 
 
 def _blocks(records: Sequence[Mapping[str, Any]], console: Console) -> Table:
-    """A row a block; the curves so far take the room that the numbers leave."""
+    """A row a block; the curves so far take the room that the numbers leave.
+
+    Where it is too narrow for all, columns go, the least important first.
+    """
     bars = _bars(console.encoding)
-    narrow = _table(records, _SHORTEST, bars)
-    left = console.width - Measurement.get(console, console.options, narrow).maximum
-    first, second = (_header_width(column) for column in (narrow.columns[3], narrow.columns[6]))
+    without: tuple[str, ...] = ()
+    unbounded = console.options.update_width(1000)
+    for drop in (None, *_DISPENSABLE):
+        without += () if drop is None else (drop,)
+        narrow = _table(records, _SHORTEST, bars, without)
+        left = console.width - Measurement.get(console, unbounded, narrow).maximum
+        if left >= 0:
+            break
+    curves = [c for c in narrow.columns if str(c.header).startswith(("over run", "log "))]
+    if len(curves) < 2:
+        room = left + sum(map(_header_width, curves))
+        return _table(records, min(_LONGEST, max(_SHORTEST, room)), bars, without)
+    first, second = map(_header_width, curves)
     room = first + second + left
     both = room // 2 if room >= 2 * second else max(_SHORTEST, room - second)
-    return _table(records, min(_LONGEST, max(_SHORTEST, both)), bars)
+    return _table(records, min(_LONGEST, max(_SHORTEST, both)), bars, without)
 
 
 def _header_width(column: Column) -> int:
     return max(map(len, str(column.header).split("\n")))
 
 
-def _table(records: Sequence[Mapping[str, Any]], room: int, bars: str) -> Table:
+def _table(
+    records: Sequence[Mapping[str, Any]], room: int, bars: str, without: Sequence[str]
+) -> Table:
     last = records[-1]
     norms = [[_log(value) for value in record["norm_ratio"]] for record in records]
     known = [value for row in norms for value in row if value is not None]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
     table = Table(box=None, header_style="dim", pad_edge=False, show_edge=False)
-    for name, right in (
-        ("\nblock", True),
-        ("\nkind", False),
-        ("to\nP0", True),
-        ("over run\n0 to 1", False),
-        ("sink\nrate", True),
-        ("norm\nratio", True),
-        (f"log {math.exp(low):.2g}\nto {math.exp(high):.2g}", False),
-        ("share\nattn", True),
-        ("\nmlp", True),
-        ("\ngain", True),
-    ):
-        table.add_column(name, justify="right" if right else "left", no_wrap=True)
+    titles = {
+        "block": "\nblock", "kind": "\nkind", "to P0": "to\nP0", "over run": "over run\n0 to 1",
+        "sink rate": "sink\nrate", "norm ratio": "norm\nratio",
+        "norms": f"log {math.exp(low):.2g}\nto {math.exp(high):.2g}",
+        "attention": "share\nattn", "mlp": "share\nmlp" if "attention" in without else "\nmlp",
+        "gain": "\ngain",
+    }  # fmt: skip
+    kept = [name for name in titles if name not in without]
+    for name in kept:
+        left = name in ("kind", "over run", "norms")
+        table.add_column(titles[name], justify="left" if left else "right", no_wrap=True)
     shares = {(part["kind"], part["block"]): part["share"] for part in last["shares"] or ()}
     for block, kind in enumerate(last["block_kinds"]):
-        table.add_row(
-            str(block),
-            kind,
-            _number(last["concentration"][block], ".2f"),
-            _sparkline([record["concentration"][block] for record in records], 0, 1, room, bars),
-            _number(last["sink_rate_by_block"][str(EPSILON)][block], ".0%"),
-            _number(last["norm_ratio"][block], ".3g"),
-            _sparkline([row[block] for row in norms], low, high, room, bars),
-            _number(shares.get(("attention", block)), "z.0%"),
-            _number(shares.get(("mlp", block)), "z.0%"),
-            _number(last["gain"][block], FIELDS["gain"].form),
-        )
+        course = [record["concentration"][block] for record in records]
+        cells = {
+            "block": str(block),
+            "kind": kind,
+            "to P0": _number(last["concentration"][block], ".2f"),
+            "over run": _sparkline(course, 0, 1, room, bars),
+            "sink rate": _number(last["sink_rate_by_block"][str(EPSILON)][block], ".0%"),
+            "norm ratio": _number(last["norm_ratio"][block], ".3g"),
+            "norms": _sparkline([row[block] for row in norms], low, high, room, bars),
+            "attention": _number(shares.get(("attention", block)), "z.0%"),
+            "mlp": _number(shares.get(("mlp", block)), "z.0%"),
+            "gain": _number(last["gain"][block], FIELDS["gain"].form),
+        }
+        table.add_row(*(cells[name] for name in kept))
     return table
 
 
@@ -297,8 +326,7 @@ def _sparkline(
     values: Sequence[float | None], low: float, high: float, width: int, bars: str
 ) -> str:
     """Bars between ``low`` and ``high``, at most ``width``; a space where there is no value."""
-    if len(values) > width:
-        values = [values[round(i * (len(values) - 1) / (width - 1))] for i in range(width)]
+    values = [values[i] for i in evenly(len(values), width)]
     scale = len(bars) / (high - low) if high > low else 0.0
     return "".join(
         " " if value is None else bars[min(len(bars) - 1, max(0, int((value - low) * scale)))]

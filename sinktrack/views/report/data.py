@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,9 +20,11 @@ from sinktrack.metrics.base import Field
 from sinktrack.records.lineage import current
 from sinktrack.records.marks import Mark
 from sinktrack.records.names import name as named
+from sinktrack.records.thinned import evenly
 from sinktrack.records.twins import equal_weights, told
-from sinktrack.signal import analyze
+from sinktrack.signal import analyze, compare, timeline
 from sinktrack.signal.loss import Losses
+from sinktrack.text import natural
 from sinktrack.views.story import (
     CARD,
     by_mass,
@@ -40,6 +43,9 @@ BUDGET = 9_700_000
 _ROOM = 300_000
 """Bytes that the further fields by block, and by head, may take each where records fill the page;
 they are then kept for every so many records."""
+MOST_COLOURS = 8
+"""Runs that have a colour each."""
+_SEED = re.compile(r"seed[-_= ]?\d+[-_. /]?", re.IGNORECASE)
 _ABOUT = ("step", "tokens", "source", "seconds")
 _WHOLE = ("concentration", "norm_ratio")
 """Fields by block that every record holds to six digits; the others have four."""
@@ -54,21 +60,24 @@ def embedded(
     losses: Mapping[str, Losses] | None = None,
     marks: Mapping[str, Sequence[Mark]] | None = None,
     live: bool = False,
+    settings: Mapping[str, str] | None = None,
 ) -> str:
     """The page's data as JSON that no HTML parser takes for markup.
 
-    Where the records would take more than `BUDGET`, each run is thinned evenly, its last record
-    kept; the page says so.
+    Where the records would take more than `BUDGET`, each run is thinned evenly, its first and its
+    last record kept; the page says so. Runs stand in the natural order of their names.
 
     Args:
         runs: records in the order in which they were written, by the run's name.
         losses: by the run's name, the training loss by step.
         marks: by the run's name, where something but the model changed.
         live: does the page ask its server for more?
+        settings: by the run's name, what it is a seed of; see `_settings` for where there is none.
 
     Raises:
-        RecordError: there is no run, or one that holds no records.
+        RecordError: there is no run, or one that holds no records; a setting of no run.
     """
+    runs = {name: runs[name] for name in sorted(runs, key=natural)}
     if not runs:
         raise RecordError("no run to draw")
     for name, records in runs.items():
@@ -86,7 +95,42 @@ def embedded(
         _run(name, runs[name], losses.get(name), noted.get(name, ()), stride, room) for name in runs
     ]
     fields = {field.name: _described(field) for field in FIELDS.values()}
-    return _escaped({"epsilon": EPSILON, "live": live, "fields": fields, "runs": drawn})
+    of = _settings(list(runs), settings or {})
+    for run in drawn:
+        run["setting"] = of.get(run["name"])
+    return _escaped({
+        "epsilon": EPSILON, "live": live, "fields": fields, "runs": drawn,
+        "compared": _compared(runs, losses, of) if of else None,
+    })  # fmt: skip
+
+
+def _settings(names: Sequence[str], given: Mapping[str, str]) -> dict[str, str]:
+    """By run the setting that it is a seed of; empty where the runs are not grouped.
+
+    Without one given, more than `MOST_COLOURS` runs are grouped by their names less ``seedN``.
+    """
+    if unknown := set(given) - set(names):
+        raise RecordError(
+            f"a setting of {', '.join(sorted(unknown))}, which is none of the runs "
+            f"{', '.join(names)}"
+        )
+    if given:
+        return {name: given.get(name, "") or "no setting" for name in names}
+    if len(names) <= MOST_COLOURS:
+        return {}
+    return {name: _SEED.sub("", name).strip("-_. /") or "all seeds" for name in names}
+
+
+def _compared(
+    runs: Mapping[str, Records], losses: Mapping[str, Losses], settings: Mapping[str, str]
+) -> dict[str, Any]:
+    """What the runs say together, in words, and what they do not say."""
+    try:
+        known = {name: losses[name] for name in runs if name in losses}
+        found = compare(runs, settings=settings, losses=known)
+    except RecordError as error:  # other probes
+        return {"verdict": [], "lines": [], "missing": [str(error)]}
+    return {"verdict": found.verdict(), "lines": found.lines(), "missing": list(found.missing)}
 
 
 def _described(field: Field) -> dict[str, Any]:
@@ -111,7 +155,7 @@ def _run(
     stages = dict(zip(found.steps, found.stages, strict=True))
     records = current(written)
     last = records[-1]
-    kept = range((len(records) - 1) % stride, len(records), stride)
+    kept = evenly(len(records), math.ceil(len(records) / stride))
     more = [_thinned(records, kept, of, room) for of in (_by_block, _by_head)]
     stages = stages if len(records) > 1 else {}  # one record is a state, not a course
     loss = _loss_at([record["step"] for record in records], losses)
@@ -129,6 +173,7 @@ def _run(
         "signal": found.lines() if len(records) > 1 else [],
         "missing": found.missing,
         "onset": {axis: at and _rounded([at.value, at.low, at.high]) for axis, at in onset.items()},
+        "lives": _lives(written),
         "marks": [_placed(mark, records, losses) for mark in marks],
         "records": [
             _drawn(records[i])
@@ -141,6 +186,30 @@ def _run(
             for i in kept
         ],
     }
+
+
+def _lives(written: Records) -> dict[str, Any] | None:
+    """When each head became a sink head for good and when it ceased; None of fewer than 2 records.
+
+    By block and head the step ``since`` which it is one, and at which it ``ceased``, null where it
+    did not, and ``births``, of heads that are measured.
+    """
+    found = timeline(written)
+    if len(found.moments) < 2:
+        return None
+    shape = [max(one.block for one in found.heads) + 1, max(one.head for one in found.heads) + 1]
+    grids: dict[str, list[list[int | None]]] = {
+        name: [[None] * shape[1] for _ in range(shape[0])] for name in ("since", "ceased", "births")
+    }
+    for one in found.heads:
+        grids["since"][one.block][one.head] = None if one.since is None else one.since.step
+        grids["ceased"][one.block][one.head] = None if one.ceased is None else one.ceased.step
+        grids["births"][one.block][one.head] = one.births
+    return grids | {
+        "told": str(found), "steps": [moment.step for moment in found.moments],
+        "tokens": [moment.tokens for moment in found.moments], "count": list(found.sink_heads),
+        "born": list(found.births), "died": list(found.deaths),
+    }  # fmt: skip
 
 
 def _placed(mark: Mark, records: Records, losses: Losses | None) -> dict[str, Any]:
@@ -223,12 +292,14 @@ def _by_head(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _thinned(
-    records: Records, kept: range, of: Callable[[Mapping[str, Any]], dict[str, Any]], room: int
+    records: Records,
+    kept: Sequence[int],
+    of: Callable[[Mapping[str, Any]], dict[str, Any]],
+    room: int,
 ) -> dict[int, dict[str, Any]]:
-    """By a record's place, the last always: as many of the kept ones, evenly, as there is room."""
+    """By a record's place: as many of the kept ones, evenly, as there is room."""
     size = len(_compact(of(records[-1])))
-    stride = max(1, math.ceil(size * len(kept) / room))
-    return {i: of(records[i]) for i in kept[::-1][::stride]}
+    return {kept[i]: of(records[kept[i]]) for i in evenly(len(kept), max(1, room // size))}
 
 
 def _packed(attention: Sequence[Sequence[float | None]]) -> str:

@@ -27,7 +27,10 @@ _LOCAL = {"127.0.0.1", "localhost"}
 
 
 def server(
-    runs: Mapping[str, Run], port: int = 0, losses: Mapping[str, Losses] | None = None
+    runs: Mapping[str, Run],
+    port: int = 0,
+    losses: Mapping[str, Losses] | None = None,
+    settings: Mapping[str, str] | None = None,
 ) -> ThreadingHTTPServer:
     """A server on 127.0.0.1 that sends the page, and new records when the page asks.
 
@@ -37,13 +40,14 @@ def server(
         runs: by name; runs without a record are left out until they have one.
         port: 0 takes a free one.
         losses: by the run's name, the training loss by step.
+        settings: by the run's name, what it is a seed of.
 
     Raises:
         RecordError: the port is taken.
         MissingExtra: plotly is not installed.
     """
     require("plotly", "report")
-    watched = _Watched(runs, losses)
+    watched = _Watched(runs, losses, settings or {})
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -98,8 +102,13 @@ class _Server(ThreadingHTTPServer):
 class _Watched:
     """The runs, read again where their files have changed."""
 
-    def __init__(self, runs: Mapping[str, Run], losses: Mapping[str, Losses] | None) -> None:
-        self.runs, self.losses = runs, losses
+    def __init__(
+        self,
+        runs: Mapping[str, Run],
+        losses: Mapping[str, Losses] | None,
+        settings: Mapping[str, str],
+    ) -> None:
+        self.runs, self.losses, self.settings = runs, losses, settings
         self._lock = threading.Lock()
         self._version, self._data = "", ""
 
@@ -109,16 +118,22 @@ class _Watched:
     def page(self) -> str:
         with self._lock:
             found = self._found()
-        return page(found, self.losses, self._marks(), live=True) if found else _WAITING
+        if not found:
+            return _WAITING
+        return page(found, self.losses, self._marks(), live=True, settings=self._of(found))
 
     def data(self) -> tuple[str, str]:
         """What the page draws, and a name for its version."""
         with self._lock:
             version = f'"{"-".join(map(_changed, self.runs.values()))}"'
             if version != self._version:
-                self._data = embedded(self._found(), self.losses, self._marks(), live=True)
+                found = self._found()
+                self._data = embedded(found, self.losses, self._marks(), True, self._of(found))
                 self._version = version
             return self._version, self._data
+
+    def _of(self, found: Mapping[str, Records]) -> dict[str, str]:
+        return {name: setting for name, setting in self.settings.items() if name in found}
 
     def _found(self) -> dict[str, Records]:
         return {name: run.history for name, run in self.runs.items() if len(run)}

@@ -13,6 +13,7 @@ const unpacked = (record, blocks) => {
   }));
 };
 
+const stepOf = () => `step ${count(shownRecord().step)}`;
 const PACKED = "p0_attention";
 /** Values by block and head of a field; null where this record holds none. */
 const byHead = (record, name) => (name === PACKED ? unpacked(record, shown().model.blocks) : record.by_head?.[name] ?? null);
@@ -35,7 +36,7 @@ const drawHeads = () => {
     customdata: rows.map((row) => range(width).map((head) => row?.[head] ?? null)), hoverongaps: false, colorscale: scaleOf(heats()),
     ...(["probability", "share"].includes(unit) ? { zmin: 0, zmax: 1 } : {}),
     colorbar: { ...bar(titled(name)), ...(logarithmic ? { tickvals: range(9).map((power) => power - 4), ticktext: range(9).map((power) => String(10 ** (power - 4))) } : {}) },
-    hovertemplate: `block %{y}, head %{x}: %{customdata:${name === PACKED ? ".4f" : d3form(form)}}<extra></extra>`, xgap: 1, ygap: 1,
+    hovertemplate: `${sentence(escaped(fields[name].title))}, ${stepOf()}, block %{y}, ${axes[1] === "kv_head" ? "KV head" : "head"} %{x}: %{customdata:${name === PACKED ? ".4f" : d3form(form)}}${unitOf(name)}<extra></extra>`, xgap: 1, ygap: 1,
   }], layout({
     plot_bgcolor: colour("gap"), xaxis: axis({ title: axes[1] === "kv_head" ? "KV head" : "head", showgrid: false, zeroline: false, ...few(width) }),
     yaxis: axis({ title: "block", showgrid: false, zeroline: false, autorange: "reversed", ...few(blocks) }),
@@ -55,12 +56,13 @@ const drawShares = () => {
   const { blocks } = shown().model;
   const shares = parts.map((part) => part[2]);
   const [low, high] = [Math.min(0, ...shares), Math.max(1, ...shares)];
-  const room = 0.12 * (high - low);
+  const room = Math.max(0.12, 58 / Math.max(120, $("shares").clientWidth - 190)) * (high - low);
   const slots = Math.max(parts.length, 4);
+  $("heads").style.height = `${Math.max(400, 60 + 26 * slots)}px`;
   Plotly.react("shares", [{
     type: "bar", orientation: "h", x: shares, y: parts.map(label), text: shares.map(percent), textposition: "outside", cliponaxis: false,
-    textfont: { color: colour("muted") }, hovertemplate: "%{y}: %{x:.2%}<extra></extra>",
-    marker: { color: parts.map(([, block]) => (block === null ? colour("muted") : depthColour(block, blocks))) },
+    textfont: { color: colour("muted") }, hovertemplate: `Share of the P0 state, ${stepOf()}, %{y}: %{x:.2%}<extra></extra>`,
+    marker: { color: parts.map(([, block]) => (block === null ? colour("muted") : depthColour(block, blocks))), opacity: shownRecord().formed || shownRecord().untold ? 1 : 0.35 },
   }], layout({
     height: 60 + 26 * slots, showlegend: false, bargap: 0.25,
     xaxis: axis({ title: "share", tickformat: ".0%", range: [low - (low < 0 ? 1.5 * room : 0), high + room] }),
@@ -76,7 +78,7 @@ const drawFirstTokens = () => {
   const tone = colour("accent");
   const line = (name, values, colour_) => ({
     name, x: blocks, y: at(values), mode: "lines+markers", line: { color: colour_, width: 2 }, marker: { color: colour_, size: 5 },
-    hovertemplate: `block %{x}: %{y:.3g}<extra>${name}</extra>`,
+    hovertemplate: `Norm ratio, ${stepOf()}, block %{x}: %{y:.3g}<extra>${name}</extra>`,
   });
   Plotly.react("first_tokens", [
     {
@@ -86,7 +88,7 @@ const drawFirstTokens = () => {
     line("distinct first tokens", middle, tone), line("the probe", record.norm_ratio, colour("muted")),
   ], layout({
     xaxis: axis({ title: "block", ...(blocks.length > 16 ? {} : { dtick: 1 }) }),
-    yaxis: axis({ title: fields.norm_ratio.title, type: fields.norm_ratio.scale }),
+    yaxis: axis({ title: fields.norm_ratio.title, type: fields.norm_ratio.scale, ...logTicks([...at(low), ...at(high), ...record.norm_ratio], 6) }),
   }), config);
 };
 
@@ -96,14 +98,14 @@ const drawCard = () => {
   $("card_of").hidden = !card;
   if (!card) return;
   $("card_says").textContent = card_says;
-  const names = card.map(([name]) => sentence(name));
+  const names = card.map(([name]) => (narrow() ? sentence(name).replaceAll(" ", "<br>") : sentence(name)));
   const bars = [["sink_rate", colour("accent"), "from block 0"], ["sink_rate_from_2", colour("muted"), "from block 2"]].map(([field, tone, name]) => {
     const rates = card.map(([, found]) => found?.[field] ?? null);
     const bounds = card.map(([, found], i) => found?.intervals[field] ?? [rates[i], rates[i]]);
     return {
       type: "bar", name, x: names, y: rates, marker: { color: tone }, text: rates.map((rate) => (rate === null ? "" : percent(rate))), textposition: "outside", cliponaxis: false,
       error_y: { type: "data", symmetric: false, array: bounds.map(([, high], i) => high - rates[i]), arrayminus: bounds.map(([low], i) => rates[i] - low), color: colour("muted"), thickness: 1 },
-      hovertemplate: `%{x}, ${name}: %{y:.1%}<extra></extra>`,
+      hovertemplate: `Sink rate, ${stepOf()}, %{x}, ${name}: %{y:.1%}<extra></extra>`,
     };
   });
   Plotly.react("card", bars, layout({
@@ -159,7 +161,8 @@ const drawCircuit = () => {
   const record = shownRecord();
   const { blocks } = shown().model;
   const left = 92;
-  const step = Math.max(18, Math.min(150, (1200 - left) / (blocks + 1)));
+  const room = Math.min(1200, $("circuit").clientWidth || 1200) - left - 24;
+  const step = Math.max(18, Math.min(150, room / (blocks + 1)));
   const middle = 164;
   const tallest = 74;
   const mixing = blockwise(record, "mixing");
@@ -172,6 +175,9 @@ const drawCircuit = () => {
   const verdicts = record.shares.map((part) => [part, necessity(part)]).filter(([, test]) => test && test[9]);
   const found = verdicts.map(([part, test]) => `${label(part)} is ${test[9]}`).join(", ");
   const said = record.shares.filter((part) => Math.abs(part[2]) >= 0.05).map((part) => `${label(part)} ${percent(part[2])}`).join(", ");
+  const unformed = !record.formed && !record.untold;
+  $("circuit").classList.toggle("unformed", unformed);
+  $("unformed").hidden = !unformed || !record.shares.length;
   $("circuit").replaceChildren();
   const picture = svg("svg", {
     viewBox: `0 0 ${width} ${height}`, width, height, role: "img",
@@ -199,7 +205,7 @@ const drawCircuit = () => {
     if (writer && step < 64) { // else the bar says it
       const [name, kind, block, share] = writer;
       const x = block === null ? left + step / 2 : centre(block);
-      inside(x, kind === "mlp" || block === null ? middle + 92 + 13 * (i % 2) : 58, `${sentence(name)} writes ${percent(share)}`, "writer");
+      inside(x, kind === "mlp" || block === null ? middle + 102 + 13 * (i % 2) : 58, `${sentence(name)} writes ${percent(share)}`, "writer");
     }
     if (sink.erasers.length) {
       const at = sink.erasers.map(([, , block]) => centre(block));
@@ -294,8 +300,8 @@ const drawRecord = () => {
   slider.setAttribute("aria-valuetext", $("chosen").textContent);
   $("reference").textContent = record.says.join(" ");
   drawCircuit();
-  drawHeads();
   drawShares();
+  drawHeads();
   drawFirstTokens();
   drawCard();
   drawComponents();

@@ -34,13 +34,18 @@ const drawAll = () => {
 const showRun = (index) => {
   state.run = index;
   describe();
-  drawNorms();
+  if (compared) drawCurves();
+  else {
+    drawNorms();
+    drawLives();
+  }
   showRecord(state.record[index]);
   listRecords();
 };
 const showRecord = (index) => {
   state.record[state.run] = index;
   drawRecord();
+  hint();
   remember();
   Plotly.relayout("blocks", { shapes: [mark()] });
 };
@@ -55,6 +60,24 @@ const circuitButton = element("button", "Save", $("circuit").parentElement.query
 circuitButton.type = "button";
 circuitButton.setAttribute("aria-label", "Save the circuit as SVG");
 circuitButton.addEventListener("click", () => save(circuitFile(), "image/svg+xml", "sinktrack_circuit.svg"));
+// Says where something is wider than its place, which no scroll bar shows on a phone.
+const hints = [...document.querySelectorAll(".scroll")].map((box) => {
+  const hint = document.createElement("p");
+  Object.assign(hint, { className: "hint", textContent: "Wider than the screen: scroll it sideways.", hidden: true });
+  box.before(hint);
+  return () => { hint.hidden = box.scrollWidth <= box.clientWidth + 1; };
+});
+const hint = () => hints.forEach((show) => show());
+let width = innerWidth;
+/** What is laid out by the width itself; charts follow it by themselves. */
+const refit = () => {
+  if (innerWidth !== width) {
+    width = innerWidth;
+    drawCircuit();
+    drawBlocks();
+  }
+  hint();
+};
 /** Once the charts that they change are there. */
 const answer = () => {
   $("axis").addEventListener("change", drawCurves);
@@ -63,7 +86,10 @@ const answer = () => {
   $("of_heads").addEventListener("change", drawHeads);
   $("compared").addEventListener("change", (event) => showRun(Number(event.target.value)));
   $("record").addEventListener("input", () => showRecord(Number($("record").value)));
-  $("records").addEventListener("toggle", listRecords);
+  $("records").addEventListener("toggle", () => {
+    listRecords();
+    hint();
+  });
   $("records").addEventListener("click", ({ target }) => target.dataset.record && showRecord(Number(target.dataset.record)));
   $("export").addEventListener("click", ({ target }) => target.dataset.form && saveData(target.dataset.form));
   $("blocks").on("plotly_click", ({ points: [point] }) => {
@@ -77,6 +103,7 @@ const answer = () => {
     }
   });
   document.addEventListener("change", remember);
+  addEventListener("resize", refit);
   addEventListener("hashchange", () => location.reload());
   dark.addEventListener("change", drawAll);
 };
@@ -86,14 +113,14 @@ offer();
 recall();
 compare();
 describe();
-for (const draw of [drawLeftOut, drawSinkRate, drawLocalization, drawBlocks, drawNorms, drawNumber, answer, drawRecord]) setTimeout(draw);
+for (const draw of [drawLeftOut, drawSinkRate, drawLocalization, drawBlocks, drawNorms, drawLives, drawNumber, answer, drawRecord, hint]) setTimeout(draw);
 
 /** Ask the server for new records; stay with the record that is shown, or follow the newest. */
 const EVERY = 2000;
 const takeIn = (fresh) => {
   const name = shown().name;
   const before = new Map(runs.map((run, i) => [run.name, run.records.length - 1 > state.record[i] ? run.records[state.record[i]].step : Infinity]));
-  ({ runs, fields } = fresh);
+  ({ runs, fields, compared } = fresh);
   state.run = Math.max(0, runs.findIndex((run) => run.name === name));
   state.record = runs.map((run) => {
     const later = run.records.findIndex((record) => record.step >= (before.get(run.name) ?? Infinity));

@@ -81,17 +81,30 @@ const COLUMNS = {
 /** The columns that hold something. */
 const columns = (records) => Object.entries(COLUMNS).filter(([name]) => !(name in records[0]) || records.some((record) => record[name] !== null));
 
-/** The runs below each other, each with a radio button that shows it in detail. */
+/** When the sink rate left its floor, of the whole run. */
+const onsetTold = ({ onset: { step } }) => (step ? `${count(Math.round(step[0]))} (${count(Math.round(step[1]))} to ${count(Math.round(step[2]))})` : "–");
+/** The runs below each other, each with a radio button that shows it in detail; above, what they say together. */
 const compare = () => {
   $("compared").hidden = runs.length === 1;
   if (runs.length === 1) return;
   const table = $("compared").querySelector("table");
-  const used = columns(runs.flatMap((run) => run.records));
+  const lasts = runs.map((run) => run.records.at(-1));
+  const same = (name) => ["step", "tokens", "source"].includes(name) && new Set(lasts.map((record) => record[name])).size === 1;
+  const used = columns(runs.flatMap((run) => run.records)).filter(([name, text]) => !same(name) && lasts.some((record) => text(record) !== "–"));
   table.tHead.replaceChildren();
-  row(["run", ...used.map(([name]) => name)], table.tHead, "th");
+  const grouped = compared && settings().length < runs.length;
+  row(["run", ...(grouped ? ["setting"] : []), "onset (step)", ...used.map(([name]) => name)], table.tHead, "th");
   table.tBodies[0].replaceChildren();
+  $("together").replaceChildren();
+  const [verdict, ...found] = compared?.verdict ?? [""];
+  $("difference").textContent = verdict ?? "";
+  for (const line of found) element("li", line, $("together"));
+  $("all_compared").replaceChildren();
+  for (const line of compared?.lines ?? []) element("li", line, $("all_compared"));
+  $("comparison").hidden = !compared?.lines.length;
+  $("not_compared").textContent = compared?.missing.length ? `Not said: ${compared.missing.join("; ")}.` : "";
   runs.forEach((run, i) => {
-    const made = row(["", ...used.map(([, text]) => text(run.records.at(-1)))], table.tBodies[0]);
+    const made = row(["", ...(grouped ? [run.setting] : []), onsetTold(run), ...used.map(([, text]) => text(run.records.at(-1)))], table.tBodies[0]);
     const choose = element("label", "", made.cells[0]);
     const radio = element("input", "", choose);
     Object.assign(radio, { type: "radio", name: "run", value: i, checked: i === state.run });
