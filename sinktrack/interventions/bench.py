@@ -91,7 +91,7 @@ class Bench:
     @cached_property
     def seen(self) -> FirstTokens:
         """Single first tokens."""
-        return FirstTokens.of(self.replay.found, first_tokens(self.probe)[0])
+        return FirstTokens.of(self.replay.model, first_tokens(self.probe)[0])
 
     def other(self, term: Term) -> Term | None:
         """A random component of the same kind that is no candidate; a part, of the same block."""

@@ -7,14 +7,17 @@ made by it.
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
 from sinktrack.errors import MeasurementError
-from sinktrack.models.any_decoder import Decoder
+from sinktrack.models.any_decoder import Decoder, check
+from sinktrack.models.editable import Editable
 from sinktrack.models.parallel import is_apart, takes_every_process
+from sinktrack.probe import Probe
 
 _APART = (
     "causal tests do not run on a model that no process holds whole (FSDP1, tensor parallelism); "
@@ -35,6 +38,39 @@ class Model:
     """Packages whose versions belong in a record, beside those of every record."""
     no_causal_tests: str | None = None
     """Why the causal tests do not run on it, where they do not."""
+
+    def tried(self, probe: Probe) -> str | None:
+        """Say what was found in the model, or nothing, as far as that costs next to nothing.
+
+        Raises:
+            ProbeError, MeasurementError: as of `sinktrack.measure`.
+        """
+        if self.backend == "torch":
+            return check(self.model, probe)
+        if self.backend == "transformers" and not self.every_process:
+            from sinktrack.models.live import readable
+
+            readable(self.model, probe)
+        return None
+
+    def editable(
+        self, probe: Probe, batch_size: int | None = None
+    ) -> AbstractContextManager[Editable]:
+        """The model, to be run under an editor, and left as it was found.
+
+        Args:
+            probe: the fixed batch, which must fit.
+            batch_size: sequences of it per pass at most.
+
+        Raises:
+            ProbeError, MeasurementError: on entering, as of `sinktrack.measure`; or the model
+                cannot be edited, and why.
+        """
+        if self.no_causal_tests is not None:
+            raise MeasurementError(self.no_causal_tests)
+        from sinktrack.models.live import editable
+
+        return editable(self.model, probe, batch_size)
 
     @property
     def agrees(self) -> bool:
