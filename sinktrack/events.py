@@ -36,16 +36,29 @@ class Routed:
 
     index: Tensor
     """``[B, T, K]`` int: the chosen experts."""
-    gate: Tensor
-    """``[B, T, K]``: their gate weights."""
+    gate: Callable[[], Tensor]
+    """Computes ``[B, T, K]``: their gate weights; nan where those are not shown."""
     outputs: Callable[[int], Tensor]
     """Recomputes the gated outputs ``[B, K, D]`` of the chosen experts at one position."""
     of: Callable[[int], Tensor]
     """Recomputes the gated output ``[B, T, D]`` of one expert: zero where it was not chosen."""
-    total: Tensor
-    """``[B, T, D]``: the gated outputs of all experts, added up."""
+    total: Callable[[], Tensor]
+    """Computes ``[B, T, D]``: the gated outputs of all experts, added up."""
     factor: float
     """What their sum is multiplied with on its way into the stream."""
+    own: Callable[[int], Tensor] | None = None
+    """Computes the output ``[B, T, D]`` of one expert before its gate, nan where that is not shown;
+    None where output and gate tell it."""
+
+    def gates_of(self, expert: int) -> Tensor:
+        """float32 ``[B, T]``: its gate weights, 0 where it was not chosen."""
+        return self.gate().where(self.index == expert, 0).sum(-1).float()
+
+    def ungated(self, expert: int) -> Tensor:
+        """float32 ``[B, T, D]``: its output before its gate, where it was chosen; else anything."""
+        if self.own is not None:
+            return self.own(expert).float()
+        return self.of(expert).float() / self.gates_of(expert)[..., None]
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class Write:
         if self.routed is not None and kind == "expert" and index is not None:
             return self.routed.of(index) * self.routed.factor
         if self.routed is not None and kind == "shared_expert":
-            return self.added - self.routed.total * self.routed.factor
+            return self.added - self.routed.total() * self.routed.factor
         return None
 
 

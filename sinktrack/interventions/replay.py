@@ -169,9 +169,12 @@ class Replay:
         Not where blocks hand each other more than the stream: then passes run from the beginning.
         """
         with suppress(Exception):
-            again = self._pass([Edit()], block, self.batches[0][:1], self.rows[0][:1], 0)[0]
-            wanted = outcome.p0[:1, block:]
-            return torch.allclose(again.p0[:, block:], wanted, rtol=0, atol=_SAME, equal_nan=True)
+            again = self._pass([Edit()], block, self.batches[0][:1], self.rows[0][:1], 0, True)[0]
+            shown = (again.p0[:, block:], again.loss), (outcome.p0[:1, block:], outcome.loss[:1])
+            return all(
+                torch.allclose(one, other, rtol=_SAME, atol=_SAME, equal_nan=True)
+                for one, other in zip(*shown, strict=True)
+            )
         return False
 
     def run(
@@ -375,12 +378,14 @@ def _sliced(write: Write, at: slice, of: Callable[[int], Tensor] | None) -> Writ
     if projection is not None:
         projection = replace(projection, mixed=projection.mixed[at])
     if routed is not None and of is not None:
+        whole, own = routed, routed.own
         routed = replace(
             routed,
             index=routed.index[at],
-            gate=routed.gate[at],
-            total=routed.total[at],
+            gate=lambda: whole.gate()[at],
+            total=lambda: whole.total()[at],
             of=lambda expert: of(expert)[at],
+            own=None if own is None else lambda expert: own(expert)[at],
         )
     return replace(write, added=added, raw=raw, projection=projection, routed=routed)
 

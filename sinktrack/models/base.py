@@ -23,6 +23,10 @@ _APART = (
     "causal tests do not run on a model that no process holds whole (FSDP1, tensor parallelism); "
     "run them on the checkpoints"
 )
+_SHARDED = (
+    "causal tests run on sharded models (FSDP2) only where they are transformers; run them on the "
+    "checkpoints"
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,10 @@ class Model:
         """
         if self.no_causal_tests is not None:
             raise MeasurementError(self.no_causal_tests)
+        if self.backend == "torch":
+            from sinktrack.models import decoder_passes
+
+            return decoder_passes.editable(self.model, probe, batch_size)
         from sinktrack.models.live import editable
 
         return editable(self.model, probe, batch_size)
@@ -104,9 +112,9 @@ def adapt(model: Any, decoder: Decoder | None = None) -> Model:
 
 
 def _torch(decoder: Decoder) -> Model:
-    reason = "causal tests run on transformers models alone; export the model to that format"
     assert decoder.model is not None
-    return Model("torch", decoder, takes_every_process(decoder.model), (), reason)
+    several = takes_every_process(decoder.model)
+    return Model("torch", decoder, several, (), _SHARDED if several else None)
 
 
 def _is_megatron(model: Any) -> bool:

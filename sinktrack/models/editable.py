@@ -49,7 +49,7 @@ class Editable(Protocol):
         """One forward pass.
 
         Args:
-            tokens: int64 ``[B, T]``. A single token may be shown as two of its kind.
+            tokens: int64 ``[B, T]``. A single token may be shown as several of its kind.
             observer: who is shown it, from block ``start`` on.
             editor: who may change it there.
             start: the first block that runs; see `restarts`.

@@ -586,7 +586,7 @@ class _Tap:
             return result
 
         total = output.detach().view(batch, length, width)
-        self.routed = Routed(index, gate, outputs, of, total, 1.0)
+        self.routed = Routed(index, lambda: gate, outputs, of, lambda: total, 1.0)
         mark(output, Mark("experts"))
 
     def _edited(self, seen: Tensor) -> Tensor | None:
