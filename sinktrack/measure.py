@@ -59,9 +59,9 @@ def measure(
 
         return measure_chunks(model, probe, batch_size)
     if adapted.backend == "torch":
-        from sinktrack.models.any_decoder import measure_decoder
+        from sinktrack.models.decoder_passes import measure_decoder
 
-        return measure_decoder(adapted.model, probe, batch_size)
+        return measure_decoder(adapted.model, probe, batch_size, in_training)
     if is_apart(adapted.model):
         return _measure_apart(adapted.model, probe, batch_size, in_training)
     from sinktrack.models.huggingface import watch

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sinktrack.attention import Attended
-from sinktrack.events import Editor, Observer, Write
+from sinktrack.events import Editor, Observer, Uneditable, Write
 from sinktrack.metrics.base import median
 from sinktrack.models.base import adapt
 from sinktrack.models.editable import LOGITS, Editable, at_once
@@ -47,6 +47,9 @@ class Edit:
 
     def write(self, block: int, write: Write, rows: Tensor) -> Tensor | None:
         """Another write ``[b, T, D]``, or None."""
+
+    def unmet(self, last: int) -> str | None:
+        """What should have been changed up to a block, and was not there."""
 
 
 @dataclass
@@ -231,6 +234,9 @@ class Replay:
             logits = self.model.run(
                 stacked, watched, edited, start=start, stream=stream, logits=loss
             )
+        for edit in edits:
+            if (unmet := edit.unmet(last)) is not None:
+                raise Uneditable(unmet)
         self.blocks_run += copies * len(rows) * (min(last + 1, self.blocks) - start)
         return watched.outcomes(_losses(logits, stacked))
 

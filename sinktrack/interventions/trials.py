@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
-
+from sinktrack.events import Uneditable
 from sinktrack.interventions import transplant, unmixing
 from sinktrack.interventions.ablation import Ablation
 from sinktrack.interventions.bench import Bench, Found
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def run_causal_tests(
-    model: nn.Module,
+    model: Any,
     probe: Probe,
     measured: Measurement,
     *,
@@ -46,7 +46,7 @@ def run_causal_tests(
     to test and the lists are empty.
 
     Args:
-        model: the model that was measured.
+        model: the model that was measured, as `sinktrack.measure` takes it.
         probe: the probe that it was measured with.
         measured: the measurement, whose phases pick what is tested.
         batch_size: sequences per forward pass; by default as many as logits of 256 MiB allow.
@@ -56,7 +56,8 @@ def run_causal_tests(
         ``necessity``, ``sufficiency`` and ``position`` of the main phase, the same of every phase
         in ``phases``, ``experts``, ``meaning`` (dependence on the first token), and
         ``position_card``, which stands beside ``causal`` in a record; plain numbers that
-        ``json.dumps`` takes.
+        ``json.dumps`` takes. Where a model cannot be edited as a test asks, that one is empty and
+        ``missing`` holds the reason.
 
     Raises:
         ProbeError, MeasurementError: as `sinktrack.measure` does.
@@ -82,11 +83,20 @@ def run_causal_tests(
                 for phase in tests.phases
             ]  # fmt: skip
             for name, test in _TESTS.items():
-                by_phase = test(tests)
+                try:
+                    by_phase = test(tests)
+                except Uneditable as error:
+                    by_phase = [[] for _ in tests.phases]
+                    tests.missing[name] = str(error)
                 for phase, rows in zip(found["phases"], by_phase, strict=True):
                     phase[name] = rows
                 found[name] = tests.of_main(by_phase)
-            found["experts"] = of_bench(tests, found["necessity"])
+            try:
+                found["experts"] = of_bench(tests, found["necessity"])
+            except Uneditable as error:
+                tests.missing["experts"] = str(error)
+            if tests.missing:
+                found["missing"] = tests.missing
             found["forwards"] = tests.replay.forwards
             seen = tests.seen
         found["meaning"] = first_token_dependence(probe, measured, seen)
@@ -108,7 +118,7 @@ examine = run_causal_tests
 
 
 def necessity(
-    model: nn.Module, probe: Probe, measured: Measurement, *, batch_size: int | None = None
+    model: Any, probe: Probe, measured: Measurement, *, batch_size: int | None = None
 ) -> list[Found]:
     """Ablate each candidate's write at P0 and see how much of the main phase's attention goes.
 
@@ -130,7 +140,7 @@ def necessity(
 
 
 def sufficiency(
-    model: nn.Module, probe: Probe, measured: Measurement, *, batch_size: int | None = None
+    model: Any, probe: Probe, measured: Measurement, *, batch_size: int | None = None
 ) -> list[Found]:
     """Put P0's writes, and its whole state at the first block of a phase, on another position.
 
@@ -142,7 +152,7 @@ def sufficiency(
 
 
 def position(
-    model: nn.Module, probe: Probe, measured: Measurement, *, batch_size: int | None = None
+    model: Any, probe: Probe, measured: Measurement, *, batch_size: int | None = None
 ) -> list[Found]:
     """Let another position attend to itself alone before the main phase, and P0 to all.
 
@@ -170,7 +180,7 @@ _TESTS: dict[str, Callable[[Bench], list[list[Found]]]] = {
 
 @contextmanager
 def _tests(
-    model: nn.Module, probe: Probe, measured: Measurement, batch_size: int | None
+    model: Any, probe: Probe, measured: Measurement, batch_size: int | None
 ) -> Iterator[Bench]:
     with replaying(model, probe, batch_size) as replay:
         yield Bench(replay, probe, measured)
@@ -178,7 +188,7 @@ def _tests(
 
 def _alone(
     test: str,
-    model: nn.Module,
+    model: Any,
     probe: Probe,
     measured: Measurement,
     batch_size: int | None,

@@ -23,14 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from sinktrack.attention import Attended, attend, read_scores, see
-from sinktrack.collect import Collector
 from sinktrack.errors import MeasurementError, SinktrackError
 from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
-from sinktrack.measurement import Measurement
 from sinktrack.models.experts import Expert, NotTold, apart, everywhere
-from sinktrack.models.guard import probe_context, refuse_unreadable
+from sinktrack.models.guard import refuse_unreadable
 from sinktrack.models.parallel import is_apart
-from sinktrack.models.passes import Digest, Passes
 from sinktrack.models.tracer import (
     _ADD,
     _MULTIPLY,
@@ -142,7 +139,7 @@ class Decoder:
                 else ("forward=lambda model, tokens: model(tokens, ...) to sinktrack.Decoder")
             )
             raise MeasurementError(
-                f"{_class(bare)} does not run on tokens {tuple(tokens.shape)} "
+                f"{class_of(bare)} does not run on tokens {tuple(tokens.shape)} "
                 f"({type(e).__name__}: {e}); give {way}"
             ) from e
 
@@ -212,10 +209,10 @@ def _unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _class(module: nn.Module) -> str:
+def class_of(module: nn.Module) -> str:
     """The name of a module's class, as it is without FSDP2's; of a list, those of its modules."""
     if isinstance(module, Several):
-        return " and ".join(_class(item) for item in module)
+        return " and ".join(class_of(item) for item in module)
     of = type(module)
     return of.__mro__[2].__name__ if isinstance(module, FSDPModule) else of.__name__
 
@@ -275,54 +272,11 @@ class Found:
     @property
     def type(self) -> str:
         """The class's name."""
-        return _class(_unwrap(self.model))
+        return class_of(_unwrap(self.model))
 
 
-def measure_decoder(decoder: Decoder, probe: Probe, batch_size: int | None) -> Measurement:
-    """`sinktrack.measure` for any PyTorch decoder; errors are the same."""
-    found = _found(decoder)
-    passes = Passes(probe, batch_size)
-    (collected, batches), (singles, firsts) = passes.both
-    with probe_context(found.model, passes.size, probe):
-        for tokens in batches:
-            _show(decoder, found, collected, tokens)
-        for tokens in firsts:  # twice, as code for one token may expect a cache; P0 sees itself
-            _show(decoder, found, singles, tokens.expand(-1, 2), parts=False)
-    seen = collected.of("attention", "visible")
-    length = probe.length - 1
-    found.kinds = tuple(
-        "full" if all(bool((rows == length).all()) for rows in seen[block]) else "sliding"
-        for block in found.blocks
-    )
-    weights = None
-    if found.embedding is not None:
-        digest = Digest(found.model.get_parameter(found.embedding), passes.first)
-        for block in found.blocks.values():
-            digest.add(block)
-        weights = digest.hex()
-    measured = passes.measurement(found, weights)
-    if found.notes:
-        told = {"parts": "; ".join(dict.fromkeys(found.notes))}
-        measured = replace(measured, missing=measured.missing | told)
-    return measured
-
-
-def check(decoder: Decoder, probe: Probe) -> str:
-    """Try a model on a few tokens of the probe, and say what was found; errors as of `measure`."""
-    found = _found(decoder)
-    few = probe.tokens[:2, :8]
-    collected = Collector({})
-    with probe_context(found.model, len(few), probe):
-        _show(decoder, found, collected, few)
-    blocks, how = len(found.blocks), " and ".join(found.how)
-    experts = f", {found.experts} experts" if found.experts else ""
-    experts += " told apart" if experts and found.told else ""
-    lost = [collected.lost] if collected.lost else []
-    said = f"{found.type}: {blocks} of {blocks} blocks, {how}, {found.most_heads} heads{experts}"
-    return "; ".join([said, *lost, *dict.fromkeys(found.notes)])
-
-
-def _found(decoder: Decoder) -> Found:
+def found_in(decoder: Decoder) -> Found:
+    """What is known of a decoder before it runs; errors as of `sinktrack.measure`."""
     model = decoder.model
     assert model is not None
     model = _unwrap(model)
@@ -335,24 +289,12 @@ def _found(decoder: Decoder) -> Found:
             )
     if is_apart(model):
         raise MeasurementError(
-            f"no process holds the whole of {_class(_unwrap(model))} (FSDP1, tensor, expert "
+            f"no process holds the whole of {class_of(_unwrap(model))} (FSDP1, tensor, expert "
             "or pipeline parallelism); of models that are not transformers only whole ones, DDP "
             "and FSDP2 are supported: measure the saved checkpoints with `sinktrack scan`"
         )
     refuse_unreadable(model)
     return Found(model, blocks)
-
-
-def _show(
-    decoder: Decoder, found: Found, observer: Collector, tokens: Tensor, parts: bool = True
-) -> None:
-    """Show a forward pass of tokens ``[B, T]``, with the parts of its writes or without."""
-    device = next(found.model.parameters()).device
-    tap = _Tap(decoder, found, observer, tokens.to(device), "p0" if parts else None)
-    with tap.watching():
-        decoder.run(tap.tokens)
-        tap.end()
-    found.notes += tap.notes if parts else []
 
 
 @dataclass(frozen=True)
@@ -394,7 +336,7 @@ class _Reached(Exception):
         self.stream = stream
 
 
-class _Tap:
+class Tap:
     """What one watched forward pass goes through."""
 
     def __init__(
@@ -455,12 +397,14 @@ class _Tap:
         """Of the present block."""
         if self.block < 0:
             return "before block 0"
-        return f"block {self.block} ({_class(self.found.blocks[self.block])})"
+        return f"block {self.block} ({class_of(self.found.blocks[self.block])})"
 
     def refuse(self, reason: str) -> MeasurementError:
+        """The error that says where."""
         return MeasurementError(f"{self.name()}: {reason}")
 
     def uneditable(self, reason: str) -> Uneditable:
+        """The same where only an editor fails."""
         return Uneditable(f"{self.name()}: {reason}, so it cannot be changed there")
 
     def lose(self, reason: str) -> None:
@@ -516,6 +460,7 @@ class _Tap:
         return isinstance(found, Stream) and any(term[0] == self.block for term in found.form)
 
     def p0(self, value: Tensor, width: int | None = None) -> Tensor:
+        """P0's rows of a tensor of that size."""
         found = self.rows(value, width)
         assert found is not None
         return found[:, 0].detach()
@@ -569,6 +514,8 @@ class _Tap:
             self.found.embedding = next((name for name, own in named if own is weight), None)
 
     def enter(self, index: int) -> Callable[..., None]:
+        """A hook before a block."""
+
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with self.flow.paused():
                 stream, changed = self._enter(index, args, kwargs)
@@ -587,7 +534,7 @@ class _Tap:
         if index != self.block + 1 or self.inside:
             before = "no block" if self.block < 0 else f"block {self.block}"
             raise MeasurementError(
-                f"block {index} ({_class(self.found.blocks[index])}) runs after {before}: "
+                f"block {index} ({class_of(self.found.blocks[index])}) runs after {before}: "
                 "each block must run once in a pass, in the order in which they are given; not "
                 "supported"
             )
@@ -607,7 +554,7 @@ class _Tap:
                 break
         else:
             raise MeasurementError(
-                f"block {index} ({_class(self.found.blocks[index])}): {len(like)} tensors "
+                f"block {index} ({class_of(self.found.blocks[index])}): {len(like)} tensors "
                 "of the stream's shape come in, and which is the residual stream cannot be told; "
                 "not supported"
             )
@@ -624,7 +571,7 @@ class _Tap:
     def _refuse_input(self, index: int, given: list[Tensor]) -> None:
         shapes = ", ".join(str(tuple(value.shape)) for value in given) or "no tensor"
         raise MeasurementError(
-            f"block {index} ({_class(self.found.blocks[index])}): no residual stream [B, T, "
+            f"block {index} ({class_of(self.found.blocks[index])}): no residual stream [B, T, "
             f"D] at its input for tokens {tuple(self.tokens.shape)}: it got {shapes}; several "
             "streams side by side (hyper-connections) are not supported; where the model only "
             "wants its tokens in another form, give forward= to sinktrack.Decoder"
@@ -738,6 +685,8 @@ class _Tap:
             )
 
     def leave(self, index: int) -> Callable[..., None]:
+        """A hook after a block."""
+
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             with self.flow.paused():
                 self.settle()
@@ -912,6 +861,7 @@ class _Tap:
 
     @contextmanager
     def named(self) -> Iterator[None]:
+        """Errors say where."""
         try:
             yield
         except MeasurementError as error:
@@ -1204,25 +1154,30 @@ class _Tap:
                 yield own
 
     def reweighted(self) -> None:
+        """As of `Watcher`."""
         raise self.refuse(
             "its attention's probabilities are changed after the softmax (talking heads, or a "
             "factor), so what meets the values is not softmax attention; not supported"
         )
 
     def joined(self) -> None:
+        """As of `Watcher`."""
         raise self.refuse(
             "something is added to what its heads attend to, beside the softmax; not supported"
         )
 
     def write(self, found: Mark | None, added: Tensor) -> None:
+        """As of `Watcher`."""
         raise AssertionError  # sums with the stream are dealt with before
 
     # Routed experts
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before a module that may route."""
         self.experts.append(Expert(module, args, kwargs))
 
     def returned(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A hook after it."""
         while self.experts and (call := self.experts.pop()).module is not module:
             pass
         values = [v for v in _tensors((output,), {}) if self.rows(v) is not None]
@@ -1259,7 +1214,7 @@ class _Tap:
 class _Flow(ResidualTracer):
     """Follows streams as linear forms, and knows what is derived from them."""
 
-    def __init__(self, tap: _Tap) -> None:
+    def __init__(self, tap: Tap) -> None:
         super().__init__(tap)
         self.tap = tap
         self.probing = self.replaying = False

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from sinktrack.errors import MeasurementError
-from sinktrack.models.any_decoder import Decoder, check
+from sinktrack.models.any_decoder import Decoder
 from sinktrack.models.editable import Editable
 from sinktrack.models.parallel import is_apart, takes_every_process
 from sinktrack.probe import Probe
@@ -50,6 +50,8 @@ class Model:
             ProbeError, MeasurementError: as of `sinktrack.measure`.
         """
         if self.backend == "torch":
+            from sinktrack.models.decoder_passes import check
+
             return check(self.model, probe)
         if self.backend == "transformers" and not self.every_process:
             from sinktrack.models.live import readable

@@ -1,21 +1,84 @@
-"""Passes of any PyTorch decoder that are watched and edited, and where its logits are."""
+"""Passes of any PyTorch decoder: it is measured, tried and edited."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from sinktrack.collect import Collector
 from sinktrack.events import Editor, Observer
-from sinktrack.models.any_decoder import Decoder, Found, Restart, Several, _found, _Tap
+from sinktrack.measurement import Measurement
+from sinktrack.models.any_decoder import Decoder, Found, Restart, Several, Tap, found_in
 from sinktrack.models.editable import at_once
 from sinktrack.models.guard import probe_context
+from sinktrack.models.passes import Digest, Passes
 from sinktrack.probe import Probe
 
 _FEW = 2, 64
 """Sequences and positions of the pass that finds out what the model's tensors are like."""
+
+
+def measure_decoder(
+    decoder: Decoder, probe: Probe, batch_size: int | None, in_training: bool = False
+) -> Measurement:
+    """`sinktrack.measure` for any PyTorch decoder; errors are the same."""
+    found = found_in(decoder)
+    passes = Passes(probe, batch_size)
+    (collected, batches), (singles, firsts) = passes.both
+    with probe_context(found.model, passes.size, probe):
+        for tokens in batches:
+            _show(decoder, found, collected, tokens)
+        for tokens in firsts:  # twice, as code for one token may expect a cache; P0 sees itself
+            _show(decoder, found, singles, tokens.expand(-1, 2), parts=False)
+        passes.ablate_whole(_Passes(decoder, found), in_training)
+    seen = collected.of("attention", "visible")
+    length = probe.length - 1
+    found.kinds = tuple(
+        "full" if all(bool((rows == length).all()) for rows in seen[block]) else "sliding"
+        for block in found.blocks
+    )
+    weights = None
+    if found.embedding is not None:
+        digest = Digest(found.model.get_parameter(found.embedding), passes.first)
+        for block in found.blocks.values():
+            digest.add(block)
+        weights = digest.hex()
+    measured = passes.measurement(found, weights)
+    if found.notes:
+        told = {"parts": "; ".join(dict.fromkeys(found.notes))}
+        measured = replace(measured, missing=measured.missing | told)
+    return measured
+
+
+def check(decoder: Decoder, probe: Probe) -> str:
+    """Try a model on a few tokens of the probe, and say what was found; errors as of `measure`."""
+    found = found_in(decoder)
+    few = probe.tokens[:2, :8]
+    collected = Collector({})
+    with probe_context(found.model, len(few), probe):
+        _show(decoder, found, collected, few)
+    blocks, how = len(found.blocks), " and ".join(found.how)
+    experts = f", {found.experts} experts" if found.experts else ""
+    experts += " told apart" if experts and found.told else ""
+    lost = [collected.lost] if collected.lost else []
+    said = f"{found.type}: {blocks} of {blocks} blocks, {how}, {found.most_heads} heads{experts}"
+    return "; ".join([said, *lost, *dict.fromkeys(found.notes)])
+
+
+def _show(
+    decoder: Decoder, found: Found, observer: Collector, tokens: Tensor, parts: bool = True
+) -> None:
+    """Show a forward pass of tokens ``[B, T]``, with the parts of its writes or without."""
+    device = next(found.model.parameters()).device
+    tap = Tap(decoder, found, observer, tokens.to(device), "p0" if parts else None)
+    with tap.watching():
+        decoder.run(tap.tokens)
+        tap.end()
+    found.notes += tap.notes if parts else []
 
 
 class _Done(Exception):
@@ -40,19 +103,24 @@ class _Ending(Observer):
 class _Passes:
     """`Editable` of any PyTorch decoder."""
 
-    def __init__(self, decoder: Decoder, found: Found, few: Tensor) -> None:
+    def __init__(self, decoder: Decoder, found: Found) -> None:
         self._decoder, self._found = decoder, found
         self.blocks = len(found.blocks)
         self.device = next(found.model.parameters()).device
+        self.width = self.vocabulary = 0
+        self._dims, self._time_first = 0, False
+
+    def look(self, few: Tensor) -> None:
+        """Find out by a pass of a few tokens what the model's tensors are like."""
         tap, logits = self._pass(few, Observer(), None, None)
         self._dims, self._time_first, self.width = tap.dims, tap.time_first, tap.width
-        found.carries = tap.carries
+        self._found.carries = tap.carries
         self.vocabulary = self.width if logits is None else logits.shape[-1]
 
     def restarts(self, block: int) -> bool:
         """Do all blocks before it return the stream alone, in a shape that is known?"""
         found = self._found
-        if found.carries or self._dims > 3:
+        if found.carries or self._dims not in (2, 3):
             return False
         return all(
             before in found.forms and not isinstance(found.blocks[before], Several)
@@ -88,8 +156,8 @@ class _Passes:
 
     def _pass(
         self, tokens: Tensor, observer: Observer, editor: Editor | None, restart: Restart | None
-    ) -> tuple[_Tap, Tensor | None]:
-        tap = _Tap(
+    ) -> tuple[Tap, Tensor | None]:
+        tap = Tap(
             self._decoder, self._found, observer, tokens.to(self.device), "all", editor, restart
         )
         with tap.watching():
@@ -98,7 +166,7 @@ class _Passes:
         return tap, _logits(output, tap, self._found)
 
 
-def _logits(output: Any, tap: _Tap, found: Found) -> Tensor | None:
+def _logits(output: Any, tap: Tap, found: Found) -> Tensor | None:
     """``[B, T, V]`` in what a model returned; None where no tensor is evidently that.
 
     It is what is named so, or the one tensor of every position that is as wide as the embedding has
@@ -140,10 +208,11 @@ def editable(decoder: Decoder, probe: Probe, batch_size: int | None) -> Iterator
         ProbeError, MeasurementError: as of `sinktrack.measure`; or what writes to its stream cannot
             be told.
     """
-    found = _found(decoder)
+    found = found_in(decoder)
     few = probe.tokens[: _FEW[0], : _FEW[1]]
+    passes = _Passes(decoder, found)
     with probe_context(found.model, len(few), probe):
-        passes = _Passes(decoder, found, few)
+        passes.look(few)
     size = at_once(passes.vocabulary, probe, batch_size)
     with probe_context(found.model, size, probe):
         yield passes

@@ -21,6 +21,7 @@ from sinktrack.probe import Probe
 
 if TYPE_CHECKING:  # transformers is slow to import
     from sinktrack.models.blockwise import AblatedForward
+    from sinktrack.models.editable import Editable
     from sinktrack.models.huggingface import Decoder
 
 
@@ -73,10 +74,7 @@ class Passes:
 
         tokens = self._probe.tokens.numel()
         if in_training and not is_affordable(len(found.blocks), tokens):
-            self._ablated = (
-                f"they would cost over a tenth of this probe of {tokens:,} tokens; scan the "
-                "checkpoints"
-            )
+            self._ablated = _dear(tokens)
         elif any(isinstance(value, DTensor) for value in found.model.parameters()):
             self._ablated = (
                 "several processes share the blocks of this model, which do not run one by one; "
@@ -87,6 +85,20 @@ class Passes:
             with self._told():
                 self._walk = AblatedForward(found, base, ablations, self.size * self._probe.length)
                 self._ablated = ablations
+
+    def ablate_whole(self, model: Editable, in_training: bool) -> None:
+        """Find the total effects by whole passes, or note why they cannot be had."""
+        from sinktrack.models.ablated import ablate
+
+        tokens = self._probe.tokens.numel()
+        if in_training and not is_affordable(model.blocks, tokens, whole=True):
+            self._ablated = _dear(tokens)
+            return
+        with self._told():
+            ablations = Ablations(self.first)
+            rows = max(self.size * self._probe.length // 2, 2 * len(ablations.tokens))
+            ablate(model, ablations, self.collected, self._singles, rows)
+            self._ablated = ablations
 
     def step_ablated(self, index: int) -> None:
         """Take the ablated copies through a block, after the others have been at its input."""
@@ -130,6 +142,10 @@ class Passes:
         if self._probe.repeats and self._probe.weakness is not None:
             measured.missing["probe"] = self._probe.weakness
         return measured
+
+
+def _dear(tokens: int) -> str:
+    return f"they would cost over a tenth of this probe of {tokens:,} tokens; scan the checkpoints"
 
 
 class Digest:
