@@ -30,7 +30,11 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-            scores = (q @ k.mT / self.each**0.5).masked_fill(hidden, float("-inf"))
+            scores = q @ k.mT / self.each**0.5
+            if self.how == "assigned":
+                scores[..., hidden] = float("-inf")
+            else:
+                scores = scores.masked_fill(hidden, float("-inf"))
             y = scores.softmax(-1) @ v
         return self.wo(y.transpose(1, 2).reshape(batch, length, -1))  # type: ignore[no-any-return]
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sinktrack.attention import Attended
+from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer, Uneditable, Write
 from sinktrack.metrics.base import median
 from sinktrack.models.base import adapt
@@ -28,6 +29,7 @@ from sinktrack.probe import Probe
 _STREAMS = 16
 """Tensors of the stream's size that a pass without logits holds, for the same limit."""
 _SAME = 1e-5
+_MIXED = 1e-3
 IN_STATE = 0.5
 """Of the projection of P0's own state on the direction of a sink, from which a position is in the
 sink state."""
@@ -158,6 +160,8 @@ class Replay:
                 own.write(block, write, rows)
 
         (outcome,) = self.run([Keep()], loss=True)
+        if self.model.routes:
+            self._refuse_mixing(outcome)
         self._before = outcome
         for block in sorted(kept):
             if self.model.restarts(block):
@@ -165,6 +169,21 @@ class Replay:
                 if not self._restarts(block, outcome):
                     del self._kept[block]
         return outcome
+
+    def _refuse_mixing(self, outcome: Outcome) -> None:
+        """Edits go through together; refuse a model in which they change one another's outcome.
+
+        Raises:
+            MeasurementError: copies of a sequence in one batch are not what it is by itself.
+        """
+        copies = self._pass([Edit()] * 2, 0, self.batches[0], self.rows[0], 0)
+        for copy in copies:
+            apart = (copy.p0 - outcome.p0[: len(copy.p0)]).abs().nan_to_num().amax(-1)
+            if float(apart.median()) > _MIXED:  # rounding may send a token to another expert
+                raise MeasurementError(
+                    "what else is in a batch changes the attention to P0, as where experts have a "
+                    "capacity; the causal tests put edited copies into one batch"
+                )
 
     def _restarts(self, block: int, outcome: Outcome) -> bool:
         """Does a pass of a sequence from this block on show what the plain pass did?

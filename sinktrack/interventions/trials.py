@@ -19,6 +19,7 @@ from sinktrack.interventions.first_token import first_token_dependence
 from sinktrack.interventions.replay import replaying
 from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
+from sinktrack.models.base import adapt
 from sinktrack.probe import Probe
 
 __all__ = [
@@ -76,30 +77,7 @@ def run_causal_tests(
         "forwards": 0.0,
     }
     if is_testable(measured):
-        with _tests(model, probe, measured, batch_size) as tests:
-            found["phases"] = [
-                {"first_block": phase.first_block, "last_block": phase.last_block,
-                 "peak_block": phase.peak_block}
-                for phase in tests.phases
-            ]  # fmt: skip
-            for name, test in _TESTS.items():
-                try:
-                    by_phase = test(tests)
-                except Uneditable as error:
-                    by_phase = [[] for _ in tests.phases]
-                    tests.missing[name] = str(error)
-                for phase, rows in zip(found["phases"], by_phase, strict=True):
-                    phase[name] = rows
-                found[name] = tests.of_main(by_phase)
-            try:
-                found["experts"] = of_bench(tests, found["necessity"])
-            except Uneditable as error:
-                tests.missing["experts"] = str(error)
-            if tests.missing:
-                found["missing"] = tests.missing
-            found["forwards"] = tests.replay.forwards
-            seen = tests.seen
-        found["meaning"] = first_token_dependence(probe, measured, seen)
+        adapt(model).together(lambda: _examine(found, model, probe, measured, batch_size))
     made = card(
         probe,
         measured,
@@ -112,6 +90,36 @@ def run_causal_tests(
     if found["meaning"] is not None:
         found["meaning"] |= {name: made[name] for name in ("as_is", "random_first")}
     return found | {"seconds": time.perf_counter() - started}
+
+
+def _examine(
+    found: Found, model: Any, probe: Probe, measured: Measurement, batch_size: int | None
+) -> None:
+    """Fill in what the tests find."""
+    with _tests(model, probe, measured, batch_size) as tests:
+        found["phases"] = [
+            {"first_block": phase.first_block, "last_block": phase.last_block,
+             "peak_block": phase.peak_block}
+            for phase in tests.phases
+        ]  # fmt: skip
+        for name, test in _TESTS.items():
+            try:
+                by_phase = test(tests)
+            except Uneditable as error:
+                by_phase = [[] for _ in tests.phases]
+                tests.missing[name] = str(error)
+            for phase, rows in zip(found["phases"], by_phase, strict=True):
+                phase[name] = rows
+            found[name] = tests.of_main(by_phase)
+        try:
+            found["experts"] = of_bench(tests, found["necessity"])
+        except Uneditable as error:
+            tests.missing["experts"] = str(error)
+        if tests.missing:
+            found["missing"] = tests.missing
+        found["forwards"] = tests.replay.forwards
+        seen = tests.seen
+    found["meaning"] = first_token_dependence(probe, measured, seen)
 
 
 examine = run_causal_tests

@@ -663,7 +663,7 @@ class Tap:
         self.unmixed = False
         self.heads, self.routed, self.went = None, None, []
         self.flow.forget()
-        self.flow.following = True
+        self.flow.following = self.inside  # what comes behind the last block is no write
         return changed
 
     def _check(self, known: Stream, row: Tensor, dtype: torch.dtype) -> None:
@@ -864,6 +864,8 @@ class Tap:
         """Errors say where."""
         try:
             yield
+        except Uneditable:
+            raise
         except MeasurementError as error:
             raise self.refuse(str(error)) from error
 

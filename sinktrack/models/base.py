@@ -7,9 +7,10 @@ made by it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from sinktrack.models.editable import Editable
 from sinktrack.models.parallel import is_apart, takes_every_process
 from sinktrack.probe import Probe
 
+_Result = TypeVar("_Result")
 _APART = (
     "causal tests do not run on a model that no process holds whole (FSDP1, tensor parallelism); "
     "run them on the checkpoints"
@@ -78,9 +80,21 @@ class Model:
             from sinktrack.models import decoder_passes
 
             return decoder_passes.editable(self.model, probe, batch_size)
+        if self.backend == "megatron":
+            from sinktrack.models.megatron import passes
+
+            return passes.editable(self.model, probe, batch_size)
         from sinktrack.models.live import editable
 
         return editable(self.model, probe, batch_size)
+
+    def together(self, step: Callable[[], _Result]) -> _Result:
+        """Take a step; where every process measures by agreement, all of them or none."""
+        if self.backend != "megatron":
+            return step()
+        from sinktrack.models.megatron.processes import processes
+
+        return processes().together(step)
 
     @property
     def agrees(self) -> bool:
@@ -103,8 +117,9 @@ def adapt(model: Any, decoder: Decoder | None = None) -> Model:
     if decoder is not None:
         return _torch(decoder.of(model))
     if "megatron" in sys.modules and _is_megatron(model):
-        why = "causal tests do not run on Megatron-Core models; run them on the checkpoints"
-        return Model("megatron", model, True, ("megatron-core",), why)
+        from sinktrack.models.megatron.passes import why_not
+
+        return Model("megatron", model, True, ("megatron-core",), why_not(model))
     if not isinstance(model, nn.Module):
         raise MeasurementError(f"a {type(model).__name__} is no model; give a torch.nn.Module")
     if "transformers" in sys.modules and _holds_transformers(model):

@@ -15,6 +15,7 @@ from sinktrack.measurement import Measurement
 from sinktrack.models.any_decoder import Decoder, Found, Restart, Several, Tap, found_in
 from sinktrack.models.editable import at_once
 from sinktrack.models.guard import probe_context
+from sinktrack.models.parallel import takes_every_process
 from sinktrack.models.passes import Digest, Passes
 from sinktrack.probe import Probe
 
@@ -34,7 +35,7 @@ def measure_decoder(
             _show(decoder, found, collected, tokens)
         for tokens in firsts:  # twice, as code for one token may expect a cache; P0 sees itself
             _show(decoder, found, singles, tokens.expand(-1, 2), parts=False)
-        passes.ablate_whole(_Passes(decoder, found), in_training)
+        passes.ablate_whole(_Passes(decoder, found), takes_every_process(found.model), in_training)
     seen = collected.of("attention", "visible")
     length = probe.length - 1
     found.kinds = tuple(
@@ -108,6 +109,7 @@ class _Passes:
         self.blocks = len(found.blocks)
         self.device = next(found.model.parameters()).device
         self.width = self.vocabulary = 0
+        self.routes = False
         self._dims, self._time_first = 0, False
 
     def look(self, few: Tensor) -> None:
@@ -115,6 +117,7 @@ class _Passes:
         tap, logits = self._pass(few, Observer(), None, None)
         self._dims, self._time_first, self.width = tap.dims, tap.time_first, tap.width
         self._found.carries = tap.carries
+        self.routes = self._found.experts is not None
         self.vocabulary = self.width if logits is None else logits.shape[-1]
 
     def restarts(self, block: int) -> bool:

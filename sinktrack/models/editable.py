@@ -33,6 +33,10 @@ class Editable(Protocol):
         """Logits of a position."""
 
     @property
+    def routes(self) -> bool:
+        """May what else is in a batch make a difference, as where experts have a capacity?"""
+
+    @property
     def device(self) -> torch.device:
         """Where tokens are wanted, and the stream is."""
 

@@ -86,6 +86,7 @@ class _Passes:
         self._found = found
         self._forms: dict[int, int] = {}
         self.blocks = len(found.blocks)
+        self.routes = False
         self.width: int = found.config.hidden_size
         self.vocabulary: int = found.config.vocab_size
         self.device = device_of(found)

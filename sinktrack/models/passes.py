@@ -76,23 +76,29 @@ class Passes:
         if in_training and not is_affordable(len(found.blocks), tokens):
             self._ablated = _dear(tokens)
         elif any(isinstance(value, DTensor) for value in found.model.parameters()):
-            self._ablated = (
-                "several processes share the blocks of this model, which do not run one by one; "
-                "scan the checkpoints"
-            )
+            self._ablated = _SHARED
         else:
             ablations = Ablations(self.first)
             with self._told():
                 self._walk = AblatedForward(found, base, ablations, self.size * self._probe.length)
                 self._ablated = ablations
 
-    def ablate_whole(self, model: Editable, in_training: bool) -> None:
-        """Find the total effects by whole passes, or note why they cannot be had."""
+    def ablate_whole(self, model: Editable, shared: bool, in_training: bool) -> None:
+        """Find the total effects by whole passes, or note why they cannot be had.
+
+        Args:
+            model: that is edited.
+            shared: do several processes hold it together?
+            in_training: leave them out where they would cost over a tenth of the rest.
+        """
         from sinktrack.models.ablated import ablate
 
         tokens = self._probe.tokens.numel()
         if in_training and not is_affordable(model.blocks, tokens, whole=True):
             self._ablated = _dear(tokens)
+            return
+        if shared:
+            self._ablated = _SHARED
             return
         with self._told():
             ablations = Ablations(self.first)
@@ -142,6 +148,12 @@ class Passes:
         if self._probe.repeats and self._probe.weakness is not None:
             measured.missing["probe"] = self._probe.weakness
         return measured
+
+
+_SHARED = (
+    "several processes share the blocks of this model, which do not run one by one; scan the "
+    "checkpoints"
+)
 
 
 def _dear(tokens: int) -> str:

@@ -64,7 +64,7 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
 
     def passes() -> None:
         taps = []
-        with _synced(found), probe_context(bare, size, probe), _ready(found):
+        with synced(found), probe_context(bare, size, probe), ready(found):
             fresh(found, all_of)
             for shard, plan in zip((collected, singles), planned, strict=True):
                 with megatron.watch(found, shard) as tap:
@@ -152,7 +152,7 @@ def _vocabulary(found: Any) -> int | None:
 
 
 @contextmanager
-def _synced(found: Any) -> Iterator[None]:
+def synced(found: Any) -> Iterator[None]:
     """Parameters are gathered, and no hook gathers them anew; around `probe_context`.
 
     `probe_context` would put the handles of these hooks back where something of the model leads to
@@ -179,7 +179,7 @@ def _synced(found: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _ready(found: Any) -> Iterator[None]:
+def ready(found: Any) -> Iterator[None]:
     """No timers, no logits, no jitter; inside `probe_context`, which ends it."""
     scalers = {scaler: scaler.main_loss_backward_scale for scaler in _scalers()}
     own = {name: getattr(found.config, name) for name in ("timers", "param_sync_func")}
