@@ -57,7 +57,7 @@ def measure(
     if adapted.backend == "megatron":
         from sinktrack.models.megatron.measure import measure_chunks
 
-        return measure_chunks(model, probe, batch_size)
+        return measure_chunks(model, probe, batch_size, in_training)
     if adapted.backend == "torch":
         from sinktrack.models.decoder_passes import measure_decoder
 

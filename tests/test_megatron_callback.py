@@ -15,7 +15,17 @@ from sinktrack.loggers.curves import metrics
 
 pytest.importorskip("megatron.core")
 
-ALONE = ["bridge", "bridge_async", "megatron_lm", "ramped", "refusals", "untold", "logged"]
+ALONE = [
+    "bridge",
+    "bridge_async",
+    "megatron_lm",
+    "ramped",
+    "refusals",
+    "untold",
+    "logged",
+    "edited",
+    "causal",
+]
 SLOW = ["bridge_async", "deepseek:pp2 vp2", "deepseek:tp2 sp ep2"]
 TWO = [
     "deepseek:ep2 overlap",
@@ -26,6 +36,7 @@ TWO = [
     "apart",
     "untold",
     "logged",
+    "causal",
 ]
 
 

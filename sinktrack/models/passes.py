@@ -74,7 +74,7 @@ class Passes:
 
         tokens = self._probe.tokens.numel()
         if in_training and not is_affordable(len(found.blocks), tokens):
-            self._ablated = _dear(tokens)
+            self._ablated = dear(tokens)
         elif any(isinstance(value, DTensor) for value in found.model.parameters()):
             self._ablated = _SHARED
         else:
@@ -95,7 +95,7 @@ class Passes:
 
         tokens = self._probe.tokens.numel()
         if in_training and not is_affordable(model.blocks, tokens, whole=True):
-            self._ablated = _dear(tokens)
+            self._ablated = dear(tokens)
             return
         if shared:
             self._ablated = _SHARED
@@ -156,7 +156,8 @@ _SHARED = (
 )
 
 
-def _dear(tokens: int) -> str:
+def dear(tokens: int) -> str:
+    """Why total effects are left out in training."""
     return f"they would cost over a tenth of this probe of {tokens:,} tokens; scan the checkpoints"
 
 

@@ -19,9 +19,9 @@ from sinktrack.attention import attend, see
 from sinktrack.events import Editor, Observer, Projection, Routed, Write
 from sinktrack.models.editable import at_once
 from sinktrack.models.guard import probe_context
+from sinktrack.models.megatron.context import ready, synced
 from sinktrack.models.megatron.fresh import fresh
 from sinktrack.models.megatron.hooks import Chunks, Tap, chunks, weight_of
-from sinktrack.models.megatron.measure import ready, synced
 from sinktrack.models.megatron.processes import Processes, processes
 from sinktrack.probe import Probe
 
@@ -64,7 +64,7 @@ def _config(model: Any) -> Any:
 
 
 @contextmanager
-def editable(model: Any, probe: Probe, batch_size: int | None) -> Iterator[_Passes]:
+def editable(model: Any, probe: Probe, batch_size: int | None) -> Iterator[Passes]:
     """A model that is run and edited, and left as it was found; every process enters.
 
     Raises:
@@ -72,9 +72,9 @@ def editable(model: Any, probe: Probe, batch_size: int | None) -> Iterator[_Pass
     """
     all_of: Processes = processes()
 
-    def prepare() -> _Passes:
+    def prepare() -> Passes:
         found = chunks(model)
-        passes = _Passes(found)
+        passes = Passes(found)
         probe.check(passes.vocabulary, getattr(found.bare[0], "max_sequence_length", None))
         return passes
 
@@ -85,7 +85,7 @@ def editable(model: Any, probe: Probe, batch_size: int | None) -> Iterator[_Pass
         yield passes
 
 
-class _Passes:
+class Passes:
     """`Editable` of a Megatron-Core model."""
 
     def __init__(self, found: Chunks) -> None:
