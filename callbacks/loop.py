@@ -18,9 +18,9 @@ from sinktrack.errors import MeasurementError
 from sinktrack.interventions import examine
 from sinktrack.loggers import weights_and_biases as wandb
 from sinktrack.loggers.base import Logger
-from sinktrack.measure import measure, readable
+from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
-from sinktrack.models.any_decoder import Decoder, check
+from sinktrack.models.any_decoder import Decoder
 from sinktrack.models.base import Model as Adapted
 from sinktrack.models.base import adapt
 from sinktrack.probe import Probe
@@ -115,10 +115,10 @@ class SinkTracker:
         self._tried = True
         try:
             adapted = adapt(model, self.options.decoder)
-            if adapted.backend == "torch" and (records or adapted.every_process):
-                _log.info("%s", check(adapted.model, self.probe))
-            elif adapted.backend == "transformers" and not adapted.every_process:
-                readable(adapted.model, self.probe)
+            if records or adapted.every_process:
+                said = adapted.tried(self.probe)
+                if said is not None:
+                    _log.info("%s", said)
         except Exception as error:
             self._failed("trial of the model", step, error)
 

@@ -163,7 +163,7 @@ def at_p0(write: Write, arena: Arena, first_head: int = 0) -> WriteAtP0:
     if write.routed is not None:
         routed, terms.gates = write.routed, {}
         outputs = (routed.outputs(0).float() * routed.factor).cpu()
-        index, gate = routed.index[:, 0].cpu(), routed.gate[:, 0].cpu()
+        index, gate = routed.index[:, 0].cpu(), routed.gate()[:, 0].cpu()
         for expert in index.unique().tolist():
             chosen = index == expert
             terms.parts["expert", expert] = outputs[chosen].sum(0)

@@ -1,7 +1,7 @@
 """Where a framework shows attention, states and writes.
 
-A tap knows a framework and calls an `Observer`; what is computed from the events is none of its
-business.
+A tap knows a framework. It shows a pass to an `Observer`, and lets an `Editor` change it; what is
+computed from the events, or why they are changed, is none of its business.
 """
 
 from __future__ import annotations
@@ -36,16 +36,29 @@ class Routed:
 
     index: Tensor
     """``[B, T, K]`` int: the chosen experts."""
-    gate: Tensor
-    """``[B, T, K]``: their gate weights."""
+    gate: Callable[[], Tensor]
+    """Computes ``[B, T, K]``: their gate weights; nan where those are not shown."""
     outputs: Callable[[int], Tensor]
     """Recomputes the gated outputs ``[B, K, D]`` of the chosen experts at one position."""
     of: Callable[[int], Tensor]
     """Recomputes the gated output ``[B, T, D]`` of one expert: zero where it was not chosen."""
-    total: Tensor
-    """``[B, T, D]``: the gated outputs of all experts, added up."""
+    total: Callable[[], Tensor]
+    """Computes ``[B, T, D]``: the gated outputs of all experts, added up."""
     factor: float
     """What their sum is multiplied with on its way into the stream."""
+    own: Callable[[int], Tensor] | None = None
+    """Computes the output ``[B, T, D]`` of one expert before its gate, nan where that is not shown;
+    None where output and gate tell it."""
+
+    def gates_of(self, expert: int) -> Tensor:
+        """float32 ``[B, T]``: its gate weights, 0 where it was not chosen."""
+        return self.gate().where(self.index == expert, 0).sum(-1).float()
+
+    def ungated(self, expert: int) -> Tensor:
+        """float32 ``[B, T, D]``: its output before its gate, where it was chosen; else anything."""
+        if self.own is not None:
+            return self.own(expert).float()
+        return self.of(expert).float() / self.gates_of(expert)[..., None]
 
 
 @dataclass(frozen=True)
@@ -93,24 +106,20 @@ class Write:
         if self.routed is not None and kind == "expert" and index is not None:
             return self.routed.of(index) * self.routed.factor
         if self.routed is not None and kind == "shared_expert":
-            return self.added - self.routed.total * self.routed.factor
+            return self.added - self.routed.total() * self.routed.factor
         return None
 
 
 class Observer:
-    """Receives what a forward pass shows. Tensors are live: copy what must outlast the call.
-
-    What an event returns, if anything, takes the place of what was shown.
-    """
+    """Receives what a forward pass shows. Tensors are live: copy what must outlast the call."""
 
     also: Tensor | None = None
     """``[B]`` int64: a position in each sequence, attention to which is shown beside P0's."""
 
-    def state(self, block: int, stream: Tensor) -> Tensor | None:
+    def state(self, block: int, stream: Tensor) -> None:
         """Before block ``block`` runs: the residual stream ``[B, T, D]`` at its input.
 
-        After the last block, once more with ``block`` equal to the number of blocks; what is
-        returned then has no effect.
+        After the last block, once more with ``block`` equal to the number of blocks.
         """
 
     def factors(self, block: int, factors: Mapping[tuple[int, int], float]) -> None:
@@ -121,9 +130,6 @@ class Observer:
             factors: of the n-th write of block k by ``(k, n)``, and of the stream at the input of
                 block 0 by ``(-1, 0)``: what it stands in this stream with; none for 0.
         """
-
-    def sight(self, block: int, seen: Tensor) -> Tensor | None:
-        """Before an attention: ``[B or 1, H or 1, T, T]`` bool, which keys each query sees."""
 
     def attention(self, block: int, attended: Attended) -> None:
         """Once for every softmax attention of the block."""
@@ -139,5 +145,26 @@ class Observer:
         """
         raise MeasurementError(reason)
 
-    def write(self, block: int, write: Write) -> Tensor | None:
+    def write(self, block: int, write: Write) -> None:
         """Before a sublayer's output ``[B, T, D]`` is added to the stream."""
+
+
+class Editor:
+    """Changes a forward pass: ablation, patching and attention knockout are done here.
+
+    What a method returns, if anything, takes the place of what it was given. The observer of the
+    same pass is shown states and attention as they are changed, and writes as they are computed.
+    """
+
+    def state(self, block: int, stream: Tensor) -> Tensor | None:
+        """Another residual stream ``[B, T, D]`` at the input of a block."""
+
+    def mask(self, block: int, seen: Tensor) -> Tensor | None:
+        """Other keys that each query sees: ``[B or 1, H or 1, T, T]`` bool."""
+
+    def write(self, block: int, write: Write) -> Tensor | None:
+        """Another ``[B, T, D]`` to be added to the stream."""
+
+
+class Uneditable(MeasurementError):
+    """A pass can be shown, but not changed as an editor wants it, and why."""

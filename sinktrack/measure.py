@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sinktrack.collect import Collector
 from sinktrack.errors import MeasurementError, require
@@ -58,18 +57,19 @@ def measure(
     if adapted.backend == "megatron":
         from sinktrack.models.megatron.measure import measure_chunks
 
-        return measure_chunks(model, probe, batch_size)
+        return measure_chunks(model, probe, batch_size, in_training)
     if adapted.backend == "torch":
-        from sinktrack.models.any_decoder import measure_decoder
+        from sinktrack.models.decoder_passes import measure_decoder
 
-        return measure_decoder(adapted.model, probe, batch_size)
+        return measure_decoder(adapted.model, probe, batch_size, in_training)
     if is_apart(adapted.model):
         return _measure_apart(adapted.model, probe, batch_size, in_training)
     from sinktrack.models.huggingface import watch
+    from sinktrack.models.live import device_of, forward, readable, refuse_another_model
 
     passes = Passes(probe, batch_size)
     found = readable(adapted.model, probe)
-    device = found.model.get_input_embeddings().weight.device
+    device = device_of(found)
     refuse_another_model(found, probe)
     with probe_context(found.model, passes.size, probe):
         for observer, batches in passes.both:
@@ -135,10 +135,11 @@ def measure_streamed(
     """
     from sinktrack.models.blockwise import BlockwiseForward
     from sinktrack.models.huggingface import watch
+    from sinktrack.models.live import check
 
     passes = Passes(probe, batch_size)
     found = streamed.decoder
-    _check(probe, found)
+    check(probe, found)
     streamed.load_surroundings(probe.tokens)
     total = len(found.blocks)
     count = total if blocks is None else min(blocks, total)
@@ -167,56 +168,6 @@ def measure_streamed(
                 passes.step_ablated(index)
     _refuse_a_part(found, passes.collected)
     return passes.measurement(found, digest.hex() if count == total else None)
-
-
-def readable(model: nn.Module, probe: Probe) -> Decoder:
-    """The decoder in a model, if it can be measured with this probe; errors as of `measure`."""
-    from sinktrack.models.huggingface import decoder
-
-    found = decoder(model)
-    refuse_unreadable(found.model)
-    _check(probe, found)
-    return found
-
-
-def refuse_another_model(found: Decoder, probe: Probe) -> None:
-    """Refuse a model that computes something else in training than under taps.
-
-    A few tokens go through it both ways; of a model of transformers' own code once, and again
-    where anything but its weights is another than it was.
-
-    Raises:
-        MeasurementError: names the block, or the function that somebody replaced.
-    """
-    from sinktrack.models import rehearsed
-    from sinktrack.models.rehearsal import TOKENS, Rehearsal
-
-    device = found.model.get_input_embeddings().weight.device
-    tokens = probe.batches(1)[0][:, :TOKENS].to(device)
-    if rehearsed.passed(found, tokens.shape[1]):
-        return
-    rehearsal = Rehearsal(found)
-    for way in (rehearsal.as_in_training, rehearsal.under_taps):
-        with probe_context(found.model, 1, probe), way():
-            forward(found.model, tokens)
-    rehearsal.check()
-    rehearsed.note(found, tokens.shape[1])
-
-
-def _check(probe: Probe, found: Decoder) -> None:
-    probe.check(
-        found.config.vocab_size,
-        getattr(found.config, "max_position_embeddings", None),
-        getattr(found.config, "pad_token_id", None),
-    )
-
-
-def forward(model: nn.Module, tokens: Tensor, logits: bool = False) -> Any:
-    """One forward pass, with the logits of every position or with as few as can be."""
-    accepted = inspect.signature(model.forward).parameters
-    wanted: dict[str, Any] = {"use_cache": False, "logits_to_keep": 0 if logits else 1}
-    given = {name: value for name, value in wanted.items() if name in accepted}
-    return model(input_ids=tokens, **given)
 
 
 def _refuse_a_part(found: Decoder, collected: Collector) -> None:

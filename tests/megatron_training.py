@@ -10,6 +10,7 @@ import copy
 import gc
 import itertools
 import json
+import logging
 import re
 import sys
 import traceback
@@ -29,6 +30,10 @@ from test_callbacks import assert_identical
 from sinktrack import MeasurementError, Probe, ProbeError, Run, measure
 from sinktrack.callbacks.megatron import SinkTrackMegatron
 from sinktrack.demo import largest_difference
+from sinktrack.interventions import run_causal_tests
+from sinktrack.interventions.knockout import AttentionKnockout
+from sinktrack.interventions.patching import Patch, Term
+from sinktrack.interventions.replay import Edit, replaying
 
 
 def train(
@@ -203,6 +208,148 @@ def apart(out: Path) -> None:
         with torch.no_grad():
             weight[0, 0] -= weight[0, 0]
         assert measure(chunks, PROBE) is not None
+
+
+def edited(out: Path) -> None:
+    """Edits of a pass are what plain hooks in the model's own forward do."""
+    for name in ("qwen", "gpt", "learnable", "gate"):
+        edited_as(name)
+
+
+def edited_as(name: str) -> None:
+    first = torch.zeros(PROBE.sequences, dtype=torch.long)
+    rows = torch.arange(PROBE.sequences)
+    chunks = small(name)
+    (chunk,) = chunks
+    chunk.eval()
+    layer = chunk.decoder.layers[1]
+    with replaying(chunks, PROBE) as replay:
+        plain, at = replay.plain({1, 2}), replay.position
+        assert set(replay._kept) == {1, 2}
+        expert = next(iter(replay_experts(replay, 1)), None)
+        edits = {
+            "mlp": Patch([Term("mlp", 1)], first, "zero"),
+            "head": Patch([Term("head", 1, 2)], first, "zero"),
+            "state": Patch([Term("state", 2)], at, first),
+            "alone": AttentionKnockout(at, (1, 2), lambda row, at, n: torch.arange(n) == at),
+        }
+        if expert is not None:
+            edits["expert"] = Patch([Term("expert", 1, expert)], first, "zero")
+        found = dict(zip(edits, replay.run(list(edits.values()), loss=True), strict=True))
+
+    def no_mlp(module: Any, args: Any, output: Any) -> Any:
+        added = output[0] if output[1] is None else output[0] + output[1]
+        added = added.clone()
+        added[0] = 0
+        return added, None
+
+    def no_head(module: Any, args: Any) -> Any:
+        mixed = args[0].clone()
+        mixed[0].unflatten(-1, (4, -1))[:, 2] = 0
+        return (mixed, *args[1:])
+
+    def other_state(module: Any, args: Any, kwargs: Any) -> Any:
+        stream = (args[0] if args else kwargs["hidden_states"]).clone()
+        stream[at, rows] = stream[0].clone()
+        return (stream, *args[1:]) if args else (), kwargs | (
+            {} if args else {"hidden_states": stream}
+        )
+
+    def own_value(core: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        """Who sees itself alone takes its own value, less what a sink logit takes."""
+        query, key, value = args[:3]
+        groups = query.shape[2] // key.shape[2]
+        key, value = (x.repeat_interleave(groups, 2) for x in (key, value))
+        mixed = value[at, rows]
+        if (offset := getattr(core, "softmax_offset", None)) is not None:
+            score = (query[at, rows] * key[at, rows]).sum(-1) * query.shape[-1] ** -0.5
+            mixed = mixed * torch.sigmoid(score - offset)[..., None]
+        output = output.clone()
+        output[at, rows] = mixed.flatten(1)
+        return output
+
+    def no_expert(module: Any, args: Any, output: Any) -> Any:
+        gates = output[0].clone()
+        gates[: PROBE.sequences, expert] = 0
+        return gates, output[1]
+
+    core = layer.self_attention.core_attention
+    later = chunk.decoder.layers[2]
+    hooks = {
+        "mlp": lambda: layer.mlp.register_forward_hook(no_mlp),
+        "head": lambda: layer.self_attention.linear_proj.register_forward_pre_hook(no_head),
+        "state": lambda: later.register_forward_pre_hook(other_state, with_kwargs=True),
+        "alone": lambda: core.register_forward_hook(own_value, with_kwargs=True),
+        "expert": lambda: layer.mlp.router.register_forward_hook(no_expert),
+    }
+    if name == "gate":  # its heads are gated before they are projected
+        del found["head"]
+    for kind, outcome in {"plain": plain, **found}.items():
+        handle = hooks[kind]() if kind != "plain" else None
+        with torch.no_grad():
+            positions = torch.arange(PROBE.length).expand(PROBE.sequences, -1)
+            logits = chunk(PROBE.tokens, positions, None)
+        if handle is not None:
+            handle.remove()
+            assert not torch.allclose(outcome.loss, plain.loss, atol=1e-4), (name, kind)
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].mT, PROBE.tokens[:, 1:], reduction="none"
+        ).double()
+        message = f"{name} {kind}"
+        assert float((outcome.loss - loss[:, 1:].mean(1)).abs().max()) < 1e-5, message
+        assert float((outcome.p0_loss - loss[:, 0]).abs().max()) < 1e-5, message
+
+
+def replay_experts(replay: Any, block: int) -> list[int]:
+    """The experts that P0 of all sequences is routed to in a block; any of them last."""
+    found: list[int] = []
+
+    class Chosen(Edit):
+        def write(self, number: int, write: Any, rows: torch.Tensor) -> None:
+            if number == block and write.routed is not None:
+                found.extend(write.routed.index[:, 0].flatten().unique().tolist())
+
+    replay.run([Chosen()])
+    return found
+
+
+def causal(out: Path) -> None:
+    """Training stays the same with causal tests, and where they cannot be, all are told why."""
+    processes = dist.get_world_size()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Path(f"{out}-{dist.get_rank()}.log").open("w") as stream,
+    ):
+        patch.setattr("sinktrack.metrics.phases.EPSILON", 0.165)  # a sink from block 1 on
+        patch.setattr("sinktrack.metrics.phases.GOES_ON", 0.16)
+        handler = logging.StreamHandler(stream)
+        logging.getLogger("sinktrack").addHandler(handler)
+        for text in ("",) if processes == 1 else ("overlap", "ep2"):
+            here, name = out / (text or "alone"), "qwen" if text == "ep2" else "gpt"
+            plain = train(f"{name}:{text}", None)
+            tracker = SinkTrackMegatron(PROBE, here, every=3, causal_every=1)
+            tracked = train(f"{name}:{text}", tracker)
+            chunks = tracked.pop("chunks")
+            plain.pop("chunks")
+            assert_identical(plain, tracked)
+            said = Path(stream.name).read_text()
+            if text == "ep2":
+                assert "expert parallelism spreads it" in said or dist.get_rank()
+            else:
+                assert "failed" not in said, said
+            if dist.get_rank() == 0:
+                run = Run.read(here)
+                assert run.steps == [3, 6]
+                assert all(("causal" in record) == (text != "ep2") for record in run.records)
+                tested = [record["causal"]["necessity"] for record in run.records if text != "ep2"]
+                assert all(tested) or text == "ep2"
+            if text == "overlap":  # one process fails within the tests: none waits for it
+                if dist.get_rank() == 1:
+                    patch.setattr("sinktrack.models.megatron.passes._added", None)
+                measured = measure(chunks, PROBE)
+                with pytest.raises(Exception, match="process 1 failed|not callable"):
+                    run_causal_tests(chunks, PROBE, measured)
+        logging.getLogger("sinktrack").removeHandler(handler)
 
 
 def small(name: str = "deepseek", text: str = "") -> Any:

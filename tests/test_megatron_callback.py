@@ -15,7 +15,18 @@ from sinktrack.loggers.curves import metrics
 
 pytest.importorskip("megatron.core")
 
-ALONE = ["bridge", "bridge_async", "megatron_lm", "ramped", "refusals", "untold", "logged", "kept"]
+ALONE = [
+    "bridge",
+    "bridge_async",
+    "megatron_lm",
+    "ramped",
+    "refusals",
+    "untold",
+    "logged",
+    "kept",
+    "edited",
+    "causal",
+]
 SLOW = ["bridge_async", "deepseek:pp2 vp2", "deepseek:tp2 sp ep2"]
 TWO = [
     "deepseek:ep2 overlap",
@@ -27,6 +38,7 @@ TWO = [
     "untold",
     "logged",
     "kept",
+    "causal",
 ]
 
 

@@ -41,7 +41,7 @@ def test_a_restart_equals_a_whole_pass(family: str) -> None:
     with replaying(model, PROBE) as replay:
         plain = replay.plain({1, 2, 3})
         assert set(replay._kept) == {1, 2, 3}
-        blocks = len(replay.found.blocks)
+        blocks = replay.blocks
         for block in (1, 3):
             for term in (Term("mlp", block), Term("attention", block), Term(kind, block, 1)):
                 before = replay.blocks_run

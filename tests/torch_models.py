@@ -245,12 +245,29 @@ class ByHand:
     """At each of these P0's rows ``[B, D]`` of what the state is a sum of."""
     parts: dict[Any, Tensor] = field(default_factory=dict)
     """P0's rows of heads and experts."""
+    logits: Tensor | None = None
+    """``[B, T, V]``."""
     written: dict[Any, Tensor] = field(default_factory=dict)
     """P0's rows of the writes as they enter the stream."""
 
 
-def by_hand(model: Net, tokens: Tensor) -> ByHand:
+class Unedited:
+    """What a pass by hand is changed by: nothing."""
+
+    def state(self, block: int, x: Tensor) -> Tensor:
+        return x
+
+    def write(self, sublayer: str, block: int, wrote: Tensor) -> Tensor:
+        return wrote
+
+    def seen(self, block: int, seen: Tensor) -> Tensor:
+        """``[B, T, T]``."""
+        return seen
+
+
+def by_hand(model: Net, tokens: Tensor, edit: Unedited | None = None) -> ByHand:
     """The model's arithmetic once more, with none of torch's attention or experts' code."""
+    edit = edit or Unedited()
     kind = model.kind
     weights = {name: value.detach().double() for name, value in model.named_parameters()}
     found, length = ByHand(), tokens.shape[1]
@@ -278,6 +295,7 @@ def by_hand(model: Net, tokens: Tensor) -> ByHand:
             skip, skipped = kept.pop()
             x = x + skip / 2
             terms = {key: terms.get(key, 0) + skipped.get(key, 0) / 2 for key in terms | skipped}
+        x = edit.state(index, x)
         found.states.append(x)
         found.terms.append(terms)
         y = _norm(x)
@@ -295,7 +313,8 @@ def by_hand(model: Net, tokens: Tensor) -> ByHand:
             q, k = 3 * _norm(q), _norm(k)
         k, v = (value.repeat_interleave(HEADS // KEY_HEADS, 1) for value in (k, v))
         scores = (q @ k.mT) / (WIDTH // HEADS) ** 0.5
-        a = scores.masked_fill(~seen, -torch.inf).exp()
+        shown = edit.seen(index, seen.expand(len(tokens), -1, -1))
+        a = scores.masked_fill(~shown[:, None], -torch.inf).exp()
         a = a / a.sum(-1, keepdim=True)
         found.attention.append(a)
         z = a @ v
@@ -311,9 +330,9 @@ def by_hand(model: Net, tokens: Tensor) -> ByHand:
                 found.parts["head", index, head] = by_head[:, head, 0] * scale
         if kind.output_norm:
             wrote = _norm(wrote) * w["weight"]
-        wrote = wrote * scale
+        wrote = edit.write("attention", index, wrote * scale)
         middle = x if kind.parallel else x + wrote
-        made = _mlp(kind, w, _norm(middle), found, index) * scale
+        made = edit.write("mlp", index, _mlp(kind, w, _norm(middle), found, index) * scale)
         x = x + wrote + made
         written = {("attention", index): wrote[:, 0], ("mlp", index): made[:, 0]}
         terms = {**terms, **written}
@@ -322,6 +341,7 @@ def by_hand(model: Net, tokens: Tensor) -> ByHand:
             kept.append((x, terms))
     found.states.append(x)
     found.terms.append(terms)
+    found.logits = _norm(x) @ weights["head.weight"].T
     return found
 
 

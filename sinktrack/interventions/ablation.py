@@ -119,7 +119,7 @@ class Ablation:
             return []
         sources = [self._resampled(terms) for _, terms in jobs]
         written = [term for _, terms in jobs for term in terms if term.kind != "state"]
-        elsewhere = writes_at_p0(self.bench.replay.found, self._other_tokens, written)
+        elsewhere = writes_at_p0(self.bench.replay.model, self._other_tokens, written)
         after = self.bench.replay.run(
             [
                 Patch(terms, self.bench.p0, own)

@@ -57,6 +57,8 @@ class Bench:
         self.replay, self.probe, self.measured = replay, probe, measured
         self.phases = [sink for sink in measured.sinks if sink.first_block > 0]
         self.p0 = torch.zeros_like(replay.position)
+        self.missing: dict[str, str] = {}
+        """By test, or kind of one, why it cannot be done in this model."""
         self.shares = [shares_of(phase) for phase in self.phases]
         last = max(phase.last_block for phase in self.phases)
         self.candidates = [candidates(phase) for phase in self.phases]
@@ -91,7 +93,7 @@ class Bench:
     @cached_property
     def seen(self) -> FirstTokens:
         """Single first tokens."""
-        return FirstTokens.of(self.replay.found, first_tokens(self.probe)[0])
+        return FirstTokens.of(self.replay.model, first_tokens(self.probe)[0])
 
     def other(self, term: Term) -> Term | None:
         """A random component of the same kind that is no candidate; a part, of the same block."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class Profile(Edit):
         """Gate weights at P0, one for each sequence whose P0 is routed there."""
         self.norms: defaultdict[Expert, list[float]] = defaultdict(list)
         """Norms of the output there."""
+        self.hidden = False
+        """Is what an expert yields before its gate not shown?"""
 
     def write(self, block: int, write: Write, rows: Tensor) -> None:
         """Note the experts of a block."""
@@ -37,15 +40,15 @@ class Profile(Edit):
         if routed is None:
             return
         for index in routed.index.unique().tolist():
-            chosen = routed.index == index
-            gate = (routed.gate * chosen).sum(-1).float()
-            came = chosen.any(-1) & (gate != 0)
-            output = routed.of(index)[came].float() / gate[came][:, None]
+            gate = routed.gates_of(index)
+            came = (routed.index == index).any(-1) & (gate != 0)
+            output = routed.ungated(index)[came]
             if not len(output):
                 continue
             expert = block, index
-            peak = float(output.abs().max())
-            self.largest[expert] = max(peak, self.largest.get(expert, 0.0))
+            self.hidden = self.hidden or bool(output.isnan().any())
+            peaks = float(output.abs().max()), self.largest.get(expert, 0.0)
+            self.largest[expert] = math.nan if any(map(math.isnan, peaks)) else max(peaks)
             first = torch.zeros_like(came)
             first[:, 0] = True
             self.gates[expert] += gate[came & first].tolist()
@@ -89,7 +92,7 @@ def table(
         sequences: of the probe.
         blocks: of the model.
     """
-    extreme = super_experts(profile.largest, blocks)
+    extreme = set() if profile.hidden else super_experts(profile.largest, blocks)
     tests = {(row["block"], row["index"]): row for row in necessity if row["kind"] == "expert"}
     found = []
     for expert in sorted(extreme | shares.keys()):
@@ -102,16 +105,22 @@ def table(
                 "index": index,
                 "p0_rate": len(gates) / sequences,
                 "first_token_rate": float((first[block] == index).any(-1).double().mean()),
-                "gate": sum(gates) / len(gates) if gates else None,
-                "output_norm": sum(norms) / len(norms) if norms else None,
-                "largest_output": profile.largest.get(expert),
+                "gate": _mean(gates),
+                "output_norm": _mean(norms),
+                "largest_output": _mean([profile.largest.get(expert, math.nan)]),
                 "share": shares.get(expert),
                 "necessity": test and test["effect"],
                 "verdict": test and test["verdict"],
-                "super_expert": expert in extreme,
+                "super_expert": None if profile.hidden else expert in extreme,
             }
         )
     return found
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Of the numbers among them, if there are any."""
+    seen = [value for value in values if not math.isnan(value)]
+    return sum(seen) / len(seen) if seen else None
 
 
 def of_bench(bench: Bench, necessity: list[dict[str, Any]]) -> list[dict[str, Any]]:

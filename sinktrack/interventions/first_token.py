@@ -11,9 +11,8 @@ from torch import Tensor
 
 from sinktrack.events import Observer, Write
 from sinktrack.interventions.patching import Term
-from sinktrack.measure import forward
 from sinktrack.measurement import Measurement
-from sinktrack.models.huggingface import Decoder, watch
+from sinktrack.models.editable import Editable
 from sinktrack.probe import Probe
 
 _QUANTILES = (5, 25, 50, 75, 95)
@@ -48,13 +47,11 @@ class FirstTokens(Observer):
             self.experts[block].append(write.routed.index[:, 0].cpu())
 
     @classmethod
-    def of(cls, found: Decoder, tokens: Tensor) -> FirstTokens:
+    def of(cls, model: Editable, tokens: Tensor) -> FirstTokens:
         """Of distinct tokens ``[n]``."""
-        device = found.model.get_input_embeddings().weight.device
         seen = cls()
-        with watch(found, seen):
-            for part in tokens[:, None].split(_TOKENS):
-                forward(found.model, part.to(device))
+        for part in tokens[:, None].split(_TOKENS):
+            model.run(part, seen)
         return seen
 
 
@@ -74,17 +71,14 @@ class _Writes(Observer):
                     self.rows[term].append(value[:, 0].float().cpu())
 
 
-def writes_at_p0(found: Decoder, tokens: Tensor, terms: Collection[Term]) -> dict[Term, Tensor]:
+def writes_at_p0(model: Editable, tokens: Tensor, terms: Collection[Term]) -> dict[Term, Tensor]:
     """``[n, D]`` float32 by term: what it writes at P0 where these tokens ``[n]`` stand there.
 
     A term that cannot be told exactly is left out.
     """
-    device = found.model.get_input_embeddings().weight.device
     seen = _Writes(terms)
-    if terms:
-        with watch(found, seen):
-            for part in tokens[:, None].split(_TOKENS):
-                forward(found.model, part.to(device))
+    for part in tokens[:, None].split(_TOKENS) if terms else ():
+        model.run(part, seen)
     return {term: torch.cat(rows) for term, rows in seen.rows.items()}
 
 

@@ -51,6 +51,7 @@ class Patch(Edit):
 
     def __post_init__(self) -> None:
         self.start = min(term.block for term in self.terms)
+        self._met: set[Term] = set()
         self._aside: dict[int, Tensor] = {}
 
     def state(self, block: int, stream: Tensor, rows: Tensor) -> Tensor | None:
@@ -61,6 +62,14 @@ class Patch(Edit):
             if term.kind == "state" and term.block == block
         }
         return self._patched(stream, found, rows)
+
+    def unmet(self, last: int) -> str | None:
+        """A term that no pass has shown."""
+        for term in self.terms:
+            if term not in self._met and term.block <= last:
+                name = term.kind if term.index is None else f"{term.kind} {term.index}"
+                return f"block {term.block}: what its {name} writes cannot be told by itself"
+        return None
 
     def write(self, block: int, write: Write, rows: Tensor) -> Tensor | None:
         """Patch the terms of this write."""
@@ -77,6 +86,7 @@ class Patch(Edit):
             return None
         sequences, at = torch.arange(len(whole)), self.at[rows]
         row = whole[sequences, at].float()
+        self._met |= {self.terms[place] for place in found}
         for place, value in found.items():
             own = value[sequences, at].float()
             change = self._incoming(self.terms[place], value, own, rows) - own

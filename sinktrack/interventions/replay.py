@@ -13,23 +13,23 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sinktrack.attention import Attended
-from sinktrack.events import Observer, Write
-from sinktrack.measure import forward, readable, refuse_another_model
+from sinktrack.errors import MeasurementError
+from sinktrack.events import Editor, Observer, Uneditable, Write
 from sinktrack.metrics.base import median
-from sinktrack.models.guard import probe_context
-from sinktrack.models.huggingface import Decoder, resume, returned, watch
+from sinktrack.models.base import adapt
+from sinktrack.models.editable import LOGITS, Editable, at_once
 from sinktrack.probe import Probe
 
-_LOGITS = 2**28
-"""Bytes of float32 logits held at a time, from which the sequences per pass follow."""
 _STREAMS = 16
 """Tensors of the stream's size that a pass without logits holds, for the same limit."""
 _SAME = 1e-5
+_MIXED = 1e-3
 IN_STATE = 0.5
 """Of the projection of P0's own state on the direction of a sink, from which a position is in the
 sink state."""
@@ -49,6 +49,9 @@ class Edit:
 
     def write(self, block: int, write: Write, rows: Tensor) -> Tensor | None:
         """Another write ``[b, T, D]``, or None."""
+
+    def unmet(self, last: int) -> str | None:
+        """What should have been changed up to a block, and was not there."""
 
 
 @dataclass
@@ -86,17 +89,15 @@ class Direction:
 class Replay:
     """A model, a probe and one other position in each of its sequences."""
 
-    def __init__(self, found: Decoder, probe: Probe, batch_size: int | None) -> None:
-        self.found = found
-        fits = max(1, _LOGITS // (4 * probe.length * found.config.vocab_size))
-        width = found.config.hidden_size
-        self._streams = max(fits, _LOGITS // (4 * probe.length * _STREAMS * width))
-        device = found.model.get_input_embeddings().weight.device
-        batches = probe.batches(min(fits, batch_size or fits))
-        self._fits = min(fits, batch_size or fits)
+    def __init__(self, model: Editable, probe: Probe, batch_size: int | None) -> None:
+        self.model = model
+        fits = at_once(model.vocabulary, probe, None)
+        self._streams = max(fits, LOGITS // (4 * probe.length * _STREAMS * model.width))
+        self._fits = at_once(model.vocabulary, probe, batch_size)
+        batches = probe.batches(self._fits)
         if batch_size is not None:
             self._streams = max(batch_size, self._fits)
-        self.batches = [batch.to(device) for batch in batches]
+        self.batches = [batch.to(model.device) for batch in batches]
         count = torch.arange(probe.sequences)
         self.rows = list(count.split([len(batch) for batch in batches]))
         self.lengths = torch.cat([torch.full((len(b),), b.shape[1]) for b in batches])
@@ -110,13 +111,12 @@ class Replay:
         """Blocks that ran over a sequence."""
         self.directions: Mapping[int, Direction] = {}
         self._kept: dict[int, list[Tensor]] = {}
-        self._forms: dict[int, int] = {}
         self._before: Outcome | None = None
 
     @property
     def blocks(self) -> int:
         """L."""
-        return len(self.found.blocks)
+        return self.model.blocks
 
     @property
     def forwards(self) -> float:
@@ -159,15 +159,31 @@ class Replay:
             def write(self, block: int, write: Write, rows: Tensor) -> None:
                 own.write(block, write, rows)
 
-        with returned(self.found, self._forms):
-            (outcome,) = self.run([Keep()], loss=True)
+        (outcome,) = self.run([Keep()], loss=True)
+        if self.model.routes:
+            self._refuse_mixing(outcome)
         self._before = outcome
         for block in sorted(kept):
-            if all(before in self._forms for before in range(block)):
+            if self.model.restarts(block):
                 self._kept[block] = kept[block]
                 if not self._restarts(block, outcome):
                     del self._kept[block]
         return outcome
+
+    def _refuse_mixing(self, outcome: Outcome) -> None:
+        """Edits go through together; refuse a model in which they change one another's outcome.
+
+        Raises:
+            MeasurementError: copies of a sequence in one batch are not what it is by itself.
+        """
+        copies = self._pass([Edit()] * 2, 0, self.batches[0], self.rows[0], 0)
+        for copy in copies:
+            apart = (copy.p0 - outcome.p0[: len(copy.p0)]).abs().nan_to_num().amax(-1)
+            if float(apart.median()) > _MIXED:  # rounding may send a token to another expert
+                raise MeasurementError(
+                    "what else is in a batch changes the attention to P0, as where experts have a "
+                    "capacity; the causal tests put edited copies into one batch"
+                )
 
     def _restarts(self, block: int, outcome: Outcome) -> bool:
         """Does a pass of a sequence from this block on show what the plain pass did?
@@ -175,9 +191,12 @@ class Replay:
         Not where blocks hand each other more than the stream: then passes run from the beginning.
         """
         with suppress(Exception):
-            again = self._pass([Edit()], block, self.batches[0][:1], self.rows[0][:1], 0)[0]
-            wanted = outcome.p0[:1, block:]
-            return torch.allclose(again.p0[:, block:], wanted, rtol=0, atol=_SAME, equal_nan=True)
+            again = self._pass([Edit()], block, self.batches[0][:1], self.rows[0][:1], 0, True)[0]
+            shown = (again.p0[:, block:], again.loss), (outcome.p0[:1, block:], outcome.loss[:1])
+            return all(
+                torch.allclose(one, other, rtol=_SAME, atol=_SAME, equal_nan=True)
+                for one, other in zip(*shown, strict=True)
+            )
         return False
 
     def run(
@@ -226,16 +245,17 @@ class Replay:
         last = self.blocks if last is None else last
         copies = len(edits)
         stacked = tokens.repeat(copies, 1)
-        stream = self._kept[start][number][: len(rows)].repeat(copies, 1, 1) if start else stacked
+        stream = self._kept[start][number][: len(rows)].repeat(copies, 1, 1) if start else None
         watched = _Watched(self, edits, rows, tokens.device, last)
+        edited = _Edited(edits, rows, last)
         logits = None
-        with (
-            resume(self.found, start, stream, self._forms),
-            watch(self.found, watched, start),
-            suppress(_Enough),
-        ):
-            output = forward(self.found.model, stacked, logits=loss)
-            logits = getattr(output, "logits", None) if loss else None
+        with suppress(_Enough):
+            logits = self.model.run(
+                stacked, watched, edited, start=start, stream=stream, logits=loss
+            )
+        for edit in edits:
+            if (unmet := edit.unmet(last)) is not None:
+                raise Uneditable(unmet)
         self.blocks_run += copies * len(rows) * (min(last + 1, self.blocks) - start)
         return watched.outcomes(_losses(logits, stacked))
 
@@ -281,42 +301,71 @@ class _Looked(Edit):
 
 
 class _Watched(Observer):
-    """One batch of a pass, stacked once for each edit."""
+    """What is seen of one batch of a pass, stacked once for each edit."""
 
     def __init__(
         self, replay: Replay, edits: Sequence[Edit], rows: Tensor, device: torch.device, last: int
     ) -> None:
-        self._edits, self._rows, self._last = edits, rows, last
+        self._copies, self._rows, self._last = len(edits), rows, last
         self._directions, self._blocks = replay.directions, replay.blocks
-        count = len(rows)
-        self._slices = [slice(at * count, (at + 1) * count) for at in range(len(edits))]
+        self._slices = _slices(len(edits), len(rows))
         self.also = replay.position[rows].repeat(len(edits)).to(device)
         self._seen: dict[str, defaultdict[int, list[Tensor]]] = {
             name: defaultdict(list) for name in _FIELDS[:5]
         }
         self._inside: Tensor | None = None
 
-    def state(self, block: int, stream: Tensor) -> Tensor | None:
+    def state(self, block: int, stream: Tensor) -> None:
         if block > self._last:
             raise _Enough
-        changed = self._joined(
-            stream, [edit.state(block, stream[at], self._rows) for edit, at in self._each()]
-        )
-        if block < self._blocks:
-            self._note(block, stream if changed is None else changed)
-        return changed
-
-    def _note(self, block: int, stream: Tensor) -> None:
+        if block == self._blocks:
+            return
         norms = stream.float().norm(dim=-1)
         self._seen["norm_ratio"][block].append(norms[:, 0] / median(norms[:, 1:]))
         self._inside = None
         if (direction := self._directions.get(block)) is not None:
-            least = direction.least[self._rows].repeat(len(self._edits)).to(stream.device)
+            least = direction.least[self._rows].repeat(self._copies).to(stream.device)
             towards = stream.float() @ direction.towards.to(stream.device)
             self._inside = towards >= least[:, None]
             self._seen["set_size"][block].append(self._inside.sum(-1))
 
-    def sight(self, block: int, seen: Tensor) -> Tensor | None:
+    def attention(self, block: int, attended: Attended) -> None:
+        assert attended.also is not None and self.also is not None
+        self._seen["p0"][block].append(_received(attended, torch.zeros_like(self.also)))
+        self._seen["second"][block].append(_received(attended.also, self.also))
+        if self._inside is not None:
+            onto = attended.onto(self._inside).double().mean(1)
+            outside = (~self._inside).double()
+            outside[:, 0] = 0
+            mean = (onto * outside).sum(-1) / outside.sum(-1)
+            self._seen["in_set"][block].append(mean)
+
+    def outcomes(self, losses: tuple[Tensor, Tensor]) -> list[Outcome]:
+        shape = len(self._rows) * self._copies, self._blocks
+        found = []
+        for of in self._seen.values():
+            table = torch.full(shape, torch.nan, dtype=torch.float64)
+            for block, parts in of.items():
+                table[:, block] = torch.stack(parts).double().mean(0).cpu()
+            found.append(table)
+        return [Outcome(*(value[at].clone() for value in (*found, *losses))) for at in self._slices]
+
+
+class _Edited(Editor):
+    """Several edits of one batch, stacked once for each."""
+
+    def __init__(self, edits: Sequence[Edit], rows: Tensor, last: int) -> None:
+        self._edits, self._rows, self._last = edits, rows, last
+        self._slices = _slices(len(edits), len(rows))
+
+    def state(self, block: int, stream: Tensor) -> Tensor | None:
+        if block > self._last:
+            raise _Enough
+        return self._joined(
+            stream, [edit.state(block, stream[at], self._rows) for edit, at in self._each()]
+        )
+
+    def mask(self, block: int, seen: Tensor) -> Tensor | None:
         size = len(self._rows) * len(self._edits)
         whole = seen.expand(size, -1, -1, -1)
         changed = [edit.edit_mask(block, whole[at], self._rows) for edit, at in self._each()]
@@ -341,26 +390,9 @@ class _Watched(Observer):
         ]
         return own[0] if len(own) == 1 else torch.cat(own)
 
-    def attention(self, block: int, attended: Attended) -> None:
-        assert attended.also is not None and self.also is not None
-        self._seen["p0"][block].append(_received(attended, torch.zeros_like(self.also)))
-        self._seen["second"][block].append(_received(attended.also, self.also))
-        if self._inside is not None:
-            onto = attended.onto(self._inside).double().mean(1)
-            outside = (~self._inside).double()
-            outside[:, 0] = 0
-            mean = (onto * outside).sum(-1) / outside.sum(-1)
-            self._seen["in_set"][block].append(mean)
 
-    def outcomes(self, losses: tuple[Tensor, Tensor]) -> list[Outcome]:
-        shape = len(self._rows) * len(self._edits), self._blocks
-        found = []
-        for of in self._seen.values():
-            table = torch.full(shape, torch.nan, dtype=torch.float64)
-            for block, parts in of.items():
-                table[:, block] = torch.stack(parts).double().mean(0).cpu()
-            found.append(table)
-        return [Outcome(*(value[at].clone() for value in (*found, *losses))) for at in self._slices]
+def _slices(copies: int, count: int) -> list[slice]:
+    return [slice(at * count, (at + 1) * count) for at in range(copies)]
 
 
 def _sliced(write: Write, at: slice, of: Callable[[int], Tensor] | None) -> Write:
@@ -371,12 +403,14 @@ def _sliced(write: Write, at: slice, of: Callable[[int], Tensor] | None) -> Writ
     if projection is not None:
         projection = replace(projection, mixed=projection.mixed[at])
     if routed is not None and of is not None:
+        whole, own = routed, routed.own
         routed = replace(
             routed,
             index=routed.index[at],
-            gate=routed.gate[at],
-            total=routed.total[at],
+            gate=lambda: whole.gate()[at],
+            total=lambda: whole.total()[at],
             of=lambda expert: of(expert)[at],
+            own=None if own is None else lambda expert: own(expert)[at],
         )
     return replace(write, added=added, raw=raw, projection=projection, routed=routed)
 
@@ -405,14 +439,11 @@ def _losses(logits: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def replaying(model: nn.Module, probe: Probe, batch_size: int | None = None) -> Iterator[Replay]:
+def replaying(model: Any, probe: Probe, batch_size: int | None = None) -> Iterator[Replay]:
     """A `Replay` of a live model, which is left as it was found.
 
     Raises:
         ProbeError, MeasurementError: as `sinktrack.measure.measure` does.
     """
-    found = readable(model, probe)
-    refuse_another_model(found, probe)
-    replay = Replay(found, probe, batch_size)
-    with probe_context(found.model, len(replay.batches[0]), probe):
-        yield replay
+    with adapt(model).editable(probe, batch_size) as runs:
+        yield Replay(runs, probe, batch_size)

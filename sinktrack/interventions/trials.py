@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
-
+from sinktrack.events import Uneditable
 from sinktrack.interventions import transplant, unmixing
 from sinktrack.interventions.ablation import Ablation
 from sinktrack.interventions.bench import Bench, Found
@@ -19,6 +19,7 @@ from sinktrack.interventions.first_token import first_token_dependence
 from sinktrack.interventions.replay import replaying
 from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
+from sinktrack.models.base import adapt
 from sinktrack.probe import Probe
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 
 
 def run_causal_tests(
-    model: nn.Module,
+    model: Any,
     probe: Probe,
     measured: Measurement,
     *,
@@ -46,7 +47,7 @@ def run_causal_tests(
     to test and the lists are empty.
 
     Args:
-        model: the model that was measured.
+        model: the model that was measured, as `sinktrack.measure` takes it.
         probe: the probe that it was measured with.
         measured: the measurement, whose phases pick what is tested.
         batch_size: sequences per forward pass; by default as many as logits of 256 MiB allow.
@@ -56,7 +57,8 @@ def run_causal_tests(
         ``necessity``, ``sufficiency`` and ``position`` of the main phase, the same of every phase
         in ``phases``, ``experts``, ``meaning`` (dependence on the first token), and
         ``position_card``, which stands beside ``causal`` in a record; plain numbers that
-        ``json.dumps`` takes.
+        ``json.dumps`` takes. Where a model cannot be edited as a test asks, that one is empty and
+        ``missing`` holds the reason.
 
     Raises:
         ProbeError, MeasurementError: as `sinktrack.measure` does.
@@ -75,21 +77,7 @@ def run_causal_tests(
         "forwards": 0.0,
     }
     if is_testable(measured):
-        with _tests(model, probe, measured, batch_size) as tests:
-            found["phases"] = [
-                {"first_block": phase.first_block, "last_block": phase.last_block,
-                 "peak_block": phase.peak_block}
-                for phase in tests.phases
-            ]  # fmt: skip
-            for name, test in _TESTS.items():
-                by_phase = test(tests)
-                for phase, rows in zip(found["phases"], by_phase, strict=True):
-                    phase[name] = rows
-                found[name] = tests.of_main(by_phase)
-            found["experts"] = of_bench(tests, found["necessity"])
-            found["forwards"] = tests.replay.forwards
-            seen = tests.seen
-        found["meaning"] = first_token_dependence(probe, measured, seen)
+        adapt(model).together(lambda: _examine(found, model, probe, measured, batch_size))
     made = card(
         probe,
         measured,
@@ -104,11 +92,41 @@ def run_causal_tests(
     return found | {"seconds": time.perf_counter() - started}
 
 
+def _examine(
+    found: Found, model: Any, probe: Probe, measured: Measurement, batch_size: int | None
+) -> None:
+    """Fill in what the tests find."""
+    with _tests(model, probe, measured, batch_size) as tests:
+        found["phases"] = [
+            {"first_block": phase.first_block, "last_block": phase.last_block,
+             "peak_block": phase.peak_block}
+            for phase in tests.phases
+        ]  # fmt: skip
+        for name, test in _TESTS.items():
+            try:
+                by_phase = test(tests)
+            except Uneditable as error:
+                by_phase = [[] for _ in tests.phases]
+                tests.missing[name] = str(error)
+            for phase, rows in zip(found["phases"], by_phase, strict=True):
+                phase[name] = rows
+            found[name] = tests.of_main(by_phase)
+        try:
+            found["experts"] = of_bench(tests, found["necessity"])
+        except Uneditable as error:
+            tests.missing["experts"] = str(error)
+        if tests.missing:
+            found["missing"] = tests.missing
+        found["forwards"] = tests.replay.forwards
+        seen = tests.seen
+    found["meaning"] = first_token_dependence(probe, measured, seen)
+
+
 examine = run_causal_tests
 
 
 def necessity(
-    model: nn.Module, probe: Probe, measured: Measurement, *, batch_size: int | None = None
+    model: Any, probe: Probe, measured: Measurement, *, batch_size: int | None = None
 ) -> list[Found]:
     """Ablate each candidate's write at P0 and see how much of the main phase's attention goes.
 
@@ -130,7 +148,7 @@ def necessity(
 
 
 def sufficiency(
-    model: nn.Module, probe: Probe, measured: Measurement, *, batch_size: int | None = None
+    model: Any, probe: Probe, measured: Measurement, *, batch_size: int | None = None
 ) -> list[Found]:
     """Put P0's writes, and its whole state at the first block of a phase, on another position.
 
@@ -142,7 +160,7 @@ def sufficiency(
 
 
 def position(
-    model: nn.Module, probe: Probe, measured: Measurement, *, batch_size: int | None = None
+    model: Any, probe: Probe, measured: Measurement, *, batch_size: int | None = None
 ) -> list[Found]:
     """Let another position attend to itself alone before the main phase, and P0 to all.
 
@@ -170,7 +188,7 @@ _TESTS: dict[str, Callable[[Bench], list[list[Found]]]] = {
 
 @contextmanager
 def _tests(
-    model: nn.Module, probe: Probe, measured: Measurement, batch_size: int | None
+    model: Any, probe: Probe, measured: Measurement, batch_size: int | None
 ) -> Iterator[Bench]:
     with replaying(model, probe, batch_size) as replay:
         yield Bench(replay, probe, measured)
@@ -178,7 +196,7 @@ def _tests(
 
 def _alone(
     test: str,
-    model: nn.Module,
+    model: Any,
     probe: Probe,
     measured: Measurement,
     batch_size: int | None,

@@ -61,12 +61,15 @@ def thinned(tokens: Tensor) -> Tensor:
     return tokens[torch.arange(TOKENS) * (len(tokens) - 1) // (TOKENS - 1)]
 
 
-def is_affordable(blocks: int, tokens: int) -> bool:
+def is_affordable(blocks: int, tokens: int, whole: bool = False) -> bool:
     """Would total effects cost at most `AFFORDABLE` of a probe of so many tokens?
 
-    Counted are tokens times blocks, where every block adds `SLOTS` copies.
+    Counted are tokens times blocks, where every block adds `SLOTS` copies; in ``whole`` passes each
+    copy goes through all blocks, as two tokens.
     """
     copies = sum(1 + SLOTS * (block + 1) for block in range(blocks))
+    if whole:
+        copies = 2 * blocks * (1 + SLOTS * blocks)
     return TOKENS * copies <= AFFORDABLE * tokens * blocks
 
 
@@ -117,7 +120,17 @@ class Ablations:
         Raises:
             MeasurementError: unedited sequences are not what they are in a batch of their own.
         """
-        states = stream[:, 0].detach().cpu().double().unflatten(0, (-1, len(self.tokens)))
+        states = self.states(block, stream, alone)
+        self._projected[block] = (states @ direction_at(collected, block)).mean(-1)
+        self._block, self._fresh = block, []
+
+    def states(self, block: int, stream: Tensor, alone: Collector) -> Tensor:
+        """float64 ``[1 + copies, n, D]``: P0's states at a block's input, the unedited ones first.
+
+        Raises:
+            MeasurementError: as of `enter`.
+        """
+        states: Tensor = stream[:, 0].detach().cpu().double().unflatten(0, (-1, len(self.tokens)))
         own = torch.cat(alone.of("state", "row")[block])[self._places].double()
         apart = (states[0] - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=1e-30)
         if not bool((apart <= _SAME.get(str(stream.dtype), 2**-3)).all()):
@@ -125,8 +138,19 @@ class Ablations:
                 f"the P0 state of single tokens at the input of block {block} depends on what else "
                 "is in the batch, as where routing does"
             )
-        self._projected[block] = (states @ direction_at(collected, block)).mean(-1)
-        self._block, self._fresh = block, []
+        return states
+
+    def fill(
+        self, ablated: list[tuple[str, int, int | None]], projected: Mapping[int, Tensor]
+    ) -> None:
+        """Take what whole passes showed.
+
+        Args:
+            ablated: kind, block and index of components, in the order of blocks.
+            projected: by block, where the unedited states and those without each component before
+                it stand on the direction of P0, ``[1 + components]``.
+        """
+        self._ablated, self._projected = ablated, dict(projected)
 
     def write(self, block: int, write: Write) -> Tensor | None:
         """Take a component's write from its own copy."""
@@ -134,7 +158,7 @@ class Ablations:
             return None
         count = len(self.tokens)
         result = write.added.clone()
-        for name, index in self._components(write):
+        for name, index in self.components(write):
             component = (name, self._block, index)
             if component not in self._fresh:
                 self._fresh.append(component)
@@ -146,7 +170,7 @@ class Ablations:
             result[rows] = left.to(result.dtype)
         return result
 
-    def _components(self, write: Write) -> list[tuple[str, int | None]]:
+    def components(self, write: Write) -> list[tuple[str, int | None]]:
         """The sublayer, and the largest of the parts that carry its write at P0."""
         own = slice(0, len(self.tokens))
         found: list[tuple[str, int | None]] = [(write.sublayer, None)]

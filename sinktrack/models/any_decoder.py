@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +23,12 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
 
-from sinktrack.attention import Attended, attend, read_scores
-from sinktrack.collect import Collector
+from sinktrack.attention import Attended, attend, read_scores, see
 from sinktrack.errors import MeasurementError, SinktrackError
-from sinktrack.events import Projection, Routed, Write
-from sinktrack.measurement import Measurement
-from sinktrack.models.experts import Expert, NotTold, apart
-from sinktrack.models.guard import probe_context, refuse_unreadable
+from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
+from sinktrack.models.experts import Expert, NotTold, apart, everywhere
+from sinktrack.models.guard import refuse_unreadable
 from sinktrack.models.parallel import is_apart
-from sinktrack.models.passes import Digest, Passes
 from sinktrack.models.tracer import (
     _ADD,
     _MULTIPLY,
@@ -83,6 +80,8 @@ _PARTS = ("mixed", "attention", "experts", "sum")
 _NORMS = {"rms_norm", "layer_norm", "linear", "float", "to", "norm", "pow", "square"}
 """Functions that take the stream in any block, and give what is computed from it."""
 _DERIVED = "_sinktrack_derived"
+_UNMASKED = "_sinktrack_unmasked"
+"""Of scores, what they were before a mask was put on them."""
 _HIDDEN = -9e3
 """Scores below, of keys with no measurable probability, hide them: masks write -1e4 or -1e9 too."""
 
@@ -97,7 +96,8 @@ class Decoder:
             is no module of its own is a list of those that run in it, the first of which takes the
             stream, and the last of which gives it back.
         forward: how it is run on tokens ``[B, T]``: ``lambda model, tokens: model(tokens)`` if not
-            given. What it returns is not looked at.
+            given. Of what it returns only logits ``[B, T, V]`` are looked at, for the loss in
+            causal tests.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Decoder:
             raise MeasurementError(f"a {type(model).__name__} is no model; give a torch.nn.Module")
         return Decoder(model, blocks=self._blocks, forward=self._forward)
 
-    def run(self, tokens: Tensor) -> None:
+    def run(self, tokens: Tensor) -> Any:
         """One forward pass of ``[B, T]`` tokens.
 
         Raises:
@@ -130,10 +130,7 @@ class Decoder:
         assert self.model is not None
         bare = _unwrap(self.model)
         try:
-            if self._forward is None:
-                bare(tokens)
-            else:
-                self._forward(bare, tokens)
+            return bare(tokens) if self._forward is None else self._forward(bare, tokens)
         except (TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as e:
             if isinstance(e, SinktrackError):
                 raise
@@ -143,14 +140,14 @@ class Decoder:
                 else ("forward=lambda model, tokens: model(tokens, ...) to sinktrack.Decoder")
             )
             raise MeasurementError(
-                f"{_class(bare)} does not run on tokens {tuple(tokens.shape)} "
+                f"{class_of(bare)} does not run on tokens {tuple(tokens.shape)} "
                 f"({type(e).__name__}: {e}); give {way}"
             ) from e
         except RuntimeError as e:
             if "bf16" not in str(e) and "bfloat16" not in str(e).lower():
                 raise
             raise MeasurementError(
-                f"{_class(bare)} does not run in the dtype of its weights ({e}); a probe runs "
+                f"{class_of(bare)} does not run in the dtype of its weights ({e}); a probe runs "
                 "without the training's autocast: open torch.autocast within forward= of "
                 "sinktrack.Decoder"
             ) from e
@@ -221,10 +218,10 @@ def _unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _class(module: nn.Module) -> str:
+def class_of(module: nn.Module) -> str:
     """The name of a module's class, as `_kind` tells it; of a list, those of its modules."""
     if isinstance(module, Several):
-        return " and ".join(_class(item) for item in module)
+        return " and ".join(class_of(item) for item in module)
     return _kind(module).__name__
 
 
@@ -284,58 +281,19 @@ class Found:
     """Were experts told apart?"""
     notes: list[str] = field(default_factory=list)
     """What could not be told of the parts of its writes, and why."""
+    carries: bool | None = None
+    """Does a block return its last write beside the stream? None before that is known."""
+    forms: dict[int, int] = field(default_factory=dict)
+    """What blocks return: 0 the stream bare, n a tuple of n of which the others are None."""
 
     @property
     def type(self) -> str:
         """The class's name."""
-        return _class(self.model)
+        return class_of(self.model)
 
 
-def measure_decoder(decoder: Decoder, probe: Probe, batch_size: int | None) -> Measurement:
-    """`sinktrack.measure` for any PyTorch decoder; errors are the same."""
-    found = _found(decoder)
-    passes = Passes(probe, batch_size)
-    (collected, batches), (singles, firsts) = passes.both
-    with probe_context(found.model, passes.size, probe):
-        for tokens in batches:
-            _show(decoder, found, collected, tokens)
-        for tokens in firsts:  # twice, as code for one token may expect a cache; P0 sees itself
-            _show(decoder, found, singles, tokens.expand(-1, 2), parts=False)
-    seen = collected.of("attention", "visible")
-    length = probe.length - 1
-    found.kinds = tuple(
-        "full" if all(bool((rows == length).all()) for rows in seen[block]) else "sliding"
-        for block in found.blocks
-    )
-    weights = None
-    if found.embedding is not None:
-        digest = Digest(found.model.get_parameter(found.embedding), passes.first)
-        for block in found.blocks.values():
-            digest.add(block)
-        weights = digest.hex()
-    measured = passes.measurement(found, weights)
-    if found.notes:
-        told = {"parts": "; ".join(dict.fromkeys(found.notes))}
-        measured = replace(measured, missing=measured.missing | told)
-    return measured
-
-
-def check(decoder: Decoder, probe: Probe) -> str:
-    """Try a model on a few tokens of the probe, and say what was found; errors as of `measure`."""
-    found = _found(decoder)
-    few = probe.tokens[:2, :8]
-    collected = Collector({})
-    with probe_context(found.model, len(few), probe):
-        _show(decoder, found, collected, few)
-    blocks, how = len(found.blocks), " and ".join(found.how)
-    experts = f", {found.experts} experts" if found.experts else ""
-    experts += " told apart" if experts and found.told else ""
-    lost = [collected.lost] if collected.lost else []
-    said = f"{found.type}: {blocks} of {blocks} blocks, {how}, {found.most_heads} heads{experts}"
-    return "; ".join([said, *lost, *dict.fromkeys(found.notes)])
-
-
-def _found(decoder: Decoder) -> Found:
+def found_in(decoder: Decoder) -> Found:
+    """What is known of a decoder before it runs; errors as of `sinktrack.measure`."""
     model = decoder.model
     assert model is not None
     model = _unwrap(model)
@@ -348,24 +306,12 @@ def _found(decoder: Decoder) -> Found:
             )
     if is_apart(model):
         raise MeasurementError(
-            f"no process holds the whole of {_class(model)} (FSDP1, tensor, expert "
+            f"no process holds the whole of {class_of(model)} (FSDP1, tensor, expert "
             "or pipeline parallelism); of models that are not transformers only whole ones, DDP "
             "and FSDP2 are supported: measure the saved checkpoints with `sinktrack scan`"
         )
     refuse_unreadable(model)
     return Found(model, blocks)
-
-
-def _show(
-    decoder: Decoder, found: Found, observer: Collector, tokens: Tensor, parts: bool = True
-) -> None:
-    """Show a forward pass of tokens ``[B, T]``, with the parts of its writes or without."""
-    device = next(found.model.parameters()).device
-    tap = _Tap(decoder, found, observer, tokens.to(device), parts)
-    with tap.watching():
-        decoder.run(tap.tokens)
-        tap.end()
-    found.notes += tap.notes if parts else []
 
 
 @dataclass(frozen=True)
@@ -387,6 +333,18 @@ class Stream(Mark):
         return Stream("stream", form={term: value * factor for term, value in self.form.items()})
 
 
+@dataclass(frozen=True)
+class Restart:
+    """A pass begins with a later block than the first."""
+
+    block: int
+    stream: Tensor
+    """``[B, T, D]`` at its input."""
+    dims: int
+    """Of the model's own tensor of it: 3, or 2 where positions and sequences are one."""
+    time_first: bool
+
+
 class _Reached(Exception):
     """The input of block 0, where no more is wanted of a pass."""
 
@@ -395,23 +353,38 @@ class _Reached(Exception):
         self.stream = stream
 
 
-class _Tap:
+class Tap:
     """What one watched forward pass goes through."""
 
     def __init__(
-        self, decoder: Decoder, found: Found, observer: Collector, tokens: Tensor, parts: bool
+        self,
+        decoder: Decoder,
+        found: Found,
+        observer: Observer,
+        tokens: Tensor,
+        parts: Literal["p0", "all"] | None,
+        editor: Editor | None = None,
+        start: Restart | None = None,
     ) -> None:
         self.decoder, self.found, self.observer, self.tokens = decoder, found, observer, tokens
-        self.parts = parts
+        self.parts, self.editor, self.restart = parts, editor, start
+        self.started = 0 if start is None else start.block
         self.batch, self.length = tokens.shape
-        self.width = 0
-        self.time_first = False
+        self.width = 0 if start is None else start.stream.shape[-1]
+        self.time_first = start is not None and start.time_first
         """Do positions stand before sequences where both are one dimension, or equally many?"""
-        self.block = -1
+        self.block = self.started - 1
         self.inside = False
+        self.masked = False
+        """Has the editor changed who sees what in this block?"""
+        self.changes: list[tuple[Tensor, Tensor, float]] = []
+        """Of the sum that is under way: an operand, ``[B, T, D]`` that enters the stream in its
+        place, and the factor with which the operand does."""
         self.lost: str | None = None
         self.notes: list[str] = []
         self.flow = _Flow(self)
+        self.dims = 0
+        """Of the model's own tensor of the stream."""
         self.terms: dict[Term, Tensor] = {}
         """float64 ``[B, D]``, P0's rows."""
         self.size = torch.zeros(0)
@@ -441,10 +414,15 @@ class _Tap:
         """Of the present block."""
         if self.block < 0:
             return "before block 0"
-        return f"block {self.block} ({_class(self.found.blocks[self.block])})"
+        return f"block {self.block} ({class_of(self.found.blocks[self.block])})"
 
     def refuse(self, reason: str) -> MeasurementError:
+        """The error that says where."""
         return MeasurementError(f"{self.name()}: {reason}")
+
+    def uneditable(self, reason: str) -> Uneditable:
+        """The same where only an editor fails."""
+        return Uneditable(f"{self.name()}: {reason}, so it cannot be changed there")
 
     def lose(self, reason: str) -> None:
         """Who writes the P0 state cannot be told; the rest stands."""
@@ -464,22 +442,34 @@ class _Tap:
             turned: read it in the other order where its shape leaves that open.
         """
         width = self.width if width is None else width
+        time_first = self._is_time_first(value, width, turned)
+        if time_first is None:
+            return None
+        rows: Tensor = value.reshape(*self._shape(time_first), width)
+        return rows.transpose(0, 1) if time_first else rows
+
+    def _shape(self, time_first: bool) -> tuple[int, int]:
+        return (self.length, self.batch) if time_first else (self.batch, self.length)
+
+    def _is_time_first(self, value: Any, width: int, turned: bool = False) -> bool | None:
+        """The order of a tensor's positions and sequences; None where it has not both."""
         total = self.batch * self.length
         if not isinstance(value, Tensor) or not value.is_floating_point() or not value.ndim:
             return None
         if value.shape[-1] != width or value.numel() != total * width:
             return None
         lead = tuple(size for size in value.shape[:-1] if size != 1)
-        both, other = (self.batch, self.length), (self.length, self.batch)
+        both, other = self._shape(False), self._shape(True)
         if both != other and lead in (both, other):
-            time_first = lead == other
-        elif lead in (both, (total,)) or (1 in both and lead == (max(both),)):
-            time_first = self.time_first != turned
-        else:
-            return None
-        if time_first:
-            return value.reshape(*other, width).transpose(0, 1)
-        return value.reshape(*both, width)
+            return lead == other
+        if lead in (both, (total,)) or (1 in both and lead == (max(both),)):
+            return self.time_first != turned
+        return None
+
+    def like(self, rows: Tensor, value: Tensor) -> Tensor:
+        """``[B, T, D]`` in the shape and order of a tensor of the stream's size."""
+        turned = self._is_time_first(value, rows.shape[-1])
+        return (rows.transpose(0, 1) if turned else rows).reshape(value.shape)
 
     def wrote_last(self, value: Tensor) -> bool:
         """Is a write of the present block in a stream?"""
@@ -487,6 +477,7 @@ class _Tap:
         return isinstance(found, Stream) and any(term[0] == self.block for term in found.form)
 
     def p0(self, value: Tensor, width: int | None = None) -> Tensor:
+        """P0's rows of a tensor of that size."""
         found = self.rows(value, width)
         assert found is not None
         return found[:, 0].detach()
@@ -498,6 +489,9 @@ class _Tap:
         """Hooks on the blocks, and the arithmetic followed."""
         with ExitStack() as stack:
             for index, block in self.found.blocks.items():
+                if index < self.started:
+                    stack.enter_context(_standing_in(block, self._handed_on(index)))
+                    continue
                 first, last = (block[0], block[-1]) if isinstance(block, Several) else (block,) * 2
                 hook = first.register_forward_pre_hook(self.enter(index), with_kwargs=True)
                 stack.callback(hook.remove)
@@ -509,6 +503,16 @@ class _Tap:
                         stack.callback(module.register_forward_hook(self.returned).remove)
             with self.flow:
                 yield
+
+    def _handed_on(self, index: int) -> Any:
+        """What a block returns that does not run, of the stream behind it."""
+        assert self.restart is not None
+        own = self.restart
+        rows = own.stream.transpose(0, 1) if own.time_first else own.stream
+        stream = rows.flatten(0, 1) if own.dims == 2 else rows
+        self.handed = [stream]
+        size = self.found.forms[index]
+        return (stream, *[None] * (size - 1)) if size else stream
 
     def embedded(self, index: Any, weight: Any) -> None:
         """Before tokens are looked up: an index too large would be an error of the device."""
@@ -527,25 +531,34 @@ class _Tap:
             self.found.embedding = next((name for name, own in named if own is weight), None)
 
     def enter(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before a block."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             with self.flow.paused():
-                self._enter(index, args, kwargs)
+                stream, changed = self._enter(index, args, kwargs)
+            if changed is None:
+                return None
+            return _swapped(args, stream, changed), {
+                name: _swapped(value, stream, changed) for name, value in kwargs.items()
+            }
 
         return hook
 
-    def _enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """The stream at a block's input, and what the editor puts in its place."""
         if index != self.block + 1 or self.inside:
             before = "no block" if self.block < 0 else f"block {self.block}"
             raise MeasurementError(
-                f"block {index} ({_class(self.found.blocks[index])}) runs after {before}: "
+                f"block {index} ({class_of(self.found.blocks[index])}) runs after {before}: "
                 "each block must run once in a pass, in the order in which they are given; not "
                 "supported"
             )
         given = list(_distinct(_tensors(args, kwargs)))
         if index == 0:
             stream = self._start(given)
-            self._settle(stream)
-            return
+            return stream, self._settle(stream)
         like = [value for value in given if self.rows(value) is not None]
         if not like:
             self._refuse_input(index, given)
@@ -558,7 +571,7 @@ class _Tap:
                 break
         else:
             raise MeasurementError(
-                f"block {index} ({_class(self.found.blocks[index])}): {len(like)} tensors "
+                f"block {index} ({class_of(self.found.blocks[index])}): {len(like)} tensors "
                 "of the stream's shape come in, and which is the residual stream cannot be told; "
                 "not supported"
             )
@@ -566,15 +579,16 @@ class _Tap:
         beside = [v for v in like if v is not stream and any(v is one for one in self.handed)]
         beside = [value for value in beside if not isinstance(mark_of(value), Stream)]
         self.beside = []
-        if isinstance(mark_of(stream), Stream) and beside:
+        known = isinstance(mark_of(stream), Stream)
+        if known and beside and self.found.carries is not False:
             self.settling = (stream, beside)
-        else:
-            self._settle(stream)
+            return stream, None
+        return stream, self._settle(stream)
 
     def _refuse_input(self, index: int, given: list[Tensor]) -> None:
         shapes = ", ".join(str(tuple(value.shape)) for value in given) or "no tensor"
         raise MeasurementError(
-            f"block {index} ({_class(self.found.blocks[index])}): no residual stream [B, T, "
+            f"block {index} ({class_of(self.found.blocks[index])}): no residual stream [B, T, "
             f"D] at its input for tokens {tuple(self.tokens.shape)}: it got {shapes}; several "
             "streams side by side (hyper-connections) are not supported; where the model only "
             "wants its tokens in another form, give forward= to sinktrack.Decoder"
@@ -590,7 +604,7 @@ class _Tap:
             both, turned = (self.batch, self.length), (self.length, self.batch)
             if lead not in (both, turned, (total,)) and not (1 in both and lead == (max(both),)):
                 continue
-            self.width = value.shape[-1]
+            self.width, self.dims = value.shape[-1], value.ndim
             if 1 not in both and (both == turned or lead == (total,)):
                 self.time_first = self._order(value)
             else:
@@ -623,8 +637,8 @@ class _Tap:
             )
         return hit[0]
 
-    def _settle(self, stream: Tensor) -> None:
-        """The stream at the next block's input is known."""
+    def _settle(self, stream: Tensor) -> Tensor | None:
+        """The stream at the next block's input is known; what the editor puts in its place."""
         self.settling = None
         self.close()
         self.block += 1
@@ -632,10 +646,14 @@ class _Tap:
         value = self.rows(stream)
         assert value is not None
         known = mark_of(stream)
-        if self.block == 0:
+        changed = None
+        if self.restart is not None and self.block == self.started:
+            value = self.restart.stream
+            changed = self.like(value, stream)
+        if self.block == self.started:
             self.first = value.detach().clone()
             known = Stream("stream", form={_EMBEDDING: 1.0})
-            self.terms[_EMBEDDING] = self.p0(stream).double()
+            self.terms[_EMBEDDING] = value[:, 0].double()
             self.size = torch.zeros(self.batch, dtype=torch.float64, device=stream.device)
         elif not isinstance(known, Stream):
             last = f" (it went into {', '.join(self.went[-3:])})" if self.went else ""
@@ -646,17 +664,24 @@ class _Tap:
             known = Stream("stream", form={})
         row = self.p0(stream).double()
         self.size = self.size + 4 * torch.linalg.vector_norm(row, dim=-1)
-        if self.lost is None:
+        if self.lost is None and self.editor is None:
             self._check(known, row, stream.dtype)
+        wanted = self.editor.state(self.block, value) if self.editor and self.inside else None
+        if wanted is not None:
+            value, changed = wanted, self.like(wanted, stream)
         self.observer.state(self.block, value)
         if self.lost is None:
             self.observer.factors(self.block, dict(known.form))
-        mark(stream, known)
+        for own in (stream, changed):
+            if own is not None:
+                mark(own, known)
+        self.masked = False
         self.attended = self.written = self.places = 0
         self.unmixed = False
         self.heads, self.routed, self.went = None, None, []
         self.flow.forget()
-        self.flow.following = True
+        self.flow.following = self.inside  # what comes behind the last block is no write
+        return changed
 
     def _check(self, known: Stream, row: Tensor, dtype: torch.dtype) -> None:
         """Do the terms make the stream that is there?"""
@@ -677,11 +702,15 @@ class _Tap:
             )
 
     def leave(self, index: int) -> Callable[..., None]:
+        """A hook after a block."""
+
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             with self.flow.paused():
                 self.settle()
                 self.inside = False
                 outputs = output if isinstance(output, tuple | list) else (output,)
+                if all(value is None for value in outputs[1:]):
+                    self.found.forms[index] = len(outputs) if outputs is output else 0
                 if isinstance(output, dict):
                     outputs = tuple(output.values())
                 self.handed = [
@@ -724,7 +753,8 @@ class _Tap:
                 "anything else; not supported"
             )
         with self.flow.paused():
-            self._settle(stream)
+            if self._settle(stream) is not None:
+                raise self.uneditable("its input has a second tensor of its size beside it")
 
     def end(self) -> None:
         """The pass is over."""
@@ -738,7 +768,7 @@ class _Tap:
 
     def close(self) -> None:
         """A block is over."""
-        if self.block < 0:
+        if self.block < self.started:
             return
         if not self.attended:
             how = f" ({self.went_as_attention})" if self.went_as_attention else ""
@@ -759,8 +789,11 @@ class _Tap:
 
     # Writes
 
-    def write_of(self, found: Mark | None, added: Tensor) -> Stream | None:
-        """A term of its own: something is added to the stream. None if it is no write."""
+    def write_of(self, found: Mark | None, added: Tensor) -> tuple[Stream, Tensor | None] | None:
+        """A term of its own: something is added to the stream. None if it is no write.
+
+        With it ``[B, T, D]`` that the editor wants in its place, if any.
+        """
         value = self.rows(added)
         if value is None:
             return None
@@ -772,7 +805,8 @@ class _Tap:
                     "now; not supported"
                 )
         if not self.flow.derived(added):
-            return self._again(value)
+            again = self._again(value)
+            return None if again is None else (again, None)
         if not self.inside and self.settling is None:
             self.lose("after it, something that no block wrote is added to the stream")
             return None
@@ -780,8 +814,10 @@ class _Tap:
         self.places += 1
         self.terms[term] = value[:, 0].detach().double()
         with self.flow.paused():
-            self.observer.write(self.block, self._write(found, value, added))
-        return Stream("stream", form={term: 1.0})
+            write = self._write(found, value, added)
+            self.observer.write(self.block, write)
+            wanted = self.editor.write(self.block, write) if self.editor else None
+        return Stream("stream", form={term: 1.0}), wanted
 
     def _again(self, value: Tensor) -> Stream | None:
         """The first input once more, at its side all along and times a number."""
@@ -842,8 +878,11 @@ class _Tap:
 
     @contextmanager
     def named(self) -> Iterator[None]:
+        """Errors say where."""
         try:
             yield
+        except Uneditable:
+            raise
         except MeasurementError as error:
             raise self.refuse(str(error)) from error
 
@@ -877,11 +916,38 @@ class _Tap:
             wide = scores.flatten(1, -3).float()
             least = wide.logsumexp(-1, keepdim=True) - 80
             wide = wide.masked_fill((wide <= _HIDDEN) & (wide < least), -torch.inf)
-            attended = read_scores(wide, self.observer.also)
+            changed = self._unmasked(scores, wide)
+            if changed is not None:
+                wide = changed
+                scores = changed.view(scores.shape).to(scores.dtype)
+            attended = read_scores(wide, self.observer.also, changed is not None)
         with self.flow.paused():
             self.show("softmax", attended, None)
         self.unmixed = True
         return scores, Mark("weights", heads=wide.shape[1])
+
+    def edit_mask(self, seen: Tensor) -> Tensor | None:
+        """Other keys that the editor lets the queries see."""
+        wanted = self.editor.mask(self.block, seen) if self.editor else None
+        self.masked = self.masked or wanted is not None
+        return wanted
+
+    def _unmasked(self, scores: Tensor, wide: Tensor) -> Tensor | None:
+        """Scores ``[B, H, T, T]`` with another mask, if the editor wants one."""
+        seen = wide > -torch.inf
+        wanted = self.edit_mask(seen)
+        if wanted is None:
+            return None
+        if bool((wanted & ~seen).any()):
+            before = getattr(scores, _UNMASKED, None)
+            before = None if before is None else before.expand(scores.shape).flatten(1, -3).float()
+            if before is None or not torch.equal(before[seen], wide[seen]):
+                raise self.uneditable(
+                    "its scores are masked before they can be seen, and no query can be shown a "
+                    "later key"
+                )
+            wide = torch.where(seen, wide, before)
+        return wide.masked_fill(~wanted, -torch.inf)
 
     def scaled_dot_product_attention(
         self,
@@ -911,9 +977,11 @@ class _Tap:
             mask = None if attn_mask is None else self._mask(attn_mask)
             wanted = query.shape[-1] ** -0.5 if scale is None else scale
             with self.named():
+                edited = see(mask, self.edit_mask, query) if self.editor else mask
                 output, attended = attend(
-                    query, key, value, scale=wanted, mask=mask, also=self.observer.also
-                )
+                    query, key, value, scale=wanted, mask=edited, also=self.observer.also,
+                    later=edited is not mask,
+                )  # fmt: skip
             self.show("SDPA", attended, output)
         mark(output, Mark("mixed", heads=query.shape[1]))
         return output
@@ -949,11 +1017,14 @@ class _Tap:
             at = [torch.arange(n, device=query.device) for n in (batch, heads, length, length)]
             scores = _over_all(lambda s, *i: score_mod(s, *i, *buffers), scores, at)
             seen = _over_all(lambda s, *i: block_mask[-1](*i, *mask_buffers), scores, at)
-            scores = scores.masked_fill(~seen, -torch.inf)
-            attended = read_scores(scores, self.observer.also)
+            wanted = self.edit_mask(seen)
+            scores = scores.masked_fill(~(seen if wanted is None else wanted), -torch.inf)
+            attended = read_scores(scores, self.observer.also, wanted is not None)
             values = value.float().repeat_interleave(group, 1)
             own = scores.softmax(-1).nan_to_num() @ values
-            if not _alike(own, result[0]):
+            if wanted is not None:
+                result[0].copy_(own)
+            elif not _alike(own, result[0]):
                 raise MeasurementError(
                     "flex_attention gives something else than softmax attention of its arguments"
                 )
@@ -1012,7 +1083,7 @@ class _Tap:
             mixed = mixed.permute(2, 0, 1, 3).flatten(2)
             output = F.linear(mixed, given["out_proj_weight"], given["out_proj_bias"])
         self.flow.derive(output)
-        if not _alike(output, expected):
+        if not self.masked and not _alike(output, expected):
             raise self.refuse("multi_head_attention_forward gives another output than is known")
         return output, None
 
@@ -1040,6 +1111,12 @@ class _Tap:
             for scale, mask in product(scales, self._windows(args, kwargs, query.device)):
                 own, attended = attend(*exact, scale=scale, mask=mask, also=self.observer.also)
                 if own.shape == whole.shape and _alike(own, whole):
+                    edited = see(mask, self.edit_mask, query) if self.editor else mask
+                    if edited is not mask:
+                        own, attended = attend(
+                            *exact, scale=scale, mask=edited, also=self.observer.also, later=True
+                        )
+                        whole.copy_(own)
                     self.show(name, attended, whole)
                     mark(outputs[0], Mark("mixed", heads=query.shape[1]))
                     return
@@ -1104,35 +1181,42 @@ class _Tap:
                 yield own
 
     def reweighted(self) -> None:
+        """As of `Watcher`."""
         raise self.refuse(
             "its attention's probabilities are changed after the softmax (talking heads, or a "
             "factor), so what meets the values is not softmax attention; not supported"
         )
 
     def joined(self) -> None:
+        """As of `Watcher`."""
         raise self.refuse(
             "something is added to what its heads attend to, beside the softmax; not supported"
         )
 
     def write(self, found: Mark | None, added: Tensor) -> None:
+        """As of `Watcher`."""
         raise AssertionError  # sums with the stream are dealt with before
 
     # Routed experts
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before a module that may route."""
         self.experts.append(Expert(module, args, kwargs))
 
     def returned(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A hook after it."""
         while self.experts and (call := self.experts.pop()).module is not module:
             pass
         values = [v for v in _tensors((output,), {}) if self.rows(v) is not None]
-        if not call.chosen or not values or self.flow.replaying or not self.parts:
+        if not call.chosen or not values or self.flow.replaying:
+            return
+        if self.parts is None:
             return
         for outer in self.experts:
             outer.chosen = None
         with self.flow.paused():
             try:
-                routed = apart(call, values[0], self)
+                routed = (apart if self.parts == "p0" else everywhere)(call, values[0], self)
             except NotTold as error:
                 self.notes.append(f"{self.name()}: its experts are one MLP here: {error}")
                 return
@@ -1157,7 +1241,7 @@ class _Tap:
 class _Flow(ResidualTracer):
     """Follows streams as linear forms, and knows what is derived from them."""
 
-    def __init__(self, tap: _Tap) -> None:
+    def __init__(self, tap: Tap) -> None:
         super().__init__(tap)
         self.tap = tap
         self.probing = self.replaying = False
@@ -1240,7 +1324,10 @@ class _Flow(ResidualTracer):
                 tap.lose(f"{name} joins its attention or experts with something else it computes")
         if name in _MAPS and any(m.origin == "attention" and m.raw is not None for m in marks):
             return func(*args, **kwargs)  # a layer of its own on the attention's output
+        before = self._unmasked(name, func, args, kwargs)
         result = super().__torch_function__(func, types, args, kwargs)
+        if before is not None and isinstance(result, Tensor):
+            setattr(result, _UNMASKED, before)
         if name == "topk" or (name == "max" and isinstance(result, tuple)):
             tap.chose(args[0], result)
         if any(found.origin == "weights" for found in marks) and name in _MAPS:
@@ -1283,9 +1370,17 @@ class _Flow(ResidualTracer):
         values = list(_tensors(args, kwargs))
         streams = [value for value in values if isinstance(mark_of(value), Stream)]
         before = {id(value): mark_of(value) for value in streams}
+        versions = self._versions(values)
+        tap.changes = []
         with self.paused():
             new = None if name in _READS else self._form(name, args, kwargs)
             sums = self._sums(values) if new is None and _is_opaque(func, name) else []
+            if tap.changes and name in ("addcmul", "addcmul_"):  # of a product there is no operand
+                ((stream, whole, _),) = tap.changes
+                func = torch.Tensor.add_ if _is_in_place(name) else torch.add
+                args, kwargs = (stream, tap.like(whole.to(stream.dtype), stream)), {}
+            else:
+                args, kwargs = self._edited(name, args, kwargs)
         result = func(*args, **kwargs)
         outputs = [v for v in _tensors((result,), {}) if v.is_floating_point()]
         with self.paused():
@@ -1304,6 +1399,8 @@ class _Flow(ResidualTracer):
                     mark(value, form)
                 elif tap.rows(value) is not None and name not in _NORMS:
                     tap.went.append(name)
+            if sums and tap.changes:
+                result = self._again(name, func, args, kwargs, result, sums, versions)
             if _is_opaque(func, name):
                 tap.opaque(name, args, kwargs, result)
         return result
@@ -1321,6 +1418,8 @@ class _Flow(ResidualTracer):
             return False, None
         if (name not in _ADD or kwargs) and not _is_opaque(func, name):
             return False, None
+        versions = self._versions(values)
+        tap.changes = []
         with self.paused():
             sums = self._sums(values)
         result = func(*args, **kwargs)
@@ -1329,14 +1428,103 @@ class _Flow(ResidualTracer):
                 form = self._by_value(value, sums)
                 if form is not None:
                     mark(value, form)
+                    if tap.changes:
+                        result = self._again(name, func, args, kwargs, result, sums, versions)
+                        made = [v for v in _tensors((result,), {}) if mark_of(v) is form]
+                        (value,) = made
                     self.derive(result)
                     tap.carries = True
-                    tap._settle(value)
-                    return True, result
+                    changed = tap._settle(value)
+                    if changed is not None and result is not value:
+                        raise tap.uneditable(f"its input is made by {name}, with more than the sum")
+                    return True, result if changed is None else changed
         raise tap.refuse(
             f"{name} takes the stream and the last block's output, and gives no sum of them; not "
             "supported"
         )
+
+    def _edited(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a sum, with the writes that the editor wants in the place of their own."""
+        tap = self.tap
+        for value, whole, factor in tap.changes:
+            rows = tap.rows(value)
+            assert rows is not None
+            if factor != 1:
+                whole = torch.where(whole == rows * factor, rows, whole / factor)
+            new = tap.like(whole.to(value.dtype), value)
+            if args and args[0] is value and _is_in_place(name):
+                value.copy_(new)  # the sum is written there
+                continue
+            args = _swapped(args, value, new)
+            kwargs = {key: _swapped(own, value, new) for key, own in kwargs.items()}
+        return args, kwargs
+
+    def _versions(self, values: list[Tensor]) -> list[int]:
+        """How often tensors were changed in place, where a pass may be edited."""
+        return [value._version for value in values] if self.tap.editor else []
+
+    def _unmasked(
+        self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor | None:
+        """Of scores that are about to be masked, or were, what they are without a mask."""
+        tap = self.tap
+        if tap.editor is None or not tap.inside:
+            return None
+        square = [
+            value
+            for value in _tensors(args[:3], {})
+            if value.ndim > 3 and value.shape[-2:] == (tap.length, tap.length)
+            if value.is_floating_point() and self.derived(value)
+        ]
+        if len(square) != 1:
+            return None
+        (scores,) = square
+        before = getattr(scores, _UNMASKED, None)
+        if name in ("masked_fill", "masked_fill_", "where") or name in _ADD:
+            if before is not None:
+                return before  # type: ignore[no-any-return]
+            return scores.clone() if _is_in_place(name) else scores
+        if before is not None and (name in _SAME or name in _MULTIPLY or name in _DIVIDE):
+            with self.paused():
+                own: Tensor = func(*_swapped(args, scores, before.clone()), **kwargs)
+            return own
+        return None
+
+    def _again(
+        self,
+        name: str,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        sums: list[tuple[Tensor, Tensor, Tensor]],
+        versions: list[int],
+    ) -> Any:
+        """An operator that was found to be a sum by its value, once more with edited writes.
+
+        Raises:
+            Uneditable: it works in place, or does not give their sum.
+        """
+        tap = self.tap
+        if self._versions(list(_tensors(args, kwargs))) != versions:
+            raise tap.uneditable(f"{name} adds its write to the stream in place")
+        args, kwargs = self._edited(name, args, kwargs)
+        again = func(*args, **kwargs)
+        ((edited, whole, _),) = tap.changes
+        for old, new in zip(_tensors((result,), {}), _tensors((again,), {}), strict=True):
+            found = mark_of(old)
+            if not isinstance(found, Stream):
+                continue
+            mark(new, found)
+            stream = next(one for one, other, _ in sums if other is edited)
+            left, right = tap.rows(stream), tap.rows(new)
+            if left is None or right is None:
+                continue
+            if not _close(right.float(), (left + whole).float(), new.dtype):
+                raise tap.uneditable(f"{name} gives no sum of the stream and another write")
+        return again
 
     def _sums(self, values: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """A stream, another value, and their sum ``[B, T, D]``."""
@@ -1397,7 +1585,12 @@ class _Flow(ResidualTracer):
                 return None
             self.derive(scaled)
             term = self.tap.write_of(found, scaled)
-            return a.plus(term) if term else None
+            if term is None:
+                return None
+            if term[1] is not None:
+                assert isinstance(left, Tensor)
+                self.tap.changes.append((left, term[1], 1.0))
+            return a.plus(term[0])
         if name in _SAME and isinstance(a, Stream):
             return a
         return None
@@ -1419,6 +1612,7 @@ class _Flow(ResidualTracer):
             return found.times(factor)
         parts = found.parts if found and found.parts else ((found, value),)
         total = Stream("stream")
+        whole, edited = [], False
         for known, part in parts:
             scaled = part if factor == 1 else part * factor
             if self.derived(value):
@@ -1428,7 +1622,11 @@ class _Flow(ResidualTracer):
             term = self.tap.write_of(known, scaled)
             if term is None:
                 return None
-            total = total.plus(term)
+            total = total.plus(term[0])
+            whole.append(self.tap.rows(scaled) if term[1] is None else term[1])
+            edited = edited or term[1] is not None
+        if edited:
+            self.tap.changes.append((value, sum(whole), factor))  # type: ignore[arg-type]
         return total
 
     def _number(self, value: Any) -> float | None:
@@ -1438,6 +1636,32 @@ class _Flow(ResidualTracer):
         if isinstance(value, Tensor) and value.numel() == 1 and not self.derived(value):
             return float(value)
         return None
+
+
+@contextmanager
+def _standing_in(block: nn.Module, output: Any) -> Iterator[None]:
+    """The block does not run: it returns this."""
+    own = vars(block).get("forward")
+    block.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
+
+
+def _swapped(value: Any, old: Tensor, new: Tensor) -> Any:
+    """The same with another tensor in the place of one."""
+    if isinstance(value, tuple | list):
+        items = [_swapped(item, old, new) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return new if value is old else value
+
+
+def _is_in_place(name: str) -> bool:
+    return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 def _known(value: Tensor) -> Mark:

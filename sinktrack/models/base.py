@@ -7,18 +7,27 @@ made by it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 from sinktrack.errors import MeasurementError
 from sinktrack.models.any_decoder import Decoder
+from sinktrack.models.editable import Editable
 from sinktrack.models.parallel import is_apart, takes_every_process
+from sinktrack.probe import Probe
 
+_Result = TypeVar("_Result")
 _APART = (
     "causal tests do not run on a model that no process holds whole (FSDP1, tensor parallelism); "
     "run them on the checkpoints"
+)
+_SHARDED = (
+    "causal tests run on sharded models (FSDP2) only where they are transformers; run them on the "
+    "checkpoints"
 )
 
 
@@ -35,6 +44,57 @@ class Model:
     """Packages whose versions belong in a record, beside those of every record."""
     no_causal_tests: str | None = None
     """Why the causal tests do not run on it, where they do not."""
+
+    def tried(self, probe: Probe) -> str | None:
+        """Say what was found in the model, or nothing, as far as that costs next to nothing.
+
+        Raises:
+            ProbeError, MeasurementError: as of `sinktrack.measure`.
+        """
+        if self.backend == "torch":
+            from sinktrack.models.decoder_passes import check
+
+            return check(self.model, probe)
+        if self.backend == "transformers" and not self.every_process:
+            from sinktrack.models.live import readable
+
+            readable(self.model, probe)
+        return None
+
+    def editable(
+        self, probe: Probe, batch_size: int | None = None
+    ) -> AbstractContextManager[Editable]:
+        """The model, to be run under an editor, and left as it was found.
+
+        Args:
+            probe: the fixed batch, which must fit.
+            batch_size: sequences of it per pass at most.
+
+        Raises:
+            ProbeError, MeasurementError: on entering, as of `sinktrack.measure`; or the model
+                cannot be edited, and why.
+        """
+        if self.no_causal_tests is not None:
+            raise MeasurementError(self.no_causal_tests)
+        if self.backend == "torch":
+            from sinktrack.models import decoder_passes
+
+            return decoder_passes.editable(self.model, probe, batch_size)
+        if self.backend == "megatron":
+            from sinktrack.models.megatron import passes
+
+            return passes.editable(self.model, probe, batch_size)
+        from sinktrack.models.live import editable
+
+        return editable(self.model, probe, batch_size)
+
+    def together(self, step: Callable[[], _Result]) -> _Result:
+        """Take a step; where every process measures by agreement, all of them or none."""
+        if self.backend != "megatron":
+            return step()
+        from sinktrack.models.megatron.processes import processes
+
+        return processes().together(step)
 
     @property
     def agrees(self) -> bool:
@@ -57,8 +117,9 @@ def adapt(model: Any, decoder: Decoder | None = None) -> Model:
     if decoder is not None:
         return _torch(decoder.of(model))
     if "megatron" in sys.modules and _is_megatron(model):
-        why = "causal tests do not run on Megatron-Core models; run them on the checkpoints"
-        return Model("megatron", model, True, ("megatron-core",), why)
+        from sinktrack.models.megatron.passes import why_not
+
+        return Model("megatron", model, True, ("megatron-core",), why_not(model))
     if not isinstance(model, nn.Module):
         raise MeasurementError(f"a {type(model).__name__} is no model; give a torch.nn.Module")
     if "transformers" in sys.modules and _holds_transformers(model):
@@ -68,9 +129,9 @@ def adapt(model: Any, decoder: Decoder | None = None) -> Model:
 
 
 def _torch(decoder: Decoder) -> Model:
-    reason = "causal tests run on transformers models alone; export the model to that format"
     assert decoder.model is not None
-    return Model("torch", decoder, takes_every_process(decoder.model), (), reason)
+    several = takes_every_process(decoder.model)
+    return Model("torch", decoder, several, (), _SHARDED if several else None)
 
 
 def _is_megatron(model: Any) -> bool:

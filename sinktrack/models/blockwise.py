@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sinktrack.collect import Collector
 from sinktrack.errors import SinktrackError
-from sinktrack.events import Observer, Write
+from sinktrack.events import Editor, Observer, Write
 from sinktrack.metrics.total_effect import SLOTS, Ablations
 from sinktrack.models.huggingface import Decoder, prepared, watch
 
@@ -151,13 +151,13 @@ class AblatedForward:
         walk.stream = stream
         one = replace(self._found, blocks={index: self._found.blocks[index]})
         self.ablations.open = fresh
-        with watch(one, _Ablating(self.ablations)):
+        with watch(one, Observer(), _Ablating(self.ablations)):
             walk.step(index)
         return walk.stream
 
 
-class _Ablating(Observer):
-    """Shows the writes to ablations; a block whose writes cannot be told is refused."""
+class _Ablating(Editor):
+    """Hands the writes to ablations."""
 
     def __init__(self, ablations: Ablations) -> None:
         self._ablations = ablations

@@ -1,10 +1,11 @@
-"""Routed experts told apart: P0's rows run again through their module, without each of them."""
+"""Routed experts told apart: rows run again through their module, without each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sinktrack.errors import MeasurementError
-from sinktrack.events import Routed
+from sinktrack.events import Routed, Uneditable
 
 _ROUNDING = 64
 """Of a dtype's eps, in parts of the largest output: what another number of rows may change."""
@@ -68,24 +69,27 @@ def apart(call: Expert, output: Tensor, layout: Layout) -> Routed:
         layout.flow.replaying = False
 
 
-def _apart(call: Expert, output: Tensor, layout: Layout) -> Routed:
-    assert call.chosen is not None
-    count, index = call.chosen
-    rows = layout.rows(index.float(), index.shape[-1])
-    seen = layout.rows(output)
-    assert seen is not None
-    if rows is None:
-        raise NotTold("the order of what its router chose cannot be told")
-    chosen = rows[:, 0].long()
-    each = chosen.shape[1]
-    written = seen[:, 0].detach().float()
-    everyone = torch.arange(layout.batch, device=chosen.device)
-    rounding = _ROUNDING * torch.finfo(output.dtype).eps
+class _Rerun:
+    """Some rows run once more through a module that routes."""
 
-    def same(one: Tensor, two: Tensor) -> bool:
-        return bool(((one - two).abs() <= rounding * float(written.abs().max())).all())
+    def __init__(self, call: Expert, output: Tensor, layout: Layout) -> None:
+        assert call.chosen is not None
+        self._call, self._layout = call, layout
+        self.count, index = call.chosen
+        rows = layout.rows(index.float(), index.shape[-1])
+        seen = layout.rows(output)
+        assert seen is not None
+        if rows is None:
+            raise NotTold("the order of what its router chose cannot be told")
+        self.chosen = rows.long()
+        """``[B, T, K]``."""
+        self.seen = seen.detach().clone()  # what comes to it may be added in place
+        """``[B, T, D]``: what the module gave."""
+        self._rounding = _ROUNDING * torch.finfo(output.dtype).eps
 
-    def replay(at: Tensor) -> Tensor:
+    def __call__(self, at: Tensor) -> Tensor:
+        """float32 ``[n, D]`` of rows by their number among those of all sequences."""
+        layout, call = self._layout, self._call
         args = [_rows(value, at, layout) for value in call.args]
         kwargs = {name: _rows(value, at, layout) for name, value in call.kwargs.items()}
         result = call.module.forward(*args, **kwargs)
@@ -94,21 +98,36 @@ def _apart(call: Expert, output: Tensor, layout: Layout) -> Routed:
         rows: Tensor = result.reshape(len(at), layout.width).detach().float()
         return rows
 
-    whole = replay(everyone)
-    if not same(whole, written):
+    def same(self, one: Tensor, two: Tensor, like: Tensor) -> bool:
+        """Equal to rounding, in parts of the largest number of another?"""
+        return bool(((one - two).abs() <= self._rounding * float(like.abs().max())).all())
+
+    def gate(self, written: Tensor, ungated: list[Tensor]) -> Tensor:
+        """As of `_gate`."""
+        return _gate(written, ungated, self._rounding)
+
+
+def _apart(call: Expert, output: Tensor, layout: Layout) -> Routed:
+    again = _Rerun(call, output, layout)
+    chosen = again.chosen[:, 0]
+    each = chosen.shape[1]
+    written = again.seen[:, 0].float()
+    everyone = torch.arange(layout.batch, device=chosen.device) * layout.length
+    whole = again(everyone)
+    if not again.same(whole, written, written):
         raise NotTold("alone, P0 gets another output than in its sequence")
-    without = _remover(call.module, count)
+    without = _remover(call.module, again.count)
     parts = torch.zeros(len(chosen), each, layout.width, device=chosen.device)
     gates = torch.full((len(chosen), each), torch.nan, device=chosen.device)
     for expert in chosen.unique().tolist():
         at, place = (chosen == expert).nonzero(as_tuple=True)
         other = (chosen != expert).all(-1).nonzero()[:1, 0]
         with without(expert) as ungated:
-            left = replay(torch.cat([at, other]))
-        if not same(left[len(at) :], whole[other]):
+            left = again(everyone[torch.cat([at, other])])
+        if not again.same(left[len(at) :], whole[other], written):
             raise NotTold("what looks like an expert acts on tokens that did not choose it")
         parts[at, place] = whole[at] - left[: len(at)]
-        gates[at, place] = _gate(parts[at, place], ungated, rounding)
+        gates[at, place] = again.gate(parts[at, place], ungated)
     if bool((whole != 0).any()) and not bool((parts != 0).any()):
         raise NotTold("none of what looks like its experts changes its output")
 
@@ -116,19 +135,89 @@ def _apart(call: Expert, output: Tensor, layout: Layout) -> Routed:
         return parts
 
     def of(expert: int) -> Tensor:
-        raise MeasurementError("experts of such a model are told apart at P0 alone")
+        raise MeasurementError("of a measurement, experts are told apart at P0 alone")
 
-    return Routed(chosen[:, None], gates[:, None], outputs, of, seen, 1.0)
+    return Routed(chosen[:, None], lambda: gates[:, None], outputs, of, lambda: again.seen, 1.0)
+
+
+def everywhere(call: Expert, output: Tensor, layout: Layout) -> Routed:
+    """What each expert writes at every position, told when it is asked for.
+
+    Args:
+        call: the module that holds router and experts.
+        output: what it gave.
+        layout: of its tensors.
+
+    Raises:
+        NotTold: with the reason; what it gives raises `Uneditable`.
+    """
+    again = _Rerun(call, output, layout)
+    chosen, whole = again.chosen, again.seen.flatten(0, 1).float()
+    name, without = type(call.module).__name__, _remover(call.module, again.count)
+
+    @cache
+    def told(expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Its part ``[B, T, D]``, its gates ``[B, T]``, and what it yields before them."""
+        flat = chosen.flatten(0, 1)
+        part = torch.zeros_like(whole)
+        gate, own = torch.full_like(whole[:, 0], torch.nan), torch.full_like(whole, torch.nan)
+        at = (flat == expert).any(-1).nonzero()[:, 0]
+        other = (flat != expert).all(-1).nonzero()[:1, 0]
+        rows = torch.cat([at, other])
+        if len(at):
+            layout.flow.replaying = True
+            try:
+                before = again(rows)
+                with without(expert) as ungated:
+                    left = again(rows)
+            except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+                raise Uneditable(f"some tokens do not run through {name}: {error}") from error
+            finally:
+                layout.flow.replaying = False
+            if not again.same(before, whole[rows], whole[rows]):
+                raise Uneditable(f"in {name} some tokens get another output than among the others")
+            if not again.same(left[len(at) :], before[len(at) :], before):
+                raise Uneditable(
+                    f"what looks like an expert of {name} acts on tokens that did not choose it"
+                )
+            part[at] = before[: len(at)] - left[: len(at)]
+            factor = again.gate(part[at], ungated)
+            gate[at] = factor.where(factor != 0, torch.nan)  # lost in rounding
+            if not bool(factor.isnan().any()):
+                own[at] = ungated[0].reshape(-1, layout.width)[: len(at)].float()
+        shape = chosen.shape[:2]
+        return part.unflatten(0, shape), gate.unflatten(0, shape), own.unflatten(0, shape)
+
+    def of(expert: int) -> Tensor:
+        return told(expert)[0]
+
+    def gates() -> Tensor:
+        found = torch.full(chosen.shape, torch.nan, device=chosen.device)
+        for expert in chosen.unique().tolist():
+            found = torch.where(chosen == expert, told(expert)[1][..., None], found)
+        return found
+
+    def total() -> Tensor:
+        return sum((of(expert) for expert in chosen.unique().tolist()), torch.zeros(()))
+
+    def outputs(position: int) -> Tensor:
+        own = chosen[:, position]
+        found = torch.zeros(*own.shape, layout.width, device=chosen.device)
+        for expert in own.unique().tolist():
+            found = torch.where((own == expert)[..., None], of(expert)[:, position, None], found)
+        return found
+
+    return Routed(chosen, gates, outputs, of, total, 1.0, lambda expert: told(expert)[2])
 
 
 def _rows(value: Any, at: Tensor, layout: Layout) -> Any:
-    """Of a tensor of all positions P0's rows of some sequences, in as many dimensions."""
+    """Of a tensor of all positions some rows by number, in as many dimensions."""
     if not isinstance(value, Tensor) or not value.ndim:
         return value
     found = layout.rows(value, value.shape[-1])
     if found is None:
         return value
-    chosen = found[at, 0]
+    chosen = found.flatten(0, 1)[at]
     if value.ndim == 2:
         return chosen
     return chosen[None] if layout.time_first else chosen[:, None]

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sinktrack.attention import Attended, attend, read_scores, see
 from sinktrack.errors import MeasurementError
-from sinktrack.events import Observer, Projection, Routed, Write
+from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
 from sinktrack.models.guard import restore_on_exit
 from sinktrack.models.tracer import Mark, ResidualTracer, mark, mark_of
 
@@ -281,18 +281,21 @@ def _is_recurrent(module: nn.Module) -> bool:
 
 
 @contextmanager
-def watch(found: Decoder, observer: Observer, start: int = 0) -> Iterator[None]:
+def watch(
+    found: Decoder, observer: Observer, editor: Editor | None = None, start: int = 0
+) -> Iterator[None]:
     """Show the forward passes of ``found`` to ``observer``; undone on leaving, whatever happens.
 
     Args:
         found: the decoder.
         observer: who is told.
+        editor: who may change what is computed.
         start: the first block that is shown.
 
     Raises:
         MeasurementError: by the forward pass, where a block cannot be shown exactly.
     """
-    tap, before = _Tap(found, observer), _ACTIVE.get()
+    tap, before = _Tap(found, observer, editor or Editor()), _ACTIVE.get()
     stack = ExitStack()
 
     def undo() -> None:
@@ -433,9 +436,9 @@ def is_experts(module: nn.Module) -> bool:
 class _Tap:
     """What one watched forward pass goes through."""
 
-    def __init__(self, found: Decoder, observer: Observer) -> None:
-        self.found, self.observer = found, observer
-        self._edits_sight = type(observer).sight is not Observer.sight  # else no mask is built
+    def __init__(self, found: Decoder, observer: Observer, editor: Editor) -> None:
+        self.found, self.observer, self.editor = found, observer, editor
+        self._edits_mask = type(editor).mask is not Editor.mask  # else none is built
         self.block = -1
         self.attended = 0
         self.attention_writes = 0
@@ -467,13 +470,14 @@ class _Tap:
                 raise MeasurementError(f"{self.name()}: no residual stream [B, T, D] at its input")
             self.lineage.following = False
             self.lineage.forget()
-            changed = self.observer.state(index, stream)
+            changed = self.editor.state(index, stream)
             if changed is not None:
                 stream = changed
                 if args:
                     args = (stream, *args[1:])
                 else:
                     kwargs = kwargs | {"hidden_states": stream}
+            self.observer.state(index, stream)
             self.attended = self.attention_writes = 0
             self.written = False
             self.routed = None
@@ -542,8 +546,8 @@ class _Tap:
             )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask = attention_mask
-        if self._edits_sight:
-            mask = see(attention_mask, self._sight, query)
+        if self._edits_mask:
+            mask = see(attention_mask, self._edited, query)
         with self._named():
             output, attended = attend(
                 query, key, value, scale=scale, mask=mask, softcap=softcap, sinks=s_aux,
@@ -585,16 +589,16 @@ class _Tap:
             return result
 
         total = output.detach().view(batch, length, width)
-        self.routed = Routed(index, gate, outputs, of, total, 1.0)
+        self.routed = Routed(index, lambda: gate, outputs, of, lambda: total, 1.0)
         mark(output, Mark("experts"))
 
-    def _sight(self, seen: Tensor) -> Tensor | None:
-        return self.observer.sight(self.block, seen)
+    def _edited(self, seen: Tensor) -> Tensor | None:
+        return self.editor.mask(self.block, seen)
 
     def _only_hidden(self, seen: Tensor) -> Tensor | None:
-        wanted = self._sight(seen)
+        wanted = self._edited(seen)
         if wanted is not None and bool((wanted & ~seen).any()):
-            raise MeasurementError(
+            raise Uneditable(
                 f"{self.name()}: it masks its scores itself, so no query can be shown a later key"
             )
         return wanted
@@ -603,7 +607,7 @@ class _Tap:
         batch, length, _ = self.shape
         if scores.ndim != 4 or (scores.shape[0], *scores.shape[2:]) != (batch, length, length):
             return None
-        changed = see(scores, self._only_hidden, scores) if self._edits_sight else scores
+        changed = see(scores, self._only_hidden, scores) if self._edits_mask else scores
         assert changed is not None
         with self._named():
             attended = read_scores(changed, self.observer.also, changed is not scores)
@@ -694,7 +698,8 @@ class _Tap:
             mixer = self.found.kinds[self.block] == "linear" and not self.written
             write = Write("mixer" if mixer else "mlp", added)
         self.written = True
-        return self.observer.write(self.block, write)
+        self.observer.write(self.block, write)
+        return self.editor.write(self.block, write)
 
 
 _ACTIVE: ContextVar[_Tap | None] = ContextVar("sinktrack_tap", default=None)

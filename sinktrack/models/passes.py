@@ -21,6 +21,7 @@ from sinktrack.probe import Probe
 
 if TYPE_CHECKING:  # transformers is slow to import
     from sinktrack.models.blockwise import AblatedForward
+    from sinktrack.models.editable import Editable
     from sinktrack.models.huggingface import Decoder
 
 
@@ -73,20 +74,37 @@ class Passes:
 
         tokens = self._probe.tokens.numel()
         if in_training and not is_affordable(len(found.blocks), tokens):
-            self._ablated = (
-                f"they would cost over a tenth of this probe of {tokens:,} tokens; scan the "
-                "checkpoints"
-            )
+            self._ablated = dear(tokens)
         elif any(isinstance(value, DTensor) for value in found.model.parameters()):
-            self._ablated = (
-                "several processes share the blocks of this model, which do not run one by one; "
-                "scan the checkpoints"
-            )
+            self._ablated = _SHARED
         else:
             ablations = Ablations(self.first)
             with self._told():
                 self._walk = AblatedForward(found, base, ablations, self.size * self._probe.length)
                 self._ablated = ablations
+
+    def ablate_whole(self, model: Editable, shared: bool, in_training: bool) -> None:
+        """Find the total effects by whole passes, or note why they cannot be had.
+
+        Args:
+            model: that is edited.
+            shared: do several processes hold it together?
+            in_training: leave them out where they would cost over a tenth of the rest.
+        """
+        from sinktrack.models.ablated import ablate
+
+        tokens = self._probe.tokens.numel()
+        if in_training and not is_affordable(model.blocks, tokens, whole=True):
+            self._ablated = dear(tokens)
+            return
+        if shared:
+            self._ablated = _SHARED
+            return
+        with self._told():
+            ablations = Ablations(self.first)
+            rows = max(self.size * self._probe.length // 2, 2 * len(ablations.tokens))
+            ablate(model, ablations, self.collected, self._singles, rows)
+            self._ablated = ablations
 
     def step_ablated(self, index: int) -> None:
         """Take the ablated copies through a block, after the others have been at its input."""
@@ -130,6 +148,17 @@ class Passes:
         if self._probe.repeats and self._probe.weakness is not None:
             measured.missing["probe"] = self._probe.weakness
         return measured
+
+
+_SHARED = (
+    "several processes share the blocks of this model, which do not run one by one; scan the "
+    "checkpoints"
+)
+
+
+def dear(tokens: int) -> str:
+    """Why total effects are left out in training."""
+    return f"they would cost over a tenth of this probe of {tokens:,} tokens; scan the checkpoints"
 
 
 class Digest:

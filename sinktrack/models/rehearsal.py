@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sinktrack.errors import MeasurementError
-from sinktrack.events import Observer
+from sinktrack.events import Editor, Observer
 from sinktrack.models.guard import restore_on_exit
 from sinktrack.models.huggingface import Decoder, configs, foreign, is_experts, watch
 
@@ -69,12 +69,8 @@ class Rehearsal(Observer):
     @contextmanager
     def under_taps(self) -> Iterator[None]:
         """The same for a pass that is measured."""
-        with watch(self._found, self), self._noting(self._tapped, None):
+        with watch(self._found, self, _Fed(self._inputs)), self._noting(self._tapped, None):
             yield
-
-    def state(self, block: int, stream: Tensor) -> Tensor | None:
-        """What the block got in training."""
-        return self._inputs.get(block)
 
     def untold(self, block: int, reason: str) -> None:
         """What is written does not matter here."""
@@ -151,6 +147,17 @@ class Rehearsal(Observer):
                 into.append(stream - before)
 
         return hook
+
+
+class _Fed(Editor):
+    """Every block gets what it got in training."""
+
+    def __init__(self, inputs: dict[int, Tensor]) -> None:
+        self._inputs = inputs
+
+    def state(self, block: int, stream: Tensor) -> Tensor | None:
+        """That input."""
+        return self._inputs.get(block)
 
 
 def _entering(block: int, begin: Callable[[int, Tensor], None]) -> Callable[..., None]:

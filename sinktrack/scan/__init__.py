@@ -405,7 +405,7 @@ def _probe_for(checkpoint: Checkpoint) -> tuple[Probe, str]:
 
     if checkpoint.reason is not None:
         raise ArchiveError(checkpoint.reason)
-    base = checkpoint.base and checkpoint.base.files
+    base = checkpoint.base.files if checkpoint.base else None
     places = [files for files in (checkpoint.files, checkpoint.config, base) if files is not None]
     found = next((one for files in places if (one := tokenizer(files)) is not None), None)
     if found is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sinktrack.attention import attend
 from sinktrack.errors import MeasurementError
-from sinktrack.events import Projection, Write
+from sinktrack.events import Observer, Projection, Write
 from sinktrack.models.megatron.layout import Layout, Routing
 
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ def _kind(number: int, layer: nn.Module, config: Any) -> str:
     return "full" if _window(number, config) is None else "sliding"
 
 
-def _weight(linear: nn.Module) -> Tensor | None:
+def weight_of(linear: nn.Module) -> Tensor | None:
+    """The one matrix of a linear layer, where it has one of its own."""
     weight = getattr(linear, "weight", None)
     return weight if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
@@ -185,12 +186,12 @@ def _layout(config: Any) -> Layout:
 
 
 @contextmanager
-def watch(found: Chunks, shard: Shard) -> Iterator[_Tap]:
+def watch(found: Chunks, shard: Shard) -> Iterator[_Watcher]:
     """Show the forward passes to ``shard``; undone on leaving, whatever happens.
 
     Ask the tap afterwards whether it failed.
     """
-    tap = _Tap(found, shard)
+    tap = _Watcher(found, shard)
     with ExitStack() as stack:
         for number, layer in found.blocks.items():
             for handle in tap.hooks(number, layer):
@@ -200,18 +201,121 @@ def watch(found: Chunks, shard: Shard) -> Iterator[_Tap]:
         yield tap
 
 
-class _Tap:
-    """What a block in a watched forward pass goes through."""
+class Tap:
+    """What a block goes through in a forward pass that is shown."""
 
-    def __init__(self, found: Chunks, shard: Shard) -> None:
-        self.found, self.shard, self.layout = found, shard, found.layout
-        self.failure: Exception | None = None
-        """The first, after which nothing more is looked at; a MeasurementError by intention."""
+    def __init__(self, found: Chunks, observer: Observer) -> None:
+        self.found, self.observer, self.layout = found, observer, found.layout
         self.sum = torch.zeros(0)
         self.bound = 0.0
         self.heads = 0
         self.mixed: Tensor | None = None
         self.inputs: Tensor | None = None
+
+    def name(self, number: int) -> str:
+        """Of a block."""
+        return f"block {number} ({type(self.found.blocks[number]).__name__})"
+
+    def untold(self, number: int, reason: str) -> None:
+        """What writes to the stream in a block cannot be told."""
+        self.observer.untold(number, f"{self.name(number)}: {reason}")
+
+    def begin(self, stream: Tensor) -> None:
+        """A stream ``[T, B, D]`` enters a block."""
+        self.sum, self.bound = stream[0].float(), float(stream[0].norm())
+
+    def add(self, row: Tensor) -> None:
+        """What a sublayer writes at P0, ``[B, D]``."""
+        self.sum = self.sum + row.float()
+        self.bound += float(row.norm())
+
+    def heads_of(
+        self, number: int, tensors: Sequence[Tensor], given: Mapping[str, Any], length: int
+    ) -> list[Tensor]:
+        """Queries, keys and values ``[B, H, T, D]`` of a block's attention, without what pads them.
+
+        Raises:
+            MeasurementError: its mask is another than a causal one.
+        """
+        kind = getattr(given.get("attn_mask_type"), "name", None)
+        if kind not in (None, "causal") or given.get("packed_seq_params") is not None:
+            raise MeasurementError(
+                f"{self.name(number)}: an attention mask of type {kind} is not supported"
+            )
+        found = [tensor[:length].permute(1, 2, 0, 3) for tensor in tensors]
+        self.heads = found[0].shape[1]
+        return found
+
+    def leave(self, number: int, module: Any, args: Any, output: Any) -> None:
+        """After a block, whose terms are checked."""
+        stream = output[0] if isinstance(output, tuple) else output
+        slack = 8 * torch.finfo(stream.dtype).eps * self.bound
+        if self.layout.holds_p0 and float((stream[0].float() - self.sum).norm()) > slack:
+            self.untold(
+                number,
+                "its output is not its input plus what its attention and MLP write, so what writes "
+                "the P0 state cannot be told",
+            )
+        if number == self.found.count - 1:
+            self.observer.state(number + 1, stream.transpose(0, 1))
+
+    def same(self, number: int, ours: Tensor, output: Tensor) -> None:
+        """Is it the attention we take it for? Scale, mask and sinks could all be others."""
+        sequences, heads, length, _ = ours.shape
+        theirs = output.reshape(len(output), sequences, heads, -1)
+        positions = self.layout.queries(length + -length % self.layout.multiple)
+        held = positions < length
+        if not bool(held.any()):
+            return
+        ours = ours.permute(2, 0, 1, 3)[positions[held].to(ours.device)]
+        difference = (theirs[held.to(theirs.device)] - ours).float().norm() / ours.float().norm()
+        limit = _TOLERANCE if ours.dtype == torch.float32 else _HALF_TOLERANCE
+        if float(difference) > limit:  # what is not finite is found in the states
+            raise MeasurementError(
+                f"{self.name(number)}: its core attention differs from causal softmax attention of "
+                f"the same queries, keys and values by {float(difference):.1e} of its norm; not "
+                "supported"
+            )
+
+    def scale(self, number: int, core: Any) -> float:
+        """What the scores of an attention are multiplied with."""
+        for module in (core, *(getattr(core, name, None) for name in _KERNELS)):
+            scale = getattr(module, "softmax_scale", None)
+            if isinstance(scale, int | float):
+                factor = getattr(getattr(core, "scale_mask_softmax", None), "scale", None)
+                return float(scale) * (1.0 if factor is None else float(factor))
+        raise MeasurementError(
+            f"{self.name(number)}: {type(core).__name__} does not say its softmax_scale; not "
+            "supported"
+        )
+
+    def mask(self, number: int, length: int, device: torch.device) -> Tensor | None:
+        """Bool ``[1, 1, T, T]`` of a block with a window; None where all keys are seen."""
+        window = _window(number, self.found.config)
+        if window is None:
+            return None
+        seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
+        return seen.tril().triu(-window[0])
+
+    def sinks(self, core: Any, device: torch.device) -> Tensor | None:
+        """``[H]`` logits that join the denominator, where there are any."""
+        kind = getattr(self.found.config, "softmax_type", "vanilla")
+        if kind == "vanilla":
+            return None
+        offset = getattr(core, "softmax_offset", None)
+        if kind == "learnable" and offset is None:
+            raise MeasurementError(f"{type(core).__name__} has no softmax_offset; not supported")
+        return torch.zeros(self.heads, device=device) if offset is None else offset.reshape(-1)
+
+
+class _Watcher(Tap):
+    """Shows forward passes to a shard."""
+
+    def __init__(self, found: Chunks, shard: Shard) -> None:
+        super().__init__(found, shard)
+        self.shard = shard
+        self.failure: Exception | None = None
+        """The first, after which nothing more is looked at; a MeasurementError by intention."""
 
     def hooks(self, number: int, layer: Any) -> Iterator[Any]:
         """Register everything in one block."""
@@ -242,12 +346,6 @@ class _Tap:
 
         return guarded
 
-    def name(self, number: int) -> str:
-        return f"block {number} ({type(self.found.blocks[number]).__name__})"
-
-    def _untold(self, number: int, reason: str) -> None:
-        self.shard.untold(number, f"{self.name(number)}: {reason}")
-
     def enter(self, number: int, module: Any, args: Any, kwargs: Any) -> None:
         stream = args[0] if args else kwargs["hidden_states"]
         if stream.shape[-1] != self.found.config.hidden_size:
@@ -256,20 +354,8 @@ class _Tap:
                 f"{self.found.config.hidden_size}, as with several streams; not supported"
             )
         self.shard.state(number, stream.transpose(0, 1))
-        self.sum, self.bound = stream[0].float(), float(stream[0].norm())
+        self.begin(stream)
         self.mixed = self.inputs = None
-
-    def leave(self, number: int, module: Any, args: Any, output: Any) -> None:
-        stream = output[0] if isinstance(output, tuple) else output
-        slack = 8 * torch.finfo(stream.dtype).eps * self.bound
-        if self.layout.holds_p0 and float((stream[0].float() - self.sum).norm()) > slack:
-            self._untold(
-                number,
-                "its output is not its input plus what its attention and MLP write, so what writes "
-                "the P0 state cannot be told",
-            )
-        if number == self.found.count - 1:
-            self.shard.state(number + 1, stream.transpose(0, 1))
 
     def attended(self, number: int) -> Callable[..., None]:
         look = self._guarded(number, self._attended)
@@ -287,25 +373,19 @@ class _Tap:
     def _attended(
         self, number: int, core: Any, tensors: Sequence[Tensor], given: Any, output: Tensor
     ) -> None:
-        kind = getattr(given.get("attn_mask_type"), "name", None)
-        if kind not in (None, "causal") or given.get("packed_seq_params") is not None:
-            raise MeasurementError(
-                f"{self.name(number)}: an attention mask of type {kind} is not supported"
-            )
         batch = self.shard.batch(number)
         assert batch is not None
         length = self.shard.lengths[batch]
-        query, key, value = (tensor[:length].permute(1, 2, 0, 3) for tensor in tensors)
-        self.heads = query.shape[1]
+        query, key, value = self.heads_of(number, tensors, given, length)
         ours, attended = attend(
             query,
             key,
             value,
-            scale=self._scale(number, core),
-            mask=self._mask(number, length, query.device),
-            sinks=self._sinks(core, query.device),
+            scale=self.scale(number, core),
+            mask=self.mask(number, length, query.device),
+            sinks=self.sinks(core, query.device),
         )
-        self._same(number, ours, output)
+        self.same(number, ours, output)
         self.shard.attention(number, attended)
 
     def _gathered(self, tensor: Tensor) -> Tensor:
@@ -318,51 +398,6 @@ class _Tap:
         dist.all_gather(parts, tensor.contiguous(), group=state.get_context_parallel_group())
         halves = [part.chunk(2) for part in parts]
         return torch.cat([half[0] for half in halves] + [half[1] for half in halves[::-1]])
-
-    def _same(self, number: int, ours: Tensor, output: Tensor) -> None:
-        """Is it the attention we take it for? Scale, mask and sinks could all be others."""
-        sequences, heads, length, _ = ours.shape
-        theirs = output.reshape(len(output), sequences, heads, -1)
-        positions = self.layout.queries(length + -length % self.layout.multiple)
-        held = positions < length
-        if not bool(held.any()):
-            return
-        ours = ours.permute(2, 0, 1, 3)[positions[held].to(ours.device)]
-        difference = (theirs[held.to(theirs.device)] - ours).float().norm() / ours.float().norm()
-        limit = _TOLERANCE if ours.dtype == torch.float32 else _HALF_TOLERANCE
-        if float(difference) > limit:  # what is not finite is found in the states
-            raise MeasurementError(
-                f"{self.name(number)}: its core attention differs from causal softmax attention of "
-                f"the same queries, keys and values by {float(difference):.1e} of its norm; not "
-                "supported"
-            )
-
-    def _scale(self, number: int, core: Any) -> float:
-        for module in (core, *(getattr(core, name, None) for name in _KERNELS)):
-            scale = getattr(module, "softmax_scale", None)
-            if isinstance(scale, int | float):
-                factor = getattr(getattr(core, "scale_mask_softmax", None), "scale", None)
-                return float(scale) * (1.0 if factor is None else float(factor))
-        raise MeasurementError(
-            f"{self.name(number)}: {type(core).__name__} does not say its softmax_scale; not "
-            "supported"
-        )
-
-    def _mask(self, number: int, length: int, device: torch.device) -> Tensor | None:
-        window = _window(number, self.found.config)
-        if window is None:
-            return None
-        seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=device)
-        return seen.tril().triu(-window[0])
-
-    def _sinks(self, core: Any, device: torch.device) -> Tensor | None:
-        kind = getattr(self.found.config, "softmax_type", "vanilla")
-        if kind == "vanilla":
-            return None
-        offset = getattr(core, "softmax_offset", None)
-        if kind == "learnable" and offset is None:
-            raise MeasurementError(f"{type(core).__name__} has no softmax_offset; not supported")
-        return torch.zeros(self.heads, device=device) if offset is None else offset.reshape(-1)
 
     @contextmanager
     def gated(self, number: int, attention: Any) -> Iterator[None]:
@@ -393,12 +428,12 @@ class _Tap:
             self.shard.write(number, Write("mixer", added))
             return
         linear = module.linear_proj
-        weight, bias = _weight(linear), getattr(linear, "bias", None)
+        weight, bias = weight_of(linear), getattr(linear, "bias", None)
         projection = None
         if self.mixed is None:
-            self._untold(number, "its attention's heads were not seen on their way into the stream")
+            self.untold(number, "its attention's heads were not seen on their way into the stream")
         elif weight is None:
-            self._untold(
+            self.untold(
                 number,
                 f"linear_proj is a {type(linear).__name__} without a weight of its own, as with "
                 "adapters, so what each head writes cannot be told; merge them first",
@@ -416,8 +451,7 @@ class _Tap:
         added, bias = output if isinstance(output, tuple) else (output, None)
         if bias is not None:
             added = added + bias
-        self.sum = self.sum + added[0].float()
-        self.bound += float(added[0].norm())
+        self.add(added[0])
         result: Tensor = added.transpose(0, 1)
         return result
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,18 +12,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from sinktrack.errors import MeasurementError, require
+from sinktrack.collect import Collector
+from sinktrack.errors import MeasurementError, SinktrackError, require
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.metrics import ALONE, METRICS
-from sinktrack.models.guard import probe_context, restore_on_exit
+from sinktrack.metrics.total_effect import Ablations, is_affordable
+from sinktrack.models.ablated import ablate
+from sinktrack.models.guard import probe_context
+from sinktrack.models.megatron.context import ready, synced
 from sinktrack.models.megatron.digest import Vectors, digest, vectors
 from sinktrack.models.megatron.fresh import fresh
+from sinktrack.models.megatron.passes import Passes, why_not
 from sinktrack.models.megatron.processes import processes
 from sinktrack.models.megatron.shards import Shard, merge
+from sinktrack.models.passes import dear
 from sinktrack.probe import Probe
 
 
-def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurement:
+def measure_chunks(
+    model: Any, probe: Probe, batch_size: int | None, in_training: bool = False
+) -> Measurement:
     """`sinktrack.measure` for a Megatron-Core model; every process must call it.
 
     Raises:
@@ -64,7 +71,7 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
 
     def passes() -> None:
         taps = []
-        with _synced(found), probe_context(bare, size, probe), _ready(found):
+        with synced(found), probe_context(bare, size, probe), ready(found):
             fresh(found, all_of)
             for shard, plan in zip((collected, singles), planned, strict=True):
                 with megatron.watch(found, shard) as tap:
@@ -87,17 +94,32 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
                     collected.add_experts(block, number, writes)
         collected.routed.clear()
 
+    def ablated(merged: Collector, alone: Collector) -> Ablations | str:
+        """The total effects, on this process alone, or why they cannot be had."""
+        tokens = probe.tokens.numel()
+        if in_training and not is_affordable(found.count, tokens, whole=True):
+            return dear(tokens)
+        if reason := why_not(model):
+            return reason.replace("causal tests", "total effects")
+        effects = Ablations(probe.first_tokens())
+        try:
+            with probe_context(bare, size, probe), ready(found):
+                ablate(Passes(found), effects, merged, alone, size * probe.length)
+        except (MemoryError, RuntimeError, SinktrackError) as error:
+            return str(error) or type(error).__name__
+        return effects
+
     def whole(shares: list[Any]) -> Measurement | None:
         if not shares:
             return None
+        merged, alone = (merge([each[of] for each in shares]) for of in (0, 1))
         return assemble(
-            merge([share for share, _, _ in shares]),
-            merge([single for _, single, _ in shares]),
+            merged,
+            alone,
             torch.cat([batch[:, 0] for batch in batches]),
             [kinds[block] for block in range(found.count)],
             {value.dtype for value in bare.parameters() if value.is_floating_point()},
-            "the blocks of a Megatron-Core model in training do not run one by one; scan its "
-            "checkpoints",
+            ablated(merged, alone),
             model={
                 "type": type(found.bare[0]).__name__.removeprefix("FSDP"),
                 "blocks": found.count,
@@ -113,7 +135,8 @@ def measure_chunks(model: Any, probe: Probe, batch_size: int | None) -> Measurem
     _share_inputs(collected)
     all_of.together(experts)
     shares = all_of.gather_to_rank0((collected, singles, own), some)
-    measured = all_of.together(lambda: whole(shares))
+    with synced(found):  # process 0 runs more passes
+        measured = all_of.together(lambda: whole(shares))
     result: Measurement = all_of.from_first(measured)
     return result
 
@@ -139,66 +162,8 @@ def _share_inputs(shard: Shard) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def _scalers() -> list[Any]:
-    """Where a schedule leaves the factor of the auxiliary losses, for the backward pass."""
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
-
-    return [MoEAuxLossAutoScaler, MTPLossAutoScaler]
-
-
 def _vocabulary(found: Any) -> int | None:
     return getattr(found.bare[0], "vocab_size", None)
-
-
-@contextmanager
-def _synced(found: Any) -> Iterator[None]:
-    """Parameters are gathered, and no hook gathers them anew; around `probe_context`.
-
-    `probe_context` would put the handles of these hooks back where something of the model leads to
-    them, as ``no_sync_func`` does, after new hooks are set.
-    """
-    gathering = {
-        wrapped: len(handles)
-        for wrapped in found.models
-        if (handles := getattr(wrapped, "remove_forward_pre_hook_handles", None))
-    }
-
-    def undo() -> None:
-        for wrapped, count in gathering.items():
-            handles = wrapped.remove_forward_pre_hook_handles
-            if len(handles) != count:  # none, or some where disabling broke off
-                while handles:
-                    handles.popitem()[1].remove()
-                wrapped.enable_forward_pre_hook()
-
-    with restore_on_exit(undo):
-        for wrapped in gathering:
-            wrapped.disable_forward_pre_hook()
-        yield
-
-
-@contextmanager
-def _ready(found: Any) -> Iterator[None]:
-    """No timers, no logits, no jitter; inside `probe_context`, which ends it."""
-    scalers = {scaler: scaler.main_loss_backward_scale for scaler in _scalers()}
-    own = {name: getattr(found.config, name) for name in ("timers", "param_sync_func")}
-
-    def undo() -> None:
-        for name, value in own.items():
-            setattr(found.config, name, value)
-        for scaler, scale in scalers.items():
-            scaler.main_loss_backward_scale = scale
-
-    with restore_on_exit(undo):
-        for name in own:
-            setattr(found.config, name, None)
-        for chunk in found.bare:
-            chunk.post_process = chunk.mtp_process = False  # no logits, no further tokens
-            for module in chunk.modules():
-                if hasattr(module, "apply_input_jitter"):
-                    module.apply_input_jitter = lambda input: input
-        yield
 
 
 def _schedule(found: Any, batches: list[Tensor]) -> list[tuple[Tensor, int]]:

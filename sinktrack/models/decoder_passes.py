@@ -1,0 +1,221 @@
+"""Passes of any PyTorch decoder: it is measured, tried and edited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from sinktrack.collect import Collector
+from sinktrack.events import Editor, Observer
+from sinktrack.measurement import Measurement
+from sinktrack.models.any_decoder import Decoder, Found, Restart, Several, Tap, found_in
+from sinktrack.models.editable import at_once
+from sinktrack.models.guard import probe_context
+from sinktrack.models.parallel import takes_every_process
+from sinktrack.models.passes import Digest, Passes
+from sinktrack.probe import Probe
+
+_FEW = 2, 64
+"""Sequences and positions of the pass that finds out what the model's tensors are like."""
+
+
+def measure_decoder(
+    decoder: Decoder, probe: Probe, batch_size: int | None, in_training: bool = False
+) -> Measurement:
+    """`sinktrack.measure` for any PyTorch decoder; errors are the same."""
+    found = found_in(decoder)
+    passes = Passes(probe, batch_size)
+    (collected, batches), (singles, firsts) = passes.both
+    with probe_context(found.model, passes.size, probe):
+        for tokens in batches:
+            _show(decoder, found, collected, tokens)
+        for tokens in firsts:  # twice, as code for one token may expect a cache; P0 sees itself
+            _show(decoder, found, singles, tokens.expand(-1, 2), parts=False)
+        passes.ablate_whole(_Passes(decoder, found), takes_every_process(found.model), in_training)
+    seen = collected.of("attention", "visible")
+    length = probe.length - 1
+    found.kinds = tuple(
+        "full" if all(bool((rows == length).all()) for rows in seen[block]) else "sliding"
+        for block in found.blocks
+    )
+    weights = None
+    if found.embedding is not None:
+        digest = Digest(found.model.get_parameter(found.embedding), passes.first)
+        for block in found.blocks.values():
+            digest.add(block)
+        weights = digest.hex()
+    measured = passes.measurement(found, weights)
+    if found.notes:
+        told = {"parts": "; ".join(dict.fromkeys(found.notes))}
+        measured = replace(measured, missing=measured.missing | told)
+    return measured
+
+
+def check(decoder: Decoder, probe: Probe) -> str:
+    """Try a model on a few tokens of the probe, and say what was found; errors as of `measure`."""
+    found = found_in(decoder)
+    few = probe.tokens[:2, :8]
+    collected = Collector({})
+    with probe_context(found.model, len(few), probe):
+        _show(decoder, found, collected, few)
+    blocks, how = len(found.blocks), " and ".join(found.how)
+    experts = f", {found.experts} experts" if found.experts else ""
+    experts += " told apart" if experts and found.told else ""
+    lost = [collected.lost] if collected.lost else []
+    said = f"{found.type}: {blocks} of {blocks} blocks, {how}, {found.most_heads} heads{experts}"
+    return "; ".join([said, *lost, *dict.fromkeys(found.notes)])
+
+
+def _show(
+    decoder: Decoder, found: Found, observer: Collector, tokens: Tensor, parts: bool = True
+) -> None:
+    """Show a forward pass of tokens ``[B, T]``, with the parts of its writes or without."""
+    device = next(found.model.parameters()).device
+    tap = Tap(decoder, found, observer, tokens.to(device), "p0" if parts else None)
+    with tap.watching():
+        decoder.run(tap.tokens)
+        tap.end()
+    found.notes += tap.notes if parts else []
+
+
+class _Done(Exception):
+    """The last block is over, and logits are not wanted."""
+
+
+class _Ending(Observer):
+    """Shows a pass to another, and ends it with the last block."""
+
+    def __init__(self, observer: Observer, blocks: int) -> None:
+        self.also, self._blocks = observer.also, blocks
+        self._observer = observer
+        for name in ("factors", "attention", "gate", "untold", "write"):
+            setattr(self, name, getattr(observer, name))
+
+    def state(self, block: int, stream: Tensor) -> None:
+        self._observer.state(block, stream)
+        if block == self._blocks:
+            raise _Done
+
+
+class _Passes:
+    """`Editable` of any PyTorch decoder."""
+
+    def __init__(self, decoder: Decoder, found: Found) -> None:
+        self._decoder, self._found = decoder, found
+        self.blocks = len(found.blocks)
+        self.device = next(found.model.parameters()).device
+        self.width = self.vocabulary = 0
+        self.routes = False
+        self._dims, self._time_first = 0, False
+
+    def look(self, few: Tensor) -> None:
+        """Find out by a pass of a few tokens what the model's tensors are like."""
+        tap, logits = self._pass(few, Observer(), None, None)
+        self._dims, self._time_first, self.width = tap.dims, tap.time_first, tap.width
+        self._found.carries = tap.carries
+        self.routes = self._found.experts is not None
+        self.vocabulary = self.width if logits is None else logits.shape[-1]
+
+    def restarts(self, block: int) -> bool:
+        """Do all blocks before it return the stream alone, in a shape that is known?"""
+        found = self._found
+        if found.carries or self._dims not in (2, 3):
+            return False
+        return all(
+            before in found.forms and not isinstance(found.blocks[before], Several)
+            for before in range(block)
+        )
+
+    def run(
+        self,
+        tokens: Tensor,
+        observer: Observer | None = None,
+        editor: Editor | None = None,
+        *,
+        start: int = 0,
+        stream: Tensor | None = None,
+        logits: bool = False,
+    ) -> Tensor | None:
+        """As of `Editable`; single tokens go twice, as code for one may expect a cache.
+
+        Where there are two heads, three times: their order is told by these numbers.
+        """
+        if tokens.shape[1] == 1:
+            tokens = tokens.expand(-1, 3 if self._found.most_heads == 2 else 2)
+        restart = None
+        if start:
+            assert stream is not None
+            restart = Restart(start, stream, self._dims, self._time_first)
+        own = observer or Observer()
+        if not logits:
+            own = _Ending(own, self.blocks)
+        with suppress(_Done):
+            return self._pass(tokens, own, editor, restart)[1]
+        return None
+
+    def _pass(
+        self, tokens: Tensor, observer: Observer, editor: Editor | None, restart: Restart | None
+    ) -> tuple[Tap, Tensor | None]:
+        tap = Tap(
+            self._decoder, self._found, observer, tokens.to(self.device), "all", editor, restart
+        )
+        with tap.watching():
+            output = self._decoder.run(tap.tokens)
+            tap.end()
+        return tap, _logits(output, tap, self._found)
+
+
+def _logits(output: Any, tap: Tap, found: Found) -> Tensor | None:
+    """``[B, T, V]`` in what a model returned; None where no tensor is evidently that.
+
+    It is what is named so, or the one tensor of every position that is as wide as the embedding has
+    rows, or else wider than any token and not as wide as the stream; and no probabilities.
+    """
+    named = output.get("logits") if isinstance(output, Mapping) else None
+    named = getattr(output, "logits", named)
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    given = (
+        [named] if named is not None else output if isinstance(output, tuple | list) else [output]
+    )
+    rows = None
+    if found.embedding is not None:
+        rows = found.model.get_parameter(found.embedding).shape[0]
+    wanted = []
+    for value in given:
+        if not isinstance(value, Tensor) or value.ndim < 2:
+            continue
+        width = value.shape[-1]
+        fits = width == rows or (width != tap.width and width > int(tap.tokens.max()))
+        own = tap.rows(value, width) if fits else None
+        if own is not None:
+            wanted.append(own)
+    if len(wanted) != 1:
+        return None
+    (logits,) = wanted
+    sums = logits.float().sum(-1)
+    if bool((logits >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):
+        return None
+    return logits
+
+
+@contextmanager
+def editable(decoder: Decoder, probe: Probe, batch_size: int | None) -> Iterator[_Passes]:
+    """A decoder that is run and edited, and left as it was found.
+
+    Raises:
+        ProbeError, MeasurementError: as of `sinktrack.measure`; or what writes to its stream cannot
+            be told.
+    """
+    found = found_in(decoder)
+    few = probe.tokens[: _FEW[0], : _FEW[1]]
+    passes = _Passes(decoder, found)
+    with probe_context(found.model, len(few), probe):
+        passes.look(few)
+    size = at_once(passes.vocabulary, probe, batch_size)
+    with probe_context(found.model, size, probe):
+        yield passes
