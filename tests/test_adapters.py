@@ -324,6 +324,21 @@ def test_the_base(
     assert "0: " in (found := said(str(archive), "--base", str(base))) and "1 measured" in found
 
 
+def test_a_base_in_a_hub_cache(usual: tuple[Path, Path], tmp_path: Path) -> None:
+    base, archive = usual
+    cache, commit = tmp_path / "models--a--b", "a" * 40
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text(commit)
+    (cache / "snapshots" / commit).mkdir(parents=True)
+    shutil.copytree(base, cache / "blobs")
+    for file in (cache / "blobs").iterdir():
+        (cache / "snapshots" / commit / file.name).symlink_to(file)
+    wanted = merged(base, archive / "checkpoint-5").state_dict()
+    for place in (cache, cache / "snapshots" / commit):
+        found = read(place, archive).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
 def test_a_final_adapter_around_the_checkpoints(usual: tuple[Path, Path], adapter: Path) -> None:
     archive = adapter.parent
     for name in ("adapter_model.safetensors", "adapter_config.json"):
