@@ -266,6 +266,23 @@ def test_what_the_configuration_does_not_say_stays_refused(tmp_path: Path) -> No
     described(path, None)
     with pytest.raises(ArchiveError, match=r"quantized weights are not supported.*F8_E4M3"):
         read(path)
+    for odd in (3, "ab", [2, 2.0]):
+        described(path, {"quant_method": "fp8", "weight_block_size": odd})
+        with pytest.raises(ArchiveError, match=r"weight_block_size|is not as it should be"):
+            read(path)
+    kept = {"type": "float", "num_bits": 8, "symmetric": True, "strategy": "block"}
+    odd_groups = ([1], {"a": 3}, {"a": {"weights": kept | {"block_structure": [[1], 2]}}})
+    for groups in odd_groups:
+        described(
+            path,
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": groups,
+            },
+        )
+        with pytest.raises(ArchiveError, match="is not as it should be"):
+            read(path)
     for settings in (
         {"quant_method": "gptq"},
         {"quant_method": "fp8", "weight_block_size": [0, 1]},
