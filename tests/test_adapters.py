@@ -211,6 +211,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "activated": ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens is not merged"),
     "what is to come": ({"hyper_lora": True}, "hyper_lora is not merged here"),
     "another rank": ({"r": 8}, "has rank 4 in model.layers.0.self_attn.q_proj, "),
+    "a list for a kind": ({"peft_type": ["LORA"]}, r"peft_type \['LORA'\] is not merged here"),
     "no number": ({"lora_alpha": "16"}, "has lora_alpha 16 of model.layers"),
     "not finite": ({"lora_alpha": float("nan")}, "has lora_alpha nan of model.layers"),
     "slow to match": ({"alpha_pattern": {"(a*)*b": 2}}, "alpha_pattern that is not matched here"),
@@ -294,6 +295,7 @@ def test_tensors_that_do_not_fit(usual: tuple[Path, Path], adapter: Path) -> Non
     assert "of shape [31, 4], the base takes [32, 4]" in said(
         whole | {name: whole[name][:31].clone()}
     )
+    assert "most likely its parts were not gathered" in said(whole | {name: torch.empty(0)})
     another = {key.replace("layers.1", "layers.7"): value for key, value in whole.items()}
     assert "changes model.layers.7.self_attn.q_proj.weight, of which the base" in said(another)
     assert "holds base_model.model.x.lora_E, which is not merged here" in said(
@@ -322,6 +324,21 @@ def test_the_base(
     assert "is no model that is read" in said(str(archive), "--base", str(archive))
     assert "holds no adapters: leave out --base" in said(str(base), "--base", str(base))
     assert "0: " in (found := said(str(archive), "--base", str(base))) and "1 measured" in found
+
+
+def test_a_base_in_a_hub_cache(usual: tuple[Path, Path], tmp_path: Path) -> None:
+    base, archive = usual
+    cache, commit = tmp_path / "models--a--b", "a" * 40
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text(commit)
+    (cache / "snapshots" / commit).mkdir(parents=True)
+    shutil.copytree(base, cache / "blobs")
+    for file in (cache / "blobs").iterdir():
+        (cache / "snapshots" / commit / file.name).symlink_to(file)
+    wanted = merged(base, archive / "checkpoint-5").state_dict()
+    for place in (cache, cache / "snapshots" / commit):
+        found = read(place, archive).state_dict()
+        assert all(torch.equal(found[key], value) for key, value in wanted.items())
 
 
 def test_a_final_adapter_around_the_checkpoints(usual: tuple[Path, Path], adapter: Path) -> None:

@@ -297,9 +297,10 @@ def test_tokenizers_that_are_read_and_others(tmp_path: Path) -> None:
     hf.mkdir()
     shutil.copy(tmp_path / "a/checkpoint-1/config.json", hf)
 
-    def said(**options: object) -> str:
+    def said(hf_config: Path | None = None) -> str:
         run = Run.open(tmp_path / "run")
-        (note,) = choose_probe(discover(tmp_path / "a", **options), run, None)[1:]
+        found = discover(tmp_path / "a", hf_config=hf_config)
+        (note,) = choose_probe(found, run, None)[1:]
         return str(note)
 
     assert said().startswith("no probe given and no tokenizer found: ")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import models
 import pytest
@@ -151,17 +151,20 @@ def test_scales_as_others_write_them(tmp_path: Path) -> None:
 
 def test_compressed_tensors(tmp_path: Path) -> None:
     """`weight_scale` by tensor, by row and by block: the products, rounded once."""
-    for number, blocks in enumerate((None, "row", (32, 32))):
-        path = written(tmp_path / str(number), llama, blocks if blocks != "row" else (1, 10**6))
+    ways: list[tuple[str, tuple[int, int] | None]] = [
+        ("tensor", None), ("channel", (1, 10**6)), ("block", (32, 32)),
+    ]  # fmt: skip
+    for way, blocks in ways:
+        path = written(tmp_path / way, llama, blocks)
         weights = {
             name.replace("scale_inv", "scale"): value
             for name, value in load_file(path / FILE).items()
         }
         save_file(weights, path / FILE)
-        group = {"type": "float", "num_bits": 8, "symmetric": True, "dynamic": False,
-                 "strategy": {None: "tensor", "row": "channel"}.get(blocks, "block")}  # fmt: skip
-        if isinstance(blocks, tuple):
-            group["block_structure"] = list(blocks)
+        group = {
+            "type": "float", "num_bits": 8, "symmetric": True, "dynamic": False, "strategy": way,
+            "block_structure": blocks if way == "block" else None,
+        }  # fmt: skip
         described(path, {
             "quant_method": "compressed-tensors", "format": "float-quantized",
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": group}},
@@ -170,7 +173,7 @@ def test_compressed_tensors(tmp_path: Path) -> None:
         for name, values in weights.items():
             if values.dtype == torch.float8_e4m3fn:
                 scales = weights[f"{name}_scale"]
-                if isinstance(blocks, tuple):
+                if way == "block":
                     scales = scales.repeat_interleave(32, 0).repeat_interleave(32, 1)
                     scales = scales[: values.shape[0], : values.shape[1]]
                 assert torch.equal(found[name], (values.float() * scales).to(torch.bfloat16))
@@ -202,7 +205,9 @@ def packed(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_four_bits_are_what_transformers_makes_of_them(tmp_path: Path, dtype: str) -> None:
+def test_four_bits_are_what_transformers_makes_of_them(
+    tmp_path: Path, dtype: Literal["bfloat16", "float32"]
+) -> None:
     path = packed(tmp_path / "checkpoint-2")
     wanted = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     same(read(path, None if dtype == "bfloat16" else dtype).state_dict(), wanted.state_dict())
@@ -261,6 +266,23 @@ def test_what_the_configuration_does_not_say_stays_refused(tmp_path: Path) -> No
     described(path, None)
     with pytest.raises(ArchiveError, match=r"quantized weights are not supported.*F8_E4M3"):
         read(path)
+    for odd in (3, "ab", [2, 2.0]):
+        described(path, {"quant_method": "fp8", "weight_block_size": odd})
+        with pytest.raises(ArchiveError, match=r"weight_block_size|is not as it should be"):
+            read(path)
+    kept = {"type": "float", "num_bits": 8, "symmetric": True, "strategy": "block"}
+    odd_groups = ([1], {"a": 3}, {"a": {"weights": kept | {"block_structure": [[1], 2]}}})
+    for groups in odd_groups:
+        described(
+            path,
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": groups,
+            },
+        )
+        with pytest.raises(ArchiveError, match="is not as it should be"):
+            read(path)
     for settings in (
         {"quant_method": "gptq"},
         {"quant_method": "fp8", "weight_block_size": [0, 1]},

@@ -41,7 +41,7 @@ def applied(source: Source) -> Source:
     method = settings.get("quant_method")
     if method == "mxfp4":
         found, kind = _mxfp4(source), "mxfp4"
-    elif (blocks := _blocks(settings)) is not None:
+    elif (blocks := _said(source, settings)) is not None:
         found, kind = _fp8(source, blocks)
     else:
         return source
@@ -153,6 +153,17 @@ def _rows(index: Index, size: int) -> tuple[Any, Any]:
 
 def _exponents(stored: Tensor) -> Tensor:
     return torch.exp2(stored.to(torch.float32) - 127)
+
+
+def _said(source: Source, settings: Mapping[str, Any]) -> Blocks | str | None:
+    """The same as `_blocks`, of settings of any shape."""
+    try:
+        return _blocks(settings)
+    except (AttributeError, TypeError) as error:
+        raise ArchiveError(
+            f"{source.files.location}: the quantization_config of config.json is not as it should "
+            f"be ({error}); the checkpoint is damaged"
+        ) from error
 
 
 def _blocks(settings: Mapping[str, Any]) -> Blocks | str | None:

@@ -255,6 +255,12 @@ class _Adapter:
         if missing := {"A", "B"} - set(parts):
             raise self._error(f"lacks lora_{min(missing)} of {module}: it was not saved whole")
         settings = self._settings
+        for name in ("A", "B"):
+            if len(shape := parts[name].get_shape()) != 2 or 0 in shape:
+                raise self._error(
+                    f"has lora_{name} of {module} of shape {shape}: most likely its parts were not "
+                    "gathered when it was saved (DeepSpeed ZeRO-3, FSDP)"
+                )
         rank, said = parts["A"].get_shape()[0], self._of(module, "rank_pattern", "r")
         if rank != said:
             raise self._error(f"has rank {rank} in {module}, {CONFIG} says {said:g}")
@@ -356,7 +362,10 @@ def _wide(value: Tensor) -> Tensor:
 
 def _refuse(settings: Mapping[str, Any], where: str) -> None:
     """Refuse what is not plain LoRA, by its name."""
-    kind, merge = settings.get("peft_type"), "merge it with PEFT's merge_and_unload and save that"
+    kind, merge = (
+        str(settings.get("peft_type")),
+        "merge it with PEFT's merge_and_unload and save that",
+    )
     if kind in _PROMPTS:
         raise ArchiveError(
             f"{where}: peft_type {kind} puts trained vectors before the text, so that its first "
@@ -364,7 +373,7 @@ def _refuse(settings: Mapping[str, Any], where: str) -> None:
         )
     if kind != "LORA":
         raise ArchiveError(
-            f"{where}: peft_type {str(kind)[:80]} is not merged here, LORA alone is; {merge}"
+            f"{where}: peft_type {kind[:80]} is not merged here, LORA alone is; {merge}"
         )
     if _CHANGES_BASE.match(way := str(settings.get("init_lora_weights"))):
         raise ArchiveError(

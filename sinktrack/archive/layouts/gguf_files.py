@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from sinktrack.archive.discover import checkpoint_at, file_checkpoint
 from sinktrack.archive.huggingface import built, config_of
@@ -91,6 +90,8 @@ class GGUFSource:
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
+        from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
         model = built(self.config, torch.float32)
         read = self._read(
             lambda: load_gguf_checkpoint(self._path, return_tensors=True, model_to_load=model)

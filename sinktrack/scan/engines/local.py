@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing.connection import wait as wait_for
+from typing import Any
 
 import torch
 
@@ -41,7 +43,7 @@ def spread(
     waiting, alone = deque(checkpoints), deque[Checkpoint]()
     deaths: dict[Checkpoint, int] = {}
     while waiting or alone:
-        with _pool(size) as pool:
+        with _pool(size, getattr(work, "device", "cpu")) as pool:
             running: dict[Future[Outcome], Checkpoint] = {}
             first = [] if deaths else [pool.submit(os.getpid) for _ in range(size)]
             try:
@@ -82,9 +84,16 @@ def sensible(checkpoints: Sequence[Checkpoint]) -> int:
     return max(1, min(cores or 1, len(checkpoints), available() // footprint_of_one(checkpoints)))
 
 
-def _pool(size: int) -> ProcessPoolExecutor:
+def _pool(size: int, device: str) -> ProcessPoolExecutor:
+    """Processes that share the cores, and their imports where they may be forks.
+
+    They may not where they use an accelerator, whose driver is of no use in a fork.
+    """
     threads = max(1, torch.get_num_threads() // size)
-    context = multiprocessing.get_context("spawn")
+    forks = device == "cpu" and sys.platform == "linux"
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(["sinktrack.scan.engines.loaded"])
     return ProcessPoolExecutor(size, mp_context=context, initializer=partial(_begin, threads))
 
 
