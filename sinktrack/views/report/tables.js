@@ -49,7 +49,9 @@ const describe = () => {
   $("verdict").replaceChildren();
   element("b", finding, $("verdict"));
   $("story").replaceChildren();
-  for (const line of more) element("li", line, $("story"));
+  $("asides").replaceChildren();
+  $("more").hidden = !run.asides.length;
+  for (const line of more) element("li", line, $(run.asides.includes(line) ? "asides" : "story"));
   $("signal").replaceChildren();
   for (const line of run.signal) element("li", line, $("signal"));
   $("probes").hidden = new Set(runs.map((one) => one.probe)).size === 1;
