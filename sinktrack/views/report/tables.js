@@ -76,7 +76,7 @@ const COLUMNS = {
     ["first_two_gain", () => true], ["depth", (record) => record.formed], ["position_share", () => true],
   ].flatMap(([name, of]) => [
     [fields[name].title, (record) => (of(record) ? told(record, name) : "–")],
-    ...(name === "sink_rate" ? [["95 %", (record) => (record.intervals[name] ? record.intervals[name].map((bound) => formatted(bound, fields[name].form)).join(" to ") : "–")]] : []),
+    ...(name === "sink_rate" ? [["95 %", (record) => (record.intervals[name] ? between(record.intervals[name], (bound) => formatted(bound, fields[name].form)).replace("95 %: ", "") : "–")]] : []),
   ])),
   source: (record) => record.source,
 };
