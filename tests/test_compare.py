@@ -48,6 +48,7 @@ def test_spread_over_seeds_is_students() -> None:
     truth = [800 + 50 * i for i in range(6)]
     assert sum(o.low <= t <= o.high for o, t in zip(intervals, truth, strict=True)) > 4
     assert found.differences == () and found.predictions == ()
+    assert found.verdict()[0] == "6 runs of 1 setting." and "onset" in found.verdict()[1]
 
 
 def test_settings_are_told_apart_where_they_differ() -> None:
@@ -66,6 +67,10 @@ def test_settings_are_told_apart_where_they_differ() -> None:
     assert one.value.high - one.value.value == pytest.approx(half)
     assert one.claimed and one.p == pytest.approx(2 / 252 * len(found.differences))
     assert "beyond what seeds explain" in str(found)
+    assert found.verdict()[0].startswith(
+        "10 runs of 2 settings. Beyond what seeds explain: sink rate (b less a: 30."
+    )
+    assert [line.split(":")[0] for line in found.verdict()[1:]] == ["a", "b"]
 
 
 def test_no_claim_below_five_seeds_a_side() -> None:

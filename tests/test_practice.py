@@ -86,7 +86,7 @@ def test_whether_the_start_token_is_needed(
 
 
 def test_the_largest_activation_and_its_channels() -> None:
-    of = {
+    of: dict[str, Any] = {
         "p0": [1.0, 2.0, 900.0, 5.0, 7.0], "others": [2.0] * 5, "p0_channel": [0, 1, 9, 3, 4],
         "others_channel": [6] * 5, "ratio": [2.0, 3.0, 450.0, None, 4.0],
     }  # fmt: skip

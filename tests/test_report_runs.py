@@ -18,6 +18,7 @@ from sinktrack.records.thinned import evenly
 from sinktrack.signal import analyze, timeline
 from sinktrack.text import natural
 from sinktrack.views.report import page, write_report
+from sinktrack.views.story import asides, story
 
 pytest.importorskip("plotly")
 
@@ -219,6 +220,28 @@ def test_every_tooltip_has_quantity_and_place(twelve: Any) -> None:
     tip = twelve.evaluate("document.getElementById('sink_rate').data[0].hovertemplate")
     assert "%{x:,} tokens" in tip
     twelve.get_by_label("steps", exact=True).check()
+
+
+def test_curves_are_above_the_fold(browser: Any, tmp_path: Path) -> None:
+    """Also below the longest story: what can wait is folded."""
+    record = serial_record()
+    record["rivals"] = [0.2] * len(record["rivals"])
+    runs = [record | {"step": step, "sink_rate": min(0.7, step / 9)} for step in range(12)]
+    told = story(runs, analyze(runs))
+    write_report({"deep": runs}, tmp_path / "deep.html")
+    for width, height in ((1440, 900), (1024, 768)):
+        opened = browser.new_page(viewport={"width": width, "height": height})
+        opened.goto((tmp_path / "deep.html").as_uri())
+        opened.wait_for_selector("#shares .main-svg")
+        top = opened.evaluate(
+            """() => { const chart = document.getElementById("sink_rate");
+                return chart.getBoundingClientRect().top + chart._fullLayout.yaxis._offset; }"""
+        )
+        assert top < height - 60
+        lines = opened.locator("#story li, #asides li").all_text_contents()
+        assert sorted(lines) == sorted(told[1:])
+        assert asides(told) == opened.locator("#asides li").all_text_contents()
+        opened.close()
 
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)

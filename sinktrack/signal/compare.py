@@ -184,10 +184,11 @@ class Comparison:
                 f"{self._told(one.quantity, one.value.value)}, p = {one.p:.3f})"
                 for one in claimed
             )
-            first = f"{told}: beyond what seeds explain differ {what}."
+            first = f"{told}. Beyond what seeds explain: {what}."
         elif self.differences:
             tested = dict.fromkeys(QUANTITIES[one.quantity] for one in self.differences)
-            first = f"{told}: {', '.join(tested)} differ no more than seeds explain."
+            differ = "differ" if len(tested) > 1 else "differs"
+            first = f"{told}: {', '.join(tested)} {differ} no more than seeds explain."
         elif len(settings) > 1:
             first = f"{told}: too few runs, or too little in common, to tell settings apart."
         else:

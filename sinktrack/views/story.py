@@ -16,6 +16,11 @@ _FEW = 0.005
 _POSITION, _TOKEN = 0.9, 0.1
 """Share of first tokens from which position decides, and down to which a token does."""
 
+_LONG = 9
+"""Sentences from which on a story is long."""
+_ASIDES = ("Small in share", "The P0 state of the sink of block", "The sink of block", "P0 has riv")
+"""How sentences begin of effects that shares hide, of weaker sinks, and of rivals."""
+
 Record = Mapping[str, Any]
 
 
@@ -29,6 +34,11 @@ def story(records: Sequence[Record], signal: Analysis) -> list[str]:
     last = records[-1]
     told = [where(last), *_mind(last), *_since(records, signal), *circuit(last), *decided(last)]
     return told + _changed(records, signal)
+
+
+def asides(told: Sequence[str]) -> list[str]:
+    """Those sentences of a long story that can wait; of a short one none can."""
+    return [] if len(told) < _LONG else [line for line in told if line.startswith(_ASIDES)]
 
 
 def where(record: Record) -> str:

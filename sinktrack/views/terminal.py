@@ -204,7 +204,7 @@ def show_card(record: Mapping[str, Any], console: Console) -> None:
             continue
         cells = [_number(rates[rate], ".1%") or "-" for rate in ("sink_rate", "sink_rate_from_2")]
         bounds = rates["intervals"]["sink_rate"]
-        interval = "" if bounds is None else f"  (95 %: {bounds[0]:.0%} to {bounds[1]:.0%})"
+        interval = _bounds(bounds, ".0%")
         text = f"{cells[0]:>8} {cells[1]:>8}  with {words}{interval}"
         console.print(Text(text))
 

@@ -368,6 +368,7 @@ const drawLives = () => {
   const at_ = field === "tokens" ? "%{x:,} tokens" : "step %{x:,}";
   const kept = range(lives.steps.length).filter((i) => choice("scale") === "linear" || lives[field][i] > 0);
   const x = kept.map((i) => lives[field][i]);
+  const whole = (values) => (largest(values, 0) > 5 ? {} : { dtick: 1 });
   const bars = [["born", 1, colour("accent"), "Births"], ["died", -1, colour("mark"), "Deaths"]].map(([name, sign, tone, title]) => ({
     type: "scatter", mode: "lines", line: { shape: "hvh", width: 1.5, color: tone }, fill: "tozeroy", name: title, yaxis: "y2", x, y: kept.map((i) => sign * lives[name][i]),
     customdata: kept.map((i) => lives[name][i]), hovertemplate: `${title}, ${at_}: %{customdata} heads<extra></extra>`,
@@ -376,7 +377,8 @@ const drawLives = () => {
     { type: "scatter", mode: x.length > 60 ? "lines" : "lines+markers", name: "Sink heads", x, y: kept.map((i) => lives.count[i]), line: { color: colour("ink"), width: 2 }, marker: { size: 5 }, hovertemplate: `Sink heads, ${at_}: %{y} heads<extra></extra>` }, ...bars,
   ], layout({
     xaxis: axis({ title: AXES[field === "tokens" ? "tokens" : "step"], type: choice("scale"), anchor: "y2", ...(choice("scale") === "log" ? logTicks(x, 6) : {}) }),
-    yaxis: axis({ title: "sink heads", rangemode: "tozero", domain: [0.42, 1] }), yaxis2: axis({ title: "born, gone", domain: [0, 0.34] }),
+    yaxis: axis({ title: "sink heads", rangemode: "tozero", domain: [0.42, 1], ...whole(lives.count) }),
+    yaxis2: axis({ title: "born, gone", domain: [0, 0.34], ...whole([...lives.born, ...lives.died]) }),
   }), config);
   const rows = range(lives.since.length);
   const columns = range(lives.since[0].length);

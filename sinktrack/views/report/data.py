@@ -27,6 +27,7 @@ from sinktrack.signal.loss import Losses
 from sinktrack.text import natural
 from sinktrack.views.story import (
     CARD,
+    asides,
     by_mass,
     carded,
     circuit,
@@ -158,6 +159,7 @@ def _run(
     kept = evenly(len(records), math.ceil(len(records) / stride))
     more = [_thinned(records, kept, of, room) for of in (_by_block, _by_head)]
     stages = stages if len(records) > 1 else {}  # one record is a state, not a course
+    told_of = story(records, found)
     loss = _loss_at([record["step"] for record in records], losses)
     onset = {"step": found.onset, "tokens": found.onset_tokens}
     return {
@@ -169,7 +171,8 @@ def _run(
         "versions": last["versions"],
         "total": len(records),
         "same_weights": [told(steps) for steps in equal_weights(records)],
-        "story": story(records, found),
+        "story": told_of,
+        "asides": asides(told_of),
         "signal": found.lines() if len(records) > 1 else [],
         "missing": found.missing,
         "onset": {axis: at and _rounded([at.value, at.low, at.high]) for axis, at in onset.items()},

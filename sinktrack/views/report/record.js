@@ -103,13 +103,13 @@ const drawCard = () => {
     const rates = card.map(([, found]) => found?.[field] ?? null);
     const bounds = card.map(([, found], i) => found?.intervals[field] ?? [rates[i], rates[i]]);
     return {
-      type: "bar", name, x: names, y: rates, marker: { color: tone }, text: rates.map((rate) => (rate === null ? "" : percent(rate))), textposition: "outside", cliponaxis: false,
+      type: "bar", name, x: names, y: rates, marker: { color: tone }, text: rates.map((rate) => (rate === null || narrow() ? "" : percent(rate))), textposition: "outside", cliponaxis: false,
       error_y: { type: "data", symmetric: false, array: bounds.map(([, high], i) => high - rates[i]), arrayminus: bounds.map(([low], i) => rates[i] - low), color: colour("muted"), thickness: 1 },
       hovertemplate: `Sink rate, ${stepOf()}, %{x}, ${name}: %{y:.1%}<extra></extra>`,
     };
   });
   Plotly.react("card", bars, layout({
-    barmode: "group", xaxis: axis({ showgrid: false }), yaxis: axis({ title: fields.sink_rate.title, tickformat: ".0%", range: [0, 1.12] }),
+    barmode: "group", xaxis: axis({ showgrid: false, tickangle: 0, ...(narrow() ? { tickfont: { size: 9, color: colour("muted") } } : {}) }), yaxis: axis({ title: fields.sink_rate.title, tickformat: ".0%", range: [0, 1.12] }),
   }), config);
 };
 

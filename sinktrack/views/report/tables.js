@@ -49,7 +49,9 @@ const describe = () => {
   $("verdict").replaceChildren();
   element("b", finding, $("verdict"));
   $("story").replaceChildren();
-  for (const line of more) element("li", line, $("story"));
+  $("asides").replaceChildren();
+  $("more").hidden = !run.asides.length;
+  for (const line of more) element("li", line, $(run.asides.includes(line) ? "asides" : "story"));
   $("signal").replaceChildren();
   for (const line of run.signal) element("li", line, $("signal"));
   $("probes").hidden = new Set(runs.map((one) => one.probe)).size === 1;
@@ -74,7 +76,7 @@ const COLUMNS = {
     ["first_two_gain", () => true], ["depth", (record) => record.formed], ["position_share", () => true],
   ].flatMap(([name, of]) => [
     [fields[name].title, (record) => (of(record) ? told(record, name) : "–")],
-    ...(name === "sink_rate" ? [["95 %", (record) => (record.intervals[name] ? record.intervals[name].map((bound) => formatted(bound, fields[name].form)).join(" to ") : "–")]] : []),
+    ...(name === "sink_rate" ? [["95 %", (record) => (record.intervals[name] ? between(record.intervals[name], (bound) => formatted(bound, fields[name].form)).replace("95 %: ", "") : "–")]] : []),
   ])),
   source: (record) => record.source,
 };
