@@ -12,5 +12,6 @@ html_title = f"sinktrack {release}"
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_mock_imports = ["olmo_core"]
 nitpicky = False
 linkcheck_ignore = [r"http://127\.0\.0\.1.*"]

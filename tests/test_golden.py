@@ -6,7 +6,11 @@ away. Renew them, and look at the difference: ``python tests/test_golden.py``.
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -103,6 +107,35 @@ SURFACES: dict[str, Callable[[], Any]] = {
 }
 
 
+CLI_PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+
+
+def cli_page() -> str:
+    """Typer's page of all commands."""
+    command = [sys.executable, "-m", "typer", "sinktrack.cli.commands", "utils", "docs"]
+    done = subprocess.run(
+        [*command, "--name", "sinktrack"], capture_output=True, text=True, check=True
+    )
+    text = html.unescape(done.stdout).replace("# `sinktrack`", "# Command line", 1)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def test_the_page_of_the_command_line_is_that_of_its_help() -> None:
+    assert CLI_PAGE.read_text() == cli_page(), "if that is meant: python tests/test_golden.py"
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    page = (CLI_PAGE.parent / "api.md").read_text()
+    callbacks = {
+        name
+        for file in (CLI_PAGE.parents[1] / "callbacks").glob("*.py")
+        for name in re.findall(r"^class (SinkTrack\w+)", file.read_text(), re.MULTILINE)
+    }
+    assert len(callbacks) > 4
+    lacking = [name for name in (*sinktrack.__all__, *callbacks) if f".{name}\n" not in page]
+    assert not lacking
+
+
 @pytest.mark.parametrize("name", SURFACES)
 def test_what_others_read_stays(name: str) -> None:
     wanted = json.loads((GOLDEN / f"{name}.json").read_text())
@@ -117,3 +150,4 @@ if __name__ == "__main__":
     for surface, of in SURFACES.items():
         text = json.dumps(of(), indent=1) + "\n"
         (GOLDEN / f"{surface}.json").write_text(text)
+    CLI_PAGE.write_text(cli_page())
