@@ -102,9 +102,10 @@ def consistency(records: Records) -> go.Figure:
 
 
 def shares(records: Records) -> go.Figure:
-    """Who writes the P0 state at the input of the reference block, at some steps."""
-    figure = blank("optimizer step (reference block)", "share of the P0 state")
-    chosen = [records[i * (len(records) - 1) // 5] for i in range(6)]
+    """Who writes the P0 state that later blocks read, at some steps from the first sink on."""
+    figure = blank("optimizer step (first block of the sink)", "share of the P0 state")
+    formed = [record for record in records if record["formed"] and record["shares"]]
+    chosen = [formed[i * (len(formed) - 1) // 5] for i in range(6)]
     names = [f"{record['step']} ({record['reference_block']})" for record in chosen]
     kinds: dict[str, None] = {}
     for record in chosen:
@@ -125,7 +126,7 @@ def part_name(part: Mapping[str, Any]) -> str:
 
 
 def depth(records: Records) -> go.Figure:
-    """Where the writing is centred and over how many blocks it is spread, below the reference."""
+    """Where the writing is centred and over how many blocks it is spread, and where the sink begins."""
     figure = blank("optimizer steps", "blocks")
     name = "reference_block"
     figure.add_scatter(
