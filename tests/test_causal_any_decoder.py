@@ -239,7 +239,8 @@ def odd(how: str) -> Any:
                 _add_in_place(x, wrote)
             else:
                 x = x + wrote
-            return x + self.feed_forward(norm(x, self.ffn_norm))
+            written: torch.Tensor = self.feed_forward(norm(x, self.ffn_norm))
+            return x + written
 
     for block in hand.layers:
         block.__class__ = Other
@@ -300,13 +301,13 @@ def test_a_write_that_enters_out_of_sight_is_refused_by_name() -> None:
 def test_experts_with_a_capacity_are_refused() -> None:
     hand = Transformer(circuit("expert"))
     for block in hand.layers:
-        own = block.feed_forward.forward
+        feed_forward: Any = block.feed_forward
 
-        def dropped(x: torch.Tensor, own: Any = own) -> torch.Tensor:
+        def dropped(x: torch.Tensor, own: Any = feed_forward.forward) -> torch.Tensor:
             keep = torch.arange(x.shape[0] * x.shape[1]) < PROBE.sequences * PROBE.length
             return own(x) * keep.view(*x.shape[:2], 1)  # type: ignore[no-any-return]
 
-        block.feed_forward.forward = dropped
+        feed_forward.forward = dropped
     with replaying(hand, PROBE) as replay, pytest.raises(MeasurementError, match="capacity"):
         replay.plain(())
 
