@@ -44,7 +44,7 @@ class Attention(nn.Module):
         angle = torch.cat([angle, angle], -1)
         half = self.each // 2
         turned = torch.cat([-value[..., half:], value[..., :half]], -1)
-        return value * angle.cos() + turned * angle.sin()
+        return (value * angle.cos() + turned * angle.sin()).to(value.dtype)
 
 
 class Dense(nn.Module):

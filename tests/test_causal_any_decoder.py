@@ -14,6 +14,7 @@ from hand_written import Block, Transformer
 from test_any_decoder import KINDS
 from test_callbacks import assert_identical
 from test_interventions import PROBE, in_series, readers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch_models import BLOCKS, Net, by_hand
 
 import sinktrack as st
@@ -203,6 +204,34 @@ def test_a_pass_restarts_where_only_the_stream_goes_on() -> None:
         (whole,) = replay.run([Patch([Term("mlp", 3)], first, "zero")], loss=True)
     torch.testing.assert_close(short.p0, whole.p0, atol=1e-6, rtol=0)
     torch.testing.assert_close(short.loss, whole.loss, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["compiled", "blocks compiled", "checkpointed", "bfloat16"])
+def test_what_wraps_a_model_changes_nothing(how: str) -> None:
+    first = torch.zeros(PROBE.sequences, dtype=torch.long)
+    outcomes = []
+    for wrapped in (False, True):
+        hand: Any = Transformer(circuit("neuron"))
+        if how == "bfloat16":
+            hand = circuit("neuron").bfloat16() if not wrapped else hand.bfloat16()
+        elif wrapped and how == "compiled":
+            hand = torch.compile(hand, backend="eager")
+        elif wrapped:
+            for number, block in enumerate(hand.layers):
+                compiled: Any = torch.compile(block, backend="eager")
+                hand.layers[number] = checkpoint_wrapper(block) if how[0] == "c" else compiled
+        if wrapped or how != "bfloat16":
+            hand = Decoder(hand, blocks=lambda model: model.layers)
+        with replaying(hand, PROBE) as replay:
+            replay.plain({1})
+            edits = [
+                Patch([Term("mlp", 1)], first, "zero"),
+                Patch([Term("state", 0)], first, replay.position),
+            ]
+            outcomes.append(replay.run(edits, loss=True))
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one.p0, other.p0, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one.loss, other.loss, atol=1e-6, rtol=0)
 
 
 def test_a_stream_that_comes_back_later_is_not_restarted() -> None:
