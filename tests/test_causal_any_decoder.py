@@ -206,6 +206,25 @@ def test_a_pass_restarts_where_only_the_stream_goes_on() -> None:
     torch.testing.assert_close(short.loss, whole.loss, atol=1e-6, rtol=0)
 
 
+def test_an_operator_that_is_attention_by_value_is_edited() -> None:
+    model, outcomes = circuit("neuron"), []
+    first = torch.zeros(PROBE.sequences, dtype=torch.long)
+    for how in ("sdpa", "operator"):
+        with replaying(Transformer(model, how), PROBE) as replay:
+            replay.plain(())
+            edits: list[Edit] = [
+                AttentionKnockout(
+                    replay.position, (0, 2), lambda row, at, n: torch.arange(n) == at
+                ),
+                AttentionKnockout(first, (0, 2), lambda row, at, n: torch.ones(n).bool()),
+                Patch([Term("head", 1, 1)], first, "zero"),
+            ]
+            outcomes.append(replay.run(edits, loss=True))
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one.p0, other.p0, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one.loss, other.loss, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("how", ["compiled", "blocks compiled", "checkpointed", "bfloat16"])
 def test_what_wraps_a_model_changes_nothing(how: str) -> None:
     first = torch.zeros(PROBE.sequences, dtype=torch.long)
@@ -280,13 +299,13 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6)
 
 
-@torch.library.custom_op("sinktrack_tests::add_norm", mutates_args=())
+@torch.library.custom_op("sinktrack_tests::add_and_normalize", mutates_args=())
 def _add_norm(write: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     total = write + stream
     return total, torch.nn.functional.normalize(total, dim=-1)
 
 
-@torch.library.custom_op("sinktrack_tests::add_in_place", mutates_args=("stream",))
+@torch.library.custom_op("sinktrack_tests::add_out_of_sight", mutates_args=("stream",))
 def _add_in_place(stream: torch.Tensor, write: torch.Tensor) -> None:
     stream += write
 
