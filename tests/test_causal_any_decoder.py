@@ -56,7 +56,12 @@ def circuit(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [("series", "sdpa"), ("head", "scores"), ("expert", "sdpa")]
+    ("name", "how"),
+    [
+        pytest.param("series", "sdpa", marks=pytest.mark.slow),
+        ("head", "scores"),
+        ("expert", "sdpa"),
+    ],
 )
 def test_the_same_as_of_transformers(name: str, how: str) -> None:
     """All of it: effects, controls, intervals, verdicts, losses, experts and the position card."""
