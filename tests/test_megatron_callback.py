@@ -25,6 +25,7 @@ ALONE = [
     "logged",
     "kept",
     "edited",
+    "edited_more",
     "causal",
 ]
 SLOW = ["bridge_async", "deepseek:pp2 vp2", "deepseek:tp2 sp ep2", "edited_more", "causal_over_two"]
