@@ -161,7 +161,7 @@ def worker(arguments: argparse.Namespace) -> None:
 
     def run() -> None:
         if arguments.worker == "measure":
-            sinktrack.measure(model, probe)
+            sinktrack.measure(model, probe, in_training=arguments.decoder)
         else:
             eager = arguments.worker == "output_attentions"
             with torch.no_grad():

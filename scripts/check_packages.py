@@ -41,6 +41,9 @@ ATTENTION, NORMS, SHARES = 5e-7, 2e-6, 5e-6
 """What a row that says "exact" may be off by: of probabilities, of norms in parts of themselves,
 and of shares in parts of the largest."""
 
+EDITED = 2e-5
+"""The same of edited passes: of norms in parts of themselves, and of the loss in nats."""
+
 REQUIREMENTS = {
     "litgpt": ["litgpt", "jsonargparse", "docstring-parser"],
     "nanochat": [],
@@ -334,6 +337,74 @@ def off(found: st.Measurement, wanted: Reference) -> dict[str, float]:
     return off
 
 
+def edited(model: nn.Module, case: Case) -> str:
+    """Writes at P0 set to nothing, and a state put elsewhere: against hooks in the own forward."""
+    from sinktrack.interventions.patching import Patch, Term
+    from sinktrack.interventions.replay import replaying
+
+    blocks = case.blocks(model)
+    blocks = list(blocks.values() if isinstance(blocks, nn.ModuleDict) else blocks)
+    assert case.writes is not None
+    first_at, rows = torch.zeros(SEQUENCES, dtype=torch.long), torch.arange(SEQUENCES)
+    with replaying(st.Decoder(model, blocks=case.blocks, forward=case.forward), PROBE) as replay:
+        replay.plain({1, 2})
+        at = replay.position
+        edits = [
+            Patch([Term("attention", 1)], first_at, "zero"),
+            Patch([Term("mlp", 1)], first_at, "zero"),
+            Patch([Term("state", 2)], at, first_at),
+        ]
+        outcomes = replay.run(edits, loss=True)
+
+    def by_row(value: Tensor) -> Tensor:
+        return value.view(SEQUENCES, LENGTH, -1)
+
+    def nothing(module: Any, args: Any, output: Any) -> Any:
+        value = first(output).clone()
+        by_row(value)[:, 0] = 0
+        return value if isinstance(output, Tensor) else (value, *output[1:])
+
+    def moved(module: Any, args: Any, kwargs: Any) -> Any:
+        stream = first(args or tuple(kwargs.values())).clone()
+        by_row(stream)[rows, at] = by_row(stream)[:, 0].clone()
+        if args:
+            return (stream, *args[1:]), kwargs
+        return args, kwargs | {next(iter(kwargs)): stream}
+
+    worst: dict[str, float] = {"norms": 0.0}
+    for number, outcome in enumerate(outcomes):
+        states: list[Tensor] = []
+
+        def entered(module: Any, args: Any, kwargs: Any, states: list[Tensor] = states) -> None:
+            states.append(by_row(first(args or tuple(kwargs.values()))).clone())
+
+        if number < 2:
+            module = named(blocks[1], case.writes[number])
+            handles = [module.register_forward_hook(nothing)]
+        else:
+            start, _ = ends(blocks[2])
+            handles = [start.register_forward_pre_hook(moved, with_kwargs=True)]
+        for block in blocks:
+            handles.append(ends(block)[0].register_forward_pre_hook(entered, with_kwargs=True))
+        with torch.no_grad():
+            output = case.forward(model, PROBE.tokens)
+        for handle in handles:
+            handle.remove()
+        for block in range(2, len(blocks)):
+            norms = states[block].float().norm(dim=-1)
+            ratio = norms[:, 0] / norms[:, 1:].quantile(0.5, -1)
+            error = (outcome.norm_ratio[:, block] / ratio - 1).abs().max()
+            worst["norms"] = max(worst["norms"], float(error))
+        if not bool(outcome.loss.isnan().any()):
+            logits = first(getattr(output, "logits", output))
+            loss = F.cross_entropy(logits[:, :-1].float().mT, PROBE.tokens[:, 1:], reduction="none")
+            error = (outcome.loss - loss[:, 1:].mean(1)).abs().max()
+            worst["loss"] = max(worst.get("loss", 0.0), float(error))
+    good = all(value <= EDITED for value in worst.values())
+    text = ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
+    return f"edits {'exact' if good else 'WRONG'}: {text}"
+
+
 def seeded(case: Case, seed: int) -> nn.Module:
     """A model whose attention is uneven, so that some block reads P0."""
     torch.manual_seed(seed)
@@ -374,7 +445,14 @@ def row(case: Case) -> tuple[str, bool]:
     lost = [
         f"{name}: {found.missing[name]}" for name in ("shares", "parts") if name in found.missing
     ]
-    return "; ".join([f"{'exact' if good else 'WRONG'}: {text}", *lost]), good
+    told = [f"{'exact' if good else 'WRONG'}: {text}"]
+    if case.writes is not None:
+        try:
+            told.append(edited(model, case))
+        except st.MeasurementError as error:
+            told.append(f"edits refused: {error}")
+        good = good and "edits WRONG" not in told[-1]
+    return "; ".join([*told, *lost]), good
 
 
 # The packages

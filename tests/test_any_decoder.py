@@ -472,6 +472,7 @@ def test_over_two_processes(tmp_path: Path) -> None:
         tmp_path,
         """
         import torch_models
+        from sinktrack.models.base import adapt
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor.parallel import (
@@ -496,6 +497,7 @@ def test_over_two_processes(tmp_path: Path) -> None:
                 assert torch.equal(found.p0_norm, whole.p0_norm)
                 assert found.localization == whole.localization
                 assert found.missing == whole.missing
+            assert "(FSDP2) only where they are transformers" in adapt(model).no_causal_tests
             train = model(probe.tokens).square().mean()
             train.backward()
 

@@ -14,6 +14,7 @@ from hand_written import Block, Transformer
 from test_any_decoder import KINDS
 from test_callbacks import assert_identical
 from test_interventions import PROBE, in_series, readers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch_models import BLOCKS, Net, by_hand
 
 import sinktrack as st
@@ -55,7 +56,12 @@ def circuit(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), [("series", "sdpa"), ("head", "scores"), ("expert", "sdpa")]
+    ("name", "how"),
+    [
+        pytest.param("series", "sdpa", marks=pytest.mark.slow),
+        ("head", "scores"),
+        ("expert", "sdpa"),
+    ],
 )
 def test_the_same_as_of_transformers(name: str, how: str) -> None:
     """All of it: effects, controls, intervals, verdicts, losses, experts and the position card."""
@@ -205,6 +211,53 @@ def test_a_pass_restarts_where_only_the_stream_goes_on() -> None:
     torch.testing.assert_close(short.loss, whole.loss, atol=1e-6, rtol=0)
 
 
+def test_an_operator_that_is_attention_by_value_is_edited() -> None:
+    model, outcomes = circuit("neuron"), []
+    first = torch.zeros(PROBE.sequences, dtype=torch.long)
+    for how in ("sdpa", "operator"):
+        with replaying(Transformer(model, how), PROBE) as replay:
+            replay.plain(())
+            edits: list[Edit] = [
+                AttentionKnockout(
+                    replay.position, (0, 2), lambda row, at, n: torch.arange(n) == at
+                ),
+                AttentionKnockout(first, (0, 2), lambda row, at, n: torch.ones(n).bool()),
+                Patch([Term("head", 1, 1)], first, "zero"),
+            ]
+            outcomes.append(replay.run(edits, loss=True))
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one.p0, other.p0, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one.loss, other.loss, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["compiled", "blocks compiled", "checkpointed", "bfloat16"])
+def test_what_wraps_a_model_changes_nothing(how: str) -> None:
+    first = torch.zeros(PROBE.sequences, dtype=torch.long)
+    outcomes = []
+    for wrapped in (False, True):
+        hand: Any = Transformer(circuit("neuron"))
+        if how == "bfloat16":
+            hand = circuit("neuron").bfloat16() if not wrapped else hand.bfloat16()
+        elif wrapped and how == "compiled":
+            hand = torch.compile(hand, backend="eager")
+        elif wrapped:
+            for number, block in enumerate(hand.layers):
+                compiled: Any = torch.compile(block, backend="eager")
+                hand.layers[number] = checkpoint_wrapper(block) if how[0] == "c" else compiled
+        if wrapped or how != "bfloat16":
+            hand = Decoder(hand, blocks=lambda model: model.layers)
+        with replaying(hand, PROBE) as replay:
+            replay.plain({1})
+            edits = [
+                Patch([Term("mlp", 1)], first, "zero"),
+                Patch([Term("state", 0)], first, replay.position),
+            ]
+            outcomes.append(replay.run(edits, loss=True))
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one.p0, other.p0, atol=1e-6, rtol=0)
+        torch.testing.assert_close(one.loss, other.loss, atol=1e-6, rtol=0)
+
+
 def test_a_stream_that_comes_back_later_is_not_restarted() -> None:
     """The loss shows what attention does not: a skip from block 0 to the head."""
     hand = Transformer(circuit("neuron"))
@@ -239,7 +292,8 @@ def odd(how: str) -> Any:
                 _add_in_place(x, wrote)
             else:
                 x = x + wrote
-            return x + self.feed_forward(norm(x, self.ffn_norm))
+            written: torch.Tensor = self.feed_forward(norm(x, self.ffn_norm))
+            return x + written
 
     for block in hand.layers:
         block.__class__ = Other
@@ -250,13 +304,13 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, 1e-6)
 
 
-@torch.library.custom_op("sinktrack_tests::add_norm", mutates_args=())
+@torch.library.custom_op("sinktrack_tests::add_and_normalize", mutates_args=())
 def _add_norm(write: torch.Tensor, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     total = write + stream
     return total, torch.nn.functional.normalize(total, dim=-1)
 
 
-@torch.library.custom_op("sinktrack_tests::add_in_place", mutates_args=("stream",))
+@torch.library.custom_op("sinktrack_tests::add_out_of_sight", mutates_args=("stream",))
 def _add_in_place(stream: torch.Tensor, write: torch.Tensor) -> None:
     stream += write
 
@@ -300,13 +354,13 @@ def test_a_write_that_enters_out_of_sight_is_refused_by_name() -> None:
 def test_experts_with_a_capacity_are_refused() -> None:
     hand = Transformer(circuit("expert"))
     for block in hand.layers:
-        own = block.feed_forward.forward
+        feed_forward: Any = block.feed_forward
 
-        def dropped(x: torch.Tensor, own: Any = own) -> torch.Tensor:
+        def dropped(x: torch.Tensor, own: Any = feed_forward.forward) -> torch.Tensor:
             keep = torch.arange(x.shape[0] * x.shape[1]) < PROBE.sequences * PROBE.length
             return own(x) * keep.view(*x.shape[:2], 1)  # type: ignore[no-any-return]
 
-        block.feed_forward.forward = dropped
+        feed_forward.forward = dropped
     with replaying(hand, PROBE) as replay, pytest.raises(MeasurementError, match="capacity"):
         replay.plain(())
 

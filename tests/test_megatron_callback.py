@@ -25,9 +25,10 @@ ALONE = [
     "logged",
     "kept",
     "edited",
+    "edited_more",
     "causal",
 ]
-SLOW = ["bridge_async", "deepseek:pp2 vp2", "deepseek:tp2 sp ep2"]
+SLOW = ["bridge_async", "deepseek:pp2 vp2", "deepseek:tp2 sp ep2", "edited_more", "causal_over_two"]
 TWO = [
     "deepseek:ep2 overlap",
     "deepseek:pp2 vp2",
@@ -38,7 +39,7 @@ TWO = [
     "untold",
     "logged",
     "kept",
-    "causal",
+    "causal_over_two",
 ]
 
 
