@@ -126,7 +126,7 @@ def part_name(part: Mapping[str, Any]) -> str:
 
 
 def depth(records: Records) -> go.Figure:
-    """Where the writing is centred and over how many blocks it is spread, and where the sink begins."""
+    """Where the writing is centred, over how many blocks it is spread, where the sink begins."""
     figure = blank("optimizer steps", "blocks")
     name = "reference_block"
     figure.add_scatter(
