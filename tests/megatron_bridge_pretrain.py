@@ -2,8 +2,8 @@
 
 A script to run under torchrun: ``megatron_bridge_pretrain.py OUT RUN EXIT [PROJECT]`` trains a tiny
 model by Megatron Bridge's configuration for eight iterations, or until it exits at a multiple of
-EXIT. The callback writes to the directory RUN; there is none where that is "-". With a PROJECT W&B is
-logged to. Only CUDA, packages that want it, and the data are stand-ins.
+EXIT. The callback writes to the directory RUN; there is none where that is "-". With a PROJECT it
+logs to W&B. Only CUDA, packages that want it, and the data are stand-ins.
 """
 
 from __future__ import annotations
