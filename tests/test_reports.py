@@ -273,6 +273,32 @@ def test_mlflow(theirs_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+def test_mlflow_of_lightning(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    told = []
+    for callbacks in ([], [SinkTrackLightning(PROBE, tmp_path / "run", every=3, on_error="raise")]):
+        torch.manual_seed(0)
+        logger = MLFlowLogger("sinks", tracking_uri=uri)
+        data: Any = torch.randint(models.VOCABULARY, (6, 4, 16))
+        trainer = Trainer(
+            accelerator="cpu", logger=logger, max_steps=6, log_every_n_steps=2,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=callbacks, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(Logs(), DataLoader(data, batch_size=None))
+        client = mlflow.MlflowClient(uri)
+        keys = client.get_run(logger.run_id).data.metrics
+        points = {key: client.get_metric_history(logger.run_id, key) for key in keys}
+        told.append({key: [(one.step, one.value) for one in of] for key, of in points.items()})
+    ours, theirs = split(told[1])
+    assert theirs == told[0] and len(theirs["loss"]) == 3
+    assert_curves(ours, tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_mlflow_takes_more_keys_than_it_takes_at_once(tmp_path: Path) -> None:
     mlflow = pytest.importorskip("mlflow")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
