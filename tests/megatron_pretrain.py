@@ -76,7 +76,7 @@ def stand_in() -> None:
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(  # type: ignore[assignment]
         major=9, minor=0, multi_processor_count=1, total_memory=2**30
     )
-    torch.cuda.Stream = Stream  # type: ignore[misc,assignment]
+    torch.cuda.Stream = Stream  # type: ignore[misc]
     torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
 
 
