@@ -3,6 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTHON312 ?= python3.12
 MEGATRON := 0.16.1 0.17.1 0.18.2 0.19.2
+BRIDGE := megatron-bridge==0.6.2 omegaconf hydra-core antlr4-python3-runtime==4.9.3 einops six datasets \
+	dill multiprocess xxhash mistral-common sentencepiece tiktoken  # what it imports of its requirements on a CPU
 
 .PHONY: help demo test slow check coverage lowest megatron docs linkcheck bench clean
 
@@ -45,6 +47,8 @@ megatron:  ## run Megatron's tests with each megatron-core that is known; from 0
 		$(VENV)-megatron/bin/pip install -q --no-deps megatron-core==$$version && \
 		$(VENV)-megatron/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" tests/test_megatron*.py || exit 1; \
 	done
+	$(VENV)-megatron/bin/pip install -q --no-deps $(BRIDGE)
+	$(VENV)-megatron/bin/python -m pytest -m slow -k bridge tests/test_megatron_pretrain.py
 
 docs: $(VENV)-test/ready  ## build docs/_build/html; fails on a broken link between pages
 	$(VENV)-test/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

@@ -143,7 +143,7 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
         super().__init__(*args, **options)
         self.line = ""
         """What Megatron's log says of the last record, on every process: the last one writes it."""
-        self._told: list[tuple[Any, ...]] = []
+        self._told: list[tuple[str, tuple[Any, ...]]] = []
         """What W&B is to be told of the last record, where this process has no run of W&B."""
         self._lines: int | None = None
         """Records in the directory, where that is this process'; None until W&B is told."""
@@ -167,13 +167,21 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
         if wandb.is_active():
             super()._log(record)
         else:
-            self._told.append((record, dict(self.axes)))
+            self._told.append(("record", (record, dict(self.axes))))
 
     def _announce(self, stage: str | None, alarm: str | None) -> None:
         if wandb.is_active():
             super()._announce(stage, alarm)
         else:
-            self._told.append((stage, alarm))
+            self._told.append(("stage", (stage, alarm)))
+
+    def _status(self) -> None:
+        if self._run is None:  # process 0 has the counts
+            return
+        if wandb.is_active():
+            super()._status()
+        else:
+            self._told.append(("status", (self.recorded, self.failed)))
 
     def _pass_on(self, step: int) -> None:
         """Every process calls; the last with a run of W&B logs, if process 0 has none.
@@ -198,30 +206,33 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
         elif self._run is not None and result is not None:
             wandb.Sent(self._run).add(result, step, whole=True)
 
-    def _news(self, known: int) -> tuple[wandb.Past | None, list[tuple[Any, ...]]]:
+    def _news(self, known: int) -> tuple[wandb.Past | None, list[tuple[str, tuple[Any, ...]]]]:
         """All records if not all before the last are known where W&B is, and what it is told."""
         assert self._run is not None
-        new = sum(isinstance(first, dict) for first, _ in self._told)
+        new = sum(kind == "record" for kind, _ in self._told)
         if self._lines is not None and known == self._lines - new:
             return None, self._told
         past = wandb.Past.of(Run.read(self._run.directory).history)
         self._lines = len(past)
         return past, self._told
 
-    def _tell(self, past: wandb.Past | None, told: list[tuple[Any, ...]]) -> Any:
+    def _tell(self, past: wandb.Past | None, told: list[tuple[str, tuple[Any, ...]]]) -> Any:
         """Log here; which run of W&B got a record, or what went wrong."""
         try:
             target = None
-            for first, second in told:
-                if isinstance(first, dict):
-                    if past is not None:
-                        self._past = past
-                    elif self._past is not None:
-                        self._past.append(first)
-                    target = wandb.show(first, second, self._past or [first])
+            if past is not None:
+                self._past = past
+            for kind, of in told:
+                if kind == "record":
+                    record, axes = of
+                    if past is None and self._past is not None:
+                        self._past.append(record)
+                    target = wandb.show(record, axes, self._past or [record])
                     self._describe()
+                elif kind == "stage":
+                    super()._announce(*of)
                 else:
-                    super()._announce(first, second)
+                    wandb.status(*of)
         except Exception as error:
             return MeasurementError(f"{type(error).__name__}: {error}")  # one that can be sent
         return target

@@ -1,8 +1,9 @@
 """Runs `megatron.bridge.training.pretrain.pretrain` itself over gloo on CPUs.
 
-A script to run under torchrun: ``megatron_bridge_pretrain.py OUT RUN ITERATIONS [PROJECT]`` trains a
-tiny model with Megatron Bridge's configuration, with the callback writing to the directory RUN, or
-without where that is "-". Only CUDA, packages that want it, and the data are stand-ins.
+A script to run under torchrun: ``megatron_bridge_pretrain.py OUT RUN EXIT [PROJECT]`` trains a tiny
+model by Megatron Bridge's configuration for eight iterations, or until it exits at a multiple of
+EXIT. The callback writes to the directory RUN; there is none where that is "-". With a PROJECT it
+logs to W&B. Only CUDA, packages that want it, and the data are stand-ins.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ class Anything(type):
 class Absent(types.ModuleType):
     """A package that is not here, with whatever is asked of it."""
 
-    __path__: list[str] = []
     __version__ = "0"
 
     def __getattr__(self, name: str) -> Any:
@@ -54,7 +54,9 @@ class Finder:
         return None
 
     def create_module(self, spec: Any) -> Any:
-        return Absent(spec.name)
+        made = Absent(spec.name)
+        made.__path__ = []
+        return made
 
     def exec_module(self, module: Any) -> None: ...
 
@@ -65,7 +67,7 @@ def import_bridge() -> None:
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs  # noqa: F401
     from megatron.core.models.mamba import mamba_model  # noqa: F401
 
-    sys.meta_path.insert(0, Finder())  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Finder())
     import megatron.bridge.training.pretrain  # noqa: F401
 
 
@@ -76,7 +78,7 @@ def step(iterator: Any, chunk: Any) -> Any:
     return output, functools.partial(loss, None)
 
 
-def main(out: str, run: str, iterations: str, project: str = "") -> None:
+def main(out: str, run: str, until: str, project: str = "") -> None:
     """Train."""
     stand_in()
     import_bridge()
@@ -120,7 +122,9 @@ def main(out: str, run: str, iterations: str, project: str = "") -> None:
         pipeline_dtype=torch.float32, deallocate_pipeline_outputs=False,
     )  # fmt: skip
     config = ConfigContainer(
-        train=TrainingConfig(train_iters=int(iterations), global_batch_size=8, micro_batch_size=2),
+        train=TrainingConfig(
+            train_iters=8, exit_interval=int(until), global_batch_size=8, micro_batch_size=2
+        ),
         validation=ValidationConfig(eval_iters=1, eval_interval=2),
         model=model,
         optimizer=OptimizerConfig(

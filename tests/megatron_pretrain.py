@@ -40,6 +40,13 @@ ARGUMENTS = f"""
 """
 
 
+class Stream:
+    """Makes the one stream there is."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return torch.cuda.current_stream()
+
+
 def stand_in() -> None:
     """What `megatron.training` asks of CUDA beside what Megatron-Core does."""
     megatron_cpu.stand_in()
@@ -69,7 +76,7 @@ def stand_in() -> None:
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(  # type: ignore[assignment]
         major=9, minor=0, multi_processor_count=1, total_memory=2**30
     )
-    torch.cuda.Stream = lambda *_, **__: torch.cuda.current_stream()  # type: ignore[misc,assignment]
+    torch.cuda.Stream = Stream  # type: ignore[misc]
     torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
 
 

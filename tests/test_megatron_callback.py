@@ -111,7 +111,8 @@ def test_wandb_on_the_last_process(
         for key, value in metrics(record).items():
             assert row[key] == value
     assert {definition.glob_name for definition in definitions} >= {"sinktrack/*"}
-    assert read_summary(here)["sinktrack/stage"]
+    summary = read_summary(here)
+    assert summary["sinktrack/stage"] and summary["sinktrack/probes_failed"] == 0
     (known,) = json.loads((here / "run" / "wandb.json").read_text()).values()
     assert known["steps"] == run.steps and known["whole"] == 6
     assert known["project"] == "training"

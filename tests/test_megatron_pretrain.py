@@ -1,6 +1,7 @@
-"""Megatron-LM's own training loop with the callback, plugged in as the docs say.
+"""Megatron's own training loops with the callback, plugged in as the docs say.
 
-``megatron.training`` is in the wheels of megatron-core since 0.17.1, which want Python 3.12.
+``megatron.training`` is in the wheels of megatron-core since 0.17.1, which want Python 3.12;
+Megatron Bridge is a package of its own.
 """
 
 from __future__ import annotations
@@ -74,12 +75,42 @@ def test_pretrain(case: str, tmp_path: Path) -> None:
     assert [len(half["training"]) for half in found[plain]] == ([4, 4] if resumes else [8])
     assert [len(half["validation"]) for half in found[plain]] == ([2, 4] if resumes else [6])
 
+    assert_recorded(run, [2, 4, 6, 8])
+    assert_saved(plain, tracked, run, tmp_path)
+    assert_logged(tracked, run, 1 + resumes, tmp_path)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron.bridge") is None, reason="Megatron Bridge is not installed"
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bridge(processes: int, tmp_path: Path) -> None:
+    """The same of Megatron Bridge's `pretrain` with its callbacks, over a resume."""
+    plain, tracked, run = (str(tmp_path / name) for name in ("plain", "tracked", "run"))
+    found: dict[str, list[dict[str, list[str]]]] = {plain: [], tracked: []}
+    for until in ("4", "99"):
+        for out, written, project in ((plain, "-", []), (tracked, run, ["bridge"])):
+            given = [out, written, until, *project]
+            found[out].append(losses(launch(processes, "megatron_bridge_pretrain.py", *given)))
+    assert found[plain] == found[tracked]
+    assert [len(half["training"]) for half in found[plain]] == [4, 4]
+    assert all(half["validation"] for half in found[plain])
+    assert_recorded(run, [0, 3, 4, 6, 8])
+    assert_saved(plain, tracked, run, tmp_path)
+    assert_logged(tracked, run, 2, tmp_path)
+
+
+def assert_recorded(run: str, steps: list[int]) -> None:
     records = Run.read(run).records
-    assert [record["step"] for record in records] == [2, 4, 6, 8]
-    assert [record["tokens"] for record in records] == [
-        record["step"] * 8 * 16 for record in records
-    ]
+    assert [record["step"] for record in records] == steps
+    assert [record["tokens"] for record in records] == [step * 8 * 16 for step in steps]
+
+
+def assert_saved(plain: str, tracked: str, run: str, tmp_path: Path) -> None:
+    """Both saved the same weights, and their scan gives the records of the training."""
+    records = Run.read(run).records
     saved = [discover(Path(where)) for where in (plain, tracked)]
+    assert [checkpoint.step for checkpoint in saved[0]] == [4, 8]
     for one, other in zip(*saved, strict=True):
         assert one.step == other.step
         left, right = open_source(one), open_source(other)
@@ -95,17 +126,20 @@ def test_pretrain(case: str, tmp_path: Path) -> None:
                 sink.pop("total_effects", None)
         assert largest_difference(online, offline) <= 2 * AGREEMENT
 
+
+def assert_logged(tracked: str, run: str, parts: int, tmp_path: Path) -> None:
+    """Every row of Megatron's is in W&B, and every record with its keys."""
     files = sorted(Path(tracked).glob("wandb/offline-run-*"))
     rows = []
-    for half, file in enumerate(files):
-        here = tmp_path / str(half)
+    for part, file in enumerate(files):
+        here = tmp_path / str(part)
         shutil.copytree(file, here / "wandb" / file.name)
         rows += read_back(here)[0]
-    assert len(files) == 1 + resumes
+    assert len(files) == parts
     assert {row["_step"] for row in rows if "lm loss" in row} == set(range(1, 9))
     assert any("validation" in key for row in rows for key in row)
-    ours = [row for row in rows if "sinktrack/step" in row]
-    assert {row["sinktrack/step"] for row in ours} == {2, 4, 6, 8}
     measured = {record["step"]: metrics(record) for record in Run.read(run).records}
+    ours = [row for row in rows if "sinktrack/step" in row]
+    assert {row["sinktrack/step"] for row in ours} == measured.keys()
     for row in ours:
         assert all(row[key] == value for key, value in measured[row["sinktrack/step"]].items())

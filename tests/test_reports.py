@@ -153,7 +153,8 @@ def test_lightnings_loggers(each: int, tmp_path: Path) -> None:
     found: list[Any] = []
     for name in ("plain", "tracked"):
         torch.manual_seed(0)
-        loggers = [TensorBoardLogger(tmp_path, name), CSVLogger(tmp_path, f"{name}.csv"), Kept()]
+        own = Kept()
+        loggers = [TensorBoardLogger(tmp_path, name), CSVLogger(tmp_path, f"{name}.csv"), own]
         callbacks: Any = []
         if name == "tracked":
             callbacks = [SinkTrackLightning(PROBE, every=3, on_error="raise", tokens=4 * 16)]
@@ -167,7 +168,7 @@ def test_lightnings_loggers(each: int, tmp_path: Path) -> None:
         trainer.fit(module, DataLoader(data, batch_size=None))
         (file,) = (tmp_path / f"{name}.csv").rglob("metrics.csv")
         rows = list(csv.DictReader(file.open()))
-        found.append((module.state_dict(), events(tmp_path / name), rows, loggers[-1].rows))
+        found.append((module.state_dict(), events(tmp_path / name), rows, own.rows))
     (plain, board, table, kept), (tracked, board_2, table_2, kept_2) = found
     assert_identical(plain, tracked)
     run = tmp_path / "tracked" / "sinktrack"
@@ -255,7 +256,7 @@ def test_mlflow(theirs_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         )  # fmt: skip
         assert mlflow.active_run() is None
         found.append(vars(out))
-    assert_identical(*found)
+    assert_identical(found[0], found[1])
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name("sinks")
     runs = {one.info.run_name: one for one in client.search_runs([experiment.experiment_id])}
@@ -268,6 +269,32 @@ def test_mlflow(theirs_first: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         }
     ours, theirs = split(told["tracked"])
     assert theirs == split(told["plain"])[1] and len(theirs["loss"]) == 4
+    assert_curves(ours, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_mlflow_of_lightning(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    told = []
+    for callbacks in ([], [SinkTrackLightning(PROBE, tmp_path / "run", every=3, on_error="raise")]):
+        torch.manual_seed(0)
+        logger = MLFlowLogger("sinks", tracking_uri=uri)
+        data: Any = torch.randint(models.VOCABULARY, (6, 4, 16))
+        trainer = Trainer(
+            accelerator="cpu", logger=logger, max_steps=6, log_every_n_steps=2,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            callbacks=callbacks, default_root_dir=tmp_path,
+        )  # fmt: skip
+        trainer.fit(Logs(), DataLoader(data, batch_size=None))
+        client = mlflow.MlflowClient(uri)
+        keys = client.get_run(logger.run_id).data.metrics
+        points = {key: client.get_metric_history(logger.run_id, key) for key in keys}
+        told.append({key: [(one.step, one.value) for one in of] for key, of in points.items()})
+    ours, theirs = split(told[1])
+    assert theirs == told[0] and len(theirs["loss"]) == 3
     assert_curves(ours, tmp_path / "run")
 
 
