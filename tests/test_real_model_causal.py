@@ -91,9 +91,9 @@ def test_mlps_1_and_2_stand_in_for_each_other(found: Row) -> None:
 
 
 def test_without_mlp_1_alone_the_first_sink_is_shared(found: Row) -> None:
-    """P0 grows, and others that are like it draw more."""
+    """P0 grows, and others that are like it draw more; not in every sequence."""
     row = necessity(phase(found, 3), "mlp", 1)
-    assert row["outcome"] == "diluted"
+    assert row["outcome"] == "both" and 1 / 3 < row["diluted"] < 2 / 3
     assert row["p0_norm_ratio"]["after"] > row["p0_norm_ratio"]["before"]
 
 
