@@ -29,16 +29,12 @@ from torch.distributed.checkpoint.state_dict_saver import save as torch_save
 
 from sinktrack.archive.discover import discover
 from sinktrack.archive.layouts.indexed import weight_map
-from sinktrack.archive.layouts.pytorch_files import load_tensors
-from sinktrack.archive.layouts.safetensors_files import (
-    INDEX,
-    SafetensorsSlice,
-    parse_header,
-    read_header,
-)
-from sinktrack.archive.source import DTYPES
+from sinktrack.archive.layouts.safetensors_files import INDEX
 from sinktrack.archive.storage import dcp, pickles
 from sinktrack.archive.storage.files import Files, parse_json
+from sinktrack.archive.storage.pytorch_file import load_tensors
+from sinktrack.archive.storage.safetensors_file import SafetensorsSlice, parse_header, read_header
+from sinktrack.archive.storage.slices import DTYPES
 from sinktrack.errors import ArchiveError
 
 NUMBERS = (0, 1, 2, 4, 7, 8, 16, 255, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, -1, -8)

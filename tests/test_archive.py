@@ -26,10 +26,10 @@ from torch import Tensor
 from sinktrack import ArchiveError, Probe, Run, scan
 from sinktrack.archive.discover import discover
 from sinktrack.archive.huggingface import load
-from sinktrack.archive.layouts.safetensors_files import SafetensorsSlice, parse_header, read_header
-from sinktrack.archive.source import DTYPES
 from sinktrack.archive.source import open as open_checkpoint
 from sinktrack.archive.storage.files import Files
+from sinktrack.archive.storage.safetensors_file import SafetensorsSlice, parse_header, read_header
+from sinktrack.archive.storage.slices import DTYPES
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 

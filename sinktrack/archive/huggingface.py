@@ -33,8 +33,9 @@ from transformers.core_model_loading import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sinktrack.archive import foreign
-from sinktrack.archive.source import DTYPES, Checkpoint, Source, fitting, open
+from sinktrack.archive.source import Checkpoint, Source, fitting, open
 from sinktrack.archive.storage.files import Files
+from sinktrack.archive.storage.slices import DTYPES
 from sinktrack.errors import ArchiveError, one_line
 
 _LARGEST = 64 * 2**20

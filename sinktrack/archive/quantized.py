@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from sinktrack.archive.foreign import some
-from sinktrack.archive.source import DTYPES, NAMES, Index, Slice, Source
+from sinktrack.archive.source import Source
+from sinktrack.archive.storage.slices import DTYPES, NAMES, Index, Slice
 from sinktrack.errors import ArchiveError
 
 _EIGHT = ("F8_E4M3", "F8_E5M2")

@@ -11,14 +11,11 @@ import importlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import EllipsisType
 from typing import Any, Protocol
-
-import torch
-from torch import Tensor
 
 from sinktrack.archive.foreign import is_head
 from sinktrack.archive.storage.files import Files
+from sinktrack.archive.storage.slices import Slice
 from sinktrack.errors import ArchiveError
 
 FORMATS = (
@@ -28,16 +25,6 @@ FORMATS = (
 )  # fmt: skip
 """Modules of this package; of two that know a directory the first counts."""
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-    "BOOL": torch.bool, "C64": torch.complex64,
-}  # fmt: skip
-"""What safetensors calls a dtype, and torch."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-"""The other way round."""
 _SIZES = ("hidden_size", "head_dim", "num_attention_heads", "num_key_value_heads", "vocab_size")
 _LARGEST_SIZE = 2**26
 """Larger than any model's; what is built from these takes memory before a weight is read."""
@@ -46,27 +33,6 @@ _WITHIN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, FSDP and activation checkpointing put into names, at any depth."""
 _BEFORE = ("module.", "base_model.model.", "pretrained_model.", "_forward_module.")
 """What DDP, PEFT, TRL and Lightning put before the names of all weights."""
-
-Index = int | slice | EllipsisType | tuple[int | slice | EllipsisType, ...]
-
-
-class Slice(Protocol):
-    """One tensor of a checkpoint, read where it is indexed."""
-
-    def get_shape(self) -> list[int]:
-        """Its size in each dimension."""
-
-    def get_dtype(self) -> str:
-        """As safetensors names it: ``F32``, ``BF16``, ..."""
-
-    def __getitem__(self, index: Index) -> Tensor:
-        """A part of it, or with ``...`` all; on the CPU, as it is stored.
-
-        What is computed of several stored tensors comes in float32, to be rounded by who asked.
-
-        Raises:
-            ArchiveError: the file is damaged.
-        """
 
 
 class Source(Protocol):

@@ -27,7 +27,8 @@ from transformers.utils import logging
 
 from sinktrack.archive.foreign import some
 from sinktrack.archive.huggingface import empty, prefix_of
-from sinktrack.archive.source import Slice, Source, fitting
+from sinktrack.archive.source import Source, fitting
+from sinktrack.archive.storage.slices import Slice
 from sinktrack.errors import ArchiveError
 from sinktrack.models.huggingface import Decoder, decoder, is_experts
 

@@ -22,10 +22,11 @@ from sinktrack.archive import foreign, remains, source
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.huggingface import empty, prefix_of
 from sinktrack.archive.layouts.pieces import Piece, PieceSlice
-from sinktrack.archive.layouts.safetensors_files import SafetensorsSlice, read_header
-from sinktrack.archive.source import Checkpoint, Index, Slice, Source
+from sinktrack.archive.source import Checkpoint, Source
 from sinktrack.archive.storage import torch_file
 from sinktrack.archive.storage.files import Files
+from sinktrack.archive.storage.safetensors_file import SafetensorsSlice, read_header
+from sinktrack.archive.storage.slices import Index, Slice
 from sinktrack.errors import ArchiveError
 
 CONFIG = "adapter_config.json"

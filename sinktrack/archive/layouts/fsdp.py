@@ -9,8 +9,9 @@ from __future__ import annotations
 from sinktrack.archive.discover import checkpoint_at
 from sinktrack.archive.huggingface import config_of
 from sinktrack.archive.layouts.pieces import Piece, PieceSource, metadata
-from sinktrack.archive.source import NAMES, Checkpoint, unwrapped
+from sinktrack.archive.source import Checkpoint, unwrapped
 from sinktrack.archive.storage.files import Files
+from sinktrack.archive.storage.slices import NAMES
 from sinktrack.errors import ArchiveError
 
 FOLDER = "pytorch_model_fsdp_0"

@@ -16,9 +16,9 @@ from transformers import AutoConfig
 
 from sinktrack.archive.discover import checkpoint_at, file_checkpoint
 from sinktrack.archive.huggingface import built, config_of
-from sinktrack.archive.layouts.pytorch_files import TensorSlice
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.storage.files import Files
+from sinktrack.archive.storage.pytorch_file import TensorSlice
 from sinktrack.errors import ArchiveError, one_line, require
 
 _PART = re.compile(r".*-[0-9]+-of-[0-9]+\.gguf")

@@ -15,8 +15,9 @@ from typing import ClassVar, Generic, TypeVar
 
 from sinktrack.archive.foreign import count, some
 from sinktrack.archive.huggingface import config
-from sinktrack.archive.source import Checkpoint, Slice, unwrapped
+from sinktrack.archive.source import Checkpoint, unwrapped
 from sinktrack.archive.storage.files import Files
+from sinktrack.archive.storage.slices import Slice
 from sinktrack.errors import ArchiveError
 
 _log = logging.getLogger("sinktrack")

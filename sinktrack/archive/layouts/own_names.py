@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping
 
 from sinktrack.archive import huggingface
 from sinktrack.archive.layouts.pieces import Piece, PieceSource, Stored
-from sinktrack.archive.source import NAMES, Checkpoint, unwrapped
+from sinktrack.archive.source import Checkpoint, unwrapped
 from sinktrack.archive.storage.files import Files
+from sinktrack.archive.storage.slices import NAMES
 from sinktrack.errors import ArchiveError
 
 _BLOCK = re.compile(r"(.*?)(?:layers|h|blocks|block)\.\d+\.")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from sinktrack.archive import foreign
-from sinktrack.archive.source import NAMES, Index
 from sinktrack.archive.storage import dcp
 from sinktrack.archive.storage.files import Files
+from sinktrack.archive.storage.slices import NAMES, Index
 from sinktrack.errors import ArchiveError
 
 
