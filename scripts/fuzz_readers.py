@@ -32,7 +32,7 @@ from sinktrack.archive.layouts.indexed import weight_map
 from sinktrack.archive.layouts.safetensors_files import INDEX
 from sinktrack.archive.storage import dcp, pickles
 from sinktrack.archive.storage.files import Files, parse_json
-from sinktrack.archive.storage.pytorch_file import load_tensors
+from sinktrack.archive.storage.mapped_torch_file import load_tensors
 from sinktrack.archive.storage.safetensors_file import SafetensorsSlice, parse_header, read_header
 from sinktrack.archive.storage.slices import DTYPES
 from sinktrack.errors import ArchiveError

@@ -18,7 +18,7 @@ from sinktrack.archive.discover import checkpoint_at, file_checkpoint
 from sinktrack.archive.huggingface import built, config_of
 from sinktrack.archive.source import Checkpoint
 from sinktrack.archive.storage.files import Files
-from sinktrack.archive.storage.pytorch_file import TensorSlice
+from sinktrack.archive.storage.mapped_torch_file import TensorSlice
 from sinktrack.errors import ArchiveError, one_line, require
 
 _PART = re.compile(r".*-[0-9]+-of-[0-9]+\.gguf")

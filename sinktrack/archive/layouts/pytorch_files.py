@@ -12,7 +12,7 @@ from sinktrack.archive.layouts.indexed import Indexed
 from sinktrack.archive.layouts.safetensors_files import SafetensorsSource
 from sinktrack.archive.source import Checkpoint, Source
 from sinktrack.archive.storage.files import Files
-from sinktrack.archive.storage.pytorch_file import TensorSlice, load_tensors
+from sinktrack.archive.storage.mapped_torch_file import TensorSlice, load_tensors
 
 WEIGHTS, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _PART = 64 * 2**20

@@ -1,4 +1,4 @@
-"""A file that torch saved, read by weights-only loading alone."""
+"""A file that torch saved, mapped by torch's own weights-only loading; all it holds are tensors by name."""
 
 from __future__ import annotations
 
