@@ -1,4 +1,4 @@
-"""A file that torch saved, mapped by torch's own weights-only loading; all it holds are tensors by name."""
+"""A file that torch saved of tensors by name, mapped by torch's weights-only loading."""
 
 from __future__ import annotations
 
