@@ -113,7 +113,9 @@ class SinkTrackLightning(Callback):
     def _seen(self, step: int) -> int | None:
         """Tokens, as the user says."""
         if callable(self._tokens):
-            return int(self._tokens(self._module))
+            count = self._tokens
+            counted: int | None = self.tracker.counted(step, lambda: count(self._module))
+            return counted
         return None if self._tokens is None else self._tokens * step
 
 

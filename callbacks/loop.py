@@ -211,11 +211,23 @@ class SinkTracker:
             logger.log(record)
 
     def tokens_at(self, step: int) -> int | None:
-        """Those of the record of a step; None where this process has none."""
+        """Those of the record of a step; None where this process has none, or cannot read it."""
         if self._run is None:
             return None
-        records = Run.read(self._run.directory).records  # not kept: they grow with the model
+        try:
+            records = Run.read(self._run.directory).records  # not kept: they grow with the model
+        except Exception as error:
+            self._failed("reading of earlier tokens", step, error)
+            return None
         return next((one.get("tokens") for one in records if one["step"] == step), None)
+
+    def counted(self, step: int, count: Callable[[], int]) -> int | None:
+        """Tokens by a function of the user's; None where it fails."""
+        try:
+            return int(count())
+        except Exception as error:
+            self._failed("count of tokens", step, error)
+            return None
 
     def _status(self) -> None:
         if any(isinstance(logger, wandb.WeightsAndBiases) for logger in self.loggers):

@@ -197,11 +197,18 @@ class _Tracker(SinkTracker):  # type: ignore[misc]
         chosen = max((rank for rank, (has, *_) in enumerate(replies) if has), default=0)
         if chosen == 0 or replies[0][0]:
             return
-        news = None if self._run is None else self._news(replies[chosen][1])
+        news = unread = None
+        if self._run is not None:
+            try:
+                news = self._news(replies[chosen][1])
+            except Exception as error:  # told once the others do not wait
+                unread = error
         news = all_of.from_first(news)
         result = self._tell(*news) if all_of.rank == chosen and news is not None else None
         result = all_of.gather(result)[chosen]
-        if self._run is not None and isinstance(result, Exception):
+        if unread is not None:
+            self._failed("W&B log", step, unread)
+        elif self._run is not None and isinstance(result, Exception):
             self._failed("W&B log", step, result)
         elif self._run is not None and result is not None:
             wandb.Sent(self._run).add(result, step, whole=True)

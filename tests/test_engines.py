@@ -57,6 +57,21 @@ def test_worker_processes_measure_the_same(
     check(tmp_path, wanted)
 
 
+def told(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a worker sees of the environment."""
+    return {"step": checkpoint.step, "told": os.environ.get("SINKTRACK_TOLD")}
+
+
+def test_workers_see_the_environment_of_their_scan(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server that they are forked from outlives a scan."""
+    for value in ("before", "after"):
+        monkeypatch.setenv("SINKTRACK_TOLD", value)
+        found = [outcome for _, outcome in local.spread(told, discover(archive)[:2], 1)]
+        assert [one["told"] for one in found if isinstance(one, dict)] == [value] * 2
+
+
 def test_a_worker_that_dies_is_replaced_and_one_checkpoint_fails(
     archive: Path, tmp_path: Path
 ) -> None:

@@ -60,6 +60,20 @@ def test_unknown_groups_are_not_guessed(ratio: Any) -> None:
     assert found.keys == () and "share a key head" in found.missing["keys"]
 
 
+def test_what_was_not_measured_is_not_told() -> None:
+    """Of the first blocks alone, and of a record from which fields were taken."""
+    record = a_record(formed=False, measured_blocks=1, model={"blocks": 4, "experts": 4})
+    found = practice(record)
+    assert found.first_key is None and "first 1 blocks" in found.missing["first_key"]
+    assert "first 1 blocks" in found.missing["experts"]
+    assert " of the first 1 blocks" in found.lines()[0]
+    for name in ("block_kinds", "sink_sequences"):
+        lacking = a_record()
+        del lacking[name]
+        assert practice(lacking).keys == () and name in practice(lacking).missing["keys"]
+    assert "on average over the probe" in practice(a_record()).lines()[0]
+
+
 def card(answer: str | None) -> dict[str, Any]:
     return {"answer": answer, "missing": {"answer": "the probe has no start token"}}
 

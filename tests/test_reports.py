@@ -201,6 +201,24 @@ def test_tokens_of_a_step_are_checked(wrong: Any, error: type[Exception], tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("count", [lambda module: module.seen, lambda module: None])
+def test_a_count_of_tokens_that_fails_ends_no_training(
+    count: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = SinkTrackLightning(PROBE, tmp_path / "run", every=2, tokens=count)
+    trainer = Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
+        default_root_dir=tmp_path,
+    )  # fmt: skip
+    data: Any = torch.randint(models.VOCABULARY, (2, 4, 16))
+    trainer.fit(Module(), DataLoader(data, batch_size=None))
+    records = Run.read(tmp_path / "run").records
+    assert [record["step"] for record in records] == [0, 2]
+    assert all(record["tokens"] is None for record in records)
+    assert "the count of tokens at step 0 failed, training goes on" in caplog.text
+
+
 def configuration(directory: Path) -> dict[str, Any]:
     """What an offline W&B run's files say of its config."""
     found: dict[str, Any] = {}

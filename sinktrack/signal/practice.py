@@ -49,6 +49,8 @@ class Practice:
     step: int
     probe: str | None
     least: float
+    blocks: int | None
+    """How many, where the first blocks alone were measured."""
     queries: float | None
     """Queries after the first per sequence of the probe, the most of any block."""
     keys: tuple[KVHead, ...]
@@ -85,15 +87,16 @@ class Practice:
                 key=lambda one: one.rest or 0.0,
             )
             return [
-                f"Keys: none of {known} key heads leaves other keys than P0 at most "
-                f"{1 - self.least:.0%} of the attention in every sequence of the probe{span}; the "
-                f"nearest, {nearest.kv_head} of block {nearest.block}, leaves them "
-                f"{nearest.rest:.0%}. So none is a candidate for keeping P0 and recent keys alone."
+                f"Keys: none of {known} key heads{self._seen()} leaves other keys than P0 at most "
+                f"{1 - self.least:.0%} of the attention, on average over the probe{span}, with a "
+                f"sink in every sequence; the nearest, {nearest.kv_head} of block {nearest.block}, "
+                f"leaves them {nearest.rest:.0%}. So none is a candidate for keeping P0 and recent "
+                "keys alone."
             ]
         text = (
-            f"Keys: {len(few)} of {known} key heads leave other keys than P0 at most "
-            f"{1 - self.least:.0%} of the attention in every sequence of the probe{span}: "
-            "candidates for keeping P0 and recent keys alone."
+            f"Keys: {len(few)} of {known} key heads{self._seen()} leave other keys than P0 at most "
+            f"{1 - self.least:.0%} of the attention, on average over the probe{span}, and are "
+            "sinks in every sequence: candidates for keeping P0 and recent keys alone."
         )
         if few:
             by_block: dict[int, list[int]] = {}
@@ -108,6 +111,9 @@ class Practice:
             "How many recent keys they need, and what it costs in loss or on longer contexts, was "
             "not measured.",
         ]
+
+    def _seen(self) -> str:
+        return "" if self.blocks is None else f" of the first {self.blocks} blocks"
 
     def _first(self) -> list[str]:
         found = []
@@ -138,8 +144,8 @@ class Practice:
             "the last block's output" if of["at_output"] else f"the input of block {of['block']}"
         )
         text = (
-            f"Outliers: the largest activation, {size} in channel {of['channel']} {where} at "
-            f"{block}, is {of['ratio']:,.0f} times the median; "
+            f"Outliers: the largest activation{self._seen()}, {size} in channel {of['channel']} "
+            f"{where} at {block}, is {of['ratio']:,.0f} times the median; "
             "one scale for the whole tensor would follow it."
         )
         if self.channels:
@@ -179,6 +185,7 @@ def practice(record: Mapping[str, Any], least: float = LEAST) -> Practice:
         step=record["step"],
         probe=record.get("probe"),
         least=least,
+        blocks=record.get("measured_blocks"),
         queries=max(counts, default=None),
         keys=keys,
         first_key=first_key,
@@ -198,6 +205,11 @@ def _keys(record: Mapping[str, Any], least: float, missing: dict[str, str]) -> t
     """Key heads of the blocks with softmax attention, by block."""
     attention = record.get("p0_attention") or ()
     found = []
+    lacking = [name for name in ("block_kinds", "sink_sequences") if not record.get(name)]
+    if lacking:
+        reasons = record.get("missing") or {}
+        missing["keys"] = reasons.get(lacking[0], f"the record holds no {lacking[0]}")
+        return ()
     for block, (kind, row) in enumerate(zip(record["block_kinds"], attention, strict=False)):
         if kind not in _WORKS or not row:
             continue
@@ -214,6 +226,9 @@ def _keys(record: Mapping[str, Any], least: float, missing: dict[str, str]) -> t
             known = [rest for rest in rests if rest is not None]
             if len(known) < len(rests) or kind == "sliding":  # a window drops P0 by itself
                 found.append(KVHead(block, number, heads, max(known, default=None), None))
+                continue
+            if any(always[h] is None for h in heads):
+                found.append(KVHead(block, number, heads, max(known), None))
                 continue
             few = max(known) <= 1 - least and all(always[h] == 1 for h in heads)
             found.append(
@@ -250,6 +265,9 @@ def _first(record: Mapping[str, Any], missing: dict[str, str]) -> tuple[bool | N
         )
         return None, None
     if not record["formed"]:
+        if (blocks := record.get("measured_blocks")) is not None:
+            missing["first_key"] = f"only the first {blocks} blocks were measured"
+            return None, None
         return False, None
     card = record.get("position_card") or {}
     answer = card.get("answer")
@@ -292,8 +310,15 @@ def _experts(record: Mapping[str, Any], missing: dict[str, str]) -> tuple[Expert
     if not record["model"].get("experts"):
         missing["experts"] = "the model has none"
         return ()
-    if (why := (record.get("missing") or {}).get("parts")) is not None:
+    reasons = record.get("missing") or {}
+    if (why := reasons.get("parts")) is not None:
         missing["experts"] = why
+        return ()
+    if (blocks := record.get("measured_blocks")) is not None:
+        missing["experts"] = f"only the first {blocks} blocks were measured"
+        return ()
+    if record.get("sinks") is None:
+        missing["experts"] = reasons.get("sinks", "the record holds no phases of the sink")
         return ()
     why_of: dict[tuple[int, int], dict[str, None]] = {}
 

@@ -94,11 +94,18 @@ def _pool(size: int, device: str) -> ProcessPoolExecutor:
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(["sinktrack.scan.engines.loaded"])
-    return ProcessPoolExecutor(size, mp_context=context, initializer=partial(_begin, threads))
+    return ProcessPoolExecutor(
+        size, mp_context=context, initializer=partial(_begin, threads, dict(os.environ))
+    )
 
 
-def _begin(threads: int) -> None:
-    """In a worker: end with the scanner, however it ends, and share the cores."""
+def _begin(threads: int, environment: dict[str, str]) -> None:
+    """In a worker: end with the scanner, however it ends, and share the cores.
+
+    The server of forks outlives a scan: what was set since then, such as a token, is passed on.
+    """
+    os.environ.clear()
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
 
