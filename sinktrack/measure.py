@@ -62,6 +62,10 @@ def measure(
         from sinktrack.models.decoder_passes import measure_decoder
 
         return measure_decoder(adapted.model, probe, batch_size, in_training)
+    if adapted.backend == "streamed":
+        return measure_streamed(
+            adapted.model, probe, batch_size=batch_size, in_training=in_training
+        )
     if is_apart(adapted.model):
         return _measure_apart(adapted.model, probe, batch_size, in_training)
     from sinktrack.models.huggingface import watch

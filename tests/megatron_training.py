@@ -230,7 +230,7 @@ def edited_as(name: str) -> None:
     layer = chunk.decoder.layers[1]
     with replaying(chunks, PROBE) as replay:
         plain, at = replay.plain({1, 2}), replay.position
-        assert set(replay._kept) == {1, 2}
+        assert set(replay.kept) == {1, 2}
         expert = next(iter(replay_experts(replay, 1)), None)
         edits = {
             "mlp": Patch([Term("mlp", 1)], first, "zero"),

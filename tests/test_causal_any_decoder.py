@@ -201,11 +201,11 @@ def test_a_pass_restarts_where_only_the_stream_goes_on() -> None:
     first = torch.zeros(PROBE.sequences, dtype=torch.long)
     with replaying(hand, PROBE) as replay:
         replay.plain({1, 3})
-        assert set(replay._kept) == {1, 3}
+        assert set(replay.kept) == {1, 3}
         before = replay.blocks_run
         (short,) = replay.run([Patch([Term("mlp", 3)], first, "zero")], loss=True)
         assert replay.blocks_run - before == PROBE.sequences * (planted.BLOCKS - 3)
-        replay._kept.clear()
+        replay.kept.clear()
         (whole,) = replay.run([Patch([Term("mlp", 3)], first, "zero")], loss=True)
     torch.testing.assert_close(short.p0, whole.p0, atol=1e-6, rtol=0)
     torch.testing.assert_close(short.loss, whole.loss, atol=1e-6, rtol=0)
@@ -267,7 +267,7 @@ def test_a_stream_that_comes_back_later_is_not_restarted() -> None:
     hand.output.register_forward_pre_hook(lambda module, args: (args[0] + 9 * kept.pop(),))
     with replaying(hand, PROBE) as replay:
         replay.plain({2})
-        assert not replay._kept
+        assert not replay.kept
 
 
 def odd(how: str) -> Any:

@@ -40,7 +40,7 @@ def test_a_restart_equals_a_whole_pass(family: str) -> None:
     kind = "head" if family != "mixtral" else "expert"
     with replaying(model, PROBE) as replay:
         plain = replay.plain({1, 2, 3})
-        assert set(replay._kept) == {1, 2, 3}
+        assert set(replay.kept) == {1, 2, 3}
         blocks = replay.blocks
         for block in (1, 3):
             for term in (Term("mlp", block), Term("attention", block), Term(kind, block, 1)):
@@ -48,9 +48,9 @@ def test_a_restart_equals_a_whole_pass(family: str) -> None:
                 change = Patch([term], first, "zero")
                 short = replay.run([change], loss=True)[0]
                 assert replay.blocks_run - before == PROBE.sequences * (blocks - block)
-                kept, replay._kept = replay._kept, {}
+                kept, replay.kept = replay.kept, {}
                 whole = replay.run([change], loss=True)[0]
-                replay._kept = kept
+                replay.kept = kept
                 same(short, whole)
                 if term.kind == "mlp":
                     assert not torch.allclose(short.p0_loss, plain.p0_loss, atol=1e-6)
@@ -97,7 +97,7 @@ def test_where_blocks_share_more_than_the_stream_passes_are_whole() -> None:
     ]
     with replaying(model, PROBE) as replay:
         plain = replay.plain({1, 3})
-        assert set(replay._kept) == {3}
+        assert set(replay.kept) == {3}
         change = Patch([Term("mlp", 1)], torch.zeros(PROBE.sequences, dtype=torch.long), "zero")
         assert not torch.allclose(replay.run([change], loss=True)[0].loss, plain.loss)
     for handle in handles:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from sinktrack.interventions.bench import Bench, Found, Trial, before_all, seed_of
 from sinktrack.interventions.candidates import MOST, SUBLAYERS, order, screen, term_of
 from sinktrack.interventions.effects import Effect, mean
-from sinktrack.interventions.first_token import first_tokens, writes_at_p0
+from sinktrack.interventions.first_token import Singles, Writes, first_tokens
 from sinktrack.interventions.patching import Patch, Term
-from sinktrack.interventions.replay import Edit
+from sinktrack.interventions.plans import Plan, ask, together
+from sinktrack.interventions.replay import Edit, Edits, Job
 from sinktrack.metrics.localization import Sink
 
 
@@ -25,46 +26,88 @@ class Ablation:
         self.bench = bench
         self._joint: dict[tuple[Term, ...], Trial] = {}
 
-    def by_phase(self) -> list[list[Found]]:
+    def by_phase(self) -> Plan[list[list[Found]]]:
         """Of each phase: sublayers, the embedding, and parts of what has a verdict."""
-        trials = self._ablate([("", [term]) for term in self.bench.sublayers])
-        embedding = self._ablate([("embedding", [Term("state", 0)])])
-        found = [self._rows(trials, phase) for phase in self.bench.phases]
+        phases = self.bench.phases
+        trials, embedding = yield from together(
+            [
+                self._ablate([("", [term]) for term in self.bench.sublayers]),
+                self._ablate([("embedding", [Term("state", 0)])]),
+            ]
+        )
+        found = [self._rows(trials, phase) for phase in phases]
         rest = self._rest(found)
         if rest:  # the screen missed who writes what is read
             self.bench.replay.plain({term.block for term in rest})
-            trials += self._ablate([("", [term]) for term in rest])
-            found = [self._rows(trials, phase) for phase in self.bench.phases]
+            trials += yield from self._ablate([("", [term]) for term in rest])
+            found = [self._rows(trials, phase) for phase in phases]
         named = {(row["kind"], row["block"]) for rows in found for row in rows if row["verdict"]}
         parts: dict[Term, list[Term]] = {}
         for term in [trial.terms[0] for trial in trials]:
             if (term.kind, term.block) in named:
                 parts[term] = self._parts(term)
-        inside = self._ablate([("", [part]) for own in parts.values() for part in own])
-        result = []
-        for place, (phase, rows) in enumerate(zip(self.bench.phases, found, strict=True)):
-            spared = [
+        spared = [
+            [
                 trial
                 for trial, row in zip(self.bench.reaching(trials, phase), rows, strict=True)
                 if row["verdict"] is None
                 and (trial.terms[0] in self.bench.candidates[place] or trial.terms[0] in rest)
                 and trial.terms[0].block < phase.first_block
             ]
-            rows += self._redundant(spared, rows, phase)
-            rows += [row | {"block": None} for row in self._rows(embedding, phase)]
+            for place, (phase, rows) in enumerate(zip(phases, found, strict=True))
+        ]
+        inside, _ = yield from together(
+            [
+                self._ablate([("", [part]) for own in parts.values() for part in own]),
+                self._remove(spared),
+            ]
+        )
+        by_part = []
+        for phase in phases:
             for own in parts.values():
                 tried = [trial for trial in inside if trial.terms[0] in own]
-                of_parts = self._rows(tried, phase)
+                rows = self._rows(tried, phase)
+                reaching = self.bench.reaching(tried, phase)
                 left = [
                     trial
-                    for trial, row in zip(self.bench.reaching(tried, phase), of_parts, strict=True)
+                    for trial, row in zip(reaching, rows, strict=True)
                     if row["verdict"] is None
                 ]
-                rows += of_parts + self._redundant(left, of_parts, phase)
+                by_part.append((rows, left, phase))
+        whole = [
+            self._redundant(own, rows, phase)
+            for own, rows, phase in zip(spared, found, phases, strict=True)
+        ]
+
+        def of_parts() -> Plan[list[list[Found]]]:
+            yield from self._remove([left for _, left, _ in by_part])
+            return (
+                yield from together(
+                    [self._redundant(left, rows, phase) for rows, left, phase in by_part]
+                )
+            )
+
+        of_whole, joint_parts = yield from together([together(whole), of_parts()])
+        told = [
+            own
+            for place, phase in enumerate(phases)
+            for own in (spared[place], *(left for _, left, of in by_part if of is phase))
+        ]
+        self._joint = {
+            key: self._joint[key]
+            for key in dict.fromkeys(_terms(own) for own in told if len(own) > 1)
+        }
+        result, each = [], iter(zip(by_part, joint_parts, strict=True))
+        for place, phase in enumerate(phases):
+            rows = found[place] + of_whole[place]
+            rows += [row | {"block": None} for row in self._rows(embedding, phase)]
+            for _ in parts:
+                (of_part, _, _), joint = next(each)
+                rows += of_part + joint
             result.append(rows)
         return [
             rows + self._joint_elsewhere(phase, rows)
-            for phase, rows in zip(self.bench.phases, result, strict=True)
+            for phase, rows in zip(phases, result, strict=True)
         ]
 
     def _joint_elsewhere(self, phase: Sink, rows: Sequence[Found]) -> list[Found]:
@@ -113,21 +156,30 @@ class Ablation:
             found |= dict.fromkeys(term_of(part) for part in screen(own, kinds)[:MOST])
         return sorted(found, key=order)
 
-    def _ablate(self, jobs: Sequence[tuple[str, Sequence[Term]]]) -> list[Trial]:
+    def _ablate(self, jobs: Sequence[tuple[str, Sequence[Term]]]) -> Plan[list[Trial]]:
         """Ablate terms at P0; the controls only where they could matter."""
         if not jobs:
             return []
         sources = [self._resampled(terms) for _, terms in jobs]
         written = [term for _, terms in jobs for term in terms if term.kind != "state"]
-        elsewhere = writes_at_p0(self.bench.replay.model, self._other_tokens, written)
-        after = self.bench.replay.run(
-            [
-                Patch(terms, self.bench.p0, own)
-                for (_, terms), own in zip(jobs, sources, strict=True)
-            ],
-            loss=True,
-        )
-        nothing = self.bench.replay.run([Patch(terms, self.bench.p0, "zero") for _, terms in jobs])
+        asked: list[Job] = [
+            Edits(
+                [
+                    Patch(terms, self.bench.p0, own)
+                    for (_, terms), own in zip(jobs, sources, strict=True)
+                ],
+                loss=True,
+            ),
+            Edits([Patch(terms, self.bench.p0, "zero") for _, terms in jobs]),
+        ]
+        elsewhere: Mapping[Term, Tensor] = {}
+        if written:
+            last = max(term.block for term in written)
+            asked.insert(0, Singles(self._other_tokens, Writes(written), last))
+            writes, after, nothing = yield from ask(asked)
+            elsewhere = writes.by_term
+        else:
+            after, nothing = yield from ask(asked)
         trials = [
             Trial(kind or terms[0].kind, before_all(terms), "lost", outcome, tuple(terms))
             for (kind, terms), outcome in zip(jobs, after, strict=True)
@@ -150,7 +202,7 @@ class Ablation:
             if alone and (other := self.bench.other(terms[0])) is not None:
                 instead = Patch([other], self.bench.p0, self._resampled([other]))
                 planned.append((trial, "other_component", instead, False))
-        self.bench.control(planned)
+        yield from self.bench.control(planned)
         return trials
 
     def _resampled(self, terms: Sequence[Term], spared: Tensor | None = None) -> Tensor:
@@ -201,9 +253,16 @@ class Ablation:
             "verdict": verdict if effect.holds else None,
         }
 
+    def _remove(self, several: Sequence[Sequence[Trial]]) -> Plan[None]:
+        """Ablate together what each of these removes, where that has not been done."""
+        keys = dict.fromkeys(_terms(trials) for trials in several if len(trials) > 1)
+        new = [key for key in keys if key not in self._joint]
+        found = yield from together([self._ablate([("joint", key)]) for key in new])
+        self._joint |= {key: trial for key, (trial,) in zip(new, found, strict=True)}
+
     def _redundant(
         self, trials: Sequence[Trial], rows: Sequence[Found], phase: Sink
-    ) -> list[Found]:
+    ) -> Plan[list[Found]]:
         """Mark those of the terms, none of them necessary, that stand in for each other.
 
         Returns:
@@ -211,19 +270,14 @@ class Ablation:
         """
         if len(trials) < 2:
             return []
-        terms = [term for trial in trials for term in trial.terms]
-        key = tuple(terms)
-        if key not in self._joint:
-            (self._joint[key],) = self._ablate([("joint", terms)])
-        gone = self._joint[key]
+        terms = _terms(trials)
+        gone = self._joint[terms]
         row = self._together(gone, phase)
         if row["verdict"] != "necessary":
             return [row]
         rests = [[other for other in terms if other not in trial.terms] for trial in trials]
-        kept = self.bench.replay.run(
-            [Patch(rest, self.bench.p0, self._resampled(rest)) for rest in rests],
-            until=phase.last_block,
-        )
+        patches = [Patch(rest, self.bench.p0, self._resampled(rest)) for rest in rests]
+        (kept,) = yield from ask([Edits(patches, until=phase.last_block)])
         lost = self.bench.changed(gone, gone.after, phase)
         whole = self.bench.mean(self.bench.before.p0, phase, gone.block)
         saved = [
@@ -237,3 +291,7 @@ class Ablation:
                 if (other["kind"], other["block"], other["index"]) in names:
                     other["verdict"] = "redundant"
         return [row]
+
+
+def _terms(trials: Sequence[Trial]) -> tuple[Term, ...]:
+    return tuple(term for trial in trials for term in trial.terms)

@@ -6,7 +6,6 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,10 +14,11 @@ from torch import Tensor
 from sinktrack.events import Write
 from sinktrack.interventions.candidates import SUBLAYERS, candidates, order, shares_of
 from sinktrack.interventions.effects import Effect
-from sinktrack.interventions.first_token import FirstTokens, first_tokens
+from sinktrack.interventions.first_token import FirstTokens, Singles, first_tokens
 from sinktrack.interventions.knockout import note
 from sinktrack.interventions.patching import Term
-from sinktrack.interventions.replay import IN_STATE, Edit, Outcome, Replay
+from sinktrack.interventions.plans import Plan, ask
+from sinktrack.interventions.replay import IN_STATE, Edit, Edits, Outcome, Replay
 from sinktrack.measurement import Measurement
 from sinktrack.metrics.base import number
 from sinktrack.metrics.localization import Sink
@@ -78,12 +78,17 @@ class Bench:
         """The candidates of all phases, and the erasers of one that another follows."""
         blocks = {term.block for term in (*tested, *map(self.other, tested)) if term}
         starts = {start for window in windows(self.phases) for start in window[1:2]}
-        replay.look(
-            {b for phase in measured.sinks for b in range(phase.first_block, phase.last_block + 1)}
-        )
+        inside = {
+            block
+            for phase in measured.sinks
+            for block in range(phase.first_block, phase.last_block + 1)
+        }
         self.plain = Plain(self.p0, replay.position)
         firsts = {phase.first_block for phase in self.phases}
-        self.before = replay.plain(blocks | firsts | starts, self.plain)
+        self._seen = Singles(first_tokens(probe)[0], FirstTokens())
+        self.before = replay.plain(
+            blocks | firsts | starts, self.plain, phases=inside, beside=[self._seen]
+        )
 
     def of_main(self, by_phase: Sequence[list[Found]]) -> list[Found]:
         """The rows of the main phase; none where nothing was written before it."""
@@ -92,10 +97,16 @@ class Bench:
             (rows for phase, rows in zip(self.phases, by_phase, strict=True) if phase is main), []
         )
 
-    @cached_property
+    @property
     def seen(self) -> FirstTokens:
-        """Single first tokens."""
-        return FirstTokens.of(self.replay.model, first_tokens(self.probe)[0])
+        """Single first tokens.
+
+        Raises:
+            Uneditable: they cannot be shown.
+        """
+        if self._seen.error is not None:
+            raise self._seen.error
+        return self._seen.observer
 
     def other(self, term: Term) -> Term | None:
         """A random component of the same kind that is no candidate; a part, of the same block."""
@@ -155,7 +166,7 @@ class Bench:
         ]
         return max(large, default=None)
 
-    def control(self, planned: Sequence[tuple[Trial, str, Edit, bool]]) -> None:
+    def control(self, planned: Sequence[tuple[Trial, str, Edit, bool]]) -> Plan[None]:
         """Run what is compared with trials, those together that end in the same block.
 
         Args:
@@ -166,8 +177,11 @@ class Bench:
             until = self._until(one[0])
             if until is not None:
                 by_end.setdefault(until, []).append(one)
-        for until, several in by_end.items():
-            outcomes = self.replay.run([edit for _, _, edit, _ in several], until=until)
+        jobs = [
+            Edits([edit for _, _, edit, _ in several], until=until)
+            for until, several in by_end.items()
+        ]
+        for several, outcomes in zip(by_end.values(), (yield from ask(jobs)), strict=True):
             for (trial, name, _, replaces), outcome in zip(several, outcomes, strict=True):
                 (trial.others if replaces else trial.controls)[name] = outcome
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from sinktrack.events import Write
 from sinktrack.interventions.bench import Bench
 from sinktrack.interventions.candidates import shares_of
-from sinktrack.interventions.replay import Edit
+from sinktrack.interventions.plans import Plan, ask
+from sinktrack.interventions.replay import Edit, Edits
 
 _QUANTILE, _FRACTION, _DEPTH = 0.995, 0.1, 0.75
 
@@ -123,11 +124,18 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(seen) / len(seen) if seen else None
 
 
-def of_bench(bench: Bench, necessity: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The routed experts at P0 and the super experts of a model on the bench; see `table`."""
+def profiled(bench: Bench) -> Plan[Profile]:
+    """What the routed experts of a model on the bench yield."""
     profile = Profile()
     if bench.seen.experts:
-        bench.replay.run([profile])
+        yield from ask([Edits([profile])])
+    return profile
+
+
+def of_bench(
+    bench: Bench, profile: Profile, necessity: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The routed experts at P0 and the super experts of a model on the bench; see `table`."""
     main = bench.measured.main_sink
     assert main is not None
     shares = {

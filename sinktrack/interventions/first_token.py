@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from sinktrack.events import Observer, Write
+from sinktrack.events import Observer, Uneditable, Write
 from sinktrack.interventions.patching import Term
+from sinktrack.interventions.replay import Job, Replay
 from sinktrack.measurement import Measurement
-from sinktrack.models.editable import Editable
+from sinktrack.models.editable import Pass
 from sinktrack.probe import Probe
 
 _QUANTILES = (5, 25, 50, 75, 95)
@@ -46,21 +47,21 @@ class FirstTokens(Observer):
         if write.routed is not None:
             self.experts[block].append(write.routed.index[:, 0].cpu())
 
-    @classmethod
-    def of(cls, model: Editable, tokens: Tensor) -> FirstTokens:
-        """Of distinct tokens ``[n]``."""
-        seen = cls()
-        for part in tokens[:, None].split(_TOKENS):
-            model.run(part, seen)
-        return seen
 
+class Writes(Observer):
+    """What some terms write at the first position.
 
-class _Writes(Observer):
-    """What some terms write at the first position."""
+    A term that cannot be told exactly is left out.
+    """
 
     def __init__(self, terms: Collection[Term]) -> None:
         self._terms = terms
-        self.rows: defaultdict[Term, list[Tensor]] = defaultdict(list)
+        self._rows: defaultdict[Term, list[Tensor]] = defaultdict(list)
+
+    @property
+    def by_term(self) -> dict[Term, Tensor]:
+        """``[n, D]`` float32 by term."""
+        return {term: torch.cat(rows) for term, rows in self._rows.items()}
 
     def write(self, block: int, write: Write) -> None:
         """Note the terms of this write."""
@@ -68,18 +69,49 @@ class _Writes(Observer):
             if term.block == block and term.sublayer == write.sublayer:
                 value = write.part(term.kind, term.index)
                 if value is not None:
-                    self.rows[term].append(value[:, 0].float().cpu())
+                    self._rows[term].append(value[:, 0].float().cpu())
 
 
-def writes_at_p0(model: Editable, tokens: Tensor, terms: Collection[Term]) -> dict[Term, Tensor]:
-    """``[n, D]`` float32 by term: what it writes at P0 where these tokens ``[n]`` stand there.
+_Shown = TypeVar("_Shown", bound=Observer)
 
-    A term that cannot be told exactly is left out.
+
+class Singles(Job, Generic[_Shown]):
+    """Passes of single-token sequences; their outcome is the observer.
+
+    Args:
+        tokens: ``[n]``.
+        observer: who is shown them.
+        last: the last block that is wanted; all by default.
     """
-    seen = _Writes(terms)
-    for part in tokens[:, None].split(_TOKENS) if terms else ():
-        model.run(part, seen)
-    return {term: torch.cat(rows) for term, rows in seen.rows.items()}
+
+    def __init__(self, tokens: Tensor, observer: _Shown, last: int | None = None) -> None:
+        self._tokens, self.observer, self._last = tokens, observer, last
+
+    def passes(self, replay: Replay) -> list[Pass]:
+        """Of some hundred tokens each."""
+        parts = self._tokens[:, None].split(_TOKENS)
+        return [_Part(self, part, self.observer, last=self._last) for part in parts]
+
+    def outcome(self) -> _Shown:
+        """Who was shown them."""
+        return self.observer
+
+
+class _Part(Pass):
+    """A part of a job."""
+
+    def __init__(self, job: Job, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._job = job
+
+    @property
+    def wanted(self) -> bool:
+        return self._job.error is None
+
+    def failed(self, error: Exception) -> None:
+        if not isinstance(error, Uneditable):
+            raise error
+        self._job.error = error
 
 
 def first_tokens(probe: Probe) -> tuple[Tensor, int | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -23,7 +23,7 @@ from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer, Uneditable, Write
 from sinktrack.metrics.base import median
 from sinktrack.models.base import adapt
-from sinktrack.models.editable import LOGITS, Editable, at_once
+from sinktrack.models.editable import LOGITS, Editable, Enough, Pass, at_once
 from sinktrack.probe import Probe
 
 _STREAMS = 16
@@ -76,6 +76,67 @@ class Outcome:
     """``[B]``: of the token after P0."""
 
 
+class Job:
+    """Passes whose outcomes are wanted together."""
+
+    error: Uneditable | None = None
+    """Why there are none."""
+
+    def passes(self, replay: Replay) -> Sequence[Pass]:
+        """What is to be run; a pass that fails with `Uneditable` ends in ``error``."""
+        raise NotImplementedError
+
+    def outcome(self) -> Any:
+        """What they showed."""
+        raise NotImplementedError
+
+
+class Edits(Job):
+    """Passes with a change each, from the first changed block on where its input was kept.
+
+    Those that start in the same block go through it together.
+
+    Args:
+        edits: what is changed.
+        loss: is the loss wanted too?
+        until: the last block whose attention is wanted; all by default.
+    """
+
+    def __init__(
+        self, edits: Sequence[Edit], *, loss: bool = False, until: int | None = None
+    ) -> None:
+        self.edits, self.loss, self.until = edits, loss, until
+
+    def passes(self, replay: Replay) -> list[_Stacked]:
+        """A pass of each batch, stacked for as many edits as may go through at once."""
+        self._replay = replay
+        by_start: defaultdict[int, list[int]] = defaultdict(list)
+        for place, edit in enumerate(self.edits):
+            by_start[edit.start if edit.start in replay.kept else 0].append(place)
+        last = replay.blocks if self.loss or self.until is None else self.until
+        self._made: list[tuple[list[int], _Stacked]] = []
+        for start, places in by_start.items():
+            for number, batch in enumerate(replay.batches):
+                size = replay.stacked(len(batch), self.loss)
+                for first in range(0, len(places), size):
+                    some = places[first : first + size]
+                    edits = [self.edits[place] for place in some]
+                    one = _Stacked(replay, self, edits, start, number, self.loss, last)
+                    self._made.append((some, one))
+        return [one for _, one in self._made]
+
+    def outcome(self) -> list[Outcome]:
+        """Of each edit."""
+        parts: defaultdict[int, list[Outcome]] = defaultdict(list)
+        for places, one in self._made:
+            for place, outcome in zip(places, one.outcomes, strict=True):
+                parts[place].append(outcome)
+        starts = {place: one.start for places, one in self._made for place in places}
+        return [
+            self._replay.joined(parts[place], starts[place]) for place in range(len(self.edits))
+        ]
+
+
 @dataclass(frozen=True)
 class Direction:
     """Of the sink at the input of a block."""
@@ -109,8 +170,9 @@ class Replay:
         """``[B]``: one position in the first half of each sequence, from 3 on if it can be."""
         self.blocks_run = 0.0
         """Blocks that ran over a sequence."""
-        self.directions: Mapping[int, Direction] = {}
-        self._kept: dict[int, list[Tensor]] = {}
+        self.directions: _Looked | Mapping[int, Direction] = {}
+        self.kept: dict[int, list[Tensor]] = {}
+        """By block, ``[b, T, D]`` of each batch at its input, in a pass without a change."""
         self._before: Outcome | None = None
 
     @property
@@ -133,22 +195,44 @@ class Replay:
             chosen = torch.where(chosen >= spared, chosen + 1, chosen)
         return torch.minimum(chosen, self.lengths - 1)
 
+    def answer(self, jobs: Sequence[Job]) -> list[Any]:
+        """Run jobs together.
+
+        Returns:
+            Of each, its outcome, or the `Uneditable` in its place.
+        """
+        self.model.together([one for job in jobs for one in job.passes(self)])
+        return [job.error or job.outcome() for job in jobs]
+
     def look(self, phases: Collection[int]) -> None:
-        """A pass that finds the directions of the sink at the inputs of these blocks."""
+        """Find the directions of the sink at the inputs of these blocks."""
         looked = _Looked(phases, len(self.lengths))
         self.run([looked], until=max(phases, default=0))
-        self.directions = looked.directions()
+        self.directions = looked
 
-    def plain(self, keep: Collection[int], edit: Edit | None = None) -> Outcome:
+    def plain(
+        self,
+        keep: Collection[int],
+        edit: Edit | None = None,
+        *,
+        phases: Collection[int] | None = None,
+        beside: Sequence[Job] = (),
+    ) -> Outcome:
         """A pass without a change, which keeps the streams at the inputs of some blocks.
 
         Args:
             keep: the blocks.
             edit: one that changes nothing, and looks.
+            phases: blocks at whose inputs the directions of the sink are found first, as `look`
+                does.
+            beside: jobs that need nothing of it, and run with it.
+
+        Raises:
+            MeasurementError: what else is in a batch changes the attention to P0.
         """
         own = edit or Edit()
         kept: dict[int, list[Tensor]] = {
-            block: [] for block in keep if block > 0 and block not in self._kept
+            block: [] for block in sorted(keep) if block > 0 and block not in self.kept
         }
 
         class Keep(Edit):
@@ -159,15 +243,21 @@ class Replay:
             def write(self, block: int, write: Write, rows: Tensor) -> None:
                 own.write(block, write, rows)
 
-        (outcome,) = self.run([Keep()], loss=True)
+        before: list[Job] = []
+        if phases is not None:
+            looked = _Looked(phases, len(self.lengths))
+            before = [Edits([looked], until=max(phases, default=0))]
+            self.directions = looked
+        whole = Edits([Keep()], loss=True)
+        again = [_Again(block, kept[block]) for block in kept]
+        for answer in self.answer([*before, whole, *again, *beside])[: len(before) + 1]:
+            if isinstance(answer, Uneditable):
+                raise answer
+        (outcome,) = whole.outcome()
         if self.model.routes:
             self._refuse_mixing(outcome)
         self._before = outcome
-        for block in sorted(kept):
-            if self.model.restarts(block):
-                self._kept[block] = kept[block]
-                if not self._restarts(block, outcome):
-                    del self._kept[block]
+        self.kept |= {one.block: kept[one.block] for one in again if one.shows(outcome)}
         return outcome
 
     def _refuse_mixing(self, outcome: Outcome) -> None:
@@ -176,8 +266,10 @@ class Replay:
         Raises:
             MeasurementError: copies of a sequence in one batch are not what it is by itself.
         """
-        copies = self._pass([Edit()] * 2, 0, self.batches[0], self.rows[0], 0)
-        for copy in copies:
+        job = Edits([])
+        both = _Stacked(self, job, [Edit()] * 2, 0, 0)
+        self.model.together([both])
+        for copy in both.outcomes:
             apart = (copy.p0 - outcome.p0[: len(copy.p0)]).abs().nan_to_num().amax(-1)
             if float(apart.median()) > _MIXED:  # rounding may send a token to another expert
                 raise MeasurementError(
@@ -185,81 +277,26 @@ class Replay:
                     "capacity; the causal tests put edited copies into one batch"
                 )
 
-    def _restarts(self, block: int, outcome: Outcome) -> bool:
-        """Does a pass of a sequence from this block on show what the plain pass did?
-
-        Not where blocks hand each other more than the stream: then passes run from the beginning.
-        """
-        with suppress(Exception):
-            again = self._pass([Edit()], block, self.batches[0][:1], self.rows[0][:1], 0, True)[0]
-            shown = (again.p0[:, block:], again.loss), (outcome.p0[:1, block:], outcome.loss[:1])
-            return all(
-                torch.allclose(one, other, rtol=_SAME, atol=_SAME, equal_nan=True)
-                for one, other in zip(*shown, strict=True)
-            )
-        return False
-
     def run(
         self, edits: Sequence[Edit], *, loss: bool = False, until: int | None = None
     ) -> list[Outcome]:
-        """Passes with a change each, from the first changed block on where its input was kept.
+        """The outcomes of one job of `Edits` alone.
 
-        Those that start in the same block go through it together.
-
-        Args:
-            edits: what is changed.
-            loss: is the loss wanted too?
-            until: the last block whose attention is wanted; all by default.
+        Raises:
+            Uneditable: a pass cannot be changed so.
         """
-        found: dict[int, Outcome] = {}
-        by_start: defaultdict[int, list[int]] = defaultdict(list)
-        for place, edit in enumerate(edits):
-            by_start[edit.start if edit.start in self._kept else 0].append(place)
-        last = self.blocks if loss or until is None else until
-        for start, places in by_start.items():
-            parts: defaultdict[int, list[Outcome]] = defaultdict(list)
-            for number, (tokens, rows) in enumerate(zip(self.batches, self.rows, strict=True)):
-                size = max(1, (self._fits if loss else self._streams) // len(tokens))
-                for first in range(0, len(places), size):
-                    some = places[first : first + size]
-                    shown = self._pass(
-                        [edits[place] for place in some], start, tokens, rows, number, loss, last
-                    )
-                    for place, outcome in zip(some, shown, strict=True):
-                        parts[place].append(outcome)
-            for place in places:
-                found[place] = self._joined(parts[place], start)
-        return [found[place] for place in range(len(edits))]
+        (found,) = self.answer([Edits(edits, loss=loss, until=until)])
+        if isinstance(found, Uneditable):
+            raise found
+        outcomes: list[Outcome] = found
+        return outcomes
 
-    def _pass(
-        self,
-        edits: Sequence[Edit],
-        start: int,
-        tokens: Tensor,
-        rows: Tensor,
-        number: int,
-        loss: bool = False,
-        last: int | None = None,
-    ) -> list[Outcome]:
-        """One batch, stacked once for each edit."""
-        last = self.blocks if last is None else last
-        copies = len(edits)
-        stacked = tokens.repeat(copies, 1)
-        stream = self._kept[start][number][: len(rows)].repeat(copies, 1, 1) if start else None
-        watched = _Watched(self, edits, rows, tokens.device, last)
-        edited = _Edited(edits, rows, last)
-        logits = None
-        with suppress(_Enough):
-            logits = self.model.run(
-                stacked, watched, edited, start=start, stream=stream, logits=loss
-            )
-        for edit in edits:
-            if (unmet := edit.unmet(last)) is not None:
-                raise Uneditable(unmet)
-        self.blocks_run += copies * len(rows) * (min(last + 1, self.blocks) - start)
-        return watched.outcomes(_losses(logits, stacked))
+    def stacked(self, rows: int, loss: bool) -> int:
+        """How many copies of a batch go through at once."""
+        return max(1, (self._fits if loss else self._streams) // rows)
 
-    def _joined(self, parts: Sequence[Outcome], start: int) -> Outcome:
+    def joined(self, parts: Sequence[Outcome], start: int) -> Outcome:
+        """Of passes of all batches from a block on; up to there, what the plain pass showed."""
         joined = Outcome(*(torch.cat([getattr(part, name) for part in parts]) for name in _FIELDS))
         if self._before is not None:
             for name in ("p0", "second", "in_set", "set_size", "norm_ratio"):
@@ -267,20 +304,127 @@ class Replay:
         return joined
 
 
+class _Stacked(Pass):
+    """One batch, stacked once for each edit."""
+
+    def __init__(
+        self,
+        replay: Replay,
+        job: Job,
+        edits: Sequence[Edit],
+        start: int,
+        number: int,
+        loss: bool = False,
+        last: int | None = None,
+        most: int | None = None,
+    ) -> None:
+        tokens, rows = replay.batches[number][:most], replay.rows[number][:most]
+        self._last = replay.blocks if last is None else last
+        self._watched = _Watched(replay, edits, rows, tokens.device, self._last)
+        edited = _Edited(edits, rows, self._last)
+        super().__init__(
+            tokens.repeat(len(edits), 1),
+            self._watched,
+            edited,
+            start=start,
+            last=self._last,
+            logits=loss,
+        )
+        self._replay, self._job, self._edits = replay, job, edits
+        self._number, self._rows = number, len(rows)
+        self.outcomes: list[Outcome] = []
+
+    @property
+    def wanted(self) -> bool:
+        """Has none of the job failed?"""
+        return self._job.error is None
+
+    def kept(self) -> Sequence[Tensor]:
+        """Of each batch, the stream at the input of the first block."""
+        return self._replay.kept[self.start]
+
+    def stream(self) -> Tensor | None:
+        """A copy for each edit."""
+        if not self.start:
+            return None
+        return self.kept()[self._number][: self._rows].repeat(len(self._edits), 1, 1)
+
+    def done(self, logits: Tensor | None) -> None:
+        """Note the outcomes."""
+        for edit in self._edits:
+            if (unmet := edit.unmet(self._last)) is not None:
+                raise Uneditable(unmet)
+        blocks = min(self._last + 1, self._replay.blocks) - self.start
+        self._replay.blocks_run += len(self._edits) * self._rows * blocks
+        self.outcomes = self._watched.outcomes(_losses(logits, self.tokens))
+
+    def failed(self, error: Exception) -> None:
+        """Then the job has."""
+        if not isinstance(error, Uneditable):
+            raise error
+        self._job.error = error
+
+
+class _Again(Job):
+    """Does a pass of a sequence from a block on show what the plain pass did?
+
+    Not where blocks hand each other more than the stream: then passes run from the beginning.
+
+    Args:
+        block: where it starts.
+        kept: of each batch, the stream at its input; from the plain pass, which comes before.
+    """
+
+    def __init__(self, block: int, kept: Sequence[Tensor]) -> None:
+        self.block, self._kept = block, kept
+
+    def passes(self, replay: Replay) -> list[Pass]:
+        """One, of the first sequence."""
+        job = self
+
+        class One(_Stacked):
+            def kept(self) -> Sequence[Tensor]:
+                if not replay.model.restarts(job.block):
+                    raise Uneditable(f"block {job.block} cannot be run without those before")
+                return job._kept
+
+            def failed(self, error: Exception) -> None:
+                pass  # there is no outcome then
+
+        self._one = One(replay, self, [Edit()], self.block, 0, loss=True, most=1)
+        return [self._one]
+
+    def outcome(self) -> list[Outcome]:
+        """None, if it failed."""
+        return self._one.outcomes
+
+    def shows(self, whole: Outcome) -> bool:
+        """Is it the same, to rounding?"""
+        for again in self._one.outcomes:
+            block = self.block
+            shown = (again.p0[:, block:], again.loss), (whole.p0[:1, block:], whole.loss[:1])
+            return all(
+                torch.allclose(one, other, rtol=_SAME, atol=_SAME, equal_nan=True)
+                for one, other in zip(*shown, strict=True)
+            )
+        return False
+
+
 _FIELDS = tuple(Outcome.__dataclass_fields__)
 
 
-class _Enough(Exception):
-    """All that was asked for has been seen."""
-
-
 class _Looked(Edit):
-    """A pass that changes nothing and adds up the states at the inputs of some blocks."""
+    """A pass that changes nothing, and the directions that the states at some blocks' inputs have.
+
+    A block's direction is there once all sequences have been at its input.
+    """
 
     def __init__(self, blocks: Collection[int], sequences: int) -> None:
         self._blocks, self._sequences = set(blocks), sequences
         self._p0: dict[int, Tensor] = {}
         self._others: dict[int, Tensor] = {}
+        self._seen: defaultdict[int, int] = defaultdict(int)
+        self._found: dict[int, Direction] = {}
 
     def state(self, block: int, stream: Tensor, rows: Tensor) -> None:
         if block in self._blocks:
@@ -290,14 +434,19 @@ class _Looked(Edit):
                 (self._others, stream[:, 1:].mean(1, dtype=torch.float32)),
             ):
                 kept.setdefault(block, torch.zeros(shape))[rows] = value.float().cpu()
+            self._seen[block] += len(rows)
 
-    def directions(self) -> dict[int, Direction]:
-        found = {}
-        for block, rows in self._p0.items():
+    def get(self, block: int) -> Direction | None:
+        """Of the sink at the input of a block, if it is there."""
+        if self._seen[block] < self._sequences:
+            return None
+        if block not in self._found:
+            rows = self._p0[block]
             apart = rows.double().mean(0) - self._others[block].double().mean(0)
             towards = torch.nn.functional.normalize(apart, dim=-1)
-            found[block] = Direction(towards.float(), IN_STATE * (rows.double() @ towards))
-        return found
+            least = IN_STATE * (rows.double() @ towards)
+            self._found[block] = Direction(towards.float(), least)
+        return self._found[block]
 
 
 class _Watched(Observer):
@@ -317,7 +466,7 @@ class _Watched(Observer):
 
     def state(self, block: int, stream: Tensor) -> None:
         if block > self._last:
-            raise _Enough
+            raise Enough
         if block == self._blocks:
             return
         norms = stream.float().norm(dim=-1)
@@ -360,7 +509,7 @@ class _Edited(Editor):
 
     def state(self, block: int, stream: Tensor) -> Tensor | None:
         if block > self._last:
-            raise _Enough
+            raise Enough
         return self._joined(
             stream, [edit.state(block, stream[at], self._rows) for edit, at in self._each()]
         )

@@ -6,17 +6,19 @@ from sinktrack.interventions.bench import Bench, Found, Trial, before_all, seed_
 from sinktrack.interventions.candidates import SUBLAYERS, order, screen, term_of
 from sinktrack.interventions.effects import mean
 from sinktrack.interventions.patching import Patch, Term
-from sinktrack.interventions.replay import Edit
+from sinktrack.interventions.plans import Plan, ask
+from sinktrack.interventions.replay import Edit, Edits
 from sinktrack.metrics.localization import Sink
 
 
-def sufficiency(bench: Bench) -> list[list[Found]]:
+def sufficiency(bench: Bench) -> Plan[list[list[Found]]]:
     """Of each phase: the state at its first block, and each candidate sublayer's write."""
     to = bench.replay.position
     states = [Term("state", phase.first_block) for phase in bench.phases]
     writers = {term_of(part) for phase in bench.phases for part in screen(phase.shares, SUBLAYERS)}
     terms = [*states, *sorted(writers, key=order)]
-    after = bench.replay.run([Patch([term], to, bench.p0) for term in terms], loss=True)
+    job = Edits([Patch([term], to, bench.p0) for term in terms], loss=True)
+    (after,) = yield from ask([job])
     trials = [
         Trial(term.kind, before_all([term]), "gained", outcome, (term,))
         for term, outcome in zip(terms, after, strict=True)
@@ -29,7 +31,7 @@ def sufficiency(bench: Bench) -> list[list[Found]]:
             (trial, "random_direction", aside, False),
             (trial, "other_position", Patch(trial.terms, to, other), False),
         ]
-    bench.control(planned)
+    yield from bench.control(planned)
     return [
         [
             _sufficient(bench, trial, phase)

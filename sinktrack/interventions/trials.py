@@ -14,8 +14,9 @@ from sinktrack.interventions.bench import Bench, Found
 from sinktrack.interventions.candidates import screen
 from sinktrack.interventions.card import Start, card, start_of
 from sinktrack.interventions.effects import LEAST_EFFECT
-from sinktrack.interventions.experts import of_bench
+from sinktrack.interventions.experts import of_bench, profiled
 from sinktrack.interventions.first_token import first_token_dependence
+from sinktrack.interventions.plans import Plan, carry_out, side_by_side
 from sinktrack.interventions.replay import replaying
 from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
@@ -102,19 +103,19 @@ def _examine(
              "peak_block": phase.peak_block}
             for phase in tests.phases
         ]  # fmt: skip
-        for name, test in _TESTS.items():
-            try:
-                by_phase = test(tests)
-            except Uneditable as error:
+        plans = [test(tests) for test in _TESTS.values()]
+        *of_tests, profile = carry_out(tests.replay, side_by_side([*plans, profiled(tests)]))
+        for name, by_phase in zip(_TESTS, of_tests, strict=True):
+            if isinstance(by_phase, Uneditable):
+                tests.missing[name] = str(by_phase)
                 by_phase = [[] for _ in tests.phases]
-                tests.missing[name] = str(error)
             for phase, rows in zip(found["phases"], by_phase, strict=True):
                 phase[name] = rows
             found[name] = tests.of_main(by_phase)
-        try:
-            found["experts"] = of_bench(tests, found["necessity"])
-        except Uneditable as error:
-            tests.missing["experts"] = str(error)
+        if isinstance(profile, Uneditable):
+            tests.missing["experts"] = str(profile)
+        else:
+            found["experts"] = of_bench(tests, profile, found["necessity"])
         if tests.missing:
             found["missing"] = tests.missing
         found["forwards"] = tests.replay.forwards
@@ -178,7 +179,7 @@ def is_testable(measured: Measurement) -> bool:
     return any(sink.first_block for sink in measured.sinks)
 
 
-_TESTS: dict[str, Callable[[Bench], list[list[Found]]]] = {
+_TESTS: dict[str, Callable[[Bench], Plan[list[list[Found]]]]] = {
     "necessity": lambda bench: Ablation(bench).by_phase(),
     "sufficiency": transplant.sufficiency,
     "position": unmixing.position,
@@ -204,4 +205,4 @@ def _alone(
     if not is_testable(measured):
         return []
     with _tests(model, probe, measured, batch_size) as tests:
-        return tests.of_main(_TESTS[test](tests))
+        return tests.of_main(carry_out(tests.replay, _TESTS[test](tests)))

@@ -10,21 +10,22 @@ from torch import Tensor
 from sinktrack.events import Uneditable
 from sinktrack.interventions.bench import FIRST_TWO, Bench, Found, Trial, Window, seed_of, windows
 from sinktrack.interventions.knockout import AttentionKnockout, RandomDirectionControl
-from sinktrack.interventions.replay import Edit
+from sinktrack.interventions.plans import Plan, ask
+from sinktrack.interventions.replay import Edit, Edits
 from sinktrack.metrics.localization import Sink
 
 
-def position(bench: Bench) -> list[list[Found]]:
+def position(bench: Bench) -> Plan[list[list[Found]]]:
     """Of each phase: another position unmixed, and P0 mixed, in the blocks before it."""
     asked = windows(bench.phases)
     changes = [_knocked_out(bench, *window) for window in asked]
     try:
-        after = bench.replay.run(changes)
+        (after,) = yield from ask([Edits(changes)])
     except Uneditable as error:  # most often of those that show P0 later keys
         bench.missing["p0_mixed"] = str(error)
         asked = [window for window in asked if window[0] != "p0_mixed"]
         changes = [_knocked_out(bench, *window) for window in asked]
-        after = bench.replay.run(changes)
+        (after,) = yield from ask([Edits(changes)])
     trials = {
         window: Trial(
             window[0],
@@ -50,7 +51,7 @@ def position(bench: Bench) -> list[list[Found]]:
         else:
             some = AttentionKnockout(at, (start, until), _half(seed_of("half", window)))
             planned.append((trial, "random_keys", some, False))
-    bench.control(planned)
+    yield from bench.control(planned)
     return [
         [
             _positioned(bench, trials[window], window, phase)

@@ -35,9 +35,10 @@ _SHARDED = (
 class Model:
     """A model in training, and what its framework asks of who measures it."""
 
-    backend: Literal["megatron", "transformers", "torch"]
+    backend: Literal["megatron", "transformers", "torch", "streamed"]
     model: Any
-    """A module; chunks of Megatron-Core's; or of ``torch`` a `Decoder` that holds its model."""
+    """A module; chunks of Megatron-Core's; of ``torch`` a `Decoder` that holds its model; or a
+    checkpoint that is `Streamed`."""
     every_process: bool
     """Must every process measure, since none holds the whole model?"""
     packages: tuple[str, ...] = ()
@@ -84,6 +85,10 @@ class Model:
             from sinktrack.models.megatron import passes
 
             return passes.editable(self.model, probe, batch_size)
+        if self.backend == "streamed":
+            from sinktrack.models import streamed_passes
+
+            return streamed_passes.editable(self.model, probe, batch_size)
         from sinktrack.models.live import editable
 
         return editable(self.model, probe, batch_size)
@@ -120,6 +125,8 @@ def adapt(model: Any, decoder: Decoder | None = None) -> Model:
         from sinktrack.models.megatron.passes import why_not
 
         return Model("megatron", model, True, ("megatron-core",), why_not(model))
+    if "sinktrack.models.streaming" in sys.modules and _is_streamed(model):
+        return Model("streamed", model, False)
     if not isinstance(model, nn.Module):
         raise MeasurementError(f"a {type(model).__name__} is no model; give a torch.nn.Module")
     if "transformers" in sys.modules and _holds_transformers(model):
@@ -138,6 +145,12 @@ def _is_megatron(model: Any) -> bool:
     from sinktrack.models.megatron.hooks import is_megatron
 
     return is_megatron(model)
+
+
+def _is_streamed(model: Any) -> bool:
+    from sinktrack.models.streaming import Streamed
+
+    return isinstance(model, Streamed)
 
 
 def _holds_transformers(model: nn.Module) -> bool:

@@ -42,6 +42,7 @@ class BlockwiseForward:
             try:
                 with prepared(found):
                     self._rehearse(base, tokens, in_tuple)
+                self.in_tuple = in_tuple
                 break
             except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
                     ValueError) as error:  # fmt: skip
@@ -82,6 +83,16 @@ class BlockwiseForward:
                     block.forward = own[index]  # type: ignore[assignment]
         if len(self._calls) != len(self._blocks):
             raise ValueError(f"of {len(self._blocks)} blocks {len(self._calls)} were called")
+
+    @property
+    def shared(self) -> str | None:
+        """What is handed to blocks to be filled on the way, if anything is: then none of them can
+        be run without those before."""
+        for args, kwargs in self._calls.values():
+            for name, value in (*enumerate(args), *kwargs.items()):
+                if isinstance(value, dict | list | set) and not value:
+                    return str(name)
+        return None
 
     def step(self, index: int) -> None:
         """Go through one block; they come in order."""

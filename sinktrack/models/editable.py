@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -12,6 +14,52 @@ from sinktrack.probe import Probe
 
 LOGITS = 2**28
 """Bytes of float32 logits held at a time, from which the sequences per pass follow."""
+
+
+class Enough(Exception):
+    """All that is wanted of a pass has been seen; raised by who is shown it."""
+
+
+class Pass:
+    """A forward pass that waits for its turn.
+
+    Args:
+        tokens: as of `Editable.run`, like ``observer``, ``editor``, ``start`` and ``logits``.
+        observer: see there.
+        editor: see there.
+        start: see there.
+        last: the last block that is wanted; all by default.
+        logits: see there.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        observer: Observer | None = None,
+        editor: Editor | None = None,
+        *,
+        start: int = 0,
+        last: int | None = None,
+        logits: bool = False,
+    ) -> None:
+        self.tokens, self.observer, self.editor = tokens, observer, editor
+        self.start, self.last, self.logits = start, last, logits
+
+    @property
+    def wanted(self) -> bool:
+        """Is it, still?"""
+        return True
+
+    def stream(self) -> Tensor | None:
+        """``[B, T, D]`` at the input of block ``start``, when the pass begins; None for 0."""
+        return None
+
+    def done(self, logits: Tensor | None) -> None:
+        """The pass is over, with its logits ``[B, T, V]`` where they are wanted and shown."""
+
+    def failed(self, error: Exception) -> None:
+        """The pass, or `done`, has raised."""
+        raise error
 
 
 class Editable(Protocol):
@@ -68,11 +116,39 @@ class Editable(Protocol):
             Uneditable: or not be changed as the editor wants it.
         """
 
+    def together(self, passes: Sequence[Pass]) -> None:
+        """Run several passes, none of which needs what a later one in the list shows.
+
+        What a pass needs of an earlier one it finds where it asks for it: the earlier one has been
+        through each block before.
+        """
+
     def restarts(self, block: int) -> bool:
         """Did a whole pass show how one that starts in a block can run?
 
         If it then computes the same is for the caller to try.
         """
+
+
+def one_by_one(model: Editable, passes: Sequence[Pass]) -> None:
+    """`Editable.together` of a model that is in memory."""
+    for each in passes:
+        if not each.wanted:
+            continue
+        try:
+            logits = None
+            with suppress(Enough):
+                logits = model.run(
+                    each.tokens,
+                    each.observer,
+                    each.editor,
+                    start=each.start,
+                    stream=each.stream(),
+                    logits=each.logits,
+                )
+            each.done(logits)
+        except Exception as error:  # whose it is decides
+            each.failed(error)
 
 
 def at_once(vocabulary: int, probe: Probe, batch_size: int | None) -> int:

@@ -282,7 +282,11 @@ def _is_recurrent(module: nn.Module) -> bool:
 
 @contextmanager
 def watch(
-    found: Decoder, observer: Observer, editor: Editor | None = None, start: int = 0
+    found: Decoder,
+    observer: Observer,
+    editor: Editor | None = None,
+    start: int = 0,
+    until: int | None = None,
 ) -> Iterator[None]:
     """Show the forward passes of ``found`` to ``observer``; undone on leaving, whatever happens.
 
@@ -291,6 +295,7 @@ def watch(
         observer: who is told.
         editor: who may change what is computed.
         start: the first block that is shown.
+        until: the first that no longer is; all are by default.
 
     Raises:
         MeasurementError: by the forward pass, where a block cannot be shown exactly.
@@ -306,7 +311,7 @@ def watch(
         last = max(found.blocks)
         stack.callback(found.model.register_forward_pre_hook(tap.begin).remove)
         for index, block in found.blocks.items():
-            if index < start:
+            if not start <= index < (last + 1 if until is None else until):
                 continue
             hook = block.register_forward_pre_hook(tap.enter(index), with_kwargs=True)
             stack.callback(hook.remove)

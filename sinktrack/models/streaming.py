@@ -43,6 +43,7 @@ class Streamed:
         source: the checkpoint.
         device: where to compute.
         dtype: such as ``bfloat16``; by default one in which no stored weight is rounded.
+        head: will the language head be needed?
 
     Raises:
         ArchiveError: transformers does not know the architecture, or a weight is missing, damaged,
@@ -50,7 +51,14 @@ class Streamed:
         MeasurementError: not a decoder whose blocks can be found.
     """
 
-    def __init__(self, source: Source, device: str = "cpu", dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        device: str = "cpu",
+        dtype: str | None = None,
+        *,
+        head: bool = False,
+    ) -> None:
         self._source, self._device = source, device
         self.read_ahead = torch.device(device).type != "cpu"
         """Read the following block's weights, but for routed experts, while this one computes. On
@@ -58,7 +66,7 @@ class Streamed:
         self._ahead: Future[dict[str, Tensor]] | None = None
         self.reader = ThreadPoolExecutor(1)
         """Reads while others convert or compute."""
-        found = empty(source, dtype)
+        found = empty(source, dtype, head=head)
         self.model, self._names, self._text = found.model, found.names, found.prefix
         self.decoder: Decoder = replace(decoder(found.text), model=self.model)
         self._targets = dict(self.model.state_dict())
@@ -78,6 +86,13 @@ class Streamed:
         """The model without its language head, which a probe does not need."""
         base: PreTrainedModel = self.model.base_model
         return base
+
+    @property
+    def largest_block(self) -> int:
+        """Bytes of the weights of the largest block."""
+        return max(
+            sum(self._targets[name].nbytes for name in self._own(index)) for index in self._prefixes
+        )
 
     def load_surroundings(self, tokens: Tensor) -> None:
         """Read what the text decoder has outside of its blocks.
@@ -102,6 +117,34 @@ class Streamed:
         }
         table = f"{prefix_of(self.model, self.base.get_input_embeddings())}weight"
         self._load(own - self._load_rows(table, tokens))
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """What stands behind the `base`, with its weights, which are freed on leaving.
+
+        Raises:
+            ArchiveError: a weight is missing, damaged or of another shape.
+        """
+        base = prefix_of(self.model, self.base)
+        own = {name for name in self._targets if not name.startswith(base)}
+        tied = {
+            name: other
+            for name, other in self.model.all_tied_weights_keys.items()
+            if name in own and self._names.get(name) is self._names.get(other)
+        }
+        before = {name: self._get(name).detach() for name in {*own, *tied.values()}}
+        try:
+            for name in before:
+                self._put(name, self._targets[name])
+            self._load(own - tied.keys())
+            for name, other in tied.items():  # stored for both, under either name
+                self.convert({source: self._slice(source) for source in self._sources([name])})
+                if self._get(name).is_meta:
+                    self._put(name, self._get(other).detach())
+            yield
+        finally:
+            for name, value in before.items():
+                self._put(name, value)
 
     @contextmanager
     def block(self, index: int, following: int | None = None) -> Iterator[nn.Module]:

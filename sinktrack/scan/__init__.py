@@ -80,7 +80,7 @@ def scan(
             default this process does all the work, in step order.
         workers: processes or tasks at a time; by default as many as cores and memory allow.
         follow: wait for new checkpoints without end, looking every so many seconds.
-        causal: run the causal tests too, with the whole checkpoint in memory.
+        causal: run the causal tests too.
         part: measure every so manyth checkpoint alone, as (which, of how many) counted from 0: the
             scans of all parts may run at once, on several machines, into one run.
         card: make the position card too, as `sinktrack.position_card` does.
@@ -330,14 +330,22 @@ class Job:
     ) -> tuple[Measurement, dict[str, Any]]:
         from sinktrack.archive.huggingface import load
         from sinktrack.interventions import run_causal_tests
+        from sinktrack.models.blockwise import BlockwiseUnsupported
+        from sinktrack.models.streaming import Streamed
 
-        model = load(checkpoint, self.device, self.dtype)
-        measured = measure(model, self.probe, batch_size=self.batch_size)
         start = self._start(checkpoint, source)
-        found = run_causal_tests(
-            model, self.probe, measured, batch_size=self.batch_size, start=start
-        )
-        return measured, found
+
+        def tested(model: Any) -> tuple[Measurement, dict[str, Any]]:
+            measured = measure(model, self.probe, batch_size=self.batch_size)
+            return measured, run_causal_tests(
+                model, self.probe, measured, batch_size=self.batch_size, start=start
+            )
+
+        try:
+            return tested(Streamed(source, self.device, self.dtype, head=True))
+        except BlockwiseUnsupported as error:
+            _log.warning("%s: %s; loading it whole", checkpoint.name, error)
+            return tested(load(checkpoint, self.device, self.dtype))
 
 
 def _outcomes(
