@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -137,14 +138,37 @@ def measure_streamed(
         ArchiveError: a weight is missing or damaged.
         ProbeError, MeasurementError: as `measure`.
     """
+    (found,) = measure_together(
+        streamed, [probe], blocks=blocks, batch_size=batch_size, in_training=in_training
+    )
+    return found
+
+
+@torch.no_grad()
+def measure_together(
+    streamed: Streamed | Gathered,
+    probes: Sequence[Probe],
+    *,
+    blocks: int | None = None,
+    batch_size: int | None = None,
+    in_training: bool = False,
+) -> list[Measurement]:
+    """`measure_streamed` of several probes, for which each block is read once.
+
+    Total effects and the digest of the weights are of the first probe alone; by its size, all of
+    the first go through a block at once, and as many of the others.
+    """
     from sinktrack.models.blockwise import BlockwiseForward
     from sinktrack.models.huggingface import watch
     from sinktrack.models.live import check
 
-    passes = Passes(probe, batch_size)
+    own, *others = probes
+    size = batch_size or own.sequences
+    passes = [Passes(own, batch_size), *(Passes(other, size) for other in others)]
     found = streamed.decoder
-    check(probe, found)
-    streamed.load_surroundings(probe.tokens)
+    for probe in probes:
+        check(probe, found)
+    streamed.load_surroundings(torch.cat([probe.tokens.flatten() for probe in probes]))
     total = len(found.blocks)
     count = total if blocks is None else min(blocks, total)
     shown = dataclasses.replace(
@@ -152,16 +176,17 @@ def measure_streamed(
     )
     embedding = streamed.base.get_input_embeddings()
     device = embedding.weight.device
-    digest = Digest(embedding.weight, passes.first)
-    with out_of_memory(passes.size, probe), preserve_state(embedding):
+    digest = Digest(embedding.weight, passes[0].first)
+    with out_of_memory(size, own), preserve_state(embedding):
         walks = [
             (
                 observer,
                 [BlockwiseForward(found, streamed.base, tokens.to(device)) for tokens in batches],
             )
-            for observer, batches in passes.both
+            for of_probe in passes
+            for observer, batches in of_probe.both
         ]
-        passes.ablate(found, streamed.base, in_training)
+        passes[0].ablate(found, streamed.base, in_training)
         for index in range(count):
             with streamed.block(index, index + 1 if index + 1 < count else None) as block:
                 digest.add(block)
@@ -169,9 +194,11 @@ def measure_streamed(
                     with watch(shown, observer):
                         for walk in group:
                             walk.step(index)
-                passes.step_ablated(index)
-    _refuse_a_part(found, passes.collected)
-    return passes.measurement(found, digest.hex() if count == total else None)
+                passes[0].step_ablated(index)
+    for of_probe in passes:
+        _refuse_a_part(found, of_probe.collected)
+    weights = [digest.hex() if count == total else None, *[None] * len(others)]
+    return [of_probe.measurement(found, own) for of_probe, own in zip(passes, weights, strict=True)]
 
 
 def _refuse_a_part(found: Decoder, collected: Collector) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,14 +67,30 @@ def position_card(
         MeasurementError: as of `sinktrack.measure`.
     """
     start = None if start_token is None else Start(start_token, "caller")
-
-    def run(several: Probe) -> Measurement:
-        return measure(model, several, batch_size=size, in_training=True)
-
-    size = batch_size or probe.sequences
+    start = start or start_of(probe, getattr(model, "config", None))
     if measured is None:
         measured = measure(model, probe, batch_size=batch_size, in_training=True)
-    return card(probe, measured, start or start_of(probe, getattr(model, "config", None)), run)
+    return card(probe, measured, start, measured_beside(model, probe, start, batch_size))
+
+
+def measured_beside(
+    model: Any, probe: Probe, start: Start | None, batch_size: int | None = None
+) -> Measurement | None:
+    """The measurement of what a card asks for `beside` the probe; arguments as above."""
+    several = beside(probe, start)
+    if several is None:
+        return None
+    return measure(model, several, batch_size=batch_size or probe.sequences, in_training=True)
+
+
+def beside(probe: Probe, start: Start | None) -> Several | None:
+    """The sequences that a card needs measured beside the probe's own, if there are any."""
+    rows = [row for rows in _new(probe, _variants(probe, start)[0]).values() for row in rows]
+    return Several(rows) if rows else None
+
+
+def _new(probe: Probe, made: Mapping[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    return {name: rows for name, rows in made.items() if rows is not probe.rows}
 
 
 def start_of(probe: Probe, config: Any = None, tokenizer: Any = None) -> Start | None:
@@ -94,7 +110,7 @@ def start_of(probe: Probe, config: Any = None, tokenizer: Any = None) -> Start |
 
 
 def card(
-    probe: Probe, measured: Measurement, start: Start | None, run: Callable[[Probe], Measurement]
+    probe: Probe, measured: Measurement, start: Start | None, seen: Measurement | None
 ) -> Card:
     """The card of a model, however it is run.
 
@@ -102,15 +118,14 @@ def card(
         probe: the fixed batch.
         measured: the measurement with it.
         start: the start token, where one is known.
-        run: measures the model with another probe.
+        seen: the measurement of what is needed `beside` the probe.
     """
     made, missing = _variants(probe, start)
-    new = {name: rows for name, rows in made.items() if rows is not probe.rows}
+    new = _new(probe, made)
     found: Card = {"start_token": None if start is None else {"id": start.token, "of": start.of}}
     rates = {name: _rates(measured) for name in ("as_is", *made)}
-    if new:
+    if seen is not None:
         several = Several([row for rows in new.values() for row in rows])
-        seen = run(several)
         parts = several.places.split([len(rows) for rows in new.values()])
         rates |= {name: _rates(seen, at) for name, at in zip(new, parts, strict=True)}
     found |= {name: rates.get(name) for name in NAMES}

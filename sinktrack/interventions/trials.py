@@ -12,13 +12,12 @@ from sinktrack.interventions import transplant, unmixing
 from sinktrack.interventions.ablation import Ablation
 from sinktrack.interventions.bench import Bench, Found
 from sinktrack.interventions.candidates import screen
-from sinktrack.interventions.card import Start, card, start_of
+from sinktrack.interventions.card import Start, card, measured_beside, start_of
 from sinktrack.interventions.effects import LEAST_EFFECT
 from sinktrack.interventions.experts import of_bench, profiled
 from sinktrack.interventions.first_token import first_token_dependence
 from sinktrack.interventions.plans import Plan, carry_out, side_by_side
 from sinktrack.interventions.replay import replaying
-from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
 from sinktrack.models.base import adapt
 from sinktrack.probe import Probe
@@ -41,6 +40,7 @@ def run_causal_tests(
     *,
     batch_size: int | None = None,
     start: Start | None = None,
+    beside: Measurement | None = None,
 ) -> Found:
     """Run all causal tests; the record's ``causal``.
 
@@ -53,6 +53,7 @@ def run_causal_tests(
         measured: the measurement, whose phases pick what is tested.
         batch_size: sequences per forward pass; by default as many as logits of 256 MiB allow.
         start: the start token of the position card, see `sinktrack.position_card`.
+        beside: the measurement of what the card needs beside the probe, where there is one.
 
     Returns:
         ``necessity``, ``sufficiency`` and ``position`` of the main phase, the same of every phase
@@ -79,14 +80,10 @@ def run_causal_tests(
     }
     if is_testable(measured):
         adapt(model).together(lambda: _examine(found, model, probe, measured, batch_size))
-    made = card(
-        probe,
-        measured,
-        start or start_of(probe, getattr(model, "config", None)),
-        lambda several: measure(
-            model, several, batch_size=batch_size or probe.sequences, in_training=True
-        ),
-    )
+    start = start or start_of(probe, getattr(model, "config", None))
+    if beside is None:
+        beside = measured_beside(model, probe, start, batch_size)
+    made = card(probe, measured, start, beside)
     found["position_card"] = made
     if found["meaning"] is not None:
         found["meaning"] |= {name: made[name] for name in ("as_is", "random_first")}

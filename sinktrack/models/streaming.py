@@ -34,6 +34,8 @@ from sinktrack.models.huggingface import Decoder, decoder, is_experts
 
 _AT_ONCE = 32 * 2**20
 """Bytes of routed experts that are converted at a time: few enough for memory to be reused."""
+KEPT = 2**29
+"""Bytes of weights up to which a model is read once and kept, where it will be run repeatedly."""
 
 
 class Streamed:
@@ -43,7 +45,7 @@ class Streamed:
         source: the checkpoint.
         device: where to compute.
         dtype: such as ``bfloat16``; by default one in which no stored weight is rounded.
-        head: will the language head be needed?
+        head: will the language head be needed, and the blocks more than once?
 
     Raises:
         ArchiveError: transformers does not know the architecture, or a weight is missing, damaged,
@@ -70,6 +72,9 @@ class Streamed:
         self.model, self._names, self._text = found.model, found.names, found.prefix
         self.decoder: Decoder = replace(decoder(found.text), model=self.model)
         self._targets = dict(self.model.state_dict())
+        self._keeps = head and sum(value.nbytes for value in self._targets.values()) <= KEPT
+        self._kept: dict[int, dict[nn.Module, _Experts]] = {}
+        """By block with its weights, what reads its experts."""
         self._largest = max(weight.numel() for weight in self._targets.values())
         self._load_config = LoadStateDictConfig(
             dtype=self.model.dtype,
@@ -80,6 +85,11 @@ class Streamed:
         self._prefixes = {
             index: prefix_of(self.model, block) for index, block in self.decoder.blocks.items()
         }
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self.model.config
 
     @property
     def base(self) -> PreTrainedModel:
@@ -148,7 +158,7 @@ class Streamed:
 
     @contextmanager
     def block(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
-        """The block with its weights, which are freed on leaving.
+        """The block with its weights, which are freed on leaving, unless the model is small.
 
         Routed experts are read when tokens come to them.
 
@@ -159,21 +169,25 @@ class Streamed:
         Raises:
             ArchiveError: a weight is missing, damaged or of another shape.
         """
-        block, own, experts = self.decoder.blocks[index], self._own(index), self._experts(index)
-        hooks = []
+        block, own, hooks = self.decoder.blocks[index], self._own(index), []
         try:
-            self._load(own - _later(experts))
-            for module, weights in experts.items():
+            if index not in self._kept:
+                experts = self._experts(index)
+                self._load(own - _later(experts))
+                self._kept[index] = experts
+            for module, weights in self._kept[index].items():
                 hook = module.register_forward_pre_hook(weights.read, with_kwargs=True)
                 hooks.append(hook)
-            if self.read_ahead and following is not None:
+            if self.read_ahead and following is not None and following not in self._kept:
                 self._ahead = self.reader.submit(self._read, following)
             yield block
         finally:
             for hook in hooks:
                 hook.remove()
-            for name in own:
-                self._put(name, self._targets[name])
+            if not (self._keeps and index in self._kept):
+                self._kept.pop(index, None)
+                for name in own:
+                    self._put(name, self._targets[name])
 
     def _own(self, index: int) -> set[str]:
         prefix = self._prefixes[index]

@@ -24,7 +24,7 @@ from sinktrack.errors import (
     one_line,
     require,
 )
-from sinktrack.measure import measure, measure_streamed
+from sinktrack.measure import measure, measure_together
 from sinktrack.measurement import Measurement
 from sinktrack.probe import Probe
 from sinktrack.prose import passages
@@ -269,15 +269,8 @@ class Job:
         from sinktrack.archive.beside import tell
 
         tell(checkpoint)
-        tests: dict[str, Any] = {}
         source = open(checkpoint)
-        if self.causal:
-            measured, found = self._with_tests(checkpoint, source)
-            tests = {"position_card": found.pop("position_card"), "causal": found}
-        else:
-            measured = self._streamed(checkpoint, source)
-            if self.card:
-                tests["position_card"] = self._card(checkpoint, source, measured)
+        measured, tests = self._tested(checkpoint, source)
         tokens = checkpoint.tokens or getattr(source, "tokens", None)
         record: dict[str, Any] = to_json(
             measured.to_record(checkpoint.step, checkpoint.name, versions(), tokens) | tests
@@ -292,60 +285,60 @@ class Job:
 
         return start_of(self.probe, source.config, tokenizer(checkpoint.files))
 
-    def _card(self, checkpoint: Checkpoint, source: Source, measured: Measurement) -> Any:
-        from sinktrack.interventions.card import card
-
-        return card(
-            self.probe,
-            measured,
-            self._start(checkpoint, source),
-            lambda several: self._streamed(checkpoint, open(checkpoint), several),
-        )
-
-    def _streamed(
-        self, checkpoint: Checkpoint, source: Source, several: Probe | None = None
-    ) -> Measurement:
-        """Measure with the probe, or with several others of its size at a time."""
+    def _tested(self, checkpoint: Checkpoint, source: Source) -> tuple[Measurement, dict[str, Any]]:
+        """The measurement and what else was asked for, with a block of the model in memory."""
         from sinktrack.archive.huggingface import load
+        from sinktrack.interventions.card import beside, measured_beside
         from sinktrack.models.blockwise import BlockwiseUnsupported
         from sinktrack.models.streaming import Streamed
 
-        probe, size = self.probe, self.batch_size
-        if several is not None:
-            probe, size = several, size or probe.sequences
+        asked = self.causal or self.card
+        start = self._start(checkpoint, source) if asked else None
+        others = beside(self.probe, start) if asked else None
+        probes = [self.probe] if others is None else [self.probe, others]
+        model: Any
         try:
-            streamed = Streamed(source, self.device, self.dtype)
-            return measure_streamed(
-                streamed, probe, blocks=self.blocks, batch_size=size, in_training=probe is several
+            model = Streamed(source, self.device, self.dtype, head=self.causal)
+            measured, *rest = measure_together(
+                model, probes, blocks=self.blocks, batch_size=self.batch_size
             )
+            return measured, self._tests(model, measured, start, *rest)
         except BlockwiseUnsupported as error:
             if self.blocks is not None:
                 raise ArchiveError(f"{error}; scan all of it, without --blocks") from error
             _log.warning("%s: %s; loading it whole", checkpoint.name, error)
-            model = load(checkpoint, self.device, self.dtype, head=False)
-            return measure(model, probe, batch_size=size, in_training=probe is several)
+        model = load(checkpoint, self.device, self.dtype, head=self.causal)
+        measured = measure(model, self.probe, batch_size=self.batch_size)
+        seen = None
+        if others is not None:
+            seen = measured_beside(model, self.probe, start, self.batch_size)
+        return measured, self._tests(model, measured, start, seen)
 
-    def _with_tests(
-        self, checkpoint: Checkpoint, source: Source
-    ) -> tuple[Measurement, dict[str, Any]]:
-        from sinktrack.archive.huggingface import load
-        from sinktrack.interventions import run_causal_tests
-        from sinktrack.models.blockwise import BlockwiseUnsupported
-        from sinktrack.models.streaming import Streamed
+    def _tests(
+        self,
+        model: Any,
+        measured: Measurement,
+        start: Start | None,
+        seen: Measurement | None = None,
+    ) -> dict[str, Any]:
+        """What was asked for beside the measurement."""
+        if self.causal:
+            from sinktrack.interventions import run_causal_tests
 
-        start = self._start(checkpoint, source)
-
-        def tested(model: Any) -> tuple[Measurement, dict[str, Any]]:
-            measured = measure(model, self.probe, batch_size=self.batch_size)
-            return measured, run_causal_tests(
-                model, self.probe, measured, batch_size=self.batch_size, start=start
+            found = run_causal_tests(
+                model,
+                self.probe,
+                measured,
+                batch_size=self.batch_size,
+                start=start,
+                beside=seen,
             )
+            return {"position_card": found.pop("position_card"), "causal": found}
+        if self.card:
+            from sinktrack.interventions.card import card
 
-        try:
-            return tested(Streamed(source, self.device, self.dtype, head=True))
-        except BlockwiseUnsupported as error:
-            _log.warning("%s: %s; loading it whole", checkpoint.name, error)
-            return tested(load(checkpoint, self.device, self.dtype))
+            return {"position_card": card(self.probe, measured, start, seen)}
+        return {}
 
 
 def _outcomes(
