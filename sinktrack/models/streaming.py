@@ -72,6 +72,13 @@ class Streamed:
         self.model, self._names, self._text = found.model, found.names, found.prefix
         self.decoder: Decoder = replace(decoder(found.text), model=self.model)
         self._targets = dict(self.model.state_dict())
+        if head:
+            lacking = [name for name in self._behind() if not self._names.get(name)]
+            if lacking:
+                raise ArchiveError(
+                    f"{source.files.location}: {len(lacking)} weights missing ({some(lacking)}); "
+                    "the checkpoint does not fit its config.json"
+                )
         self._keeps = head and sum(value.nbytes for value in self._targets.values()) <= KEPT
         self._kept: dict[int, dict[nn.Module, _Experts]] = {}
         """By block with its weights, what reads its experts."""
@@ -135,8 +142,7 @@ class Streamed:
         Raises:
             ArchiveError: a weight is missing, damaged or of another shape.
         """
-        base = prefix_of(self.model, self.base)
-        own = {name for name in self._targets if not name.startswith(base)}
+        own = self._behind()
         tied = {
             name: other
             for name, other in self.model.all_tied_weights_keys.items()
@@ -155,6 +161,11 @@ class Streamed:
         finally:
             for name, value in before.items():
                 self._put(name, value)
+
+    def _behind(self) -> set[str]:
+        """The weights that the `base` does not hold."""
+        base = prefix_of(self.model, self.base)
+        return {name for name in self._targets if not name.startswith(base)}
 
     @contextmanager
     def block(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
