@@ -13,14 +13,23 @@ interleaved, medians:
 
 The second way takes a checkpoint with its tokenizer and 16 x 64 tokens of the built-in prose, and
 tells the CPU seconds of a measurement and of all tests.
+
+    python scripts/bench_causal.py --stream SCRATCH [--depth 3] [--tokens 512]
+
+The third makes a checkpoint with the geometry of Qwen3-30B-A3B (see `bench_scan`), cut to a few
+blocks, in whose block 0 the heads write the P0 state that the others rest on. A scan without and
+one with the causal tests run in a process each: peak memory, bytes read over bytes of the
+checkpoint, seconds per edit, and what follows for all 48 blocks.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +44,8 @@ from sinktrack.prose import passages
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import planted
+from bench_probe import Peak
+from bench_scan import GIB, make
 
 HEADS, EXPERTS = 8, 8
 
@@ -126,12 +137,117 @@ def checkpoint(directory: Path) -> str:
     )
 
 
+def plant(directory: Path, depth: int) -> None:
+    """Let the heads of block 0 write a state at token 0 that those of all others look for."""
+    from safetensors.torch import load_file, save_file
+
+    one, begin, sink, slow = 0, 1, 2, 63  # channels; and that which positions turn least
+    changes: dict[str, Callable[[Any], None]] = {}
+
+    def embedding(value: torch.Tensor) -> None:
+        value[:, one], value[0, begin] = 3.0, 3.0
+
+    def heads(channel: int, strength: float) -> Callable[[Any], None]:
+        def change(value: torch.Tensor) -> None:
+            value.unflatten(0, (-1, 128))[:, slow, channel] = strength
+
+        return change
+
+    def into(row: int, column: int, strength: float) -> Callable[[Any], None]:
+        def change(value: torch.Tensor) -> None:
+            value[row, column] = strength
+
+        return change
+
+    changes["model.embed_tokens.weight"] = embedding
+    for block in range(depth):
+        attention = f"model.layers.{block}.self_attn"
+        key = heads(sink, 2.0) if block else heads(begin, -2.0)  # in block 0 P0 is left alone
+        changes[f"{attention}.q_proj.weight"] = heads(one, 10.0)
+        changes[f"{attention}.k_proj.weight"] = key
+    changes["model.layers.0.self_attn.v_proj.weight"] = into(0, begin, 1.0)
+    changes["model.layers.0.self_attn.o_proj.weight"] = into(sink, 0, 20.0)
+    weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    for file in {weight_map[name] for name in changes}:
+        tensors = load_file(directory / file)
+        for name in tensors.keys() & changes.keys():
+            changes[name](tensors[name])
+        save_file(tensors, directory / file, {"format": "pt"})
+
+
+def scanned(directory: Path, tokens: int, causal: bool) -> None:
+    """Scan the checkpoint; print what it took as JSON."""
+    from sinktrack.archive.discover import discover
+    from sinktrack.archive.source import open as open_source
+    from sinktrack.measure import measure_streamed
+    from sinktrack.models.streaming import Streamed
+
+    ids = torch.randint(1, 151_936, (tokens // 64, 64), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = 0
+    probe = sinktrack.Probe.from_tokens(ids)
+    source = open_source(discover(directory)[0])
+    result: dict[str, Any] = {}
+    with Peak() as peak:
+        start = time.perf_counter()
+        streamed = Streamed(source, head=causal)
+        measured = measure_streamed(streamed, probe)
+        result["measured"], result["scan"] = source.files.bytes_read, time.perf_counter() - start
+        result["sinks"] = [(sink.first_block, sink.last_block) for sink in measured.sinks]
+        if causal:
+            start = time.perf_counter()
+            found = run_causal_tests(streamed, probe, measured)
+            result["tests"] = time.perf_counter() - start
+            result["forwards"] = found["forwards"]
+            result["verdicts"] = [row["verdict"] for row in found["necessity"]]
+    result["peak"], result["bytes"] = peak.most - peak.start, source.files.bytes_read
+    print(json.dumps(result), flush=True)
+
+
+def stream(directory: Path, depth: int, tokens: int) -> None:
+    """Both scans, and what follows for the whole model."""
+    if not (directory / "model.safetensors.index.json").exists():
+        make(directory, depth)
+        plant(directory, depth)
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    results = {}
+    for way in ("plain", "causal"):
+        command = [sys.executable, __file__, "--stream", str(directory), "--worker", way]
+        done = subprocess.run(
+            [*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, text=True, check=True
+        )
+        results[way] = json.loads(done.stdout.splitlines()[-1])
+        print(way, results[way], file=sys.stderr)
+    plain, causal = results["plain"], results["causal"]
+    readings = (causal["bytes"] - causal["measured"]) / size
+    each = causal["tests"] / causal["forwards"]
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, bfloat16, {depth} "
+        f"blocks, {size / GIB:.1f} GiB, {tokens} tokens\n"
+        f"peak memory: plain {plain['peak'] / GIB:.2f} GiB, with the causal tests "
+        f"{causal['peak'] / GIB:.2f} GiB, {causal['peak'] / plain['peak']:.2f} times\n"
+        f"bytes read by the tests, over the checkpoint's: {readings:.1f}\n"
+        f"time: scan {causal['scan']:.0f} s, tests {causal['tests']:.0f} s for what computes as "
+        f"much as {causal['forwards']:.1f} passes of the whole model, {each:.1f} s each\n"
+        f"for 48 blocks: {each * 48 / depth:.0f} s for each pass"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, nargs="+", default=[8, 24])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--stream", type=Path)
+    parser.add_argument("--depth", type=int, default=3, help="blocks of the streamed checkpoint")
+    parser.add_argument("--tokens", type=int, default=512, help="of its probe")
+    parser.add_argument("--worker", choices=("plain", "causal"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.worker is not None:
+        scanned(arguments.stream, arguments.tokens, arguments.worker == "causal")
+        return
+    if arguments.stream is not None:
+        stream(arguments.stream, arguments.depth, arguments.tokens)
+        return
     if arguments.model is not None:
         print(checkpoint(arguments.model))
         return

@@ -94,6 +94,11 @@ class Streamed:
         }
 
     @property
+    def bytes_read(self) -> int:
+        """Of the checkpoint, so far."""
+        return self._source.files.bytes_read
+
+    @property
     def config(self) -> Any:
         """The model's."""
         return self.model.config
