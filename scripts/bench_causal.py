@@ -147,6 +147,10 @@ def plant(directory: Path, depth: int) -> None:
     def embedding(value: torch.Tensor) -> None:
         value[:, one], value[0, begin] = 3.0, 3.0
 
+    def evenly(value: torch.Tensor) -> None:
+        """What all tokens have in common sends none of them to the same experts."""
+        value[:, [one, begin, sink]] = 0
+
     def heads(channel: int, strength: float) -> Callable[[Any], None]:
         def change(value: torch.Tensor) -> None:
             value.unflatten(0, (-1, 128))[:, slow, channel] = strength
@@ -155,6 +159,8 @@ def plant(directory: Path, depth: int) -> None:
 
     def into(row: int, column: int, strength: float) -> Callable[[Any], None]:
         def change(value: torch.Tensor) -> None:
+            if not row:  # a value of its own, else nothing
+                value[row] = 0
             value[row, column] = strength
 
         return change
@@ -165,6 +171,7 @@ def plant(directory: Path, depth: int) -> None:
         key = heads(sink, 2.0) if block else heads(begin, -2.0)  # in block 0 P0 is left alone
         changes[f"{attention}.q_proj.weight"] = heads(one, 10.0)
         changes[f"{attention}.k_proj.weight"] = key
+        changes[f"model.layers.{block}.mlp.gate.weight"] = evenly
     changes["model.layers.0.self_attn.v_proj.weight"] = into(0, begin, 1.0)
     changes["model.layers.0.self_attn.o_proj.weight"] = into(sink, 0, 20.0)
     weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]

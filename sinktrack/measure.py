@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # transformers is slow to import
 
 
 def measure(
-    model: nn.Module | list[nn.Module] | AnyDecoder,
+    model: nn.Module | list[nn.Module] | AnyDecoder | Streamed,
     probe: Probe,
     *,
     batch_size: int | None = None,
@@ -43,8 +43,9 @@ def measure(
             your own that holds no other), or the text decoder of a vision-language model; or a
             Megatron-Core model, bare, wrapped or as the list of chunks of ``get_model``; or any
             other PyTorch decoder, by itself where it holds one evident list of blocks, else as a
-            `sinktrack.Decoder` that names them. Where no process holds the whole model, every one
-            must call, and each gets the measurement.
+            `sinktrack.Decoder` that names them; or a checkpoint as `measure_streamed` takes it.
+            Where no process holds the whole model, every one must call, and each gets the
+            measurement.
         probe: the fixed batch.
         batch_size: sequences per forward pass; all at once by default.
         in_training: leave out the total effects where they would cost over a tenth of the rest.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,12 +57,11 @@ class Ablation:
             ]
             for place, (phase, rows) in enumerate(zip(phases, found, strict=True))
         ]
-        inside, _ = yield from together(
-            [
-                self._ablate([("", [part]) for own in parts.values() for part in own]),
-                self._remove(spared),
-            ]
-        )
+        several: list[Plan[Any]] = [
+            self._ablate([("", [part]) for own in parts.values() for part in own]),
+            self._remove(spared),
+        ]
+        inside, _ = yield from together(several)
         by_part = []
         for phase in phases:
             for own in parts.values():

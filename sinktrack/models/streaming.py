@@ -96,7 +96,8 @@ class Streamed:
     @property
     def bytes_read(self) -> int:
         """Of the checkpoint, so far."""
-        return self._source.files.bytes_read
+        count: int = self._source.files.bytes_read
+        return count
 
     @property
     def config(self) -> Any:
