@@ -100,8 +100,8 @@ def _examine(
              "peak_block": phase.peak_block}
             for phase in tests.phases
         ]  # fmt: skip
-        plans: list[Plan[Any]] = [test(tests) for test in _TESTS.values()]
-        *of_tests, profile = carry_out(tests.replay, side_by_side([*plans, profiled(tests)]))
+        plans: list[Plan[Any]] = [*(test(tests) for test in _TESTS.values()), profiled(tests)]
+        *of_tests, profile = carry_out(tests.replay, side_by_side(plans))
         for name, by_phase in zip(_TESTS, of_tests, strict=True):
             if isinstance(by_phase, Uneditable):
                 tests.missing[name] = str(by_phase)

@@ -113,9 +113,11 @@ class Streamed:
     @property
     def largest_block(self) -> int:
         """Bytes of the weights of the largest block."""
-        return max(
-            sum(self._targets[name].nbytes for name in self._own(index)) for index in self._prefixes
-        )
+        sizes = [
+            sum(int(self._targets[name].nbytes) for name in self._own(index))
+            for index in self._prefixes
+        ]
+        return max(sizes)
 
     def load_surroundings(self, tokens: Tensor) -> None:
         """Read what the text decoder has outside of its blocks.
