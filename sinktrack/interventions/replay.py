@@ -521,7 +521,9 @@ class _Edited(Editor):
         return self._joined(whole, changed)
 
     def write(self, block: int, write: Write) -> Tensor | None:
-        of = cache(write.routed.of) if write.routed is not None else None
+        of = None
+        if write.routed is not None:  # several edits may ask for an expert
+            of = cache(write.routed.of) if len(self._edits) > 1 else write.routed.of
         return self._joined(
             write.added,
             [edit.write(block, _sliced(write, at, of), self._rows) for edit, at in self._each()],
