@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("cuda", 0)
-_MAY_MIX = {Tensor.copy_, Tensor.__getitem__, Tensor.__setitem__}
+_INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
+_MAY_MIX = {Tensor.copy_, *_INDEXING}
+_OF_THE_CPU = {Tensor.numpy, Tensor.__array__}
 
 
 class Elsewhere(Tensor):
@@ -63,6 +65,8 @@ class _Mode(TorchFunctionMode):
         named = [x for x in (*args[1:], kwargs.get("device")) if _is_device(x)]
         if not away and not any(_is_away(x) for x in named):
             return func(*args, **kwargs)
+        if func in _OF_THE_CPU or (func in _INDEXING and not isinstance(args[0], Elsewhere)):
+            raise TypeError(f"{func} of a tensor on cuda:0: copy it to the host first")
         here = [x for x in given if not isinstance(x, Elsewhere) and x.dim() > 0]
         if away and here and func not in _MAY_MIX:
             raise RuntimeError(

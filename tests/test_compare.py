@@ -71,6 +71,9 @@ def test_settings_are_told_apart_where_they_differ() -> None:
         "10 runs of 2 settings. Beyond what seeds explain: sink rate (b less a: 30."
     )
     assert [line.split(":")[0] for line in found.verdict()[1:]] == ["a", "b"]
+    third = {f"c{i}": a_run(0.9 + 0.01 * i, seed=i) for i in range(5)}
+    more = compare(runs | third, settings={name: name[0] for name in runs | third})
+    assert "on so few runs cannot tell settings apart" in more.verdict()[0]
 
 
 def test_no_claim_below_five_seeds_a_side() -> None:

@@ -16,6 +16,6 @@ def test_all_checks_pass_on_the_cpu(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) >= 26 and not any(row["failed"] for row in rows)
+    assert len(rows) >= 33 and not any(row["failed"] for row in rows)
     told = {row["name"]: row["value"] for row in rows}
-    assert told["training with the callback: bits that differ"] == 0
+    assert told["training, float32, with the callback: bits that differ"] == 0

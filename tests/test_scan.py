@@ -251,7 +251,7 @@ def test_another_model_is_refused_by_a_run(archive: Path, tmp_path: Path) -> Non
     assert scanned.returncode == 0, scanned.stderr
     models.llama(num_hidden_layers=2).save_pretrained(tmp_path / "checkpoint-9")
     done = sinktrack("scan", tmp_path / "checkpoint-9", "--run", tmp_path / "run")
-    assert done.returncode == 2
+    assert done.returncode == 1  # others of an archive of several models go on
     assert "a model with type llama, blocks 2, experts None" in done.stderr
     assert "records of one with type mixtral, blocks 4, experts" in done.stderr
     assert Run.read(tmp_path / "run").steps == [4]

@@ -206,12 +206,13 @@ class Bench:
 
         diluted = outcome = None
         if effect.large:
-            lost = (effect.changed / effect.before).clamp(min=0).nan_to_num()
-            gone = (1 - to_set(trial.after) / to_set(self.before)).nan_to_num()
-            shared = (ratio(trial.after) >= IN_STATE * ratio(self.before)) & (gone < lost / 2)
-            diluted = float((effect.changed.clamp(min=0) * shared).nansum()
-                            / effect.changed.clamp(min=0).nansum())  # fmt: skip
-            most = diluted if diluted >= 0.5 else 1 - diluted
+            lost = (effect.changed / effect.before).clamp(min=0)
+            gone = 1 - to_set(trial.after) / to_set(self.before)
+            large = ratio(trial.after) >= IN_STATE * ratio(self.before)
+            weight = effect.changed.clamp(min=0).masked_fill(gone.isnan(), 0).nan_to_num()
+            diluted = number((weight * (large & (gone < lost / 2))).sum() / weight.sum())
+        if diluted is not None:  # null where no query stands outside of the set
+            most = max(diluted, 1 - diluted)
             outcome = "both" if most < MOST else "diluted" if diluted >= MOST else "lost"
         return {
             "p0_norm_ratio": both(ratio),

@@ -187,13 +187,24 @@ class Comparison:
             first = f"{told}. Beyond what seeds explain: {what}."
         elif self.differences:
             tested = dict.fromkeys(QUANTITIES[one.quantity] for one in self.differences)
-            differ = "differ" if len(tested) > 1 else "differs"
-            first = f"{told}: {', '.join(tested)} {differ} no more than seeds explain."
+            first = f"{told}: no difference of {', '.join(tested)} beyond what seeds explain."
+            if self._least_p() > 1 - robust.CONFIDENCE:
+                first = (
+                    f"{told}: {len(self.differences)} tests on so few runs cannot tell settings "
+                    "apart."
+                )
         elif len(settings) > 1:
             first = f"{told}: too few runs, or too little in common, to tell settings apart."
         else:
             first = f"{told}."
         return [first, *(self._spread(one) for one in self.spreads if one.quantity == "onset")]
+
+    def _least_p(self) -> float:
+        """The smallest p that these tests can come to, were the settings wholly apart."""
+        counts = {name: len(runs) for name, runs in _by_setting(self.runs).items()}
+        pairs = [tuple(counts[name] for name in one.settings) for one in self.differences]
+        sides = [(1 + (a == b)) / math.comb(a + b, a) for a, b in pairs]
+        return len(self.differences) * min(sides)
 
     def lines(self) -> list[str]:
         """What was found, in words."""
