@@ -307,6 +307,55 @@ def test_tensors_that_do_not_fit(usual: tuple[Path, Path], adapter: Path) -> Non
     assert "truncated or damaged" in refusal(base, adapter.parent)
 
 
+def test_an_adapter_that_was_not_saved_whole(usual: tuple[Path, Path], adapter: Path) -> None:
+    base, file = usual[0], adapter / "adapter_model.safetensors"
+    whole = load_file(file)
+
+    def said(weights: dict[str, Tensor]) -> str:
+        save_file(weights, file)
+        return refusal(base, adapter.parent)
+
+    assert "holds no weights of LoRA" in said({})
+    first = {name: value for name, value in whole.items() if "layers.1." not in name}
+    assert "has no tensors of model.layers.1.self_attn.q_proj, model.layers.1.self" in said(first)
+    edited(adapter, layers_to_transform=[0])
+    read(base, adapter.parent)
+    edited(adapter, layers_to_transform=None, exclude_modules=r"model\.layers\.1\..*")
+    read(base, adapter.parent)
+    edited(adapter, exclude_modules=None, target_modules=r".*\.0\.self_attn\.(q|v)_proj")
+    read(base, adapter.parent)
+    edited(adapter, target_modules=ATTENTION, modules_to_save=["lm_head"])
+    assert "has no tensors of lm_head.weight" in said(whole)
+    edited(adapter, modules_to_save=None, use_dora=True)
+    assert "lacks the magnitude of model.layers.0.self_attn.q_proj" in said(whole)
+
+
+def test_two_spellings_and_dtypes_of_weights(usual: tuple[Path, Path], adapter: Path) -> None:
+    base, file = usual[0], adapter / "adapter_model.safetensors"
+    whole = load_file(file)
+
+    def said(weights: dict[str, Tensor]) -> str:
+        save_file(weights, file)
+        return refusal(base, adapter.parent)
+
+    for before, after in (
+        ("base_model.model.", ""), ("lora_A", "lora_A.default"), ("base_model.model.model.", ""),
+    ):  # fmt: skip
+        others = {name.replace(before, after): value * 0 for name, value in whole.items()}
+        assert re.search("which one counts", said(whole | others))
+    for dtype, name in ((torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")):
+        assert f"lora_A.weight as {name}, which" in said(
+            {key: value.to(dtype) for key, value in whole.items()}
+        )
+
+
+def test_alpha_0_is_the_base(usual: tuple[Path, Path], adapter: Path) -> None:
+    edited(adapter, lora_alpha=0)
+    wanted = AutoModelForCausalLM.from_pretrained(usual[0]).state_dict()
+    found = read(usual[0], adapter.parent).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
 def test_the_base(
     usual: tuple[Path, Path],
     tmp_path: Path,
