@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from sinktrack import ArchiveError, Probe, measure, scan
-from sinktrack.archive.discover import discover
+from sinktrack.archive.discover import archives_below, discover
 from sinktrack.archive.huggingface import load
 
 PROBE = Probe.random(models.VOCABULARY, sequences=3, length=8)
@@ -396,3 +396,29 @@ def test_a_final_adapter_around_the_checkpoints(usual: tuple[Path, Path], adapte
         shutil.copy(adapter / name, archive)
     TrainerState(global_step=9).save_to_json(str(archive / "trainer_state.json"))
     assert [one.step for one in discover(archive, base=usual[0])] == [5, 9]
+
+
+def test_named_adapters_those_of_mlx_and_unfinished_ones_say_what_they_are(
+    usual: tuple[Path, Path], adapter: Path, tmp_path: Path
+) -> None:
+    base = usual[0]
+    named = tmp_path / "named/checkpoint-5"
+    shutil.copytree(adapter, named / "policy")
+    for given in (base, None):
+        (found,) = discover(named.parent, base=given)
+        assert "holds adapters by name (policy/); choose one with --pattern" in str(found.reason)
+    (found,) = discover(named.parent, r".*-(?P<step>[0-9]+)/policy", base=base)
+    assert found.reason is None
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapters.safetensors")
+    for said in ("adapters of MLX", "without adapter_model.safetensors; is the checkpoint still"):
+        (found,) = discover(adapter.parent, base=base)
+        assert said in str(found.reason)
+        (adapter / "adapters.safetensors").unlink(missing_ok=True)
+
+
+def test_a_sweep_of_adapters_and_models(usual: tuple[Path, Path], tmp_path: Path) -> None:
+    base, archive = usual
+    shutil.copytree(archive, tmp_path / "one")
+    shutil.copytree(base, tmp_path / "two/checkpoint-5")
+    assert set(archives_below(tmp_path, base=base)) == {"one", "two"}
+    assert set(archives_below(tmp_path)) == {"two"}
