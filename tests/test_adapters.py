@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from sinktrack import ArchiveError, Probe, measure, scan
-from sinktrack.archive.discover import discover
+from sinktrack.archive.discover import archives_below, discover
 from sinktrack.archive.huggingface import load
 
 PROBE = Probe.random(models.VOCABULARY, sequences=3, length=8)
@@ -307,6 +307,55 @@ def test_tensors_that_do_not_fit(usual: tuple[Path, Path], adapter: Path) -> Non
     assert "truncated or damaged" in refusal(base, adapter.parent)
 
 
+def test_an_adapter_that_was_not_saved_whole(usual: tuple[Path, Path], adapter: Path) -> None:
+    base, file = usual[0], adapter / "adapter_model.safetensors"
+    whole = load_file(file)
+
+    def said(weights: dict[str, Tensor]) -> str:
+        save_file(weights, file)
+        return refusal(base, adapter.parent)
+
+    assert "holds no weights of LoRA" in said({})
+    first = {name: value for name, value in whole.items() if "layers.1." not in name}
+    assert "has no tensors of model.layers.1.self_attn.q_proj, model.layers.1.self" in said(first)
+    edited(adapter, layers_to_transform=[0])
+    read(base, adapter.parent)
+    edited(adapter, layers_to_transform=None, exclude_modules=r"model\.layers\.1\..*")
+    read(base, adapter.parent)
+    edited(adapter, exclude_modules=None, target_modules=r".*\.0\.self_attn\.(q|v)_proj")
+    read(base, adapter.parent)
+    edited(adapter, target_modules=ATTENTION, modules_to_save=["lm_head"])
+    assert "has no tensors of lm_head.weight" in said(whole)
+    edited(adapter, modules_to_save=None, use_dora=True)
+    assert "lacks the magnitude of model.layers.0.self_attn.q_proj" in said(whole)
+
+
+def test_two_spellings_and_dtypes_of_weights(usual: tuple[Path, Path], adapter: Path) -> None:
+    base, file = usual[0], adapter / "adapter_model.safetensors"
+    whole = load_file(file)
+
+    def said(weights: dict[str, Tensor]) -> str:
+        save_file(weights, file)
+        return refusal(base, adapter.parent)
+
+    for before, after in (
+        ("base_model.model.", ""), ("lora_A", "lora_A.default"), ("base_model.model.model.", ""),
+    ):  # fmt: skip
+        others = {name.replace(before, after): value * 0 for name, value in whole.items()}
+        assert re.search("which one counts", said(whole | others))
+    for dtype, name in ((torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")):
+        assert f"lora_A.weight as {name}, which" in said(
+            {key: value.to(dtype) for key, value in whole.items()}
+        )
+
+
+def test_alpha_0_is_the_base(usual: tuple[Path, Path], adapter: Path) -> None:
+    edited(adapter, lora_alpha=0)
+    wanted = AutoModelForCausalLM.from_pretrained(usual[0]).state_dict()
+    found = read(usual[0], adapter.parent).state_dict()
+    assert all(torch.equal(found[key], value) for key, value in wanted.items())
+
+
 def test_the_base(
     usual: tuple[Path, Path],
     tmp_path: Path,
@@ -347,3 +396,29 @@ def test_a_final_adapter_around_the_checkpoints(usual: tuple[Path, Path], adapte
         shutil.copy(adapter / name, archive)
     TrainerState(global_step=9).save_to_json(str(archive / "trainer_state.json"))
     assert [one.step for one in discover(archive, base=usual[0])] == [5, 9]
+
+
+def test_named_adapters_those_of_mlx_and_unfinished_ones_say_what_they_are(
+    usual: tuple[Path, Path], adapter: Path, tmp_path: Path
+) -> None:
+    base = usual[0]
+    named = tmp_path / "named/checkpoint-5"
+    shutil.copytree(adapter, named / "policy")
+    for given in (base, None):
+        (found,) = discover(named.parent, base=given)
+        assert "holds adapters by name (policy/); choose one with --pattern" in str(found.reason)
+    (found,) = discover(named.parent, r".*-(?P<step>[0-9]+)/policy", base=base)
+    assert found.reason is None
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapters.safetensors")
+    for said in ("adapters of MLX", "without adapter_model.safetensors; is the checkpoint still"):
+        (found,) = discover(adapter.parent, base=base)
+        assert said in str(found.reason)
+        (adapter / "adapters.safetensors").unlink(missing_ok=True)
+
+
+def test_a_sweep_of_adapters_and_models(usual: tuple[Path, Path], tmp_path: Path) -> None:
+    base, archive = usual
+    shutil.copytree(archive, tmp_path / "one")
+    shutil.copytree(base, tmp_path / "two/checkpoint-5")
+    assert set(archives_below(tmp_path, base=base)) == {"one", "two"}
+    assert set(archives_below(tmp_path)) == {"two"}

@@ -92,7 +92,7 @@ def discover(
         found = [replace(checkpoint, config=Files(hf_config)) for checkpoint in found]
     if base is not None:
         model = base_model(base)
-        if all(one.format != "adapters" for one in found):
+        if all(one.format != "adapters" and one.reason is None for one in found):
             raise ArchiveError(f"{files.location} holds no adapters: leave out --base (base)")
         found = [
             replace(one, base=model, reason=None) if one.format == "adapters" else one
@@ -138,8 +138,9 @@ def archives_below(
             continue
         for place in [child.location, _holding(child)]:
             with suppress(ArchiveError):
-                inner = discover(place, pattern, hf_config, base) if place else []
-                if place and any(one.reason is None for one in inner):
+                inner = discover(place, pattern, hf_config) if place else []
+                adapted = base is not None and any(one.format == "adapters" for one in inner)
+                if place and (adapted or any(one.reason is None for one in inner)):
                     found[name] = place
                     break
     return found

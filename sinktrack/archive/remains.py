@@ -6,11 +6,14 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 
+from sinktrack.archive.names import known as step_of
 from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError
 
 _MOST = 10_000
 _NAMED = 3
+_LOOKED = 20
+_ADAPTER = "adapter_config.json"
 _DEEPSPEED = re.compile(
     r"(?:mp_rank|(?:bf16_|fp16_)?zero_pp_rank|layer)_.*(?:model|optim)[^/]*_states\.pt"
 )
@@ -19,6 +22,11 @@ _KINDS = (
     (
         r"records\.jsonl",
         "a run of sinktrack itself ({found}); name the archive of checkpoints, and this as --run",
+    ),
+    (
+        r"(?:[0-9]+_)?adapters\.safetensors",
+        "adapters of MLX ({found}), which are not merged here; write the merged model with "
+        "mlx_lm.fuse",
     ),
     (
         r"adapter_(?:model.*|config\.json)",
@@ -148,6 +156,19 @@ def known(files: Files) -> str | None:
             "the checkpoint again, with what its links lead to"
         )
     there = names(files)
+    if _ADAPTER in there and not any(re.match(r"adapter_model|.*adapters\.safe", n) for n in there):
+        return (
+            f"{files.location} holds {_ADAPTER} without adapter_model.safetensors; is the "
+            "checkpoint still being written?"
+        )
+    below = [name for name in there if name.endswith("/") and not step_of(name[:-1])][:_LOOKED]
+    if _ADAPTER not in there and (
+        found := [name for name in below if files.at(name[:-1]).exists(_ADAPTER)]
+    ):
+        return (
+            f"{files.location} holds adapters by name ({few(found)}); choose one with --pattern, "
+            f"such as '.*-(?P<step>[0-9]+)/{re.escape(found[0][:-1])}'"
+        )
     for pattern, said in _KINDS:
         found = [name for name in there if re.fullmatch(pattern, name)]
         if found and (found != ["context/"] or "weights/" in there):

@@ -106,7 +106,7 @@ def command(
     Of a directory of several archives, such as a sweep's, each is scanned into a run of its own
     below the one that is given.
     """
-    from sinktrack.archive.discover import NoCheckpoint, archives_below
+    from sinktrack.archive.discover import NoCheckpoint, archives_below, discover
     from sinktrack.scan import Checkpoints, Job, check_device, quiet
 
     if causal and blocks is not None:
@@ -134,7 +134,9 @@ def command(
         failed = 0
         for name, archive in below.items():
             ERR.print(f"{name}:", markup=False)
-            inner = Checkpoints([archive], pattern, hf_config, part=share, base=base)
+            adapted = any(one.format == "adapters" for one in discover(archive, pattern, hf_config))
+            own = base if adapted else None
+            inner = Checkpoints([archive], pattern, hf_config, part=share, base=own)
             failed += one.scan(inner, run / name)
         raise typer.Exit(1 if failed else 0) from None
     if follow:

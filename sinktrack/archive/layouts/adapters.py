@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -50,6 +52,11 @@ _PART = re.compile(
 _WHOLE = re.compile(
     r"(?P<module>.+?)(?:\.modules_to_save(?:\.default)?|\.base_layer)?\.(?P<kind>weight|bias)"
 )
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_HEADLESS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+"""Tasks whose models have no language head."""
+_SECONDS, _LONGEST = 0.2, 10_000
+"""For one match of a pattern of the configuration, and its length."""
 _SIMPLE = re.compile(r"[\w.^$|\\()?:*+\[\]-]{1,300}")
 _NESTED = re.compile(r"[)\]*+?][*+{]|\)\?")
 
@@ -163,7 +170,7 @@ class _Merged:
         if change.bias is not None:
             found = found + _wide(change.bias[rows]) * change.scaling
         if "A" in change.parts:
-            a, b = _wide(change.parts["A"][...]), _wide(change.parts["B"][...])
+            a, b = self._parts
             if rows is not ...:
                 a, b = (a[:, rows], b) if change.turned else (a, b[rows])
             delta = (b @ a).T if change.turned else b @ a
@@ -173,6 +180,11 @@ class _Merged:
                 factor = _wide(change.parts["magnitude"][...]) / length
                 found = found * (factor if change.turned else factor[:, None])
         return found[index] if rows is ... else found[rest or ...]
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        """A and B, read once however many rows are asked for."""
+        return _wide(self.change.parts["A"][...]), _wide(self.change.parts["B"][...])
 
 
 class _Adapter:
@@ -186,20 +198,34 @@ class _Adapter:
         """Of each module ``A``, ``B``, ``magnitude``, ``bias``, and ``embedding`` of one."""
         self._whole: dict[str, Slice] = {}
         """Weights that replace the base's, by name."""
+        if not stored or (settings.get("target_modules") and not any("lora_" in n for n in stored)):
+            raise self._error(
+                "holds no weights of LoRA: most likely its parts were not gathered when it was "
+                "saved (DeepSpeed ZeRO-3, FSDP)"
+            )
         for name in sorted(stored):
+            if (dtype := stored[name].get_dtype()) not in _FLOATS:
+                raise self._error(
+                    f"holds {name} as {dtype}, which is not merged here: save it in float32"
+                )
             own = name.removeprefix("base_model.model.")
             if found := _PART.fullmatch(own):
                 part, bias = found["part"], found["kind"] == "bias"
                 key = "bias" if bias else "magnitude" if "magnitude" in part else part[-1]
                 if bias and part != "lora_B":
                     raise self._error(f"holds {name}, which is not known here")
+                if key in self._low[found["module"]]:
+                    raise self._error(f"holds {name} under another name, too: which one counts?")
                 self._low[found["module"]][key] = stored[name]
                 if "embedding" in part:
                     self._low[found["module"]]["embedding"] = stored[name]
             elif (found := _WHOLE.fullmatch(own)) and not re.search(
                 r"lora_|token_adapter|trainable_tokens", own
             ):
-                self._whole[f"{found['module']}.{found['kind']}"] = stored[name]
+                own = f"{found['module']}.{found['kind']}"
+                if own in self._whole:
+                    raise self._error(f"holds {name} under another name, too: which one counts?")
+                self._whole[own] = stored[name]
             else:
                 raise self._error(f"holds {name}, which is not merged here: merge it with PEFT's "
                                   "merge_and_unload and save that")  # fmt: skip
@@ -215,10 +241,12 @@ class _Adapter:
             if not foreign.is_head(name):
                 place = self._at(places, name)
                 self._same(name, value.get_shape(), places.shape(place.name))
+                self._once(name, changes[place.name].instead)
                 changes[place.name].instead = value
         for module, parts in self._low.items():
             place = self._at(places, f"{module}.weight")
             change = changes[place.name]
+            self._once(module, change.parts)
             change.scaling = self._scaling(module, parts)
             change.turned = place.kind in ("Conv1D", "Embedding")
             embedded = place.kind == "Embedding"
@@ -239,8 +267,86 @@ class _Adapter:
             if "bias" in parts:
                 own = self._at(places, f"{module}.bias").name
                 self._same(f"{module}.lora_B.bias", parts["bias"].get_shape(), [out])
+                self._once(f"{module}.bias", changes[own].bias)
                 changes[own].bias, changes[own].scaling = parts["bias"], change.scaling
+        self._complete(places)
         return dict(changes)
+
+    def _complete(self, places: _Places) -> None:
+        """Refuse an adapter without tensors of a module that its configuration picks."""
+        settings = self._settings
+        stored = set(self._low) | {name.rpartition(".")[0] for name in self._whole}
+        modules = places.modules(stored)
+        if settings.get("task_type") in _HEADLESS or settings.get("ensure_weight_tying"):
+            modules = {name: own for name, own in modules.items() if own is not places.output}
+        missing = [
+            name
+            for name, module in modules.items()
+            if (module is None or isinstance(module, (nn.Linear, nn.Embedding, Conv1D)))
+            and name not in self._low
+            and self._picks(name, module is places.output)
+        ]
+        saved = self._listed("modules_to_save")
+        for name, module in modules.items():
+            whole = _ends(name, saved)
+            for weight, _ in module.named_parameters() if module is not None else ():
+                own = f"{name}.{weight}"
+                biased = settings.get("bias") == "all" and own.endswith(".bias")
+                if (whole or biased) and own not in self._whole:
+                    missing.append(own)
+        if missing:
+            raise self._error(
+                f"has no tensors of {foreign.some(sorted(set(missing)))}, which {CONFIG} names: it "
+                "was not saved whole"
+            )
+
+    def _picks(self, name: str, output: bool) -> bool:
+        """Whether PEFT puts LoRA on a module of this name."""
+        settings = self._settings
+        excluded, wanted = settings.get("exclude_modules"), settings.get("target_modules")
+        if excluded and (
+            self._matches(excluded, name) if isinstance(excluded, str)
+            else _ends(name, self._listed("exclude_modules"))
+        ):  # fmt: skip
+            return False
+        if any(f".{one}." in f".{name}." for one in self._listed("modules_to_save")):
+            return False
+        if isinstance(wanted, str):
+            return not output if wanted.lower() == "all-linear" else self._matches(wanted, name)
+        if not _ends(name, self._listed("target_modules")):
+            return False
+        layers = settings.get("layers_to_transform")
+        if layers is None or layers == []:
+            return True
+        patterns = settings.get("layers_pattern") or [r"[^.]*"]
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            start = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
+            if found := self._matches(rf"{start}{pattern}\.(?P<index>\d+)\..*", name):
+                return int(found["index"]) in (layers if isinstance(layers, list) else [layers])
+        return False
+
+    def _matches(self, pattern: str, name: str) -> Any:
+        """The match of a whole name, in bounded time."""
+        try:
+            if len(pattern) > _LONGEST:
+                raise TimeoutError
+            return regex.fullmatch(pattern, name, timeout=_SECONDS)
+        except (regex.error, TimeoutError) as error:
+            raise self._error(
+                f"has a pattern of modules that is not matched here: {pattern[:80]!r}; merge it "
+                "with PEFT's merge_and_unload and save that"
+            ) from error
+
+    def _listed(self, name: str) -> list[str]:
+        """A setting that is a list of names, or none."""
+        found = self._settings.get(name) or []
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            raise self._error(f"has {name} {str(found)[:80]}, which is no list of names")
+        return found
+
+    def _once(self, name: str, before: object) -> None:
+        if before:
+            raise self._error(f"changes {name} under two names: which one counts?")
 
     def _at(self, places: _Places, name: str) -> _Place:
         found = places.of(name)
@@ -256,6 +362,11 @@ class _Adapter:
         if missing := {"A", "B"} - set(parts):
             raise self._error(f"lacks lora_{min(missing)} of {module}: it was not saved whole")
         settings = self._settings
+        for setting, key in (("use_dora", "magnitude"), ("lora_bias", "bias")):
+            if settings.get(setting) and key not in parts:
+                raise self._error(
+                    f"lacks the {key} of {module} ({setting}): it was not saved whole"
+                )
         for name in ("A", "B"):
             if len(shape := parts[name].get_shape()) != 2 or 0 in shape:
                 raise self._error(
@@ -289,7 +400,7 @@ class _Adapter:
             if matched:
                 found = value
                 break
-        if type(found) not in (int, float) or not 0 < found < math.inf:
+        if type(found) not in (int, float) or not 0 <= found < math.inf:
             raise self._error(f"has {name} {str(found)[:80]} of {module}")
         return float(found)
 
@@ -321,9 +432,11 @@ class _Places:
         self.where = base.files.location
         self._base, self._model, self._names = base, model, names
         self._own = set(base.names())
+        self.output: nn.Module | None = None
         self.head, self.tied = "", set[str]()
         """The weight of the language head, and what it and the embedding are both made of."""
         if (output := model.get_output_embeddings()) is not None:
+            self.output = output
             self.head = f"{prefix_of(model, output)}weight"
             table = f"{prefix_of(model, model.get_input_embeddings())}weight"
             if names.get(self.head) and names[self.head] == names.get(table):
@@ -347,6 +460,27 @@ class _Places:
             return _Place(name, "Linear")
         return None
 
+    def modules(self, stored: Set[str]) -> dict[str, nn.Module | None]:
+        """All modules, under the names that an adapter's have: with the decoder's prefix or not.
+
+        None for a part of what the model fuses, where the adapter changes such parts.
+        """
+        own: dict[str, nn.Module | None] = {
+            name: module for name, module in self._model.named_modules() if name
+        }  # fmt: skip
+        prefix = f"{self._model.base_model_prefix}."
+        bare = {
+            name.removeprefix(prefix): module for name, module in own.items()
+            if name.startswith(prefix)
+        }  # fmt: skip
+        longer = {prefix + name: module for name, module in own.items()}
+        found = max((own, bare, longer), key=lambda names: len(stored & names.keys()))
+        parts = {
+            name.removesuffix(".weight") for name in self._own
+            if name.endswith(".weight") and len(self.shape(name)) == 2
+        } - {*own, *bare, *longer}  # fmt: skip
+        return found | (dict.fromkeys(parts) if stored & parts else {})
+
     def stored(self, name: str) -> str:
         """Under which name on disk."""
         return self._names[name][0][0] if name in self.tied and name == self.head else name
@@ -359,6 +493,11 @@ class _Places:
 def _wide(value: Tensor) -> Tensor:
     """In the dtype in which PEFT merges."""
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _ends(name: str, ends: list[str]) -> bool:
+    """Whether a module's name is one of these or ends with one, as PEFT has it."""
+    return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
 def _refuse(settings: Mapping[str, Any], where: str) -> None:
