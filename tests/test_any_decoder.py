@@ -19,6 +19,7 @@ import sinktrack as st
 from sinktrack import Decoder, MeasurementError, Probe, ProbeError, Run, measure
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.cli import app
+from sinktrack.interventions.replay import Edit, replaying
 
 PROBE = Probe.random(VOCABULARY, sequences=5, length=17)
 KINDS = {
@@ -818,6 +819,64 @@ def test_experts_that_cannot_be_told_apart_are_said(
     assert "one MLP" in record["missing"]["parts"]
     shown = CliRunner().invoke(app, ["show", str(tmp_path / "run")])
     assert "its experts are one MLP here" in " ".join(shown.output.split()), shown.output
+
+
+class Soft(torch_models.Experts):
+    """All experts write; a top-k only counts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gates = torch.softmax(self.router(x), -1)
+        self.load = gates.topk(torch_models.CHOSEN, -1).indices.flatten().bincount()
+        return sum(gates[..., i, None] * self.one(i, x) for i in range(torch_models.EXPERTS))  # type: ignore[return-value]
+
+
+class Normed(torch_models.Experts):
+    """A norm over the sum of experts."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch_models.norm(super().forward(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("first", ["any", "one"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (None, "list"),
+        ("shared", "list"),
+        ("shared", "stacked"),
+        (Soft, "list"),
+        (Normed, "stacked"),
+    ],
+)
+def test_experts_told_apart_make_the_sum(kind: Any, how: str, first: str, dtype: Any) -> None:
+    """Whatever the dtype, and where every sequence chooses the same ones."""
+    model = Net(Kind(experts=how, shared=kind == "shared")).to(dtype)
+    if isinstance(kind, type):
+        for block in model.layers:
+            block.mlp.__class__ = kind  # type: ignore[assignment]
+    tokens = PROBE.tokens.clone()
+    if first == "one":
+        tokens[:, 0] = 3
+    probe = Probe.from_tokens(tokens)
+    reason = measure(model, probe).missing.get("parts")
+    read: list[torch.Tensor] = []
+
+    class Reads(Edit):
+        def write(self, block: int, write: Any, rows: Any) -> None:
+            if write.routed is not None:
+                read.append(write.routed.total())
+
+    with replaying(Decoder(model), probe) as replay:
+        if isinstance(kind, type):
+            assert reason is not None and "one MLP here" in reason
+            assert "no sum" in reason or "did not choose it" in reason
+            with pytest.raises(MeasurementError, match="no sum|did not choose it"):
+                replay.run([Reads()])
+        else:
+            assert reason is None
+            replay.run([Reads()])
+            assert len(read) == BLOCKS
 
 
 def test_a_block_that_is_several_modules() -> None:

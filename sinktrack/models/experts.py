@@ -18,6 +18,12 @@ from sinktrack.events import Routed, Uneditable
 _ROUNDING = 64
 """Of a dtype's eps, in parts of the largest output: what another number of rows may change."""
 
+_SUM_ROUNDING = 4
+"""Of a dtype's eps, for each chosen expert, in parts of a row's norm."""
+
+
+_NO_SUM = "its output is no sum of what its chosen experts write and of what needs none"
+
 
 class NotTold(Exception):
     """The experts of a block cannot be told apart, and why."""
@@ -85,7 +91,8 @@ class _Rerun:
         """``[B, T, K]``."""
         self.seen = seen.detach().clone()  # what comes to it may be added in place
         """``[B, T, D]``: what the module gave."""
-        self._rounding = _ROUNDING * torch.finfo(output.dtype).eps
+        self._eps = torch.finfo(output.dtype).eps
+        self._rounding = _ROUNDING * self._eps
 
     def __call__(self, at: Tensor) -> Tensor:
         """float32 ``[n, D]`` of rows by their number among those of all sequences."""
@@ -101,6 +108,13 @@ class _Rerun:
     def same(self, one: Tensor, two: Tensor, like: Tensor) -> bool:
         """Equal to rounding, in parts of the largest number of another?"""
         return bool(((one - two).abs() <= self._rounding * float(like.abs().max())).all())
+
+    def sums(self, rest: Tensor, whole: Tensor, parts: Tensor) -> bool:
+        """Is the whole ``[n, D]`` what is left without experts, and ``[n, K, D]`` of these?"""
+        scale = torch.cat([whole[:, None], parts], 1).norm(dim=-1).amax(1)
+        off = (whole - parts.sum(1) - rest).norm(dim=-1)
+        each = max(2, parts.shape[1])
+        return bool((off <= _SUM_ROUNDING * each * self._eps * scale).all())
 
     def gate(self, written: Tensor, ungated: list[Tensor]) -> Tensor:
         """As of `_gate`."""
@@ -130,6 +144,10 @@ def _apart(call: Expert, output: Tensor, layout: Layout) -> Routed:
         gates[at, place] = again.gate(parts[at, place], ungated)
     if bool((whole != 0).any()) and not bool((parts != 0).any()):
         raise NotTold("none of what looks like its experts changes its output")
+    with without(None):
+        rest = again(everyone)
+    if not again.sums(rest, whole, parts):
+        raise NotTold(_NO_SUM)
 
     def outputs(position: int) -> Tensor:
         return parts
@@ -156,6 +174,30 @@ def everywhere(call: Expert, output: Tensor, layout: Layout) -> Routed:
     name, without = type(call.module).__name__, _remover(call.module, again.count)
 
     @cache
+    def check() -> None:
+        """Do the parts make the whole, at the first and the last position?"""
+        shown = torch.tensor([0, layout.length - 1], device=chosen.device)
+        at = torch.arange(layout.batch, device=chosen.device)[:, None] * layout.length + shown
+        at = at.flatten()
+        own = chosen.flatten(0, 1)[at]
+        layout.flow.replaying = True
+        try:
+            before = again(at)
+            with without(None):
+                rest = again(at)
+            parts = torch.zeros(*own.shape, layout.width, device=chosen.device)
+            for expert in own.unique().tolist():
+                with without(expert):
+                    part = before - again(at)
+                parts = torch.where((own == expert)[..., None], part[:, None], parts)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise Uneditable(f"some tokens do not run through {name}: {error}") from error
+        finally:
+            layout.flow.replaying = False
+        if not again.sums(rest, before, parts):
+            raise Uneditable(f"of {name}, {_NO_SUM}")
+
+    @cache
     def told(expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Its part ``[B, T, D]``, its gates ``[B, T]``, and what it yields before them."""
         flat = chosen.flatten(0, 1)
@@ -180,6 +222,7 @@ def everywhere(call: Expert, output: Tensor, layout: Layout) -> Routed:
                 raise Uneditable(
                     f"what looks like an expert of {name} acts on tokens that did not choose it"
                 )
+            check()
             part[at] = before[: len(at)] - left[: len(at)]
             factor = again.gate(part[at], ungated)
             gate[at] = factor.where(factor != 0, torch.nan)  # lost in rounding
@@ -234,29 +277,29 @@ def _gate(written: Tensor, ungated: list[Tensor], rounding: float) -> Tensor:
     return gate if float(error) <= rounding * float(written.abs().max()) else unknown
 
 
-def _remover(module: nn.Module, count: int) -> Callable[[int], Any]:
-    """How to silence one expert."""
+def _remover(module: nn.Module, count: int) -> Callable[[int | None], Any]:
+    """How to silence one expert, or all."""
     for held in module.modules():
         if isinstance(held, nn.ModuleList | nn.ModuleDict) and len(held) == count:
             return _module_remover(list(held.children()))
     return _stack_remover(module, count)
 
 
-def _module_remover(experts: list[nn.Module]) -> Callable[[int], Any]:
+def _module_remover(experts: list[nn.Module]) -> Callable[[int | None], Any]:
     @contextmanager
-    def silent(expert: int) -> Iterator[list[Tensor]]:
-        own = experts[expert]
-        whole = type(own).forward is not nn.Module.forward  # else what it holds is called
+    def silent(expert: int | None) -> Iterator[list[Tensor]]:
         ungated: list[Tensor] = []
 
         def nothing(module: nn.Module, args: Any, output: Any) -> Any:
-            if whole and isinstance(output, Tensor):
+            if module in experts and isinstance(output, Tensor):
                 ungated.append(output.detach())
             return _zero(output)
 
         with ExitStack() as stack:
-            for part in [own] if whole else own.children():
-                stack.callback(part.register_forward_hook(nothing).remove)
+            for own in experts if expert is None else [experts[expert]]:
+                whole = type(own).forward is not nn.Module.forward  # else what it holds is called
+                for part in [own] if whole else own.children():
+                    stack.callback(part.register_forward_hook(nothing).remove)
             yield ungated
 
     return silent
@@ -268,7 +311,7 @@ def _zero(output: Any) -> Any:
     return torch.zeros_like(output) if isinstance(output, Tensor) else output
 
 
-def _stack_remover(module: nn.Module, count: int) -> Callable[[int], Any]:
+def _stack_remover(module: nn.Module, count: int) -> Callable[[int | None], Any]:
     owners = []
     for held in module.modules():
         own = dict(held.named_parameters(recurse=False))
@@ -290,7 +333,7 @@ def _stack_remover(module: nn.Module, count: int) -> Callable[[int], Any]:
         )
 
     @contextmanager
-    def silent(expert: int) -> Iterator[list[Tensor]]:
+    def silent(expert: int | None) -> Iterator[list[Tensor]]:
         with _Zeroed(owners, expert, count):
             yield []
 
@@ -300,11 +343,11 @@ def _stack_remover(module: nn.Module, count: int) -> Callable[[int], Any]:
 class _Zeroed(TorchFunctionMode):
     """Functions are given copies of stacked matrices, with zeros for one expert."""
 
-    def __init__(self, stacks: list[nn.Parameter], expert: int, count: int) -> None:
+    def __init__(self, stacks: list[nn.Parameter], expert: int | None, count: int) -> None:
         super().__init__()
         self._copies = {id(stack): stack.detach().clone() for stack in stacks}
         for copy in self._copies.values():
-            copy.unflatten(0, (count, -1))[expert] = 0
+            copy.unflatten(0, (count, -1))[slice(None) if expert is None else expert] = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
