@@ -290,3 +290,22 @@ def test_what_the_configuration_does_not_say_stays_refused(tmp_path: Path) -> No
         described(path, settings)
         with pytest.raises(ArchiveError, match=r"not supported|weight_block_size"):
             read(path)
+
+
+def test_scales_of_the_cache_leave_the_weights_alone(tmp_path: Path) -> None:
+    path = written(tmp_path / "model", llama, (32, 32))
+    wanted, weights = read(path).state_dict(), load_file(path / FILE)
+    for name in ("k_scale", "v_scale", "k_proj.output_scale", "k_proj.k_scale"):
+        weights[f"model.layers.0.self_attn.{name}"] = torch.tensor(0.5)
+    save_file(weights, path / FILE)
+    same(read(path).state_dict(), wanted)
+
+
+def test_a_configuration_that_says_too_much(tmp_path: Path) -> None:
+    path = written(tmp_path / "model", llama, (32, 32), transform_config={"config_groups": {}})
+    with pytest.raises(ArchiveError, match="transform_config .*is not applied here"):
+        read(path)
+    llama().to(torch.bfloat16).save_pretrained(tmp_path / "plain")
+    described(tmp_path / "plain", {"quant_method": "fp8"})
+    with pytest.raises(ArchiveError, match="no 8-bit weight is there.*remove quantization_config"):
+        read(tmp_path / "plain")

@@ -27,7 +27,11 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 """What four bits stand for in E2M1."""
 _GROUP = 32
 """Values to a scale in MXFP4."""
-_ACTIVATIONS = ("activation_scale", "input_scale")
+_ACTIVATIONS = (
+    "activation_scale", "input_scale", "output_scale", ".k_scale", ".v_scale", ".q_scale",
+    ".prob_scale",
+)  # fmt: skip
+"""Of activations and of the cache of keys and values: no weight is made with them."""
 Blocks = tuple[int, int]
 
 
@@ -40,6 +44,12 @@ def applied(source: Source) -> Source:
     settings = getattr(source.config, "quantization_config", None)
     settings = settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
     method = settings.get("quant_method")
+    if settings.get("transform_config"):
+        raise ArchiveError(
+            f"{source.files.location}: the quantization_config of config.json has a "
+            "transform_config (such as a Hadamard rotation at run time), which is not applied "
+            "here; scan the model before quantization"
+        )
     if method == "mxfp4":
         found, kind = _mxfp4(source), "mxfp4"
     elif (blocks := _said(source, settings)) is not None:
@@ -214,7 +224,9 @@ def _fp8(source: Source, blocks: Blocks | str) -> tuple[dict[str, Slice | None],
         if scale is None:
             raise ArchiveError(
                 f"{source.files.location}: {name} is stored as {values.get_dtype()} and has no "
-                f"scale beside it ({beside[0]}); copy the checkpoint again"
+                f"scale beside it ({beside[0]}); copy the checkpoint again, or where its numbers "
+                "were cast without scales, save them in bfloat16 and remove quantization_config "
+                "from config.json"
             )
         found[name] = _scaled(source, name, values, stored[scale], blocks)
         found[scale] = None
@@ -226,6 +238,11 @@ def _fp8(source: Source, blocks: Blocks | str) -> tuple[dict[str, Slice | None],
         raise ArchiveError(
             f"{source.files.location}: {some(alone)} has no weight of 8 bits beside it; copy the "
             "checkpoint again"
+        )
+    if not kinds:
+        raise ArchiveError(
+            f"{source.files.location}: no 8-bit weight is there, though config.json says so: "
+            "remove quantization_config"
         )
     return found, " and ".join(sorted(kinds))
 
