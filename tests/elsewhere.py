@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 DEVICE = torch.device("cuda", 0)
 _INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 _MAY_MIX = {Tensor.copy_, *_INDEXING}
-_OF_THE_CPU = {Tensor.numpy, Tensor.__array__}
+_OF_THE_CPU: set[Any] = {Tensor.numpy, Tensor.__array__}
 
 
 class Elsewhere(Tensor):

@@ -854,7 +854,7 @@ def test_experts_told_apart_make_the_sum(kind: Any, how: str, first: str, dtype:
     model = Net(Kind(experts=how, shared=kind == "shared")).to(dtype)
     if isinstance(kind, type):
         for block in model.layers:
-            block.mlp.__class__ = kind  # type: ignore[assignment]
+            block.mlp.__class__ = kind
     tokens = PROBE.tokens.clone()
     if first == "one":
         tokens[:, 0] = 3
