@@ -302,7 +302,9 @@ def test_scales_of_the_cache_leave_the_weights_alone(tmp_path: Path) -> None:
 
 
 def test_a_configuration_that_says_too_much(tmp_path: Path) -> None:
-    path = written(tmp_path / "model", llama, (32, 32), transform_config={"config_groups": {}})
+    path = written(tmp_path / "model", llama, (32, 32), transform_config={
+        "config_groups": {"R1": {"type": "hadamard", "apply": []}}
+    })  # fmt: skip
     with pytest.raises(ArchiveError, match="transform_config .*is not applied here"):
         read(path)
     llama().to(torch.bfloat16).save_pretrained(tmp_path / "plain")

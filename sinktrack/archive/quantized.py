@@ -44,7 +44,8 @@ def applied(source: Source) -> Source:
     settings = getattr(source.config, "quantization_config", None)
     settings = settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
     method = settings.get("quant_method")
-    if settings.get("transform_config"):
+    transforms = settings.get("transform_config") or {}
+    if not isinstance(transforms, dict) or any(transforms.values()):
         raise ArchiveError(
             f"{source.files.location}: the quantization_config of config.json has a "
             "transform_config (such as a Hadamard rotation at run time), which is not applied "
