@@ -879,6 +879,42 @@ def test_experts_told_apart_make_the_sum(kind: Any, how: str, first: str, dtype:
             assert len(read) == BLOCKS
 
 
+def test_experts_whose_module_adds_to_the_stream() -> None:
+    """As gpt-oss's reference code: shares stand, and its experts are one MLP."""
+
+    class Adds(torch.nn.Module):
+        def __init__(self, own: Any) -> None:
+            super().__init__()
+            self.own = own
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.own.__class__.forward(self.own, torch_models.norm(x))  # type: ignore[no-any-return]
+
+    class Own(torch_models.Block):
+        def forward(self, x: torch.Tensor, *_: Any) -> Any:
+            made, value = self.attention(torch_models.norm(x), None)
+            return self.mlp(x + made), value
+
+    model = reading(Kind(experts="list"), PROBE.tokens)
+    hand = shares(by_hand(model, PROBE.tokens))[0]
+    for block in model.layers:
+        block.__class__ = Own
+        block.mlp = Adds(block.mlp)
+    found = measure(model, PROBE)
+    assert "one MLP here: Adds adds what they write to the stream itself" in found.missing["parts"]
+    told = {share.block: share.share for share in found.localization.shares if share.kind == "mlp"}
+    assert told == pytest.approx(
+        {
+            block: share
+            for (kind, block), share in (
+                (key, value) for key, value in hand.items() if key != "embedding"
+            )
+            if kind == "mlp"
+        },
+        abs=1e-5,
+    )
+
+
 def test_a_block_that_is_several_modules() -> None:
     """As in packages that keep sublayers in one long list."""
 

@@ -1214,6 +1214,12 @@ class Tap:
             return
         for outer in self.experts:
             outer.chosen = None
+        if isinstance(mark_of(values[0]), Stream):
+            self.notes.append(
+                f"{self.name()}: its experts are one MLP here: {type(module).__name__} adds what "
+                "they write to the stream itself"
+            )
+            return
         with self.flow.paused():
             try:
                 routed = (apart if self.parts == "p0" else everywhere)(call, values[0], self)
