@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from sinktrack.collect import Collector
 from sinktrack.events import Editor, Observer
 from sinktrack.measurement import Measurement
 from sinktrack.models.any_decoder import Decoder, Found, Restart, Several, Tap, found_in
-from sinktrack.models.editable import Pass, at_once, one_by_one
+from sinktrack.models.editable import InMemory, at_once
 from sinktrack.models.guard import probe_context
 from sinktrack.models.parallel import takes_every_process
 from sinktrack.models.passes import Digest, Passes
@@ -101,7 +101,7 @@ class _Ending(Observer):
             raise _Done
 
 
-class _Passes:
+class _Passes(InMemory):
     """`Editable` of any PyTorch decoder."""
 
     def __init__(self, decoder: Decoder, found: Found) -> None:
@@ -129,10 +129,6 @@ class _Passes:
             before in found.forms and not isinstance(found.blocks[before], Several)
             for before in range(block)
         )
-
-    def together(self, passes: Sequence[Pass]) -> None:
-        """As of `Editable`."""
-        one_by_one(self, passes)
 
     def run(
         self,

@@ -130,25 +130,28 @@ class Editable(Protocol):
         """
 
 
-def one_by_one(model: Editable, passes: Sequence[Pass]) -> None:
-    """`Editable.together` of a model that is in memory."""
-    for each in passes:
-        if not each.wanted:
-            continue
-        try:
-            logits = None
-            with suppress(Enough):
-                logits = model.run(
-                    each.tokens,
-                    each.observer,
-                    each.editor,
-                    start=each.start,
-                    stream=each.stream(),
-                    logits=each.logits,
-                )
-            each.done(logits)
-        except Exception as error:  # whose it is decides
-            each.failed(error)
+class InMemory:
+    """What every `Editable` does alike whose model is in memory: passes run one after another."""
+
+    def together(self: Editable, passes: Sequence[Pass]) -> None:
+        """As of `Editable`."""
+        for each in passes:
+            if not each.wanted:
+                continue
+            try:
+                logits = None
+                with suppress(Enough):
+                    logits = self.run(
+                        each.tokens,
+                        each.observer,
+                        each.editor,
+                        start=each.start,
+                        stream=each.stream(),
+                        logits=each.logits,
+                    )
+                each.done(logits)
+            except Exception as error:  # whose it is decides
+                each.failed(error)
 
 
 def at_once(vocabulary: int, probe: Probe, batch_size: int | None) -> int:

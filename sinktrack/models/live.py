@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sinktrack.events import Editor, Observer
-from sinktrack.models.editable import Pass, at_once, one_by_one
+from sinktrack.models.editable import InMemory, at_once
 from sinktrack.models.guard import probe_context, refuse_unreadable
 from sinktrack.models.huggingface import Decoder, decoder, resume, returned, watch
 from sinktrack.probe import Probe
@@ -79,7 +79,7 @@ def forward(model: nn.Module, tokens: Tensor, logits: bool = False) -> Any:
     return model(input_ids=tokens, **given)
 
 
-class _Passes:
+class _Passes(InMemory):
     """`Editable` of a transformers model."""
 
     def __init__(self, found: Decoder) -> None:
@@ -94,10 +94,6 @@ class _Passes:
     def restarts(self, block: int) -> bool:
         """Do all blocks before it return the stream alone?"""
         return all(before in self._forms for before in range(block))
-
-    def together(self, passes: Sequence[Pass]) -> None:
-        """As of `Editable`."""
-        one_by_one(self, passes)
 
     def run(
         self,

@@ -6,7 +6,7 @@ the way, so each data-parallel process runs by itself, and all compute the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from sinktrack.attention import attend, see
 from sinktrack.events import Editor, Observer, Projection, Routed, Write
-from sinktrack.models.editable import Pass, at_once, one_by_one
+from sinktrack.models.editable import InMemory, at_once
 from sinktrack.models.guard import probe_context
 from sinktrack.models.megatron.context import ready, synced
 from sinktrack.models.megatron.fresh import fresh
@@ -85,7 +85,7 @@ def editable(model: Any, probe: Probe, batch_size: int | None) -> Iterator[Passe
         yield passes
 
 
-class Passes:
+class Passes(InMemory):
     """`Editable` of a Megatron-Core model."""
 
     def __init__(self, found: Chunks) -> None:
@@ -100,10 +100,6 @@ class Passes:
     def restarts(self, block: int) -> bool:
         """Blocks hand on the stream alone."""
         return True
-
-    def together(self, passes: Sequence[Pass]) -> None:
-        """As of `Editable`."""
-        one_by_one(self, passes)
 
     def run(
         self,
