@@ -98,14 +98,13 @@ class Practice:
             f"{1 - self.least:.0%} of the attention, on average over the probe{span}, and are "
             "sinks in every sequence: candidates for keeping P0 and recent keys alone."
         )
-        if few:
-            by_block: dict[int, list[int]] = {}
-            for one in few:
-                by_block.setdefault(one.block, []).append(one.kv_head)
-            named = "; ".join(
-                f"block {block}: {', '.join(map(str, found))}" for block, found in by_block.items()
-            )
-            text += f" They are {named}."
+        by_block: dict[int, list[int]] = {}
+        for one in few:
+            by_block.setdefault(one.block, []).append(one.kv_head)
+        named = "; ".join(
+            f"block {block}: {', '.join(map(str, found))}" for block, found in by_block.items()
+        )
+        text += f" They are {named}."
         return [
             text,
             "How many recent keys they need, and what it costs in loss or on longer contexts, was "
