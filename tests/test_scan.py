@@ -404,13 +404,19 @@ def test_blocks_that_share_more_than_the_stream_are_loaded_whole(
         list(scan(tmp_path / "archive", probe=PROBE, run=tmp_path / "damaged"))
 
 
-def test_quantized_checkpoints_are_refused(archive: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [("gptq", "quantized weights are not supported"), ("fp8", "no 8-bit weight is there")],
+)
+def test_quantized_configurations_that_do_not_fit_are_refused(
+    method: str, said: str, archive: Path, tmp_path: Path
+) -> None:
     for step in (4, 30):
         shutil.rmtree(archive / f"checkpoint-{step}")
     file = archive / "checkpoint-200/config.json"
-    quantized = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "fp8"}}
+    quantized = json.loads(file.read_text()) | {"quantization_config": {"quant_method": method}}
     file.write_text(json.dumps(quantized))
-    with pytest.raises(ArchiveError, match="quantized weights are not supported; scan the model"):
+    with pytest.raises(ArchiveError, match=said):
         list(scan(archive, probe=PROBE, run=tmp_path / "run"))
 
 
