@@ -45,10 +45,10 @@ megatron:  ## run Megatron's tests with each megatron-core that is known; from 0
 	$(VENV)-megatron/bin/pip install -q -c constraints.txt -e '.[all,dev]'
 	for version in $(MEGATRON); do \
 		$(VENV)-megatron/bin/pip install -q --no-deps megatron-core==$$version && \
-		$(VENV)-megatron/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" tests/test_megatron*.py || exit 1; \
+		$(VENV)-megatron/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" tests/*/test_megatron*.py || exit 1; \
 	done
 	$(VENV)-megatron/bin/pip install -q --no-deps $(BRIDGE)
-	$(VENV)-megatron/bin/python -m pytest -m slow -k bridge tests/test_megatron_pretrain.py
+	$(VENV)-megatron/bin/python -m pytest -m slow -k bridge tests/callbacks/test_megatron_pretrain.py
 
 docs: $(VENV)-test/ready  ## build docs/_build/html; fails on a broken link between pages
 	$(VENV)-test/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html

@@ -24,7 +24,7 @@ from sinktrack.loggers.curves import metrics
 from sinktrack.probe import Probe
 
 
-class SinkTrackCallback(TrainerCallback):  # type: ignore[misc]
+class SinkTrackCallback(TrainerCallback):
     """Probes every ``every`` steps, at each save and at the end of training.
 
     Where the Trainer loads the best checkpoint at the end, the model no longer is the last step's:
@@ -42,7 +42,7 @@ class SinkTrackCallback(TrainerCallback):  # type: ignore[misc]
         probe: Probe | str | Path,
         run: str | Path | None = None,
         every: int = 100,
-        **options: Unpack[OptionArguments],  # type: ignore[misc]
+        **options: Unpack[OptionArguments],
     ) -> None:
         self.tracker = DirectoryLater(probe, run, every, **options)
         self._reports: Reports | None = None

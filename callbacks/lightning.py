@@ -49,7 +49,7 @@ class SinkTrackLightning(Callback):
         every: int = 100,
         *,
         tokens: int | Callable[[LightningModule], int] | None = None,
-        **options: Unpack[OptionArguments],  # type: ignore[misc]
+        **options: Unpack[OptionArguments],
     ) -> None:
         self._tokens = tokens_of(tokens)
         self.tracker = _Tracker(probe, run, every, **options)
@@ -155,7 +155,7 @@ class Loggers:
         """Do nothing: they are the trainer's."""
 
 
-class _Tracker(DirectoryLater):  # type: ignore[misc]
+class _Tracker(DirectoryLater):
     """Logs a record to W&B once Lightning has logged the batch before it.
 
     Lightning counts that batch's step one lower, and would put its count over the record's.

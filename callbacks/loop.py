@@ -60,7 +60,7 @@ class SinkTracker:
         probe: Probe | str | Path,
         run: str | Path,
         every: int = 100,
-        **options: Unpack[OptionArguments],  # type: ignore[misc]
+        **options: Unpack[OptionArguments],
     ) -> None:
         self.options = Options(every=every, **options)
         self._directory: Path | None = self._named(run)
@@ -369,6 +369,15 @@ class SinkTracker:
 
 class DirectoryLater(SinkTracker):
     """Takes a directory below the framework's where no run was named."""
+
+    def __init__(
+        self,
+        probe: Probe | str | Path,
+        run: str | Path | None = None,
+        every: int = 100,
+        **options: Unpack[OptionArguments],
+    ) -> None:
+        super().__init__(probe, run, every, **options)  # type: ignore[arg-type]  # see `_named`
 
     def _named(self, run: Any) -> Path | None:
         return None if run is None else super()._named(run)

@@ -36,7 +36,7 @@ class SinkTrackMegatron:
         probe: Probe | str | Path,
         run: str | Path,
         every: int = 100,
-        **options: Unpack[OptionArguments],  # type: ignore[misc]
+        **options: Unpack[OptionArguments],
     ) -> None:
         self.tracker = _Tracker(probe, run, every, **options)
         self._iteration = 0
@@ -136,7 +136,7 @@ class SinkTrackMegatron:
             self.tracker.probe_now(self._iteration, self._model, tokens)
 
 
-class _Tracker(SinkTracker):  # type: ignore[misc]
+class _Tracker(SinkTracker):
     """Tells W&B on the process that has its run, which need not be the one that writes."""
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -12,7 +12,7 @@ from sinktrack.callbacks.options import OptionArguments
 from sinktrack.probe import Probe
 
 
-class SinkTrackOLMoCore(Callback):  # type: ignore[misc]
+class SinkTrackOLMoCore(Callback):
     """Probes every ``every`` steps, at each save and at the end of training.
 
     Tokens are those that OLMo-core counts over all processes. A model in pipeline stages is refused
@@ -26,7 +26,7 @@ class SinkTrackOLMoCore(Callback):  # type: ignore[misc]
         probe: Probe | str | Path,
         run: str | Path,
         every: int = 100,
-        **options: Unpack[OptionArguments],  # type: ignore[misc]
+        **options: Unpack[OptionArguments],
     ) -> None:
         self.tracker = SinkTracker(probe, run, every, **options)
 
@@ -57,7 +57,7 @@ class SinkTrackOLMoCore(Callback):  # type: ignore[misc]
 
     def _probe(self, wanted: bool) -> None:
         module, step = self.trainer.train_module, self.step
-        model = getattr(module, "model", None) or getattr(module, "model_parts", None)
+        model: Any = getattr(module, "model", None) or getattr(module, "model_parts", None)
         if wanted and self.tracker.measured != step:
             self.tracker.probe_now(step, model, self.trainer.global_train_tokens_seen)
         elif not wanted:

@@ -42,10 +42,11 @@ import sinktrack
 from sinktrack.interventions import necessity, run_causal_tests
 from sinktrack.prose import passages
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import planted
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench_probe import Peak
 from bench_scan import GIB, make
+
+from tests.helpers import planted
 
 HEADS, EXPERTS = 8, 8
 

@@ -17,10 +17,9 @@ from typing import Any
 
 from chromium import chromium
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from synthetic import synthetic_records
-
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from sinktrack.views.report import write_report
+from tests.helpers.synthetic import synthetic_records
 
 BLOCKS, HEADS, RECORDS, ROUNDS = 48, 32, 1000, 5
 SLIDE = """async () => {

@@ -278,7 +278,7 @@ def _train(
         optimizer.zero_grad()
         losses.append(loss.item())
         if tracker is not None:
-            tracker.step(step, run)
+            tracker.step(step, run)  # type: ignore[arg-type]
         if out is not None and step % 4 == 0:
             own.save_pretrained(out / f"checkpoint-{step}")
     random = torch.get_rng_state(), *([torch.cuda.get_rng_state()] if device == "cuda" else [])

@@ -12,9 +12,9 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
-from synthetic import synthetic_records
 
 from sinktrack import Run, smollm2
+from tests.helpers.synthetic import synthetic_records
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"

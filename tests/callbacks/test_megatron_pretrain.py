@@ -1,0 +1,145 @@
+"""Megatron's own training loops with the callback, plugged in as the docs say.
+
+``megatron.training`` is in the wheels of megatron-core since 0.17.1, which want Python 3.12;
+Megatron Bridge is a package of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from sinktrack import Run, scan
+from sinktrack.archive.discover import discover
+from sinktrack.archive.source import open as open_source
+from sinktrack.demo import AGREEMENT, largest_difference
+from sinktrack.loggers.curves import metrics
+from tests.helpers.commands import launch
+from tests.helpers.wandb_files import read_back
+
+pytest.importorskip("megatron.core")
+
+from tests.helpers.megatron_pretrain import PROBE
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("megatron.training") is None,
+        reason="this megatron-core has no megatron.training",
+    ),
+]
+
+CASES = {
+    "dense": (1, ""),
+    "data parallel, overlapped": (
+        2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+    ),
+    "experts": (2, "--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2 "
+                   "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01"),
+    "stages": (2, "--pipeline-model-parallel-size 2"),
+}  # fmt: skip
+
+
+def losses(text: str) -> dict[str, list[str]]:
+    """What Megatron printed of each iteration and evaluation, to the last digit."""
+    return {
+        name: re.findall(pattern, text)
+        for name, pattern in (
+            ("training", r"iteration +(\d+)/.*?lm loss: (\S+)"),
+            ("validation", r"validation loss at (iteration .*?\| lm loss value: \S+)"),
+        )
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_pretrain(case: str, tmp_path: Path) -> None:
+    """Bit-identical training, over a resume; what is saved is what was measured; no row is lost."""
+    processes, text = CASES[case]
+    arguments = text.split()
+    plain, tracked, run = (str(tmp_path / name) for name in ("plain", "tracked", "run"))
+    logged = ["--wandb-project", "megatron", "--wandb-exp-name", "one", "--wandb-save-dir", tracked]
+    logged += ["--tensorboard-dir", str(tmp_path / "board")]  # without, nothing goes to W&B
+    found: dict[str, list[dict[str, list[str]]]] = {plain: [], tracked: []}
+    # With torch's Adam, as here, Megatron itself cannot resume a distributed optimizer.
+    resumes = "distributed-optimizer" not in text
+    for more in (["--exit-interval", "4"], []) if resumes else ([],):
+        for out, written, log in ((plain, "-", []), (tracked, run, logged)):
+            given = [out, written, *arguments, *log, *more]
+            found[out].append(losses(launch(processes, "megatron_pretrain.py", *given)))
+    assert found[plain] == found[tracked]
+    assert [len(half["training"]) for half in found[plain]] == ([4, 4] if resumes else [8])
+    assert [len(half["validation"]) for half in found[plain]] == ([2, 4] if resumes else [6])
+
+    assert_recorded(run, [2, 4, 6, 8])
+    assert_saved(plain, tracked, run, tmp_path)
+    assert_logged(tracked, run, 1 + resumes, tmp_path)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron.bridge") is None, reason="Megatron Bridge is not installed"
+)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bridge(processes: int, tmp_path: Path) -> None:
+    """The same of Megatron Bridge's `pretrain` with its callbacks, over a resume."""
+    plain, tracked, run = (str(tmp_path / name) for name in ("plain", "tracked", "run"))
+    found: dict[str, list[dict[str, list[str]]]] = {plain: [], tracked: []}
+    for until in ("4", "99"):
+        for out, written, project in ((plain, "-", []), (tracked, run, ["bridge"])):
+            given = [out, written, until, *project]
+            found[out].append(losses(launch(processes, "megatron_bridge_pretrain.py", *given)))
+    assert found[plain] == found[tracked]
+    assert [len(half["training"]) for half in found[plain]] == [4, 4]
+    assert all(half["validation"] for half in found[plain])
+    assert_recorded(run, [0, 3, 4, 6, 8])
+    assert_saved(plain, tracked, run, tmp_path)
+    assert_logged(tracked, run, 2, tmp_path)
+
+
+def assert_recorded(run: str, steps: list[int]) -> None:
+    records = Run.read(run).records
+    assert [record["step"] for record in records] == steps
+    assert [record["tokens"] for record in records] == [step * 8 * 16 for step in steps]
+
+
+def assert_saved(plain: str, tracked: str, run: str, tmp_path: Path) -> None:
+    """Both saved the same weights, and their scan gives the records of the training."""
+    records = Run.read(run).records
+    saved = [discover(Path(where)) for where in (plain, tracked)]
+    assert [checkpoint.step for checkpoint in saved[0]] == [4, 8]
+    for one, other in zip(*saved, strict=True):
+        assert one.step == other.step
+        left, right = open_source(one), open_source(other)
+        assert left.names() == right.names()
+        assert all(torch.equal(left.slice(n)[...], right.slice(n)[...]) for n in left.names())
+    for offline in scan(tracked, probe=PROBE, run=tmp_path / "scanned"):
+        (online,) = (record for record in records if record["step"] == offline["step"])
+        assert online["weights"] == offline["weights"] is not None
+        for record in (online, offline):
+            for name in ("model", "weights", "missing"):
+                record.pop(name, None)
+            for sink in record["sinks"]:
+                sink.pop("total_effects", None)
+        assert largest_difference(online, offline) <= 2 * AGREEMENT
+
+
+def assert_logged(tracked: str, run: str, parts: int, tmp_path: Path) -> None:
+    """Every row of Megatron's is in W&B, and every record with its keys."""
+    files = sorted(Path(tracked).glob("wandb/offline-run-*"))
+    rows = []
+    for part, file in enumerate(files):
+        here = tmp_path / str(part)
+        shutil.copytree(file, here / "wandb" / file.name)
+        rows += read_back(here)[0]
+    assert len(files) == parts
+    assert {row["_step"] for row in rows if "lm loss" in row} == set(range(1, 9))
+    assert any("validation" in key for row in rows for key in row)
+    measured = {record["step"]: metrics(record) for record in Run.read(run).records}
+    ours = [row for row in rows if "sinktrack/step" in row]
+    assert {row["sinktrack/step"] for row in ours} == measured.keys()
+    for row in ours:
+        assert all(row[key] == value for key, value in measured[row["sinktrack/step"]].items())

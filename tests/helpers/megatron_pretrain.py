@@ -1,0 +1,166 @@
+"""Runs `megatron.training.pretrain` itself, as Megatron-LM's scripts do, over gloo on CPUs.
+
+A script to run under torchrun: ``megatron_pretrain.py OUT RUN ARGUMENT...`` trains a tiny model
+with Megatron-LM's command line, with the callback writing to the directory RUN, or without where
+that is "-". Only CUDA and the data are stand-ins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import inspect
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import megatron_cpu
+import torch
+
+from sinktrack import Probe
+from sinktrack.callbacks.megatron import SinkTrackMegatron
+
+VOCABULARY, LENGTH = 63, 16
+PROBE = Probe.random(VOCABULARY, sequences=4, length=12, seed=3)
+ARGUMENTS = f"""
+    --num-layers 4 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4
+    --seq-length {LENGTH} --max-position-embeddings {LENGTH} --swiglu --normalization RMSNorm
+    --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
+    --vocab-size {VOCABULARY} --tokenizer-type NullTokenizer --make-vocab-size-divisible-by 8
+    --micro-batch-size 2 --global-batch-size 8 --train-iters 8 --lr-decay-iters 8
+    --lr 0.01 --lr-decay-style cosine --min-lr 0.001 --attention-dropout 0.1 --hidden-dropout 0.1
+    --eval-iters 1 --eval-interval 2 --save-interval 4 --log-interval 1 --num-workers 0
+    --transformer-impl local --distributed-backend gloo --ckpt-format torch_dist
+    --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+    --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
+"""
+
+
+class Stream:
+    """Makes the one stream there is."""
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        return torch.cuda.current_stream()
+
+
+def stand_in() -> None:
+    """What `megatron.training` asks of CUDA beside what Megatron-Core does."""
+    megatron_cpu.stand_in()
+
+    def available() -> bool:
+        return sys._getframe(1).f_code.co_name == "initialize_megatron"
+
+    def count() -> int:
+        return int(
+            sys._getframe(1).f_code.co_name in ("_initialize_distributed", "_set_random_seed")
+        )
+
+    from megatron.core import tensor_parallel
+
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    tracker.get_states = lambda: {"none": torch.empty(0)}  # without any, loading gives up
+    tensor_parallel.model_parallel_cuda_manual_seed = lambda *_, **__: None
+    torch.cuda.is_available, torch.cuda.device_count = available, count
+    torch.cuda.set_device = lambda *_: None
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.get_rng_state = lambda *_: torch.empty(0, dtype=torch.uint8)
+    torch.cuda.set_rng_state = lambda *_: None
+    torch.cuda.memory_stats = lambda *_: {}
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved",
+                 "max_memory_reserved", "device_memory_used"):  # fmt: skip
+        setattr(torch.cuda, name, lambda *_: 0)
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(  # type: ignore[assignment]
+        major=9, minor=0, multi_processor_count=1, total_memory=2**30
+    )
+    torch.cuda.Stream = Stream  # type: ignore[misc]
+    torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
+
+
+class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Random tokens, the same in each run."""
+
+    def __len__(self) -> int:
+        return 4096
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        return {"tokens": torch.randint(VOCABULARY, (LENGTH + 1,), generator=generator)}
+
+
+def datasets(*_: Any, **__: Any) -> Any:
+    return Samples(), Samples(), Samples()
+
+
+datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def model(*_: Any, pre_process: bool = True, post_process: bool = True, **given: Any) -> Any:
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.training import arguments, get_args
+
+    args = get_args()
+    name = "core_transformer_config_from_args"
+    home = arguments
+    if not hasattr(arguments, name):
+        home = importlib.import_module("megatron.training.argument_utils")
+    config = getattr(home, name)(args)
+    stage = given.get("vp_stage")
+    return GPTModel(
+        config,
+        get_gpt_decoder_block_spec(config, False, normalization=args.normalization, vp_stage=stage),
+        args.padded_vocab_size,
+        args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        position_embedding_type=args.position_embedding_type,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        rotary_base=args.rotary_base,
+        vp_stage=stage,
+    )
+
+
+def loss(mask: Any, output: Any, **_: Any) -> Any:
+    total, count = output.float().sum(), torch.tensor(output.numel(), dtype=torch.int)
+    return total, count, {"lm loss": torch.stack((total.detach(), count.float()))}
+
+
+def step(iterator: Any, chunk: Any, *_: Any) -> Any:
+    tokens = next(iterator)["tokens"]
+    positions = torch.arange(LENGTH).expand(len(tokens), -1)
+    output = chunk(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
+    return output, functools.partial(loss, None)
+
+
+def main(out: str, run: str, *more: str) -> None:
+    """Train; exits as Megatron does."""
+    stand_in()
+    torch.distributed.init_process_group("gloo")
+    from megatron.core.enums import ModelType
+    from megatron.training import initialize, training
+
+    initialize._compile_dependencies = lambda: None
+    initialize._warmup_jit_function = lambda *_, **__: None
+    sys.argv = ["pretrain", *ARGUMENTS.split(), "--save", out, "--load", out, *more]
+    given: dict[str, Any] = {}
+    if run != "-":
+        tracker = SinkTrackMegatron(PROBE, run, every=2, on_error="raise")
+        given["non_loss_data_func"] = tracker.non_loss_data_func
+    given |= {
+        "train_valid_test_dataset_provider": datasets,
+        "model_provider": model,
+        "model_type": ModelType.encoder_or_decoder,
+        "forward_step_func": step,
+    }
+    if "cfg_container" in inspect.signature(training.pretrain).parameters:
+        from megatron.training.argument_utils import pretrain_cfg_container_from_args
+        from megatron.training.arguments import parse_and_validate_args
+
+        given["cfg_container"] = pretrain_cfg_container_from_args(parse_and_validate_args())
+    training.pretrain(**given)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

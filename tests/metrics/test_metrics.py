@@ -1,0 +1,128 @@
+"""What holds for every metric: its fields, and that parts of a pass join to the whole."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sinktrack.attention import attend
+from sinktrack.collect import Arena
+from sinktrack.events import Write
+from sinktrack.metrics import FIELDS, METRICS
+from sinktrack.metrics.base import Held, State
+from sinktrack.models.megatron.shards import join
+from tests.helpers.paths import DOCS
+
+SEQUENCES, LENGTH, WIDTH, HEADS = 3, 12, 8, 4
+
+
+def test_fields_have_names_of_their_own_and_say_what_they_are() -> None:
+    names = [field.name for metric in METRICS.values() for field in metric.fields]
+    assert len(names) == len(set(names)) == len(FIELDS)
+    for field in FIELDS.values():
+        assert field.title and field.help[0].isupper() and field.help.endswith((".", "?"))
+        assert not field.curve or field.axes in ((), ("block",), ("boundary",), ("block", "head"))
+
+
+@pytest.mark.parametrize("page", ["metrics.md", "records.md"])
+def test_every_field_has_a_row_in_the_pages(page: str) -> None:
+    text = (DOCS / page).read_text()
+    firsts = re.findall(r"^\| (`[^|]*) \|", text, re.M)
+    rows = {name for cell in firsts for name in re.findall(r"`(\w+)`", cell)}
+    assert FIELDS.keys() - rows == set()
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> list[list[int]]:
+    """Positions over some processes, any way, P0 first on the one that holds it."""
+    count = draw(st.integers(1, 4))
+    owner = draw(st.lists(st.integers(0, count - 1), min_size=LENGTH, max_size=LENGTH))
+    return [[i for i in range(LENGTH) if owner[i] == rank] for rank in range(count)]
+
+
+def same(state: State, one: torch.Tensor, other: torch.Tensor) -> None:
+    """Of states that stand side by side the order of positions does not matter."""
+    if state.positions == "cat":
+        one, other = one.sort(1).values, other.sort(1).values
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@given(splits(), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_positions_of_several_processes_join(owners: list[list[int]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    stream = torch.randn(SEQUENCES, LENGTH, WIDTH, generator=generator)
+    gate = torch.rand(SEQUENCES, LENGTH, HEADS, generator=generator)
+    for metric in METRICS.values():
+
+        def seen(at: list[int], held: Held, metric: Any = metric) -> dict[str, Any]:
+            write = Write("mlp", stream[:, at])
+            return {
+                **metric.on_state(stream[:, at], held),
+                **metric.on_gate(gate[:, at], held),
+                **metric.on_write(write, held),
+            }
+
+        whole = seen(list(range(LENGTH)), Held())
+        parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for at in filter(None, owners):
+            others = torch.tensor([position > 0 for position in at])
+            for name, value in seen(at, Held(at[0] == 0, others)).items():
+                if value is not None:
+                    parts.setdefault(name, []).append((0, value))
+        assert parts.keys() == {name for name, value in whole.items() if value is not None}
+        for name, values in parts.items():
+            wanted = whole[name]
+            assert wanted is not None
+            same(metric.states[name], join(metric.states[name], values), wanted)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_heads_of_several_processes_join(ranks: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (
+        torch.randn(SEQUENCES, HEADS, LENGTH, WIDTH, generator=generator) for _ in range(3)
+    )
+    _, whole = attend(query, key, value, scale=0.3)
+    size = HEADS // ranks
+    spans = [slice(rank * size, (rank + 1) * size) for rank in range(ranks)]
+    shared = [attend(query[:, s], key[:, s], value[:, s], scale=0.3)[1] for s in spans]
+    for metric in METRICS.values():
+        wanted = metric.on_attention(whole)
+        kept = [metric.on_attention(part) for part in shared]
+        for name, of_all in wanted.items():
+            parts = [
+                (rank, part)
+                for rank, of_rank in enumerate(kept)
+                if (part := of_rank[name]) is not None
+            ]
+            if of_all is None:
+                assert not parts
+            else:
+                torch.testing.assert_close(join(metric.states[name], parts), of_all)
+
+
+def test_sums_of_one_process_per_heads_are_not_counted_twice() -> None:
+    """Of a state without heads the first process' value counts, also where two give it."""
+    value = torch.ones(2, 1)
+    assert torch.equal(join(State("whole"), [(0, value), (1, value)]), value)
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=30))
+def test_an_arena_keeps_what_it_is_given(sizes: list[int]) -> None:
+    arena, rng = Arena(), np.random.default_rng(0)
+    given_values, kept_values = [], []
+    for size in sizes:
+        value = torch.from_numpy(rng.standard_normal((size, 3)))
+        value = value.float() if size % 2 else value
+        given_values.append(value.clone())
+        kept_values.append(arena.keep(value))
+        value.zero_()
+    for before, after in zip(given_values, kept_values, strict=True):
+        assert torch.equal(before, after) and before.dtype == after.dtype

@@ -1,0 +1,191 @@
+"""One block at a time against the whole model, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sinktrack import ArchiveError, Measurement, Probe, measure
+from sinktrack.measure import measure_streamed
+from sinktrack.models.blockwise import BlockwiseUnsupported
+from sinktrack.models.streaming import Streamed
+from sinktrack.records.run import to_json
+from tests.helpers import models
+from tests.helpers.archives import Recorded
+from tests.helpers.families import EXACT, PROBE, minutes, tiny
+
+NOT_ONE_BY_ONE = {"bamba", "glm_moe_dsa"}
+"""Their blocks return more than the stream."""
+
+
+def saved(family: str, directory: Path) -> Recorded:
+    tiny(family, EXACT[family]).save_pretrained(directory)
+    return Recorded(directory)
+
+
+def streamed(source: Recorded, probe: Probe = PROBE, **options: Any) -> Measurement:
+    return measure_streamed(Streamed(source), probe, **options)
+
+
+def assert_close(found: Measurement, wanted: Measurement) -> None:
+    assert found.weights == wanted.weights and found.block_kinds == wanted.block_kinds
+    left, right = (to_json(m.to_record(0, "", {})) for m in (found, wanted))
+    left["seconds"] = right["seconds"] = 0
+    assert close(left, right)
+
+
+def close(left: Any, right: Any) -> bool:
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(close(left[k], right[k]) for k in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(close, left, right))
+    if isinstance(left, float) and isinstance(right, float):
+        return abs(left - right) <= 1e-6 * max(1, abs(right))
+    return bool(left == right)
+
+
+@pytest.mark.parametrize("family", minutes(sorted(set(EXACT) - NOT_ONE_BY_ONE)))
+def test_as_the_whole_model(family: str, tmp_path: Path) -> None:
+    source = saved(family, tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    assert_close(streamed(source), measure(whole, PROBE))
+    assert_close(streamed(source, batch_size=2), measure(whole, PROBE, batch_size=2))
+
+
+@pytest.mark.parametrize("family", sorted(NOT_ONE_BY_ONE))
+def test_blocks_that_pass_on_more_than_the_stream(family: str, tmp_path: Path) -> None:
+    with pytest.raises(BlockwiseUnsupported, match=r"ForCausalLM cannot be run one by one"):
+        streamed(saved(family, tmp_path))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "granitemoe"])
+def test_only_what_the_probe_needs_is_read(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts on disk one by one, and all in one tensor; ablations, which route anew, are off."""
+    monkeypatch.setattr("sinktrack.models.passes.Passes.ablate", lambda *_: None)
+    source = saved(family, tmp_path)
+    probe = Probe.random(models.VOCABULARY, sequences=1, length=3, seed=1)
+    routed: dict[int, set[int]] = {}
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    for block, module in enumerate(whole.model.layers):
+        experts = next(m for m in module.modules() if hasattr(m, "is_transposed"))
+        experts.register_forward_pre_hook(
+            lambda _, args, block=block: routed.setdefault(block, set()).update(
+                args[1].flatten().tolist()
+            )
+        )
+    with torch.no_grad():
+        whole(probe.tokens)
+        whole(probe.first_tokens()[:, None])
+    streamed(source, probe)
+    assert any(len(experts) < 8 for experts in routed.values())
+    for name, count in source.read.items():
+        full = source.tensors[name].get_shape()
+        numbers = torch.Size(full).numel()
+        if "embed" in name:
+            assert count == len(probe.tokens.unique()) * full[1]
+        elif ".experts." in name or "input_linear" in name or "output_linear" in name:
+            block = int(name.split("layers.")[1].split(".")[0])
+            number = name.split("experts.")[-1].split(".")[0]
+            if number.isdigit():
+                assert int(number) in routed[block] and count == numbers
+            else:
+                assert count == len(routed[block]) * numbers // full[0]
+        else:
+            assert count == numbers
+    assert not any("lm_head" in name for name in source.read)
+
+
+def test_one_block_at_a_time(tmp_path: Path) -> None:
+    model = Streamed(saved("qwen3_moe", tmp_path))
+    layers = model.decoder.blocks
+
+    def held() -> list[int]:
+        return [
+            index
+            for index, block in layers.items()
+            if not all(parameter.is_meta for parameter in block.parameters())
+        ]
+
+    assert held() == []
+    with model.block(1):
+        assert held() == [1]
+    assert held() == []
+    with pytest.raises(KeyError), model.block(2):
+        raise KeyError
+    assert held() == []
+
+
+def test_reading_ahead_changes_nothing(tmp_path: Path) -> None:
+    source = saved("qwen3_moe", tmp_path)
+    wanted, read = streamed(source), dict(source.read)
+    source.read.clear()
+    model = Streamed(source)
+    assert not model.read_ahead  # on a CPU
+    model.read_ahead = True
+    assert_close(measure_streamed(model, PROBE), wanted)
+    assert source.read == read
+    source.read.clear()
+    part = measure_streamed(model, PROBE, blocks=2)
+    assert not any("layers.2" in name for name in source.read)
+    assert_close(measure_streamed(model, PROBE), wanted)  # and so does using it again
+    assert part.concentration[:2].tolist() == pytest.approx(wanted.concentration[:2].tolist())
+
+
+def test_the_first_blocks_alone(tmp_path: Path) -> None:
+    source = saved("mixtral", tmp_path)
+    whole = to_json(streamed(source).to_record(0, "", {}))
+    source = Recorded(tmp_path)
+    part = streamed(source, blocks=2)
+    assert not any("layers.2." in name or "layers.3." in name for name in source.read)
+    record = to_json(part.to_record(0, "", {}))
+    assert record["measured_blocks"] == 2 and "measured_blocks" not in whole
+    assert record["model"] == whole["model"]
+    for name in ("concentration", "p0_attention"):
+        assert close(record[name][:2], whole[name][:2])
+    assert record["concentration"][2:] == [None, None]
+    assert record["p0_attention"][2:] == [[None] * 4] * 2
+    assert close(record["norm_ratio"][:3], whole["norm_ratio"][:3])
+    assert record["norm_ratio"][3:] == [None, None]
+    for name in ("sink_rate", "peak_block", "first_two_gain", "weights"):
+        assert record[name] is None
+    assert record["reference_block"] is None and record["shares"] is None
+    assert record["missing"]["shares"] == "only the first 2 blocks were measured"
+    assert record["formed"] is False
+
+
+def test_the_first_blocks_alone_with_a_sink_in_them(tmp_path: Path) -> None:
+    """A phase among them is told; who writes what all blocks read is not."""
+    saved("llama", tmp_path)
+    # Queries and keys of nothing: attention is uniform, so of three tokens each gets a third.
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in tensors:
+        if "q_proj" in name:
+            tensors[name].zero_()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    probe = Probe.random(models.VOCABULARY, sequences=4, length=3, seed=0)
+    whole = streamed(Recorded(tmp_path), probe)
+    assert [(sink.first_block, sink.last_block) for sink in whole.sinks] == [(0, 3)]
+    part = streamed(Recorded(tmp_path), probe, blocks=2)
+    assert [(sink.first_block, sink.last_block) for sink in part.sinks] == [(0, 1)]
+    assert part.reference_block == 0 and part.localization.shares == ()
+
+
+def test_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
+    saved("llama", tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    gone = tensors.pop("model.layers.2.mlp.up_proj.weight")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ArchiveError, match=r"1 weights missing \(model.layers.2.mlp.up_proj"):
+        streamed(Recorded(tmp_path))
+    tensors["model.layers.2.mlp.up_proj.weight"] = gone[:-1].clone()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ArchiveError, match=r"1 weights mismatched \(model.layers.2.mlp.up_proj"):
+        streamed(Recorded(tmp_path))
