@@ -24,7 +24,7 @@ from sinktrack.loggers.curves import metrics
 from sinktrack.probe import Probe
 
 
-class SinkTrackCallback(TrainerCallback):
+class SinkTrackCallback(TrainerCallback):  # type: ignore[misc]
     """Probes every ``every`` steps, at each save and at the end of training.
 
     Where the Trainer loads the best checkpoint at the end, the model no longer is the last step's:

@@ -12,7 +12,7 @@ from sinktrack.callbacks.options import OptionArguments
 from sinktrack.probe import Probe
 
 
-class SinkTrackOLMoCore(Callback):
+class SinkTrackOLMoCore(Callback):  # type: ignore[misc]
     """Probes every ``every`` steps, at each save and at the end of training.
 
     Tokens are those that OLMo-core counts over all processes. A model in pipeline stages is refused

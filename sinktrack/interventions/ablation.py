@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinktrack.interventions.bench import Bench, Found, Trial, before_all, seed_of
+from sinktrack.interventions.bench import Bench, Trial, before_all, seed_of
 from sinktrack.interventions.candidates import MOST, SUBLAYERS, order, screen, term_of
 from sinktrack.interventions.effects import Effect, mean
 from sinktrack.interventions.first_token import Singles, Writes, first_tokens
 from sinktrack.interventions.patching import Patch, Term
 from sinktrack.interventions.plans import Plan, ask, together
 from sinktrack.interventions.replay import Edit, Edits, Job
+from sinktrack.interventions.results import Necessity
 from sinktrack.metrics.localization import Sink
 
 
@@ -27,7 +28,7 @@ class Ablation:
         self.bench = bench
         self._joint: dict[tuple[Term, ...], Trial] = {}
 
-    def by_phase(self) -> Plan[list[list[Found]]]:
+    def by_phase(self) -> Plan[list[list[Necessity]]]:
         """Of each phase: sublayers, the embedding, and parts of what has a verdict."""
         phases = self.bench.phases
         trials, embedding = yield from together(
@@ -79,7 +80,7 @@ class Ablation:
             for own, rows, phase in zip(spared, found, phases, strict=True)
         ]
 
-        def of_parts() -> Plan[list[list[Found]]]:
+        def of_parts() -> Plan[list[list[Necessity]]]:
             yield from self._remove([left for _, left, _ in by_part])
             return (
                 yield from together(
@@ -100,7 +101,7 @@ class Ablation:
         result, each = [], iter(zip(by_part, joint_parts, strict=True))
         for place, phase in enumerate(phases):
             rows = found[place] + of_whole[place]
-            rows += [row | {"block": None} for row in self._rows(embedding, phase)]
+            rows += [{**row, "block": None} for row in self._rows(embedding, phase)]
             for _ in parts:
                 (of_part, _, _), joint = next(each)
                 rows += of_part + joint
@@ -110,7 +111,7 @@ class Ablation:
             for phase, rows in zip(phases, result, strict=True)
         ]
 
-    def _joint_elsewhere(self, phase: Sink, rows: Sequence[Found]) -> list[Found]:
+    def _joint_elsewhere(self, phase: Sink, rows: Sequence[Necessity]) -> list[Necessity]:
         """What sets that were removed together for another phase do to this one."""
         told = [row["components"] for row in rows if "components" in row]
         return [
@@ -119,11 +120,13 @@ class Ablation:
             if [asdict(term) for term in trial.terms] not in told
         ]
 
-    def _together(self, trial: Trial, phase: Sink) -> Found:
+    def _together(self, trial: Trial, phase: Sink) -> Necessity:
         components = [asdict(term) for term in trial.terms]
-        return self._necessary(trial, phase) | {"components": components}
+        row = self._necessary(trial, phase)
+        row["components"] = components
+        return row
 
-    def _rest(self, found: Sequence[list[Found]]) -> list[Term]:
+    def _rest(self, found: Sequence[list[Necessity]]) -> list[Term]:
         """The untested sublayers before each phase in which none has a verdict."""
         tested = set(self.bench.sublayers)
         return sorted(
@@ -225,10 +228,10 @@ class Ablation:
         """``[B]``."""
         return first_tokens(self.bench.probe)[0][self._drawn]
 
-    def _rows(self, trials: Sequence[Trial], phase: Sink) -> list[Found]:
+    def _rows(self, trials: Sequence[Trial], phase: Sink) -> list[Necessity]:
         return [self._necessary(trial, phase) for trial in self.bench.reaching(trials, phase)]
 
-    def _necessary(self, trial: Trial, phase: Sink) -> Found:
+    def _necessary(self, trial: Trial, phase: Sink) -> Necessity:
         effect = self.bench.effect(trial, phase)
         other = {name: self.bench.effect(trial, phase, of) for name, of in trial.others.items()}
         told = {
@@ -248,7 +251,7 @@ class Ablation:
             "first_token": told.get("first_token"),
             "loss": mean(trial.after.loss - self.bench.before.loss),
             "p0_loss": mean(trial.after.p0_loss - self.bench.before.p0_loss),
-            **self.bench.fate(trial, phase, effect),
+            **self.bench.fate(trial, phase, effect),  # type: ignore[typeddict-item]
             "by_block": self.bench.by_block(trial),
             "verdict": verdict if effect.holds else None,
         }
@@ -261,8 +264,8 @@ class Ablation:
         self._joint |= {key: trial for key, (trial,) in zip(new, found, strict=True)}
 
     def _redundant(
-        self, trials: Sequence[Trial], rows: Sequence[Found], phase: Sink
-    ) -> Plan[list[Found]]:
+        self, trials: Sequence[Trial], rows: Sequence[Necessity], phase: Sink
+    ) -> Plan[list[Necessity]]:
         """Mark those of the terms, none of them necessary, that stand in for each other.
 
         Returns:

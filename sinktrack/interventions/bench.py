@@ -6,7 +6,7 @@ import random
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,18 +19,20 @@ from sinktrack.interventions.knockout import note
 from sinktrack.interventions.patching import Term
 from sinktrack.interventions.plans import Plan, ask
 from sinktrack.interventions.replay import IN_STATE, Edit, Edits, Outcome, Replay
+from sinktrack.interventions.results import BeforeAfter, Fate
 from sinktrack.measurement import Measurement
 from sinktrack.metrics.base import number
 from sinktrack.metrics.localization import Sink
 from sinktrack.probe import Probe
 
-Found = dict[str, Any]
 Window = tuple[str, int, int]
 """A kind of attention knockout, the first block of it, and the first after it."""
 MOST = 2 / 3
 """Of the attention that P0 loses, from which on its dilution, or its loss, is the outcome."""
 FIRST_TWO = (0, 2)
 """Blocks in which the source says that P0 is identified."""
+
+_Row = TypeVar("_Row")
 
 
 @dataclass(eq=False)
@@ -90,7 +92,7 @@ class Bench:
             blocks | firsts | starts, self.plain, phases=inside, beside=[self._seen]
         )
 
-    def of_main(self, by_phase: Sequence[list[Found]]) -> list[Found]:
+    def of_main(self, by_phase: Sequence[list[_Row]]) -> list[_Row]:
         """The rows of the main phase; none where nothing was written before it."""
         main = self.measured.main_sink
         return next(
@@ -185,17 +187,17 @@ class Bench:
             for (trial, name, _, replaces), outcome in zip(several, outcomes, strict=True):
                 (trial.others if replaces else trial.controls)[name] = outcome
 
-    def fate(self, trial: Trial, phase: Sink, effect: Effect) -> Found:
+    def fate(self, trial: Trial, phase: Sink, effect: Effect) -> Fate:
         """Is the sink lost, or is P0 one of several positions that share it?
 
         Sequences differ, so this is asked of each, weighted by the attention that it loses.
         """
         peak = phase.peak_block
 
-        def both(of: Callable[[Outcome], Tensor]) -> Found:
+        def both(of: Callable[[Outcome], Tensor]) -> BeforeAfter:
             return {
-                name: number(of(outcome).nanmean())
-                for name, outcome in (("before", self.before), ("after", trial.after))
+                "before": number(of(self.before).nanmean()),
+                "after": number(of(trial.after).nanmean()),
             }
 
         def to_set(outcome: Outcome) -> Tensor:

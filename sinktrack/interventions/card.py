@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sinktrack.errors import ProbeError
+from sinktrack.interventions.results import PositionCard, Rates
 from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
 from sinktrack.metrics.attention import EPSILON, alphas, rate
@@ -23,8 +24,6 @@ POSITION, TOKEN = 0.75, 0.25
 to which a token does."""
 LEAST = 0.05
 """Sink rate below which there is nothing to decide."""
-
-Card = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def position_card(
     *,
     start_token: int | None = None,
     batch_size: int | None = None,
-) -> Card:
+) -> PositionCard:
     """Sink rates of a live model under other first tokens; the record's ``position_card``.
 
     ``as_is``: the probe. ``without_start`` and ``with_start``: its sequences without and with the
@@ -111,7 +110,7 @@ def start_of(probe: Probe, config: Any = None, tokenizer: Any = None) -> Start |
 
 def card(
     probe: Probe, measured: Measurement, start: Start | None, seen: Measurement | None
-) -> Card:
+) -> PositionCard:
     """The card of a model, however it is run.
 
     Args:
@@ -122,19 +121,33 @@ def card(
     """
     made, missing = _variants(probe, start)
     new = _new(probe, made)
-    found: Card = {"start_token": None if start is None else {"id": start.token, "of": start.of}}
     rates = {name: _rates(measured) for name in ("as_is", *made)}
     if seen is not None:
         several = Several([row for rows in new.values() for row in rows])
         parts = several.places.split([len(rows) for rows in new.values()])
         rates |= {name: _rates(seen, at) for name, at in zip(new, parts, strict=True)}
-    found |= {name: rates.get(name) for name in NAMES}
-    found["answer"], why = _answer(found, measured)
+    answer, why = _answer(rates, measured)
     if why is not None:
         missing["answer"] = why
-    return found | ({"missing": missing} if missing else {})
+    found: PositionCard = {
+        "start_token": None if start is None else {"id": start.token, "of": start.of},
+        "as_is": rates["as_is"],
+        "without_start": rates.get("without_start"),
+        "with_start": rates.get("with_start"),
+        "random_first": rates.get("random_first"),
+        "repeated": rates.get("repeated"),
+        "answer": answer,
+    }
+    if missing:
+        found["missing"] = missing
+    return found
 
 
+_FROM: dict[Literal["sink_rate", "sink_rate_from_2"], int] = {
+    "sink_rate": 0,
+    "sink_rate_from_2": 2,
+}
+"""From which block on each of the rates is taken."""
 NAMES = ("as_is", "without_start", "with_start", "random_first", "repeated")
 """Of what is compared."""
 
@@ -206,7 +219,7 @@ def _variants(probe: Probe, start: Start | None) -> tuple[dict[str, list[Tensor]
     return made, missing
 
 
-def _rates(measured: Measurement, at: Tensor | None = None) -> Card:
+def _rates(measured: Measurement, at: Tensor | None = None) -> Rates:
     """Sink rates from block 0 and from block 2 over some of the sequences, with intervals."""
     visible, attention, own = (
         rows if at is None else rows[at]
@@ -220,15 +233,17 @@ def _rates(measured: Measurement, at: Tensor | None = None) -> Card:
     over = torch.where(alpha.isnan(), torch.nan, (alpha > EPSILON).double())
     weight = weights(len(alpha))
     concentration = [number(value) for value in attention.mean(0).nanmean(-1)]
-    found: Card = {"concentration": concentration, "intervals": {}}
-    for name, first in (("sink_rate", 0), ("sink_rate_from_2", 2)):
+    found: Rates = {
+        "concentration": concentration, "intervals": {}, "sink_rate": None, "sink_rate_from_2": None
+    }  # fmt: skip
+    for name, first in _FROM.items():
         value = rate(alpha[:, first:], EPSILON)
         found[name] = None if math.isnan(value) else value
         found["intervals"][name] = interval(weight @ over[:, first:].nanmean((1, 2)))
     return found
 
 
-def _answer(found: Card, measured: Measurement) -> tuple[str | None, str | None]:
+def _answer(found: Mapping[str, Rates], measured: Measurement) -> tuple[str | None, str | None]:
     """What decides, or why that cannot be told."""
     count = measured.visible_queries_by_sequence.double().mean(0)
     evenly = (measured.uniform.double() * count + 1) / (count + 1)
@@ -237,10 +252,10 @@ def _answer(found: Card, measured: Measurement) -> tuple[str | None, str | None]
             f"the sequences are so short that attention spread evenly counts as a sink ("
             f"{float(evenly.nan_to_num().max()):.2f} of it would be on P0)"
         )
-    if found["random_first"] is None:
+    if "random_first" not in found:
         return None, "there are no random first tokens to compare with"
-    rates = {name: found[name]["sink_rate"] for name in NAMES if found[name] is not None}
-    most = max(rates[name] or 0.0 for name in ("as_is", "with_start") if name in rates)
+    rates = {name: rates["sink_rate"] or 0.0 for name, rates in found.items()}
+    most = max(rates[name] for name in ("as_is", "with_start") if name in rates)
     if most < LEAST:
         return None, f"no sink: the sink rate is {most:.1%}, with the start token or without"
     stays = rates["random_first"] / most

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from sinktrack.interventions.results import Compared, Control, Unsure
 
 LEAST_EFFECT = 0.1
 """Of the attention to P0 that was there: what an effect, and its difference to every control, must
@@ -59,9 +60,9 @@ class Effect:
     def _difference(self, other: Tensor) -> list[float]:
         return interval(_resampled(self.changed - other, self.before))
 
-    def to_record(self) -> dict[str, Any]:
+    def to_record(self) -> Compared:
         """As it stands in a record."""
-        controls = {
+        controls: dict[str, Control] = {
             name: {
                 "effect": float(other.mean() / self.before.mean()),
                 "interval": interval(_resampled(other, self.before)),
@@ -72,7 +73,7 @@ class Effect:
         return {"effect": self.value, "interval": self.interval, "controls": controls}
 
 
-def mean(values: Tensor) -> dict[str, Any]:
+def mean(values: Tensor) -> Unsure:
     """Mean and 95 % interval of ``[B]`` numbers; null for what was not measured."""
     if bool(values.isnan().any()):
         return {"effect": None, "interval": None}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,8 @@ from sinktrack.interventions.bench import Bench
 from sinktrack.interventions.candidates import shares_of
 from sinktrack.interventions.plans import Plan, ask
 from sinktrack.interventions.replay import Edit, Edits
+from sinktrack.interventions.results import Expert as ExpertRow
+from sinktrack.interventions.results import Necessity
 
 _QUANTILE, _FRACTION, _DEPTH = 0.995, 0.1, 0.75
 
@@ -78,11 +79,11 @@ def super_experts(largest: Mapping[Expert, float], blocks: int) -> set[Expert]:
 def table(
     profile: Profile,
     first: Mapping[int, Tensor],
-    necessity: list[dict[str, Any]],
+    necessity: Sequence[Necessity],
     shares: Mapping[Expert, float],
     sequences: int,
     blocks: int,
-) -> list[dict[str, Any]]:
+) -> list[ExpertRow]:
     """The experts that P0 is routed to before the reference block, and all super experts.
 
     Args:
@@ -95,7 +96,7 @@ def table(
     """
     extreme = set() if profile.hidden else super_experts(profile.largest, blocks)
     tests = {(row["block"], row["index"]): row for row in necessity if row["kind"] == "expert"}
-    found = []
+    found: list[ExpertRow] = []
     for expert in sorted(extreme | shares.keys()):
         block, index = expert
         gates, norms = profile.gates[expert], profile.norms[expert]
@@ -132,9 +133,7 @@ def profiled(bench: Bench) -> Plan[Profile]:
     return profile
 
 
-def of_bench(
-    bench: Bench, profile: Profile, necessity: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def of_bench(bench: Bench, profile: Profile, necessity: Sequence[Necessity]) -> list[ExpertRow]:
     """The routed experts at P0 and the super experts of a model on the bench; see `table`."""
     main = bench.measured.main_sink
     assert main is not None

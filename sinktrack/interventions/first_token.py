@@ -12,6 +12,7 @@ from torch import Tensor
 from sinktrack.events import Observer, Uneditable, Write
 from sinktrack.interventions.patching import Term
 from sinktrack.interventions.replay import Job, Replay
+from sinktrack.interventions.results import FirstTokenDependence
 from sinktrack.measurement import Measurement
 from sinktrack.models.editable import Pass
 from sinktrack.probe import Probe
@@ -135,7 +136,7 @@ def _beginnings(probe: Probe) -> Tensor:
 
 def first_token_dependence(
     probe: Probe, measured: Measurement, seen: FirstTokens
-) -> dict[str, Any]:
+) -> FirstTokenDependence:
     """The P0 state over distinct first tokens.
 
     ``norm_ratio`` at the reference block: of [BOS], the token that all sequences of the probe begin

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from sinktrack.interventions.bench import Bench, Found, Trial, before_all, seed_of
+from sinktrack.interventions.bench import Bench, Trial, before_all, seed_of
 from sinktrack.interventions.candidates import SUBLAYERS, order, screen, term_of
 from sinktrack.interventions.effects import mean
 from sinktrack.interventions.patching import Patch, Term
 from sinktrack.interventions.plans import Plan, ask
 from sinktrack.interventions.replay import Edit, Edits
+from sinktrack.interventions.results import Sufficiency
 from sinktrack.metrics.localization import Sink
 
 
-def sufficiency(bench: Bench) -> Plan[list[list[Found]]]:
+def sufficiency(bench: Bench) -> Plan[list[list[Sufficiency]]]:
     """Of each phase: the state at its first block, and each candidate sublayer's write."""
     to = bench.replay.position
     states = [Term("state", phase.first_block) for phase in bench.phases]
@@ -42,7 +43,7 @@ def sufficiency(bench: Bench) -> Plan[list[list[Found]]]:
     ]
 
 
-def _sufficient(bench: Bench, trial: Trial, phase: Sink) -> Found:
+def _sufficient(bench: Bench, trial: Trial, phase: Sink) -> Sufficiency:
     effect = bench.effect(trial, phase)
     return {
         "kind": trial.kind,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from sinktrack.events import Uneditable
 from sinktrack.interventions import transplant, unmixing
 from sinktrack.interventions.ablation import Ablation
-from sinktrack.interventions.bench import Bench, Found
+from sinktrack.interventions.bench import Bench
 from sinktrack.interventions.candidates import screen
 from sinktrack.interventions.card import Start, card, measured_beside, start_of
 from sinktrack.interventions.effects import LEAST_EFFECT
@@ -18,6 +18,7 @@ from sinktrack.interventions.experts import of_bench, profiled
 from sinktrack.interventions.first_token import first_token_dependence
 from sinktrack.interventions.plans import Plan, carry_out, side_by_side
 from sinktrack.interventions.replay import replaying
+from sinktrack.interventions.results import CausalTests, Knockout, Necessity, Sufficiency
 from sinktrack.measurement import Measurement
 from sinktrack.models.base import adapt
 from sinktrack.probe import Probe
@@ -41,7 +42,7 @@ def run_causal_tests(
     batch_size: int | None = None,
     start: Start | None = None,
     beside: Measurement | None = None,
-) -> Found:
+) -> CausalTests:
     """Run all causal tests; the record's ``causal``.
 
     Where no sink has formed, or it begins in block 0 before anything was written, there is nothing
@@ -66,7 +67,7 @@ def run_causal_tests(
         ProbeError, MeasurementError: as `sinktrack.measure` does.
     """
     started = time.perf_counter()
-    found: Found = {
+    found: CausalTests = {  # type: ignore[typeddict-item]  # the rest comes below
         "formed": bool(measured.sinks),
         "reference_block": measured.reference_block,
         "least_effect": LEAST_EFFECT,
@@ -86,18 +87,19 @@ def run_causal_tests(
     made = card(probe, measured, start, beside)
     found["position_card"] = made
     if found["meaning"] is not None:
-        found["meaning"] |= {name: made[name] for name in ("as_is", "random_first")}
-    return found | {"seconds": time.perf_counter() - started}
+        found["meaning"] |= {"as_is": made["as_is"], "random_first": made["random_first"]}
+    found["seconds"] = time.perf_counter() - started
+    return found
 
 
 def _examine(
-    found: Found, model: Any, probe: Probe, measured: Measurement, batch_size: int | None
+    found: CausalTests, model: Any, probe: Probe, measured: Measurement, batch_size: int | None
 ) -> None:
     """Fill in what the tests find."""
     with _tests(model, probe, measured, batch_size) as tests:
         found["phases"] = [
             {"first_block": phase.first_block, "last_block": phase.last_block,
-             "peak_block": phase.peak_block}
+             "peak_block": phase.peak_block, "necessity": [], "sufficiency": [], "position": []}
             for phase in tests.phases
         ]  # fmt: skip
         plans: list[Plan[Any]] = [*(test(tests) for test in _TESTS.values()), profiled(tests)]
@@ -125,7 +127,7 @@ examine = run_causal_tests
 
 def necessity(
     model: Any, probe: Probe, measured: Measurement, *, batch_size: int | None = None
-) -> list[Found]:
+) -> list[Necessity]:
     """Ablate each candidate's write at P0 and see how much of the main phase's attention goes.
 
     ``effect`` is the share of the attention to P0, in the phase's blocks after the ablated one,
@@ -147,7 +149,7 @@ def necessity(
 
 def sufficiency(
     model: Any, probe: Probe, measured: Measurement, *, batch_size: int | None = None
-) -> list[Found]:
+) -> list[Sufficiency]:
     """Put P0's writes, and its whole state at the first block of a phase, on another position.
 
     ``effect`` is what that position gains in attention from later queries, over the attention to
@@ -159,7 +161,7 @@ def sufficiency(
 
 def position(
     model: Any, probe: Probe, measured: Measurement, *, batch_size: int | None = None
-) -> list[Found]:
+) -> list[Knockout]:
     """Let another position attend to itself alone before the main phase, and P0 to all.
 
     ``effect`` is what the other position gains in attention from later queries (verdict
@@ -176,7 +178,8 @@ def is_testable(measured: Measurement) -> bool:
     return any(sink.first_block for sink in measured.sinks)
 
 
-_TESTS: dict[str, Callable[[Bench], Plan[list[list[Found]]]]] = {
+_Test = Literal["necessity", "sufficiency", "position"]
+_TESTS: dict[_Test, Callable[[Bench], Plan[Any]]] = {
     "necessity": lambda bench: Ablation(bench).by_phase(),
     "sufficiency": transplant.sufficiency,
     "position": unmixing.position,
@@ -193,12 +196,12 @@ def _tests(
 
 
 def _alone(
-    test: str,
+    test: _Test,
     model: Any,
     probe: Probe,
     measured: Measurement,
     batch_size: int | None,
-) -> list[Found]:
+) -> list[Any]:
     if not is_testable(measured):
         return []
     with _tests(model, probe, measured, batch_size) as tests:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from sinktrack.events import Uneditable
-from sinktrack.interventions.bench import FIRST_TWO, Bench, Found, Trial, Window, seed_of, windows
+from sinktrack.interventions.bench import FIRST_TWO, Bench, Trial, Window, seed_of, windows
 from sinktrack.interventions.knockout import AttentionKnockout, RandomDirectionControl
 from sinktrack.interventions.plans import Plan, ask
 from sinktrack.interventions.replay import Edit, Edits
+from sinktrack.interventions.results import Knockout
 from sinktrack.metrics.localization import Sink
 
 
-def position(bench: Bench) -> Plan[list[list[Found]]]:
+def position(bench: Bench) -> Plan[list[list[Knockout]]]:
     """Of each phase: another position unmixed, and P0 mixed, in the blocks before it."""
     asked = windows(bench.phases)
     changes = [_knocked_out(bench, *window) for window in asked]
@@ -69,7 +70,7 @@ def _knocked_out(bench: Bench, kind: str, start: int, until: int) -> AttentionKn
     return AttentionKnockout(bench.replay.position, (start, until), _only_itself)
 
 
-def _positioned(bench: Bench, trial: Trial, window: Window, phase: Sink) -> Found:
+def _positioned(bench: Bench, trial: Trial, window: Window, phase: Sink) -> Knockout:
     effect = bench.effect(trial, phase)
     kind, start, until = window
     if until != phase.first_block:
@@ -78,19 +79,20 @@ def _positioned(bench: Bench, trial: Trial, window: Window, phase: Sink) -> Foun
         began = any(start == one.first_block for one in bench.phases)
         kind = f"{kind}_since_last_sink{'_began' if began else ''}"
     mixed = trial.kind == "p0_mixed"
-    found = {
+    verdict = "unmixed" if mixed else "follows"
+    found: Knockout = {
         "kind": kind,
         "block": None,
         "index": None,
         "blocks": [start, until - 1],
-        **effect.to_record(),
+        **effect.to_record(),  # type: ignore[typeddict-item]
         "share_of_two": None if mixed else bench.share_of_two(trial, phase),
         "by_block": bench.by_block(trial),
+        "verdict": verdict if effect.holds else None,
     }
     if mixed:
-        found |= bench.fate(trial, phase, effect)
-    verdict = "unmixed" if mixed else "follows"
-    return found | {"verdict": verdict if effect.holds else None}
+        found |= bench.fate(trial, phase, effect)  # type: ignore[typeddict-item]
+    return found
 
 
 def _only_itself(row: int, at: int, length: int) -> Tensor:

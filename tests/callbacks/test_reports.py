@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import wandb
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.utils.data import DataLoader
 from transformers.integrations import AzureMLCallback, TensorBoardCallback
@@ -298,8 +298,8 @@ def test_mlflow_of_lightning(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     told = []
     tracked = SinkTrackLightning(PROBE, tmp_path / "run", every=3, on_error="raise")
-    callbacks: list[Callback]
-    for callbacks in ([], [tracked]):
+    each: Any = ([], [tracked])
+    for callbacks in each:
         torch.manual_seed(0)
         logger = MLFlowLogger("sinks", tracking_uri=uri)
         data: Any = torch.randint(models.VOCABULARY, (6, 4, 16))

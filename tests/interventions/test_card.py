@@ -60,7 +60,7 @@ def rate_by_hand(model: Any, sequences: list[Tensor], start: int = 0) -> float:
 
 def test_a_token_decides() -> None:
     model, probe = with_bos(), planted.probe(8)
-    found = position_card(model, probe)
+    found: Any = position_card(model, probe)
     assert found["start_token"] == {"id": 0, "of": "probe"}
     assert found["with_start"] == found["as_is"]
     assert found["as_is"]["sink_rate"] == 0.8 and found["as_is"]["sink_rate_from_2"] == 1
@@ -72,7 +72,7 @@ def test_a_token_decides() -> None:
 
 def test_position_decides() -> None:
     model, probe = by_position(), planted.without_bos()
-    found = position_card(model, probe, start_token=0)
+    found: Any = position_card(model, probe, start_token=0)
     assert found["answer"] == "position"
     assert found["without_start"] == found["as_is"], "no sequence begins with it"
     assert found["random_first"]["sink_rate"] > 0.9 * found["as_is"]["sink_rate"] > 0.4
@@ -84,7 +84,7 @@ def test_the_start_token_comes_and_goes(name: str) -> None:
     """Half of the sequences begin with it; each number is that of whole eager passes."""
     model, tokens = with_bos(), planted.probe(8).tokens.clone()
     tokens[4:, 0] = 7
-    found = position_card(model, Probe.from_tokens(tokens), start_token=0)
+    found: Any = position_card(model, Probe.from_tokens(tokens), start_token=0)
     before = torch.tensor([0])
     wanted = {
         "without_start": [row[1:] if int(row[0]) == 0 else row for row in tokens],
@@ -100,8 +100,8 @@ def test_the_start_token_comes_and_goes(name: str) -> None:
 
 def test_what_is_measured_is_the_same_however_it_is_batched() -> None:
     model, probe = by_position(), planted.without_bos()
-    whole = position_card(model, probe, measure(model, probe), start_token=3)
-    parts = position_card(model, probe, batch_size=5, start_token=3)
+    whole: Any = position_card(model, probe, measure(model, probe), start_token=3)
+    parts: Any = position_card(model, probe, batch_size=5, start_token=3)
     for name in NAMES:
         assert whole[name]["sink_rate"] == parts[name]["sink_rate"]
 
@@ -125,7 +125,7 @@ def test_what_cannot_be_had_has_a_reason() -> None:
     model = planted.dense()
     model.config.bos_token_id = None
     probe = planted.without_bos()
-    found = position_card(model, probe)
+    found: Any = position_card(model, probe)
     assert found["start_token"] is None and found["with_start"] is None
     assert "no start token is known" in found["missing"]["without_start"]
     assert found["answer"] is None and "no sink" in found["missing"]["answer"]
@@ -144,7 +144,7 @@ def test_what_cannot_be_had_has_a_reason() -> None:
 
 def test_the_causal_tests_make_it_too() -> None:
     model, probe = with_bos(), planted.probe(8)
-    found = run_causal_tests(model, probe, measure(model, probe))
+    found: Any = run_causal_tests(model, probe, measure(model, probe))
     card = found["position_card"]
     assert card == position_card(model, probe)
     assert found["meaning"]["random_first"] == card["random_first"]

@@ -225,7 +225,7 @@ def test_necessity_equals_brute_force(kind: str) -> None:
         handle = module.register_forward_hook(hook)
         after = attention_and_loss()
         handle.remove()
-        found = row if mode == "resample" else row[mode]
+        found: Any = row if mode == "resample" else dict(row)[mode]
         assert found["effect"] == pytest.approx(1 - after[0] / before[0], abs=1e-5)
         if mode == "resample":
             assert row["loss"]["effect"] == pytest.approx(after[1] - before[1], abs=1e-5)
@@ -238,7 +238,7 @@ def test_two_sinks_in_series() -> None:
     measured = measure(model, PROBE)
     spans = [(sink.first_block, sink.last_block) for sink in measured.sinks]
     assert spans == [(1, 1), (4, 4)]
-    found = run_causal_tests(model, PROBE, measured)
+    found: Any = run_causal_tests(model, PROBE, measured)
     named = [
         {
             (r["kind"], r["block"]): r["verdict"]
@@ -268,7 +268,7 @@ def test_a_test_alone_is_the_same_as_inside_the_whole() -> None:
     planted.neuron_writer(model, 0)
     planted.head_writer(model, 1, head=0)
     measured = measure(model, PROBE)
-    whole = run_causal_tests(model, PROBE, measured)
+    whole: Any = run_causal_tests(model, PROBE, measured)
     alone = {"necessity": necessity, "sufficiency": sufficiency, "position": position}
     for name, test in alone.items():
         assert test(model, PROBE, measured) == whole[name], name
@@ -316,7 +316,7 @@ def test_meaning_of_the_first_token() -> None:
     """With [BOS] the sink needs it; where position decides, any token will do."""
     model = readers(planted.dense(), 1)
     planted.neuron_writer(model, 0)
-    found = examine(model, PROBE, measure(model, PROBE))["meaning"]
+    found: Any = examine(model, PROBE, measure(model, PROBE))["meaning"]
     assert found["bos"] == 0
     assert found["norm_ratio"]["bos"] > 2 > found["norm_ratio"]["quantiles"]["95"]
     assert found["as_is"]["sink_rate"] == 0.8
@@ -374,7 +374,8 @@ def test_without_a_sink_nothing_is_tested() -> None:
     measured = measure(model, PROBE_OF_65)
     found = examine(model, PROBE_OF_65, measured)
     assert not found["formed"] and found["forwards"] == 0
-    assert found["necessity"] == found["sufficiency"] == found["position"] == []
+    for test in ("necessity", "sufficiency", "position"):
+        assert dict(found)[test] == []
     assert necessity(model, PROBE_OF_65, measured) == []
     assert sufficiency(model, PROBE_OF_65, measured) == []
     assert position(model, PROBE_OF_65, measured) == []

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sinktrack as st
 from sinktrack.interventions import run_causal_tests
+from sinktrack.interventions.results import CausalTests
 from sinktrack.prose import passages
 
 pytestmark = [pytest.mark.real_model, pytest.mark.slow]
@@ -18,7 +19,7 @@ Row = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def found(smollm2: Path) -> Row:
+def found(smollm2: Path) -> CausalTests:
     """All tests on 8 sequences of 64 tokens of prose: some three minutes of CPU."""
     model = AutoModelForCausalLM.from_pretrained(smollm2).eval()
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
