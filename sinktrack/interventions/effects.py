@@ -7,20 +7,20 @@ between sequences but not between an intervention and its control drops out of t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from sinktrack.interventions.results import Compared, Control, Unsure
+from sinktrack.metrics import bootstrap
 
 LEAST_EFFECT = 0.1
 """Of the attention to P0 that was there: what an effect, and its difference to every control, must
 exceed with all of their intervals for a verdict."""
 FEWEST_SEQUENCES = 8
 """With fewer, resampling says nothing about other sequences."""
-_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -77,23 +77,17 @@ def mean(values: Tensor) -> Unsure:
     """Mean and 95 % interval of ``[B]`` numbers; null for what was not measured."""
     if bool(values.isnan().any()):
         return {"effect": None, "interval": None}
-    return {"effect": float(values.mean()), "interval": interval(_weights(len(values)) @ values)}
+    return {
+        "effect": float(values.mean()),
+        "interval": interval(bootstrap.weights(len(values)) @ values),
+    }
 
 
 def interval(samples: Tensor) -> list[float]:
-    """The middle 95 % of resampled values ``[resamples]``: lower and upper bound."""
-    low, high = torch.quantile(samples, torch.tensor([0.025, 0.975], dtype=samples.dtype))
-    return [float(low), float(high)]
+    """The middle 95 % of resampled values ``[resamples]``: lower and upper bound, or nan."""
+    return bootstrap.interval(samples) or [math.nan, math.nan]
 
 
 def _resampled(changed: Tensor, before: Tensor) -> Tensor:
-    weight = _weights(len(changed))
+    weight = bootstrap.weights(len(changed))
     return (weight @ changed) / (weight @ before)
-
-
-def _weights(sequences: int) -> Tensor:
-    """``[resamples, B]``, the same for all: intervals of differences need the same draws."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(sequences, (_RESAMPLES, sequences), generator=generator)
-    weight = torch.zeros(_RESAMPLES, sequences, dtype=torch.float64)
-    return weight.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64)) / sequences

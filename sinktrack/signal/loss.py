@@ -19,59 +19,20 @@ from sinktrack.errors import RecordError
 from sinktrack.signal import robust
 from sinktrack.signal.quantiles import ranks
 from sinktrack.signal.robust import Curve, Interval
-from sinktrack.signal.stages import MIN_CHANGE
 
 Losses = Mapping[int, float]
 
 MIN_RECORDS = 20
 """Records with a loss from which anything is said."""
-LEAST_LOSS = 0.02
-"""Part of the loss's range over the run that a change must make up to count."""
 _SMALL = 0.2
 """Rank correlation within which "nothing" is said of one."""
 _RESAMPLES = 500
 _RUNS = 5
 """Runs of neighbouring records that a resample is made of."""
 _TAILS = ((1 - robust.CONFIDENCE) / 2, (1 + robust.CONFIDENCE) / 2)
-_STRETCHES = 8
-_SHORTEST = 5
 _LARGEST = 64 * 2**20
 _STEP = ("step", "global_step", "train/global_step", "_step")
 _LOSS = ("loss", "train/loss", "train_loss")
-_WORDS: dict[tuple[str | None, str | None], str] = {
-    ("stands", "falls"): "the loss falls on, the sink rate stands",
-    ("falls", "falls"): "the sink weakens while the loss falls",
-    ("rises", "rises"): "the sink grows while the loss rises",
-    ("stands", "rises"): "the loss rises, the sink rate stands",
-    ("rises", "stands"): "the sink grows, the loss stands",
-    ("falls", "stands"): "the sink weakens, the loss stands",
-}
-"""By what sink rate and loss do; what is not here agrees."""
-
-
-@dataclass(frozen=True)
-class Lead:
-    """Shift at which the changes of sink rate and loss from record to record go together best."""
-
-    records: Interval
-    """In records; above 0 the sink moves first."""
-    steps: float
-    """The same in steps, by the median distance of the records."""
-    correlation: float
-    """Rank correlation at that shift."""
-
-
-@dataclass(frozen=True)
-class Disagreement:
-    """A stretch of the run in which sink rate and loss do not tell the same."""
-
-    first: int
-    last: int
-    """Steps."""
-    sink_rate: Interval
-    loss: Interval
-    """Changes over the stretch."""
-    words: str
 
 
 @dataclass(frozen=True)
@@ -84,17 +45,14 @@ class Relation:
     beyond_step: Interval
     """Spearman's of their changes from record to record, each less a smooth curve over the step:
     what the rate says that the step count does not."""
-    lead: Lead | None
-    """None where no shift goes beyond chance."""
     adds: bool
     """Does the rate say anything about the loss that the step count does not? Only if the interval
     of `beyond_step` leaves 0 out and one curve turned against the other does worse."""
-    disagreements: tuple[Disagreement, ...]
 
     def lines(self) -> list[str]:
         """What was found, in words."""
         rank, beyond = self.correlation, self.beyond_step
-        found = [
+        return [
             f"rank correlation of sink rate and loss {rank.value:+.2f} (95 %: {rank.low:+.2f} to "
             f"{rank.high:+.2f}); two curves that both follow the step correlate by that alone",
             f"beyond the step count {beyond.value:+.2f} (95 %: {beyond.low:+.2f} to "
@@ -107,18 +65,6 @@ class Relation:
                 else "whether the rate says more than the step count cannot be told yet"
             ),
         ]
-        if self.lead is None:
-            found.append("no lead or lag beyond chance")
-        else:
-            low, high = self.lead.records.low, self.lead.records.high
-            who = "leads" if low > 0 else "lags" if high < 0 else "neither leads nor lags"
-            found.append(
-                f"the sink {who}: best shift {self.lead.records.value:+.0f} records (95 %: "
-                f"{low:+.0f} to {high:+.0f}; {self.lead.steps:+,.0f} steps), correlation "
-                f"{self.lead.correlation:+.2f}"
-            )
-        found += [f"they disagree: {one.words}" for one in self.disagreements]
-        return found
 
 
 def read_losses(path: str | Path) -> dict[int, float]:
@@ -195,8 +141,6 @@ def relate(steps: Sequence[int], rates: Sequence[float], losses: Losses) -> Rela
         correlation=_correlation(*plain),
         beyond_step=beyond,
         adds=(beyond.low > 0 or beyond.high < 0) and _beyond_chance(*rest),
-        lead=_lead(x, rate, loss),
-        disagreements=tuple(_disagreements(x, rate, loss)),
     )
 
 
@@ -235,76 +179,12 @@ def _beyond_chance(one: Curve, other: Curve) -> bool:
     return bool(size[0] > np.quantile(size[1:], robust.CONFIDENCE))
 
 
-def _lead(x: Curve, rate: Curve, loss: Curve) -> Lead | None:
-    """The shift of the largest rank correlation of their changes from record to record.
-
-    Changes, not levels: two smooth curves fit each other at some shift whatever they are.
-    """
-    one, other = ranks(np.diff(rate)), ranks(np.diff(loss))
-    most = len(one) // 5
-    shifts = np.arange(-most, most + 1)
-    inner = np.arange(most, len(one) - most)
-    beside = other[inner + shifts[:, None]]
-    found = _each_correlation(one[inner][None], beside)
-    best = int(np.abs(found).argmax())
-    turned = [
-        np.abs(_each_correlation(np.roll(one, turn)[inner][None], beside)).max()
-        for turn in range(most, len(one) - most)
-    ]
-    if abs(found[best]) <= np.quantile(turned, robust.CONFIDENCE):
-        return None
-    drawn = [
-        shifts[np.abs(_each_correlation(one[inner][rows][None], beside[:, rows])).argmax()]
-        for rows in _resamples(len(inner))
-    ]
-    low, high = np.quantile(drawn, _TAILS)
-    shift = float(shifts[best])
-    return Lead(
-        Interval(shift, min(shift, float(low)), max(shift, float(high))),
-        shift * float(np.median(np.diff(x))),
-        float(found[best]),
-    )
-
-
 def _each_correlation(ones: Curve, others: Curve) -> Curve:
     """Pearson's, row by row of ``[rows, n]`` or ``[1, n]``; 0 where one is constant."""
     ones = ones - ones.mean(-1, keepdims=True)
     others = others - others.mean(-1, keepdims=True)
     size = np.sqrt(np.square(ones).sum(-1) * np.square(others).sum(-1))
     return np.asarray((ones * others).sum(-1) / np.where(size > 0, size, np.inf))
-
-
-def _disagreements(x: Curve, rate: Curve, loss: Curve) -> list[Disagreement]:
-    """Stretches in which one of the two surely moves and the other surely stands or goes along."""
-    found: list[Disagreement] = []
-    count = min(_STRETCHES, len(x) // _SHORTEST)
-    for rows in np.array_split(np.arange(len(x)), count):
-        of_rate, of_loss = robust.change(x[rows], rate[rows]), robust.change(x[rows], loss[rows])
-        kind = (
-            _direction(of_rate, MIN_CHANGE * float(np.ptp(rate))),
-            _direction(of_loss, LEAST_LOSS * float(np.ptp(loss))),
-        )
-        words = _WORDS.get(kind)
-        if words is None:
-            continue
-        first, last = int(x[rows[0]]), int(x[rows[-1]])
-        found.append(
-            Disagreement(
-                first,
-                last,
-                of_rate,
-                of_loss,
-                f"steps {first:,} to {last:,}: {words} (sink rate {of_rate.value:+.1%}, loss "
-                f"{of_loss.value:+.3g})",
-            )
-        )
-    return found
-
-
-def _direction(change: Interval, least: float) -> str | None:
-    if change.shows(least):
-        return "rises" if change.value > 0 else "falls"
-    return "stands" if change.rules_out(least) else None
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
