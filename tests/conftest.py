@@ -25,6 +25,16 @@ settings.register_profile("sinktrack", deadline=None)  # no test is timed
 settings.load_profile("sinktrack")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what opens a browser, or starts Megatron's processes, by its fixtures."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if "browser" in fixtures:
+            item.add_marker("browser")
+        if "saved" in fixtures and "megatron" in item.nodeid:
+            item.add_marker("distributed")
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A run of synthetic records."""

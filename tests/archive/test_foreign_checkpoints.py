@@ -40,6 +40,7 @@ def test_logits_are_those_of_the_framework(name: str, tmp_path: Path) -> None:
     assert record["step"] == 10 and record["model"]["type"] == family
 
 
+@pytest.mark.distributed
 def test_shards_of_two_processes(tmp_path: Path) -> None:
     """Along any dimension: the rows of a head and the experts of a block lie in both files."""
     two_processes(

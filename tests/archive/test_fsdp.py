@@ -96,6 +96,7 @@ def test_a_pickle_that_calls_something_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "called").exists()
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_trainers_own(version: int, tmp_path: Path) -> None:

@@ -181,6 +181,7 @@ def test_deepspeeds_tensor_parallel_parts_are_refused(tmp_path: Path) -> None:
     assert "split into tensor- or pipeline-parallel parts" in str(lack(found))
 
 
+@pytest.mark.distributed
 def test_verl(tmp_path: Path) -> None:
     """Parts as FSDP 2 leaves them on two processes."""
     two_processes(

@@ -65,6 +65,8 @@ FOLLOWED = """
     from sinktrack.records.run import to_json
 """
 
+pytestmark = pytest.mark.distributed
+
 
 def run(tmp_path: Path, code: str, count: int = 2) -> None:
     two_processes(tmp_path, textwrap.dedent(FOLLOWED) + textwrap.dedent(code), count)

@@ -235,6 +235,7 @@ def test_a_failing_probe_is_reported_once(tmp_path: Path, caplog: pytest.LogCapt
         SinkTracker(PROBE, tmp_path, every=1, on_error="raise").step(3, model)
 
 
+@pytest.mark.distributed
 def test_two_processes_train_alike_and_one_writes(tmp_path: Path) -> None:
     two_processes(
         tmp_path,
@@ -334,6 +335,7 @@ def test_two_trainings_on_one_run_are_told(
     assert told.startswith(f"process {other.pid} on ") and "records into" in told
 
 
+@pytest.mark.distributed
 def test_fully_sharded_training(tmp_path: Path) -> None:
     """FSDP2 over two processes: bit-identical training, and the numbers of the whole model."""
     two_processes(

@@ -13,6 +13,8 @@ from sinktrack.loggers.curves import metrics
 from tests.helpers.commands import launch
 from tests.helpers.wandb_files import read_back, read_summary
 
+pytestmark = pytest.mark.distributed
+
 pytest.importorskip("megatron.core")
 
 ALONE = [

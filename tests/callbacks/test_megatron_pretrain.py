@@ -27,6 +27,7 @@ pytest.importorskip("megatron.core")
 from tests.helpers.megatron_pretrain import PROBE
 
 pytestmark = [
+    pytest.mark.distributed,
     pytest.mark.slow,
     pytest.mark.skipif(
         importlib.util.find_spec("megatron.training") is None,

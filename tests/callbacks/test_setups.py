@@ -87,6 +87,7 @@ def test_bit_identical_and_right(name: str, family: Any, tmp_path: Path) -> None
     assert Run.read(tmp_path).steps == [3, 6, 9, 12]
 
 
+@pytest.mark.distributed
 def test_accelerate_over_two_processes(tmp_path: Path) -> None:
     two_processes(
         tmp_path,
@@ -326,6 +327,7 @@ def test_a_probe_too_large_for_memory(tmp_path: Path) -> None:
     assert Run.read(tmp_path / "small").steps == [5, 10]
 
 
+@pytest.mark.distributed
 def test_a_process_that_fails_alone_does_not_stop_the_others(tmp_path: Path) -> None:
     two_processes(
         tmp_path,

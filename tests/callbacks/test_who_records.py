@@ -65,6 +65,7 @@ def test_the_framework_says_who(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert Run.read(tmp_path).steps == []
 
 
+@pytest.mark.distributed
 def test_processes_that_are_joined_after_construction(tmp_path: Path) -> None:
     """One of them records, the other says so once; the environment names both wrongly."""
     two_processes(

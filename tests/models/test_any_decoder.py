@@ -457,6 +457,7 @@ def test_an_encoder_layer_of_torch() -> None:
     torch.testing.assert_close(found.p0_norm[-1], x[:, 0].norm(dim=-1).mean())
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 def test_over_two_processes(tmp_path: Path) -> None:
     """FSDP2 gathers whole weights and is exact; tensor parallelism is refused on both, at once."""

@@ -14,6 +14,8 @@ from sinktrack.records.run import to_json
 from tests.helpers.commands import launch
 from tests.helpers.reference import check_matrices, check_states
 
+pytestmark = pytest.mark.distributed
+
 pytest.importorskip("megatron.core")
 
 ALONE = ["gpt", "llama", "qwen", "deepseek", "mla", "windows", "off-by-one", "learnable", "gate",
