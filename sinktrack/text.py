@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from sinktrack.errors import RecordError
@@ -62,6 +63,20 @@ def lines(path: Path) -> list[str]:
 def printable(name: str) -> str:
     r"""A name with ``\udcXX`` for each byte that is not UTF-8, so that all can write it."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def interval(bounds: Sequence[float], form: str, same: str = "every sequence gives the same") -> str:
+    """The ends of a 95 % interval in words, also where it has no width, or none that shows.
+
+    Args:
+        bounds: low and high.
+        form: of the numbers, in Python's format language.
+        same: what to say where both are one number.
+    """
+    low, high = (format(bound, form) for bound in bounds)
+    if low != high:
+        return f"95 %: {low} to {high}"
+    return same if bounds[0] == bounds[1] else "95 %: narrower than the last digit"
 
 
 def natural(name: str) -> list[tuple[int, float, str]]:

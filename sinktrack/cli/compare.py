@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sinktrack.cli.common import AsJson, named
+from sinktrack.cli.common import OUT, AsJson, named
 
 
 def command(
@@ -36,6 +36,7 @@ def command(
     from sinktrack.records.run import Run
     from sinktrack.signal.compare import compare, read_table
     from sinktrack.signal.loss import read_losses
+    from sinktrack.views.terminal import show_comparison
 
     paths = named(runs)
     if loss and len(loss) != len(paths):
@@ -48,4 +49,7 @@ def command(
         losses=dict(zip(paths, map(read_losses, loss or []), strict=False)),
         axis=by,
     )
-    print(json.dumps(found.to_json()) if as_json else found)
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        show_comparison(found, OUT)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sinktrack import text
 from sinktrack.records.marks import Mark
 from sinktrack.records.run import Run
 from sinktrack.signal import robust
@@ -33,6 +34,9 @@ SATURATED = (
     "rate was high already."
 )
 UNSURE = "cannot be told yet"
+_TO_THE_STEP = "95 %: to the step"
+_ALIKE = "all records agree"
+"""Of intervals without width."""
 _TOLD = 8
 """Events, and moves of the first sink block, that are told one by one."""
 
@@ -68,6 +72,11 @@ class Migration:
     """Over these records."""
     since: int | None = None
     """Step from which the set of phases is the same; None where that is the onset."""
+
+    @property
+    def stays(self) -> bool:
+        """Is a change of more than `MIN_MOVE` ruled out?"""
+        return self.change is not None and self.change.rules_out(MIN_MOVE[self.quantity])
 
 
 @dataclass(frozen=True)
@@ -149,11 +158,11 @@ class Analysis:
         if self.sensitivity is not None and self.sensitivity.onsets:
             found.append(str(self.sensitivity))
         if self.plateau is not None:
-            level, change = self.plateau.level, self.plateau.change
+            level = self.plateau.level
+            sure = text.interval(level[1:], ".1%", "every sequence and record gives the same")
             found.append(
-                f"candidate plateau: {level.value:.1%} (95 %: {level.low:.1%} to {level.high:.1%}) "
-                f"since step {self.plateau.since.value:,.0f}; change over the last window "
-                f"{100 * change.low:+.1f} to {100 * change.high:+.1f} points"
+                f"candidate plateau: {level.value:.1%} ({sure}) since step "
+                f"{self.plateau.since.value:,.0f}; {_over_window(self.plateau.change)}"
             )
         found += [f"marked at step {mark.step:,}: {mark.what}" for mark in self.marks]
         found += _events(self.phases)
@@ -174,10 +183,10 @@ class Analysis:
     def _when(self) -> str:
         """The onset in words: one that may lie anywhere before its end is no date."""
         assert self.onset is not None
-        at, low, high = (f"{bound:,.0f}" for bound in self.onset)
-        if self.onset.low <= self.steps[0]:
-            return f"by step {high}; how long before {UNSURE}"
-        return f"at step {at} (95 %: {low} to {high})"
+        value, low, high = self.onset
+        if low <= self.steps[0]:
+            return f"by step {high:,.0f}; how long before {UNSURE}"
+        return f"at step {value:,.0f} ({text.interval((low, high), ',.0f', _TO_THE_STEP)})"
 
 
 def analyze(
@@ -239,8 +248,8 @@ def shown(record: Mapping[str, Any]) -> list[str]:
     at = f"step {record['step']:,} shows"
     if record.get("sink_rate") is not None:
         words = f"{at} a sink rate of {record['sink_rate']:.1%}"
-        if interval := (record.get("intervals") or {}).get("sink_rate"):
-            words += f" (95 %: {interval[0]:.1%} to {interval[1]:.1%})"
+        if bounds := (record.get("intervals") or {}).get("sink_rate"):
+            words += f" ({text.interval(bounds, '.1%')})"
     elif (blocks := record.get("measured_blocks")) is not None:
         words = f"{at} the first {blocks} blocks alone"
     else:
@@ -353,16 +362,25 @@ def described(regression: Regression, rate: str = "sink rate") -> str:
     size, since = regression.size, regression.since
     verb = "rose" if regression.quantity == "depth" else "fell"
     scale, form, unit = _SCALES[regression.quantity]
-    by, low, high, noise = (
-        f"{scale * value:{form}}" for value in (size.value, size.low, size.high, regression.needed)
-    )
-    amount = f"{by} {unit} (95 %: {low} to {high})"
+    by, noise = (f"{scale * value:{form}}" for value in (size.value, regression.needed))
+    ends = [scale * bound for bound in size[1:]]
+    amount = f"{by} {unit} ({text.interval(ends, form, _ALIKE)})"
     if size.low <= 0 <= size.high:
         amount = f"an amount that {UNSURE}"
     return (
         f"candidate regression: {name} {verb} by {amount} "
         f"between steps {since.low:,.0f} and {since.high:,.0f}; noise explains {noise}"
     )
+
+
+def _over_window(change: Interval) -> str:
+    """What became of the rate over the last window, in words."""
+    if change.low == change.high == 0:
+        return "it does not change at all over the last window"
+    ends = [f"{100 * bound:+z.1f}" for bound in change[1:]]
+    if ends[0] == ends[1]:
+        return f"change over the last window {ends[0]} points"
+    return f"change over the last window {ends[0]} to {ends[1]} points"
 
 
 _SCALES = {
@@ -383,12 +401,12 @@ def _moved(migration: Migration) -> str:
     least = MIN_MOVE[migration.quantity]
 
     def per(what: str, slope: Interval, of: str) -> str:
-        value, low, high = (f"{scale * bound:+.2g}" for bound in slope)
-        return f"{value} {unit} per {what} ({of}{low} to {high})"
+        told = text.interval([scale * bound for bound in slope[1:]], "+.2g", _ALIKE)
+        return f"{scale * slope.value:+.2g} {unit} per {what} ({of}{told.removeprefix('95 %: ')})"
 
     since = "the onset" if migration.since is None else f"step {migration.since:,}"
     words = f"candidate migration: {name} since {since}: "
-    if migration.change is not None and migration.change.rules_out(least):
+    if migration.stays:
         return words + f"stays within {scale * least:{form}} {unit}"
     if steps.low <= 0 <= steps.high:
         return words + UNSURE

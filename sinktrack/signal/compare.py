@@ -23,12 +23,13 @@ from sinktrack import text
 from sinktrack.errors import RecordError
 from sinktrack.records.lineage import current
 from sinktrack.records.marks import Mark
-from sinktrack.records.run import Run
+from sinktrack.records.run import SCHEMA, Run
 from sinktrack.signal import robust
 from sinktrack.signal.analysis import analyze
 from sinktrack.signal.loss import Losses
 from sinktrack.signal.quantiles import ranks
 from sinktrack.signal.robust import Interval
+from sinktrack.signal.stages import head_share
 
 Axis = Literal["step", "tokens", "loss"]
 QUANTITIES = {
@@ -66,6 +67,10 @@ class RunSummary:
     depth: float | None
     first_sink_block: int | None
     score: float | None
+    migration: Interval | None
+    """Of the depth in blocks per 1,000 steps since the onset, of the whole run."""
+    stays: bool
+    """Does the depth stay where it is, as far as its records can tell?"""
 
     def value(self, quantity: str) -> float | None:
         """One of `QUANTITIES`."""
@@ -139,6 +144,8 @@ class Comparison:
     predictions: tuple[Prediction, ...]
     missing: tuple[str, ...]
     """What is not said, and why."""
+    notes: tuple[str, ...]
+    """What to bear in mind of these runs, in words."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -148,30 +155,38 @@ class Comparison:
         return found
 
     def __str__(self) -> str:
-        return "\n".join([*self.table(), *self.lines(), *(f"not said: {m}" for m in self.missing)])
-
-    def table(self) -> list[str]:
-        """One line a run, under a line of titles."""
-        titles = ["run", "setting", "stage", f"onset ({self.axis})", "sink rate", "first two",
-                  "depth", "first sink block"]  # fmt: skip
-        rows = [
-            [
-                one.name, one.setting, one.stage or "-",
-                "-" if one.onset is None else _axis(one.onset.value, self.axis),
-                _number("sink_rate", one.sink_rate),
-                _number("first_two_share", one.first_two_share),
-                _number("depth", one.depth),
-                "-" if one.first_sink_block is None else str(one.first_sink_block),
-            ]
-            for one in self.runs
-        ]  # fmt: skip
-        if len({one.setting for one in self.runs}) < 2:
-            titles, rows = titles[:1] + titles[2:], [row[:1] + row[2:] for row in rows]
-        widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-        return [
+        titles = [tuple(title.split("\n")) for title in self.columns()]
+        heads = [[title[0] if len(title) > 1 else "" for title in titles],
+                 [title[-1] for title in titles]]  # fmt: skip
+        rows = [*heads, *zip(*self.columns().values(), strict=True)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [titles, *rows]
+            for row in rows
         ]
+        return "\n".join([*table, *self.lines(), *(f"not said: {m}" for m in self.missing)])
+
+    def columns(self) -> dict[str, list[str]]:
+        """A table of one line a run, by title; a title may have two lines."""
+        found = {
+            "run": [one.name for one in self.runs],
+            "setting": [one.setting for one in self.runs],
+            "stage": [one.stage or "-" for one in self.runs],
+            f"onset\n({self.axis})": [
+                "-" if one.onset is None else _axis(one.onset.value, self.axis) for one in self.runs
+            ],
+            "sink\nrate": [_number("sink_rate", one.sink_rate) for one in self.runs],
+            "first\ntwo": [_number("first_two_share", one.first_two_share) for one in self.runs],
+            "depth": [_number("depth", one.depth) for one in self.runs],
+            "depth per\n1k steps": [_migrated(one) for one in self.runs],
+            "first\nsink": [
+                "-" if one.first_sink_block is None else str(one.first_sink_block)
+                for one in self.runs
+            ],
+        }
+        if len(set(found["setting"])) < 2:
+            del found["setting"]
+        return found
 
     def verdict(self) -> list[str]:
         """What matters most: do settings differ, and when did the sink begin in each?"""
@@ -181,7 +196,7 @@ class Comparison:
         if claimed:
             what = "; ".join(
                 f"{QUANTITIES[one.quantity]} ({one.settings[1]} less {one.settings[0]}: "
-                f"{self._told(one.quantity, one.value.value)}, p = {one.p:.3f})"
+                f"{self._less(one.quantity, one.value.value)}, p = {one.p:.3f})"
                 for one in claimed
             )
             first = f"{told}. Beyond what seeds explain: {what}."
@@ -208,20 +223,23 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """What was found, in words."""
-        found = []
+        found = [f"Mind: {note}." for note in self.notes]
         if self.at is not None:
             found.append(
-                f"Numbers but the onset are at {self.axis} {_axis(self.at, self.axis)}, which all "
-                "runs have reached."
+                f"Numbers but onset and migration are at {self.axis} {_axis(self.at, self.axis)}, "
+                f"which all runs have reached{self._held_back()}."
             )
         found += [self._spread(one) for one in self.spreads]
         for one in self.differences:
             name = QUANTITIES[one.quantity]
             of = f"{one.settings[1]} less {one.settings[0]}"
-            value, low, high = (self._told(one.quantity, bound) for bound in one.value)
+            value, low, high = (self._less(one.quantity, bound) for bound in one.value)
+            sure = f"95 %: {low} to {high}"
+            if one.value.low == one.value.high:
+                sure = "no spread within either"
             verdict = "beyond" if one.claimed else "within"
             found.append(
-                f"{name}, {of}: {value} (95 %: {low} to {high}), {verdict} what seeds explain "
+                f"{name}, {of}: {value} ({sure}), {verdict} what seeds explain "
                 f"(permutation test, p = {one.p:.3f} after Holm)"
             )
         for row in self.predictions:
@@ -233,17 +251,35 @@ class Comparison:
             found.append(told)
         return found
 
+    def _held_back(self) -> str:
+        """The run that ends long before the others, where there is one."""
+        sign = -1 if self.axis == "loss" else 1
+        ends = sorted((sign * run.reached, run.name) for run in self.runs if run.reached is not None)
+        if len(ends) < 2 or self.axis == "loss" or ends[1][0] < 2 * ends[0][0]:
+            return ""
+        return f": {ends[0][1]} ends there, the next at {_axis(ends[1][0], self.axis)}"
+
     def _spread(self, one: SeedSpread) -> str:
         of = f"{one.setting}: " if one.setting else ""
         told = f"{of}{QUANTITIES[one.quantity]} {self._told(one.quantity, one.mean)}"
         low, high = self._told(one.quantity, one.low), self._told(one.quantity, one.high)
-        if one.interval is not None:
-            ends = [self._told(one.quantity, bound) for bound in one.interval[1:]]
-            told += f" (95 % between seeds: {ends[0]} to {ends[1]})"
-        told += f", {one.runs} runs from {low} to {high}"
+        if one.runs == 1:
+            told += ", 1 run"
+        elif one.low == one.high:
+            told += f", the same in {one.runs} runs"
+        else:
+            if one.interval is not None:
+                ends = [self._told(one.quantity, bound) for bound in one.interval[1:]]
+                told += f" (95 % between seeds: {ends[0]} to {ends[1]})"
+            told += f", {one.runs} runs from {low} to {high}"
         if one.probe is not None:
             told += f"; over one run's sequences +/-{100 * one.probe:.1f} points"
         return told + (f"; {one.without} without" if one.without else "")
+
+    def _less(self, quantity: str, value: float) -> str:
+        """A difference: of shares in points."""
+        shares = quantity in ("sink_rate", "first_two_share")
+        return f"{100 * value:+.1f} points" if shares else f"{self._told(quantity, value)}"
 
     def _told(self, quantity: str, value: float) -> str:
         if quantity == "onset":
@@ -274,25 +310,75 @@ def compare(
     runs = {name: runs[name] for name in sorted(runs, key=text.natural)}
     given = {name: list(run.written if isinstance(run, Run) else run) for name, run in runs.items()}
     _check(given, settings or {}, scores or {}, losses or {}, axis)
-    lines = {name: _Line(current(records), (losses or {}).get(name), axis)
-             for name, records in given.items()}  # fmt: skip
+    now = {name: current(records) for name, records in given.items()}
+    heads = not any(one.get("sink_rate") is not None for records in now.values() for one in records)
+    lines = {name: _Line(records, (losses or {}).get(name), axis, heads)
+             for name, records in now.items()}  # fmt: skip
     ends = [line.end for line in lines.values() if line.end is not None]
     at = None
-    if ends and len(ends) == len(lines):
+    if ends:
         at = max(ends) if axis == "loss" else min(ends)
+    schema = max((one.get("schema", SCHEMA) for line in lines.values() for one in line.records),
+                 default=SCHEMA)  # fmt: skip
     summaries = tuple(
         _summary(name, given[name], run.marks if isinstance(run, Run) else (), lines[name], at,
-                 (settings or {}).get(name, ""), (scores or {}).get(name))
+                 settings.get(name, "no setting") if settings else "", (scores or {}).get(name),
+                 schema)
         for name, run in runs.items()
     )  # fmt: skip
-    missing = [f"{one.name}: no record with a place on this axis ({axis})"
+    missing = [f"{one.name}: {_placeless(now[one.name], axis)}"
                for one in summaries if one.reached is None]  # fmt: skip
     spreads = _spreads(summaries)
     differences = _differences(summaries, missing)
     predictions: tuple[Prediction, ...] = ()
     if scores:
         predictions = _predictions(summaries, lines, axis, at, missing)
-    return Comparison(axis, at, summaries, spreads, differences, predictions, tuple(missing))
+    notes = _notes(now, heads, schema)
+    return Comparison(axis, at, summaries, spreads, differences, predictions, tuple(missing), notes)
+
+
+def _placeless(records: Sequence[Mapping[str, Any]], axis: Axis) -> str:
+    """Why no record of a run has a place on the axis."""
+    if not records:
+        return "no records yet"
+    if not any(record.get("sink_rate") is not None for record in records):
+        return "no record has a sink rate"
+    where = {"tokens": "count of tokens", "loss": "loss at its step", "step": "step"}[axis]
+    return f"no record with a sink rate has a {where}"
+
+
+def _notes(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], heads: bool, schema: int
+) -> tuple[str, ...]:
+    """What makes runs less comparable than they look."""
+    lasts = {name: records[-1] for name, records in runs.items() if records}
+    found = []
+    models: dict[str, list[str]] = {}
+    for name, record in lasts.items():
+        model = record.get("model") or {}
+        size = [f"{model[what]} {what}" for what in ("blocks", "heads") if model.get(what)]
+        models.setdefault(", ".join([str(model.get("type", "a model")), *size]), []).append(name)
+    if len(models) > 1:
+        kinds = "; ".join(f"{names[0]} is {model}" for model, names in models.items())
+        found.append(f"the runs are of different models, so a block is not the same place: {kinds}")
+    twins: dict[Any, list[str]] = {}
+    for name, record in lasts.items():
+        if record.get("weights") is not None:
+            twins.setdefault((record["step"], record["weights"]), []).append(name)
+    found += [
+        f"{', '.join(names)} end on the same weights: one run, counted {len(names)} times"
+        for names in twins.values() if len(names) > 1
+    ]  # fmt: skip
+    if heads and lasts:
+        found.append("no record has a sink rate: stage and onset are of the share of sink heads")
+    old = [name for name, records in runs.items()
+           if any(record.get("schema", SCHEMA) < schema for record in records)]  # fmt: skip
+    if old:
+        found.append(
+            f"{', '.join(old)} hold{'s' if len(old) == 1 else ''} records of an older schema, whose "
+            "first-two share and depth are other quantities: they count as missing"
+        )
+    return tuple(found)
 
 
 def read_table(path: str | Path) -> tuple[dict[str, str], dict[str, float]]:
@@ -305,34 +391,61 @@ def read_table(path: str | Path) -> tuple[dict[str, str], dict[str, float]]:
         RecordError: the file cannot be read, lacks these columns, or holds a score that is none.
     """
     try:
-        rows = list(csv.DictReader(io.StringIO(text.read(Path(path)), newline="")))
-    except (OSError, ValueError, csv.Error) as error:
+        content = text.read(Path(path))
+    except (OSError, ValueError) as error:
         raise RecordError(f"cannot read {path}: {error}") from error
-    columns = set(rows[0]) if rows else set()
-    if "run" not in columns or not columns & {"setting", "score"}:
+    first = content.partition("\n")[0]
+    between = next((sign for sign in ",;\t" if sign in first), ",")
+    try:
+        rows = list(csv.reader(io.StringIO(content, newline=""), delimiter=between)) or [[]]
+    except csv.Error as error:
+        raise RecordError(f"cannot read {path}: {error}") from error
+    titles, *rows = rows
+    columns = [title.strip().lower() for title in titles]
+    if "run" not in columns or not {"setting", "score"} & set(columns):
         raise RecordError(
-            f"{path} has the columns {', '.join(map(str, columns)) or 'none'}; wanted are run, and "
+            f"{path} has the columns {', '.join(titles) or 'none'}; wanted are run, and "
             "setting or score"
         )
-    settings, scores = {}, {}
-    for row in rows:
+    settings: dict[str, str] = {}
+    scores: dict[str, float] = {}
+    seen = set()
+    for cells in rows:
+        row = dict(zip(columns, map(str.strip, cells), strict=False))
+        if not (name := row.get("run", "")):
+            if any(row.values()):
+                raise RecordError(f"{path}: a row names no run: {between.join(cells)}")
+            continue
+        if name in seen:
+            raise RecordError(f"{path} has two rows of {name}")
+        seen.add(name)
         if row.get("setting"):
-            settings[row["run"]] = row["setting"]
+            settings[name] = row["setting"]
         if row.get("score"):
-            try:
-                scores[row["run"]] = float(row["score"])
-            except ValueError as error:
-                raise RecordError(f"{path}: the score of {row['run']} is no number") from error
+            scores[name] = _score(row["score"], f"{path}: the score of {name}")
     return settings, scores
+
+
+def _score(cell: str, of: str) -> float:
+    try:
+        found = float(cell)
+    except ValueError as error:
+        raise RecordError(f"{of} is no number: {cell}") from error
+    if not math.isfinite(found):
+        raise RecordError(f"{of} is {cell}; leave the cell empty where there is none")
+    return found
 
 
 class _Line:
     """A run's current records by their place on an axis."""
 
     def __init__(
-        self, records: Sequence[Mapping[str, Any]], losses: Losses | None, axis: Axis
+        self, records: Sequence[Mapping[str, Any]], losses: Losses | None, axis: Axis, heads: bool
     ) -> None:
-        whole = [record for record in records if record.get("sink_rate") is not None]
+        whole = [
+            record for record in records
+            if (head_share(record) if heads else record.get("sink_rate")) is not None
+        ]  # fmt: skip
         self._steps = np.array([record["step"] for record in whole], dtype=np.float64)
         self._known = sorted(step for step, loss in (losses or {}).items() if math.isfinite(loss))
         self._losses = [float((losses or {})[step]) for step in self._known]
@@ -418,6 +531,7 @@ def _summary(
     at: float | None,
     setting: str,
     score: float | None,
+    schema: int,
 ) -> RunSummary:
     found = analyze(records, marks=marks)
     onset = None
@@ -428,7 +542,8 @@ def _summary(
             onset = Interval(value, min(low, high), max(low, high))
     record = (line.at(at) if at is not None else None) or {}
     interval = (record.get("intervals") or {}).get("sink_rate")
-    formed = bool(record.get("formed"))
+    formed = bool(record.get("formed")) and record.get("schema", SCHEMA) == schema
+    moved = next((one for one in found.migration if one.quantity == "depth"), None)
     return RunSummary(
         name=name,
         setting=setting,
@@ -441,6 +556,8 @@ def _summary(
         depth=record.get("depth") if formed else None,
         first_sink_block=record.get("first_sink_block"),
         score=score,
+        migration=None if moved is None else moved.per_1000_steps,
+        stays=moved is not None and moved.stays,
     )
 
 
@@ -494,7 +611,8 @@ def _differences(runs: Sequence[RunSummary], missing: list[str]) -> tuple[Differ
             ones, others = (np.array(_values(groups[s], quantity)) for s in (one, other))
             if len(ones) < len(groups[one]) or len(others) < len(groups[other]):
                 without = sum(map(len, (groups[one], groups[other]))) - len(ones) - len(others)
-                missing.append(f"{of}: {name}, which {without} runs do not have")
+                runs_lack = "1 run does" if without == 1 else f"{without} runs do"
+                missing.append(f"{of}: {name}, which {runs_lack} not have")
                 continue
             tested.append((quantity, (one, other), _welch(ones, others), _permuted(ones, others)))
     adjusted = _holm([p for *_, p in tested])
@@ -558,7 +676,7 @@ def _predictions(
             rows = []
             for run in scored:
                 record = lines[run.name].at(place)
-                if record is not None:
+                if record is not None and record.get("sink_rate") is not None:
                     loss = lines[run.name].loss_at(record["step"])
                     rows.append((float(record["sink_rate"]), run.score, loss))
             found += _predicted("sink_rate", place, rows)
@@ -617,6 +735,17 @@ def _number(quantity: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:.2f}" if quantity == "depth" else f"{value:.1%}"
+
+
+def _migrated(run: RunSummary) -> str:
+    """How the depth moves: its slope where it surely does, else what is known."""
+    if run.migration is None:
+        return "-"
+    if run.stays:
+        return "stays"
+    if run.migration.low <= 0 <= run.migration.high:
+        return "unsure"
+    return f"{run.migration.value:+.2g}"
 
 
 def _signed(interval: Interval) -> str:

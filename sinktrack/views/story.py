@@ -8,6 +8,7 @@ from typing import Any
 from sinktrack.metrics.attention import EPSILON
 from sinktrack.records.names import name as spelled
 from sinktrack.signal import Analysis
+from sinktrack.text import interval
 
 _LARGE_EFFECT, _SMALL_SHARE = 0.3, 0.1
 """Of a component whose share hides what it does."""
@@ -45,7 +46,9 @@ def where(record: Record) -> str:
     """Which blocks rest on P0."""
     phases = sinks(record)
     rate = record.get("sink_rate")
-    sink_rate = "" if rate is None else f" Sink rate {rate:.1%}."
+    bounds = record["intervals"].get("sink_rate")
+    sure = "" if bounds is None else f" ({interval(bounds, '.1%')})"
+    sink_rate = "" if rate is None else f" Sink rate {rate:.1%}{sure}."
     if (why := untold(record)) is not None:
         first = record.get("first_sink_block")
         heads = "" if first is None else f" The first block with a sink head is block {first}."
@@ -142,11 +145,11 @@ def circuit(record: Record) -> list[str]:
             and shares.get((row["kind"], row["block"]), 0.0) < _SMALL_SHARE
         ]
         if hidden:
-            named = ", ".join(
-                f"{spelled(row)} ({row['effect']:.0%})"
+            falls = ", ".join(
+                f"by {row['effect']:.0%} without {spelled(row)}"
                 for row in sorted(hidden, key=lambda row: -row["effect"])[:3]
             )
-            found.append(f"Small in share, but without it this much of that state goes: {named}.")
+            found.append(f"Small in share, large in effect: that state falls {falls}.")
     return found
 
 
@@ -155,7 +158,8 @@ def decided(record: Record) -> list[str]:
     found = []
     share = record.get("position_share")
     if share is not None:
-        tried = f"{share:.0%} of {record['first_token']['tokens']} single first tokens make it"
+        of = record["first_token"]["tokens"]
+        tried = f"{share:.0%} of {of} single first tokens make a P0 state of half that size or more"
         if share >= _POSITION:
             found.append(f"Position decides, whatever token stands first: {tried}.")
         elif share <= _TOKEN:
@@ -252,13 +256,14 @@ def _since(records: Sequence[Record], signal: Analysis) -> list[str]:
         return ["One record shows a state, not a course: since when is not known."]
     last = records[-1]
     if signal.onset is not None:
-        low, high = (f"{value:,.0f}" for value in (signal.onset.low, signal.onset.high))
-        if signal.onset.low <= signal.steps[0]:
-            return [f"The sink rate left its floor by step {high}; how long before is not known."]
-        return [
-            f"The sink rate left its floor at step {signal.onset.value:,.0f} (95 %: {low} to "
-            f"{high})."
-        ]
+        value, low, high = signal.onset
+        left = f"The {signal.rate} left its floor"
+        if low <= signal.steps[0]:
+            return [f"{left} by step {high:,.0f}; how long before is not known."]
+        other = signal.sensitivity.steps if signal.sensitivity is not None else []
+        between = f"; by other definitions between {other[0]:,.0f} and {other[-1]:,.0f}"
+        sure = interval((low, high), ",.0f", "95 %: to the step")
+        return [f"{left} at step {value:,.0f} ({sure}{between if other else ''})."]
     if last.get("formed") is None:
         return []
     if not last["formed"]:
@@ -280,6 +285,14 @@ def _since(records: Sequence[Record], signal: Analysis) -> list[str]:
 def _changed(records: Sequence[Record], signal: Analysis) -> list[str]:
     """The last change of the sink phases, and of the signal's stage."""
     found = [f"Last change, {event}." for event in signal.phases[-1:]] if len(records) > 1 else []
+    moves = signal.first_sink_block
+    if untold(records[-1]) is not None and len(moves) > 1:
+        blocks = ["none" if one.block is None else str(one.block) for one in moves]
+        turn = " in turn" if len(moves) > 2 else ""
+        found.append(
+            f"The first block with a sink head was {_few(blocks[:-1])}{turn} from step "
+            f"{moves[0].step:,} on; since step {moves[-1].step:,} it is {blocks[-1]}."
+        )
     stages = signal.stages
     if len(records) > 1 and signal.stage is not None:
         since = len(stages) - 1
@@ -315,6 +328,11 @@ def _their(phase: Mapping[str, Any]) -> str:
 def _count(number: int) -> str:
     words = {2: "Two", 3: "Three", 4: "Four", 5: "Five"}
     return words.get(number, str(number))
+
+
+def _few(words: Sequence[str]) -> str:
+    """One after the other; of many the first and the last."""
+    return ", ".join(words) if len(words) <= 8 else f"{words[0]}, ..., {words[-1]}"
 
 
 def _listed(words: Iterable[str]) -> str:

@@ -19,7 +19,8 @@ from sinktrack.metrics.axes import by_block, is_by_block
 from sinktrack.records.names import name as spelled
 from sinktrack.records.thinned import evenly
 from sinktrack.records.twins import equal_weights, told
-from sinktrack.signal import Analysis, timeline
+from sinktrack.signal import Analysis, Comparison, timeline
+from sinktrack.text import interval
 from sinktrack.views.story import CARD, story
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -30,6 +31,10 @@ _SHORTEST = 4
 _TOP = 5
 _DISPENSABLE = ("norms", "gain", "kind", "attention", "over run", "mlp", "norm ratio")
 """Columns of the table of blocks that a narrow terminal does without, in this order."""
+_SPARED = ("first\nsink", "depth per\n1k steps", "first\ntwo", "stage", "depth")
+"""Columns of compared runs that a narrow terminal does without, in this order."""
+_NAME = 14
+"""Characters of a run's name that stay on one line."""
 _OF_A_SINK = ("first_two_share", "depth", "reference_block", "position_share")
 """Headline numbers that speak of no sink before one has formed."""
 _IN_THE_TABLE = ("concentration", "norm_ratio")
@@ -88,6 +93,38 @@ def show(
         show_card(carded, console)
 
 
+def show_comparison(found: Comparison, console: Console) -> None:
+    """Print several runs below each other, then what they say together.
+
+    Where it is too narrow for all columns some go, the least important first; long names of runs
+    and settings are folded, never cut.
+    """
+    columns = found.columns()
+    for dropped in (None, *_SPARED):
+        columns.pop(str(dropped), None)
+        table = Table(box=None, header_style="dim", pad_edge=False, show_edge=False)
+        for title, cells in columns.items():
+            name = title in ("run", "setting")
+            heading = title if "\n" in title else f"\n{title}"
+            table.add_column(
+                heading, justify="left" if name or title == "stage" else "right",
+                no_wrap=not name, overflow="fold",
+            )  # fmt: skip
+            least = max(max(map(len, cells)), max(map(len, title.split("\n"))))
+            table.columns[-1].min_width = min(least, _NAME) if name else least
+        for row in zip(*columns.values(), strict=True):
+            table.add_row(*map(Text, row))
+        wide = console.options.update_width(1000)
+        if Measurement.get(console, wide, table).minimum <= console.width:
+            break
+    console.print(Text(found.verdict()[0], style="bold"))
+    console.print()
+    console.print(table)
+    console.print()
+    for line in [*found.lines(), *(f"not said: {why}" for why in found.missing)]:
+        console.print(Text(line))
+
+
 def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
     last = records[-1]
     grid = Table.grid(padding=(0, 2))
@@ -98,9 +135,9 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
         grid.add_row(Text(name, style="dim"), Text(value))
 
     def measured(name: str) -> None:
-        field, value, interval = FIELDS[name], last.get(name), last["intervals"].get(name)
+        field, value, bounds = FIELDS[name], last.get(name), last["intervals"].get(name)
         if value is not None:
-            add(field.title, format(value, field.form) + _bounds(interval, field.form))
+            add(field.title, format(value, field.form) + _bounds(bounds, field.form))
 
     tokens = "" if last["tokens"] is None else f", {last['tokens']:,} tokens"
     count = f"{len(records)} record" + ("s" if len(records) > 1 else "")
@@ -112,15 +149,9 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> Table:
     return grid
 
 
-def _bounds(interval: Sequence[float] | None, form: str) -> str:
-    """An interval in words, also where it has no width that shows."""
-    if interval is None:
-        return ""
-    low, high = (format(bound, form) for bound in interval)
-    if low != high:
-        return f"  (95 %: {low} to {high})"
-    same = interval[0] == interval[1]
-    return "  (every sequence gives the same)" if same else "  (95 %: narrower than this)"
+def _bounds(bounds: Sequence[float] | None, form: str) -> str:
+    """Behind a number its interval; nothing where it has none."""
+    return "" if bounds is None else f"  ({interval(bounds, form)})"
 
 
 def _signal(records: Sequence[Mapping[str, Any]], signal: Analysis, console: Console) -> None:
@@ -203,9 +234,8 @@ def show_card(record: Mapping[str, Any], console: Console) -> None:
             console.print(Padding(Text(f"with {words}: {told}"), (0, 0, 0, 2)))
             continue
         cells = [_number(rates[rate], ".1%") or "-" for rate in ("sink_rate", "sink_rate_from_2")]
-        bounds = rates["intervals"]["sink_rate"]
-        interval = _bounds(bounds, ".0%")
-        text = f"{cells[0]:>8} {cells[1]:>8}  with {words}{interval}"
+        bounds = _bounds(rates["intervals"]["sink_rate"], ".0%")
+        text = f"{cells[0]:>8} {cells[1]:>8}  with {words}{bounds}"
         console.print(Text(text))
 
 

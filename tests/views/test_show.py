@@ -177,9 +177,10 @@ def test_sinks_in_series_are_told() -> None:
         "Two sinks in series have formed. The main one: blocks 12 to 29 rest on P0 with 60%",
         "Weaker: blocks 3 to 9 (40%)",
         "The P0 state of the main sink is written by MLP 11 (93%). Erased by MLP 29.",
-        "Small in share, but without it this much of that state goes: MLP 0 (61%).",
+        "Small in share, large in effect: that state falls by 61% without MLP 0.",
         "of blocks 3 to 9 is written by MLP 2 (70%), MLP 1 (25%). Erased by MLP 8 and MLP 9.",
-        "A token decides, not the position alone: 2% of 64 single first tokens make it.",
+        "A token decides, not the position alone: 2% of 64 single first tokens make a P0 state of "
+            "half that size or more.",
         "P0 has rivals at block 3: 3.0% of the other positions have at least half its norm.",
     ):
         assert sentence in text
