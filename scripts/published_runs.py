@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sinktrack.metrics import FIELDS
-from sinktrack.metrics.attention import LEVELS
+from sinktrack.records.lacking import null
 from sinktrack.records.run import SCHEMA, Run
 
 DATA = Path(__file__).parents[1] / "tests" / "data" / "published_sink_heads.json"
@@ -55,22 +55,13 @@ def _record(model: dict[str, Any], step: int, tokens: int, counts: list[int]) ->
         "sink_heads": {LEVEL: counts},
         "first_sink_block": next((block for block, count in enumerate(counts) if count), None),
     }
-    empty = {name: _nothing(field.axes, blocks) for name, field in FIELDS.items()}
+    empty = {name: null(field, blocks) for name, field in FIELDS.items()}
     return {
         "schema": SCHEMA, "step": step, "tokens": tokens, "source": "published", "weights": None,
         "probe": None, "model": model | {"blocks": blocks}, "dtype": None, "versions": {},
         "seconds": None, "block_kinds": ["full"] * blocks, **empty, **known, "intervals": {},
         "missing": dict.fromkeys(sorted(FIELDS.keys() - known), REASON),
     }  # fmt: skip
-
-
-def _nothing(axes: Sequence[str], blocks: int) -> Any:
-    """Null, or as many as a field has of blocks."""
-    if axes[:2] == ("level", "block"):
-        return {str(level): [None] * blocks for level in LEVELS}
-    if axes[:1] in (("block",), ("boundary",)):
-        return [None] * (blocks + (axes[0] == "boundary"))
-    return None
 
 
 def figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:

@@ -65,7 +65,9 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def interval(bounds: Sequence[float], form: str, same: str = "every sequence gives the same") -> str:
+def interval(
+    bounds: Sequence[float], form: str, same: str = "every sequence gives the same"
+) -> str:
     """The ends of a 95 % interval in words, also where it has no width, or none that shows.
 
     Args:

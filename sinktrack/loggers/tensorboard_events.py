@@ -10,6 +10,7 @@ from sinktrack import text
 from sinktrack.errors import RecordError, require
 from sinktrack.loggers import picture
 from sinktrack.loggers.curves import COMPONENT, blockwise, components, metrics, scalars
+from sinktrack.records.lacking import filled
 from sinktrack.records.run import Run
 
 _ALWAYS = "sinktrack/norm_ratio/block_00"
@@ -88,7 +89,7 @@ def publish(run: Run, directory: Path) -> int:
         RecordError: the run holds no records, or the directory cannot be written.
         MissingExtra: tensorboard is not installed.
     """
-    records = run.records
+    records = [filled(record) for record in run.records]
     if not records:
         raise RecordError(f"{run.directory} holds no records yet")
     require("tensorboard", "tensorboard")

@@ -28,6 +28,7 @@ from sinktrack.loggers.curves import (
     summary,
 )
 from sinktrack.metrics.axes import by_block
+from sinktrack.records.lacking import filled
 from sinktrack.records.lineage import current
 from sinktrack.records.run import Run
 from sinktrack.records.thinned import evenly
@@ -242,7 +243,7 @@ def publish(
             there is no W&B run of that id.
         MissingExtra: wandb is not installed.
     """
-    records = run.records
+    records = [filled(record) for record in run.records]
     if not records:
         raise RecordError(f"{run.directory} holds no records yet")
     wandb = require("wandb", "wandb")

@@ -254,7 +254,9 @@ class Comparison:
     def _held_back(self) -> str:
         """The run that ends long before the others, where there is one."""
         sign = -1 if self.axis == "loss" else 1
-        ends = sorted((sign * run.reached, run.name) for run in self.runs if run.reached is not None)
+        ends = sorted(
+            (sign * run.reached, run.name) for run in self.runs if run.reached is not None
+        )
         if len(ends) < 2 or self.axis == "loss" or ends[1][0] < 2 * ends[0][0]:
             return ""
         return f": {ends[0][1]} ends there, the next at {_axis(ends[1][0], self.axis)}"
@@ -375,8 +377,8 @@ def _notes(
            if any(record.get("schema", SCHEMA) < schema for record in records)]  # fmt: skip
     if old:
         found.append(
-            f"{', '.join(old)} hold{'s' if len(old) == 1 else ''} records of an older schema, whose "
-            "first-two share and depth are other quantities: they count as missing"
+            f"{', '.join(old)} hold{'s' if len(old) == 1 else ''} records of an older schema, "
+            "whose first-two share and depth are other quantities: they count as missing"
         )
     return tuple(found)
 

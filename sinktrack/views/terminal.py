@@ -16,6 +16,7 @@ from sinktrack.errors import RecordError
 from sinktrack.metrics import FIELDS
 from sinktrack.metrics.attention import EPSILON, uniform
 from sinktrack.metrics.axes import by_block, is_by_block
+from sinktrack.records.lacking import filled
 from sinktrack.records.names import name as spelled
 from sinktrack.records.thinned import evenly
 from sinktrack.records.twins import equal_weights, told
@@ -58,6 +59,7 @@ def show(
         raise RecordError(
             f"{title} holds no records yet: train with a callback, or scan an archive"
         )
+    records = [filled(record) for record in records]
     last = records[-1]
     console.print(Text(title, style="bold"))
     for sentence in story(records, signal):
@@ -312,13 +314,12 @@ def _table(
         "sink rate": "sink\nrate", "norm ratio": "norm\nratio",
         "norms": f"log {math.exp(low):.2g}\nto {math.exp(high):.2g}",
         "attention": "share\nattn", "mlp": "share\nmlp" if "attention" in without else "\nmlp",
-        "gain": "\ngain",
+        "gain": "\ngain", "sink heads": "sink\nheads",
     }  # fmt: skip
-    kept = [name for name in titles if name not in without]
-    for name in kept:
-        left = name in ("kind", "over run", "norms")
-        table.add_column(titles[name], justify="left" if left else "right", no_wrap=True)
     shares = {(part["kind"], part["block"]): part["share"] for part in last["shares"] or ()}
+    heads = last["sink_heads"] or {}
+    counts = heads.get(str(EPSILON)) or next(iter(heads.values()), [None] * len(norms[-1]))
+    rows = []
     for block, kind in enumerate(last["block_kinds"]):
         course = [record["concentration"][block] for record in records]
         cells = {
@@ -332,7 +333,18 @@ def _table(
             "attention": _number(shares.get(("attention", block)), "z.0%"),
             "mlp": _number(shares.get(("mlp", block)), "z.0%"),
             "gain": _number(last["gain"][block], FIELDS["gain"].form),
+            "sink heads": _number(counts[block], ".0f"),
         }
+        rows.append(cells)
+    kept = [
+        name for name in titles if name not in without and any(row[name].strip() for row in rows)
+    ]
+    if "to P0" in kept:  # which says more
+        kept.remove("sink heads")
+    for name in kept:
+        left = name in ("kind", "over run", "norms")
+        table.add_column(titles[name], justify="left" if left else "right", no_wrap=True)
+    for cells in rows:
         table.add_row(*(cells[name] for name in kept))
     return table
 

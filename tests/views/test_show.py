@@ -180,7 +180,7 @@ def test_sinks_in_series_are_told() -> None:
         "Small in share, large in effect: that state falls by 61% without MLP 0.",
         "of blocks 3 to 9 is written by MLP 2 (70%), MLP 1 (25%). Erased by MLP 8 and MLP 9.",
         "A token decides, not the position alone: 2% of 64 single first tokens make a P0 state of "
-            "half that size or more.",
+        "half that size or more.",
         "P0 has rivals at block 3: 3.0% of the other positions have at least half its norm.",
     ):
         assert sentence in text

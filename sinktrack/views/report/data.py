@@ -17,6 +17,7 @@ from sinktrack.metrics import FIELDS
 from sinktrack.metrics.attention import EPSILON
 from sinktrack.metrics.axes import by_block, is_by_block, is_by_head, nothing
 from sinktrack.metrics.base import Field
+from sinktrack.records.lacking import filled
 from sinktrack.records.lineage import current
 from sinktrack.records.marks import Mark
 from sinktrack.records.names import name as named
@@ -78,7 +79,7 @@ def embedded(
     Raises:
         RecordError: there is no run, or one that holds no records; a setting of no run.
     """
-    runs = {name: runs[name] for name in sorted(runs, key=natural)}
+    runs = {name: [filled(record) for record in runs[name]] for name in sorted(runs, key=natural)}
     if not runs:
         raise RecordError("no run to draw")
     for name, records in runs.items():
