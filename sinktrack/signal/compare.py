@@ -191,7 +191,8 @@ class Comparison:
     def verdict(self) -> list[str]:
         """What matters most: do settings differ, and when did the sink begin in each?"""
         settings = list(_by_setting(self.runs))
-        told = f"{len(self.runs)} runs of {len(settings)} setting{'s' if len(settings) > 1 else ''}"
+        runs = f"{len(self.runs)} run{'s' if len(self.runs) > 1 else ''}"
+        told = f"{runs} of {len(settings)} setting{'s' if len(settings) > 1 else ''}"
         claimed = [one for one in self.differences if one.claimed]
         if claimed:
             what = "; ".join(
@@ -227,7 +228,7 @@ class Comparison:
         if self.at is not None:
             found.append(
                 f"Numbers but onset and migration are at {self.axis} {_axis(self.at, self.axis)}, "
-                f"which all runs have reached{self._held_back()}."
+                f"the furthest that all runs have reached{self._held_back()}."
             )
         found += [self._spread(one) for one in self.spreads]
         for one in self.differences:
@@ -259,7 +260,8 @@ class Comparison:
         )
         if len(ends) < 2 or self.axis == "loss" or ends[1][0] < 2 * ends[0][0]:
             return ""
-        return f": {ends[0][1]} ends there, the next at {_axis(ends[1][0], self.axis)}"
+        at = _axis(ends[1][0], self.axis)
+        return f" ({ends[0][1]} ends there, the next at {at}: leave it out to compare further on)"
 
     def _spread(self, one: SeedSpread) -> str:
         of = f"{one.setting}: " if one.setting else ""
@@ -399,7 +401,8 @@ def read_table(path: str | Path) -> tuple[dict[str, str], dict[str, float]]:
     first = content.partition("\n")[0]
     between = next((sign for sign in ",;\t" if sign in first), ",")
     try:
-        rows = list(csv.reader(io.StringIO(content, newline=""), delimiter=between)) or [[]]
+        lines = io.StringIO(content, newline="")
+        rows = list(csv.reader(lines, delimiter=between, strict=True)) or [[]]
     except csv.Error as error:
         raise RecordError(f"cannot read {path}: {error}") from error
     titles, *rows = rows

@@ -34,6 +34,7 @@ _DISPENSABLE = ("norms", "gain", "kind", "attention", "over run", "mlp", "norm r
 """Columns of the table of blocks that a narrow terminal does without, in this order."""
 _SPARED = ("first\nsink", "depth per\n1k steps", "first\ntwo", "stage", "depth")
 """Columns of compared runs that a narrow terminal does without, in this order."""
+_NAMES = ("run", "setting")
 _NAME = 14
 """Characters of a run's name that stay on one line."""
 _OF_A_SINK = ("first_two_share", "depth", "reference_block", "position_share")
@@ -102,23 +103,24 @@ def show_comparison(found: Comparison, console: Console) -> None:
     and settings are folded, never cut.
     """
     columns = found.columns()
-    for dropped in (None, *_SPARED):
-        columns.pop(str(dropped), None)
-        table = Table(box=None, header_style="dim", pad_edge=False, show_edge=False)
-        for title, cells in columns.items():
-            name = title in ("run", "setting")
-            heading = title if "\n" in title else f"\n{title}"
-            table.add_column(
-                heading, justify="left" if name or title == "stage" else "right",
-                no_wrap=not name, overflow="fold",
-            )  # fmt: skip
-            least = max(max(map(len, cells)), max(map(len, title.split("\n"))))
-            table.columns[-1].min_width = min(least, _NAME) if name else least
-        for row in zip(*columns.values(), strict=True):
-            table.add_row(*map(Text, row))
-        wide = console.options.update_width(1000)
-        if Measurement.get(console, wide, table).minimum <= console.width:
+
+    def needs(title: str) -> int:
+        widest = max(map(len, (*title.split("\n"), *columns[title])))
+        return min(widest, _NAME) if title in _NAMES else widest
+
+    for dropped in _SPARED:
+        if sum(needs(title) + 2 for title in columns) - 2 <= console.width:
             break
+        columns.pop(dropped, None)
+    table = Table(box=None, header_style="dim", pad_edge=False, show_edge=False)
+    for title in columns:
+        table.add_column(
+            title if "\n" in title else f"\n{title}",
+            justify="left" if title in (*_NAMES, "stage") else "right",
+            no_wrap=title not in _NAMES, overflow="fold", min_width=needs(title),
+        )  # fmt: skip
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, row))
     console.print(Text(found.verdict()[0], style="bold"))
     console.print()
     console.print(table)

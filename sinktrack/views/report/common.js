@@ -1,7 +1,7 @@
 "use strict";
 
 // The data, and what the user has chosen to see.
-let { runs, epsilon, live, fields, compared } = JSON.parse(document.getElementById("data").textContent);
+let { runs, epsilon, live, fields, compared, rate } = JSON.parse(document.getElementById("data").textContent);
 const state = { run: 0, record: runs.map((run) => run.records.length - 1) };
 const shown = () => runs[state.run];
 /** What the address asks for: run, step, x, scale, and the fields chosen by the id of their list. */
@@ -42,7 +42,7 @@ const between = (interval, form) => {
 };
 /** Plotly takes some tags in names for markup. */
 const escaped = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
-const words = (kind) => kind.replaceAll("_", " ");
+const words = (kind) => kind.replace("mlp", "MLP").replaceAll("_", " ");
 const element = (tag, text, parent, className = "") => {
   const made = parent.appendChild(document.createElement(tag));
   made.textContent = text;
@@ -110,9 +110,11 @@ const robustRange = (byRun) => {
 const beyondNote = (found, extra = {}) => (found?.beyond ? [{
   text: `${plural(found.beyond, "value")} beyond this axis`, xref: "paper", yref: "paper", x: 1, y: 1, xanchor: "right", yanchor: "bottom", showarrow: false, font: { color: colour("muted"), size: 11 }, ...extra,
 }] : []);
+/** Is there a number in it? */
+const some = (values) => values.some((value) => value !== null && value !== undefined);
 /** Says that a chart is empty on purpose. */
-const emptyNote = (values) => (values.some((value) => value !== null && value !== undefined) ? [] : [{
-  text: "none of it was measured", xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false, font: { color: colour("muted") },
+const emptyNote = (values, why = "none of it was measured") => (some(values) ? [] : [{
+  text: why, xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false, font: { color: colour("muted") },
 }]);
 /** Ticks of a log axis that do not touch: whole powers, or 1, 2, 5 of each, or round numbers between close ends. */
 const logTicks = (values, most) => {

@@ -40,7 +40,7 @@ const inOrder = ({ records, x }) => {
 const xAxis = (extra = {}, pixels = narrow() ? 280 : 560) => {
   const places = [...new Set(runs.flatMap((run) => placed(run).x))];
   return axis({
-    title: AXES[choice("x")], type: choice("scale"), nticks: Math.max(2, Math.floor(pixels / 80)), ...(choice("x") === "loss" ? { autorange: "reversed" } : {}),
+    title: AXES[choice("x")], type: choice("scale"), nticks: Math.max(3, Math.floor(pixels / 80)), ...(choice("x") === "loss" ? { autorange: "reversed" } : {}),
     ...(choice("scale") === "log" ? logTicks(places, Math.max(2, Math.floor(pixels / 50))) : {}), ...extra,
     ...(places.length === 1 ? { tickvals: places, ticktext: [count(places[0])] } : {}),
   });
@@ -193,12 +193,18 @@ const noteNames = () => noted().map(({ x, what }) => ({
   x: choice("scale") === "log" ? Math.log10(x) : x, y: 1, yref: "paper", xanchor: "left", yanchor: "top", textangle: 90, showarrow: false, text: escaped(what), font: { color: colour("muted"), size: 11 },
 }));
 
+const PLACES = ["first_two_share", "first_two_gain", "depth", "reference_block"];
 const drawSinkRate = () => {
+  // hidden first, so that the chart beside it takes the room
+  $("localization").parentElement.hidden = !PLACES.some((field) => some(valuesOf(field).flat(2))) && runs.every((run) => run.records.every((record) => record.untold));
   const strip = Math.min(0.45, 0.05 * runs.length);
   const tall = runs.length > 4 ? `${380 + 18 * runs.length}px` : "";
   for (const id of ["sink_rate", "localization"]) $(id).style.height = tall;
-  Plotly.react("sink_rate", [...curvesOf("sink_rate"), ...stageStrips(), ...onsetPoints()], layout({
-    showlegend: runs.length > 1, shapes: [...onsetShade(), ...noteLines()], annotations: noteNames(), xaxis: xAxis({ anchor: "y2" }),
+  const rates = valuesOf(rate).flat(2);
+  $("rate_title").textContent = sentence(fields[rate].title);
+  $("rate_help").textContent = fields[rate].help;
+  Plotly.react("sink_rate", [...curvesOf(rate), ...stageStrips(), ...onsetPoints()], layout({
+    showlegend: runs.length > 1, shapes: [...onsetShade(), ...noteLines()], annotations: [...noteNames(), ...emptyNote(rates)], xaxis: xAxis({ anchor: "y2" }),
     yaxis: axis({ range: [-0.02, 1.02], tickformat: ".0%", domain: [strip + 0.04, 1] }),
     yaxis2: axis({
       domain: [0, strip], range: [runs.length - 0.5, -0.5], showgrid: false, zeroline: false, ...(narrow() ? { tickfont: { size: 10, color: colour("muted") } } : {}),
@@ -207,7 +213,8 @@ const drawSinkRate = () => {
   }), config);
   $("bands").textContent = compared
     ? (settings().length > 8 ? "The run in detail is coloured." : "Line: the mean of a setting's runs; band: from the smallest to the largest of them. Pale: each run.") + " Below: each run's stage, from the records up to each step, and its onset with its interval."
-    : `Band: 95 % over sequences. ${runs.length > 1 ? "Below: each run's stage, from the records up to each step, and its onset with its interval." : "Shaded: the onset. Below: the stage, from the records up to each step."}`;
+    : (rate === "sink_rate" ? "Band: 95 % over sequences. " : "") + (runs.length > 1 ? "Below: each run's stage, from the records up to each step, and its onset with its interval."
+      : `${onsetOf(runs[0]) ? "Shaded: the onset. " : ""}Below: the stage, from the records up to each step.`);
   $("stages").replaceChildren();
   const seen = new Set(runs.flatMap((run) => run.records.map((record) => record.stage)));
   for (const stage of STAGES.filter((stage) => seen.has(stage))) {
@@ -237,7 +244,8 @@ const asFormed = (run, i, field, yaxis, showlegend, steps) => {
 };
 
 const drawLocalization = () => {
-  const panels = [["first_two_share", [0.79, 1]], ["first_two_gain", [0.53, 0.74]], ["depth", [0.27, 0.48]], ["reference_block", [0, 0.21]]];
+  if ($("localization").parentElement.hidden) return;
+  const panels = range(4).map((i) => [PLACES[i], [[0.79, 1], [0.53, 0.74], [0.27, 0.48], [0, 0.21]][i]]);
   const traces = runs.flatMap((run, i) => panels.flatMap(([field], j) =>
     asFormed(run, i, field, j ? `y${j + 1}` : "y", j === 0, fields[field].unit === "block")));
   const ranges = panels.map(([field]) => (fields[field].unit === "block" ? null : robustRange(valuesOf(field))));
@@ -248,7 +256,7 @@ const drawLocalization = () => {
   })]));
   Plotly.react("localization", traces, layout({
     showlegend: runs.length > 1 && !compared, shapes: noteLines(), xaxis: xAxis({ anchor: "y4" }), ...axes,
-    annotations: [...emptyNote(panels.flatMap(([field]) => valuesOf(field).flat(2))), ...panels.flatMap((_, j) => beyondNote(ranges[j], { yref: `y${j ? j + 1 : ""} domain` }))],
+    annotations: [...emptyNote(panels.flatMap(([field]) => valuesOf(field).flat(2)), "no sink has formed, so there is no state to locate"), ...panels.flatMap((_, j) => beyondNote(ranges[j], { yref: `y${j ? j + 1 : ""} domain` }))],
   }), config);
 };
 
@@ -342,6 +350,8 @@ const drawNorms = () => {
   const { blocks } = shown().model;
   const on = placed(shown());
   const norms = on.records.flatMap((record) => record.norm_ratio).filter((value) => value > 0);
+  $("norm_ratio").parentElement.hidden = !shown().records.some((record) => some(record.norm_ratio));
+  if ($("norm_ratio").parentElement.hidden) return;
   Plotly.react("norm_ratio", [
     ...range(blocks + 1).map((block) => {
       const name = block < blocks ? `block ${block}` : "output";

@@ -23,8 +23,10 @@ from sinktrack.records.marks import Mark
 from sinktrack.records.names import name as named
 from sinktrack.records.thinned import evenly
 from sinktrack.records.twins import equal_weights, told
-from sinktrack.signal import analyze, compare, timeline
+from sinktrack.signal import Analysis, analyze, compare, timeline
 from sinktrack.signal.loss import Losses
+from sinktrack.signal.sensitivity import METHODS
+from sinktrack.signal.stages import head_share
 from sinktrack.text import natural
 from sinktrack.views.story import (
     CARD,
@@ -51,6 +53,12 @@ _SEED = re.compile(r"seed[-_= ]?\d+[-_. /]?", re.IGNORECASE)
 _ABOUT = ("step", "tokens", "source", "seconds")
 _WHOLE = ("concentration", "norm_ratio")
 """Fields by block that every record holds to six digits; the others have four."""
+_HEAD_SHARE = {
+    "title": "share of sink heads", "unit": "share", "scale": "linear", "form": ".1%", "axes": [],
+    "help": "Share of the heads that are sink heads; no record here holds a sink rate.",
+    "by_block": False, "by_head": False, "number": False,
+}  # fmt: skip
+"""What stands in for the sink rate, as a field of the page."""
 _HEADS = "p0_attention"
 """The field by head that every record holds."""
 
@@ -97,11 +105,15 @@ def embedded(
         _run(name, runs[name], losses.get(name), noted.get(name, ()), stride, room) for name in runs
     ]
     fields = {field.name: _described(field) for field in FIELDS.values()}
+    heads = all(run["rate"] != "sink rate" for run in drawn)
+    if heads:
+        fields["head_share"] = _HEAD_SHARE
     of = _settings(list(runs), settings or {})
     for run in drawn:
         run["setting"] = of.get(run["name"])
     return _escaped({
         "epsilon": EPSILON, "live": live, "fields": fields, "runs": drawn,
+        "rate": "head_share" if heads else "sink_rate",
         "compared": _compared(runs, losses, of) if of else None,
     })  # fmt: skip
 
@@ -176,6 +188,8 @@ def _run(
         "asides": asides(told_of),
         "signal": found.lines() if len(records) > 1 else [],
         "missing": found.missing,
+        "rate": found.rate,
+        "onsets": _onsets(found),
         "onset": {axis: at and _rounded([at.value, at.low, at.high]) for axis, at in onset.items()},
         "lives": _lives(written),
         "marks": [_placed(mark, records, losses) for mark in marks],
@@ -190,6 +204,16 @@ def _run(
             for i in kept
         ],
     }
+
+
+def _onsets(found: Analysis) -> list[list[Any]]:
+    """Thresholds in words, and the onset by each method; empty where none is claimed."""
+    if found.sensitivity is None or not found.sensitivity.steps:
+        return []
+    rows: dict[str, list[float | None]] = {}
+    for one in found.sensitivity.onsets:
+        rows.setdefault(f"{one.threshold} by {one.over}", []).append(one.step)
+    return [["threshold", *METHODS], *([name, *_rounded(steps)] for name, steps in rows.items())]
 
 
 def _lives(written: Records) -> dict[str, Any] | None:
@@ -235,12 +259,20 @@ def _drawn(record: Mapping[str, Any]) -> dict[str, Any]:
         },
         "shares": [[part["kind"], part["block"], part["share"]] for part in record["shares"] or ()],
         "top_components": [
-            [part["kind"], part["block"], part["index"], part["share"], part.get("gate")]
+            [
+                part["kind"],
+                part["block"],
+                part["index"],
+                part["share"],
+                part.get("gate"),
+                named(part),
+            ]
             for part in record["top_components"] or ()
         ],
         "sinks": [_phase(phase) for phase in by_mass(sinks(record))],
         "says": [where(record), *circuit(record), *decided(record)],
         "untold": untold(record),
+        "head_share": head_share(record) if record.get("sink_rate") is None else None,
         "missing": record.get("missing") or {},
     }
     quantiles = (record.get("first_token") or {}).get("norm_ratio") or {}

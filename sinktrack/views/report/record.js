@@ -43,7 +43,7 @@ const drawHeads = () => {
   }), config);
 };
 
-const label = ([kind, block]) => (block === null ? "" : `block ${block} `) + words(kind);
+const label = ([kind, block]) => words(kind) + (block === null ? "" : ` ${block}`);
 const largestShares = (shares) => {
   if (shares.length <= MOST_BARS) return shares;
   const least = shares.map((part) => Math.abs(part[2])).sort((a, b) => b - a)[MOST_BARS - 1];
@@ -116,9 +116,11 @@ const drawCard = () => {
 const drawComponents = () => {
   const body = $("components").tBodies[0];
   body.replaceChildren();
-  for (const [kind, block, index, share, gate] of shownRecord().top_components) {
-    row([words(kind), block ?? "", index ?? "", percent(share), gate === null ? "" : fixed(gate)], body);
-  }
+  const parts = shownRecord().top_components;
+  const gated = parts.some(([, , , , gate]) => gate !== null);
+  $("components").tHead.replaceChildren();
+  row(["part", "share", ...(gated ? ["gate"] : [])], $("components").tHead, "th");
+  for (const [, , , share, gate, name] of parts) row([sentence(name), percent(share), ...(gated ? [gate === null ? "" : fixed(gate)] : [])], body);
 };
 
 const MEANING = {
@@ -202,7 +204,8 @@ const drawCircuit = () => {
     const span = sink.first === sink.last ? `block ${sink.first}` : `blocks ${sink.first} to ${sink.last}`;
     inside((x0 + x1) / 2, 15, `${i || record.sinks.length === 1 ? "sink" : "main sink"}: ${span}`, "phase-name");
     const writer = sink.writers[0];
-    if (writer && step < 64) { // else the bar says it
+    if (writer && step >= 64) inside((x0 + x1) / 2, 52, `written by ${writer[0]} (${percent(writer[3])})`, "writer");
+    else if (writer) {
       const [name, kind, block, share] = writer;
       const x = block === null ? left + step / 2 : centre(block);
       inside(x, kind === "mlp" || block === null ? middle + 102 + 13 * (i % 2) : 58, `${sentence(name)} writes ${percent(share)}`, "writer");
@@ -228,7 +231,7 @@ const drawCircuit = () => {
     }, picture);
     const test = tested && necessity(tested);
     const without = test ? `; without it attention to P0 falls by ${percent(test[5])}${test[9] ? `: ${test[9]}` : ""}` : "";
-    svg("title", {}, box, `${name}: ${percent(share)}${without}`);
+    svg("title", {}, box, `${sentence(name)}: ${percent(share)} of the P0 state, ${stepOf()}${without}`);
     if (test && test[9]) {
       box.setAttribute("stroke", colour("mark"));
       box.setAttribute("stroke-width", 2.5);
@@ -236,7 +239,7 @@ const drawCircuit = () => {
     }
     if (step >= 64 && Math.abs(share) >= 0.005) {
       const writes = record.sinks.some(({ writers: [first] }) => first && tested && first[1] === tested[0] && first[2] === tested[1]);
-      text(x, up ? middle - 19 - length : middle + 27 + length, `${name.split(" ").at(-1)} ${percent(share)}`, writes ? "small writer" : "small");
+      text(x, up ? middle - 19 - length : middle + 27 + length, `${name.split(" ")[0]} ${percent(share)}`, writes ? "small writer" : "small");
     }
   };
   for (const part of record.shares) {
@@ -251,7 +254,7 @@ const drawCircuit = () => {
       x: centre(block) - cell, y: middle - cell, width: 2 * cell, height: 2 * cell, rx: 3, class: "block", "stroke-width": value >= epsilon ? 2.5 : 1,
       fill: value === null ? colour("gap") : mixed(heats(), value), stroke: value >= epsilon ? colour("accent") : colour("muted"),
     }, picture);
-    svg("title", {}, square, `block ${block}: ${value === null ? "not measured, or no softmax attention" : `${fields.concentration.title} ${formatted(value, fields.concentration.form)}`}`);
+    svg("title", {}, square, `Block ${block}, ${stepOf()}: ${value === null ? "not measured, or no softmax attention" : `${fields.concentration.title} ${formatted(value, fields.concentration.form)}`}`);
     if (blocks <= 24 || block % 4 === 0) text(centre(block), floor + 16, block);
   }
   text(left + step / 2, floor + 16, step >= 60 ? "embedding" : "emb.");
@@ -262,7 +265,7 @@ const drawCircuit = () => {
     for (const block of range(blocks)) {
       const value = mixing[block] ?? null;
       const square = svg("rect", { x: centre(block) - 0.42 * step, y, width: 0.84 * step, height: 14, class: "half", fill: value === null ? colour("gap") : mixed(heats(), value) }, picture);
-      svg("title", {}, square, `block ${block}: ${fields.mixing.title} ${value === null ? "not measured" : formatted(value, fields.mixing.form)}; P0 has 1`);
+      svg("title", {}, square, `Block ${block}, ${stepOf()}: ${fields.mixing.title} ${value === null ? "not measured" : formatted(value, fields.mixing.form)}; P0 has 1`);
     }
     y += 34;
   }
@@ -276,7 +279,7 @@ const drawCircuit = () => {
         x: centre(block) - 0.4 * step + 0.42 * step * i, width: 0.36 * step, y: y + 56 - length, height: Math.max(1, length), class: "half",
         fill: i ? depthColour(block, blocks) : "none", stroke: depthColour(block, blocks),
       }, picture);
-      svg("title", {}, box, `block ${block}: ${fields[name].title} ${formatted(value, fields[name].form)}`);
+      svg("title", {}, box, `Block ${block}, ${stepOf()}: ${fields[name].title} ${formatted(value, fields[name].form)}`);
     }));
     side(y + 6, "amplified:", "write at P0", "over others,", `log, to ${formatted(10 ** high, ".2g")}×`);
   }
@@ -291,6 +294,22 @@ const circuitFile = () => {
   return new XMLSerializer().serializeToString(copy);
 };
 
+/** What no record of the run holds is not drawn, and named below. */
+const hideUnmeasured = () => {
+  const { records } = shown();
+  const held = {
+    circuit: (record) => record.shares.length || some(record.concentration), heads: (record) => some(record.concentration) || record.by_head,
+    shares: (record) => record.shares.length, first_tokens: (record) => record.first_tokens[1].length, components: (record) => record.top_components.length,
+  };
+  const titles = [];
+  for (const [id, of] of Object.entries(held)) {
+    const figure = $(id).closest("figure");
+    figure.hidden = !records.some(of);
+    if (figure.hidden) titles.push(figure.querySelector("h2")?.textContent ?? "largest parts");
+  }
+  $("undrawn").hidden = !titles.length;
+  $("undrawn").textContent = `Not in these records, so not drawn: ${titles.map((title) => title[0].toLowerCase() + title.slice(1)).join("; ")}.`;
+};
 const drawRecord = () => {
   const slider = $("record");
   const record = shownRecord();
@@ -298,7 +317,11 @@ const drawRecord = () => {
   slider.value = state.record[state.run];
   $("chosen").textContent = `step ${count(record.step)}`;
   slider.setAttribute("aria-valuetext", $("chosen").textContent);
-  $("reference").textContent = record.says.join(" ");
+  const [finding, ...more] = record.says;
+  $("reference").firstElementChild.textContent = finding;
+  $("reference").lastElementChild.replaceChildren();
+  for (const line of more) element("li", line, $("reference").lastElementChild);
+  hideUnmeasured();
   drawCircuit();
   drawShares();
   drawHeads();

@@ -25,6 +25,7 @@ const recall = () => {
 };
 const drawAll = () => {
   offer();
+  arrange();
   compare();
   describe();
   drawCurves();
@@ -111,6 +112,7 @@ const answer = () => {
 // One chart after the other, so that the page answers while the later ones are drawn.
 offer();
 recall();
+arrange();
 compare();
 describe();
 for (const draw of [drawLeftOut, drawSinkRate, drawLocalization, drawBlocks, drawNorms, drawLives, drawNumber, answer, drawRecord, hint]) setTimeout(draw);
@@ -120,7 +122,7 @@ const EVERY = 2000;
 const takeIn = (fresh) => {
   const name = shown().name;
   const before = new Map(runs.map((run, i) => [run.name, run.records.length - 1 > state.record[i] ? run.records[state.record[i]].step : Infinity]));
-  ({ runs, fields, compared } = fresh);
+  ({ runs, fields, compared, rate } = fresh);
   state.run = Math.max(0, runs.findIndex((run) => run.name === name));
   state.record = runs.map((run) => {
     const later = run.records.findIndex((record) => record.step >= (before.get(run.name) ?? Infinity));

@@ -33,13 +33,14 @@ const describe = () => {
   const partly = run.measured_blocks && `measured in ${plural(run.measured_blocks, "block")} of ${model.blocks} only`;
   const why = (field, otherwise) => last.missing[field] ?? otherwise;
   const attends = run.block_kinds.some((kind) => kind !== "linear" && kind !== "mlp");
-  measured("sink_rate", partly || why("sink_rate", attends ? "this record holds none" : "no block has softmax attention"));
+  if (rate === "head_share") card(sentence(fields[rate].title), formatted(last[rate], fields[rate].form), "in the place of a sink rate");
+  else measured("sink_rate", partly || why("sink_rate", attends ? "this record holds none" : "no block has softmax attention"));
   const [main, ...others] = last.sinks;
   const span = ({ first, last: end }) => (first === end ? first : `${first} to ${end}`);
   card(others.length ? "Main sink in blocks" : "Sink in blocks", main ? span(main) : last.untold ? "–" : "none",
     others.length ? `weaker: ${others.map(span).join(", ")}` : main ? "they rest on P0" : last.untold ? `not measured: ${last.untold}` : partly || "no block has formed a sink");
   const writer = main?.writers[0];
-  if (writer) card("Main writer", sentence(writer[0]), `${percent(writer[3])} of the P0 state`);
+  if (writer) card("Main writer", sentence(writer[0]), `${percent(writer[3])} of ${others.length ? "the main sink's" : "the sink's"} state`);
   if (last.position_share !== null) measured("position_share", "");
   if (last.formed) {
     for (const field of ["first_two_share", "depth"]) measured(field, partly || why(field, why("shares", "the sink precedes any write")));
@@ -54,6 +55,13 @@ const describe = () => {
   for (const line of more) element("li", line, $(run.asides.includes(line) ? "asides" : "story"));
   $("signal").replaceChildren();
   for (const line of run.signal) element("li", line, $("signal"));
+  $("onsets").hidden = !run.onsets.length;
+  const [methods, ...rows] = run.onsets.length ? run.onsets : [[]];
+  const onsets = $("onsets").querySelector("table");
+  onsets.tHead.replaceChildren();
+  onsets.tBodies[0].replaceChildren();
+  row(methods, onsets.tHead, "th");
+  for (const [name, ...steps] of rows) row([name, ...steps.map((step) => (step === null ? "–" : count(Math.round(step))))], onsets.tBodies[0]);
   $("probes").hidden = new Set(runs.map((one) => one.probe)).size === 1;
   $("missing").textContent = run.missing.length ? `Not claimed yet: ${run.missing.join("; ")}.` : "";
   $("statistics").hidden = !run.signal.length && !run.missing.length;
@@ -72,7 +80,7 @@ const COLUMNS = {
   loss: (record) => (record.loss === null ? "–" : record.loss.toPrecision(4)),
   stage: (record) => record.stage ?? "–",
   ...Object.fromEntries([
-    ["sink_rate", () => true], ["reference_block", (record) => record.formed], ["first_two_share", (record) => record.formed],
+    ["sink_rate", () => true], ...(rate === "sink_rate" ? [] : [[rate, () => true], ["first_sink_block", () => true]]), ["reference_block", (record) => record.formed], ["first_two_share", (record) => record.formed],
     ["first_two_gain", () => true], ["depth", (record) => record.formed], ["position_share", () => true],
   ].flatMap(([name, of]) => [
     [fields[name].title, (record) => (of(record) ? told(record, name) : "–")],
@@ -88,6 +96,7 @@ const onsetTold = ({ onset: { step } }) => (step ? `${count(Math.round(step[0]))
 /** The runs below each other, each with a radio button that shows it in detail; above, what they say together. */
 const compare = () => {
   $("compared").hidden = runs.length === 1;
+  $("verdicts").hidden = !compared;
   if (runs.length === 1) return;
   const table = $("compared").querySelector("table");
   const lasts = runs.map((run) => run.records.at(-1));
@@ -113,6 +122,16 @@ const compare = () => {
     element("i", "", choose, "swatch").style.background = runColour(i);
     choose.append(run.name);
   });
+};
+
+/** Curves first; of one record, which has none, its circuit; several runs before the one in detail. */
+const arrange = () => {
+  if (runs.length > 1) $("facts").before($("axis"), $("curves"), $("compared"));
+  else $("cards").before($("axis"), $("curves"));
+  const alone = runs.length === 1 && runs[0].records.length === 1;
+  document.body.classList.toggle("alone", alone); // the story above tells of this record already
+  if (alone) $("axis").before($("cards"), $("detail"));
+  else $("records").before($("detail"));
 };
 
 /** Built when it is opened: a thousand rows take time. */
