@@ -207,7 +207,7 @@ def test_the_page_of_one_record_begins_with_its_circuit(browser: Any, tmp_path: 
     assert page.locator("#circuit svg").bounding_box()["y"] < 700
     assert not page.locator("#reference").is_visible(), "the story above is of this record"
     names = page.locator("#components tbody tr td:first-child").all_text_contents()
-    assert "Expert 5 of block 0" in names
+    assert "expert 5 of block 0" in names
     assert page.locator("#components thead th").all_text_contents() == ["part", "share", "gate"]
     page.close()
 

@@ -52,7 +52,7 @@ def open_report(browser: Any, tmp_path: Path) -> Iterator[Open]:
         page.on("console", lambda message: troubles.append(f"{message.type}: {message.text}"))
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.goto(path.as_uri())
-        page.wait_for_selector("#shares .main-svg")
+        page.wait_for_selector("#shares .main-svg", state="attached")
         return page
 
     yield opener
@@ -82,7 +82,7 @@ def test_causal_tests_mark_the_circuit(open_report: Open) -> None:
     }
     page = open_report(records)
     assert page.locator("#circuit .verdict").all_text_contents() == ["necessary"]
-    assert "block 0 mlp is necessary" in page.locator("#circuit svg").get_attribute("aria-label")
+    assert "MLP 0 is necessary" in page.locator("#circuit svg").get_attribute("aria-label")
     rows = [row.split("\t") for row in page.locator("#tests tbody tr").all_inner_texts()]
     replaced = "replaced at P0 by what stands at another position"
     assert rows == [

@@ -259,24 +259,18 @@ def _drawn(record: Mapping[str, Any]) -> dict[str, Any]:
         },
         "shares": [[part["kind"], part["block"], part["share"]] for part in record["shares"] or ()],
         "top_components": [
-            [
-                part["kind"],
-                part["block"],
-                part["index"],
-                part["share"],
-                part.get("gate"),
-                named(part),
-            ]
+            [part["kind"], part["block"], part["index"], part["share"], part.get("gate")]
             for part in record["top_components"] or ()
         ],
         "sinks": [_phase(phase) for phase in by_mass(sinks(record))],
         "says": [where(record), *circuit(record), *decided(record)],
         "untold": untold(record),
-        "head_share": head_share(record) if record.get("sink_rate") is None else None,
         "missing": record.get("missing") or {},
     }
     quantiles = (record.get("first_token") or {}).get("norm_ratio") or {}
     drawn["first_tokens"] = [_rounded(quantiles.get(level, []), 4) for level in ("5", "50", "95")]
+    if record.get("sink_rate") is None:
+        drawn["head_share"] = head_share(record)
     if tests := causal(record):
         drawn["causal"] = tests
     if card := record.get("position_card"):

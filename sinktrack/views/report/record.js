@@ -120,7 +120,7 @@ const drawComponents = () => {
   const gated = parts.some(([, , , , gate]) => gate !== null);
   $("components").tHead.replaceChildren();
   row(["part", "share", ...(gated ? ["gate"] : [])], $("components").tHead, "th");
-  for (const [, , , share, gate, name] of parts) row([sentence(name), percent(share), ...(gated ? [gate === null ? "" : fixed(gate)] : [])], body);
+  for (const [kind, block, index, share, gate] of parts) row([index === null ? label([kind, block]) : `${words(kind)} ${index} of block ${block}`, percent(share), ...(gated ? [gate === null ? "" : fixed(gate)] : [])], body);
 };
 
 const MEANING = {
@@ -298,7 +298,7 @@ const circuitFile = () => {
 const hideUnmeasured = () => {
   const { records } = shown();
   const held = {
-    circuit: (record) => record.shares.length || some(record.concentration), heads: (record) => some(record.concentration) || record.by_head,
+    circuit: (record) => record.shares.length || some(record.concentration), heads: (record) => some(record.concentration) || Object.keys(record.by_head ?? {}).length,
     shares: (record) => record.shares.length, first_tokens: (record) => record.first_tokens[1].length, components: (record) => record.top_components.length,
   };
   const titles = [];
