@@ -1,6 +1,7 @@
 """Screenshots for the documentation, from a demo's run.
 
 sinktrack demo --out demo && python scripts/screenshots.py demo -o docs/images
+With --pretrained, also from a scan of one model, such as that of the tutorial.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("demo", type=Path, help="what sinktrack demo wrote")
     parser.add_argument("-o", "--out", type=Path, default=Path("docs/images"))
+    parser.add_argument("--pretrained", type=Path, help="a run of one record")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     online, offline = (Run.read(options.demo / name) for name in ("run", "scanned"))
@@ -41,6 +43,9 @@ def main() -> None:
         keep(options.out / "report_record.png", page.locator("#detail").screenshot())
         keep(options.out / "report_dark.png", opened(browser, one, "dark").screenshot())
         keep(options.out / "report_runs.png", opened(browser, two, "light").screenshot())
+        if options.pretrained is not None:
+            write_report({"SmolLM2-135M": Run.read(options.pretrained).history}, one)
+            keep(options.out / "report_pretrained.png", opened(browser, one, "light").screenshot())
     keep(options.out / "paper_figure.png", picture(training(online.records), "png"))
 
 
