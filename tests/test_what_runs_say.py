@@ -247,3 +247,15 @@ def test_the_onset_by_other_definitions_is_on_the_page(browser: Any, tmp_path: P
     assert page.locator("#reference > p").text_content().startswith("A sink has formed")
     assert len(said) >= 3
     page.close()
+
+
+def test_a_few_runs_begin_with_what_each_shows(browser: Any, tmp_path: Path) -> None:
+    other = synthetic_records(formed=False)
+    for record in other:
+        record["probe"] = "0" * 32
+    write_report({"one": synthetic_records(), "two": other}, tmp_path / "report.html")
+    page = opened(browser, tmp_path / "report.html")
+    one, two = page.locator("#together li").all_text_contents()
+    assert one.startswith("one: A sink has formed") and two.startswith("two: No sink has formed")
+    assert "different probes" in page.locator("#verdicts").inner_text()
+    page.close()

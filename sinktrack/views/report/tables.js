@@ -96,7 +96,7 @@ const onsetTold = ({ onset: { step } }) => (step ? `${count(Math.round(step[0]))
 /** The runs below each other, each with a radio button that shows it in detail; above, what they say together. */
 const compare = () => {
   $("compared").hidden = runs.length === 1;
-  $("verdicts").hidden = !compared;
+  $("verdicts").hidden = runs.length === 1;
   if (runs.length === 1) return;
   const table = $("compared").querySelector("table");
   const lasts = runs.map((run) => run.records.at(-1));
@@ -110,6 +110,13 @@ const compare = () => {
   const [verdict, ...found] = compared?.verdict ?? [""];
   $("difference").textContent = verdict ?? "";
   for (const line of found) element("li", line, $("together"));
+  if (!compared) {
+    for (const { name, story: [finding] } of runs) {
+      const line = element("li", "", $("together"));
+      element("b", name, line);
+      line.append(`: ${finding}`);
+    }
+  }
   $("all_compared").replaceChildren();
   for (const line of compared?.lines ?? []) element("li", line, $("all_compared"));
   $("comparison").hidden = !compared?.lines.length;
