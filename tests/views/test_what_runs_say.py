@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from synthetic import counts_alone, synthetic_records
-from test_report_runs import seeds
 
 from sinktrack import RecordError, Run
 from sinktrack.records.lacking import filled
@@ -22,8 +20,13 @@ from sinktrack.text import interval
 from sinktrack.views.report import write_report
 from sinktrack.views.story import story
 from sinktrack.views.terminal import show, show_comparison
+from tests.helpers.paths import DATA
+from tests.helpers.synthetic import counts_alone, synthetic_records
+from tests.views.test_report_runs import seeds
 
-SEEDS = Path(__file__).parent / "data" / "seeds"
+pytest.importorskip("plotly")
+
+SEEDS = DATA / "seeds"
 
 
 def printed(draw: Any, width: int = 80, encoding: str = "utf-8") -> str:
