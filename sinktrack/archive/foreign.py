@@ -14,8 +14,8 @@ from sinktrack.errors import ArchiveError
 _SHOWN = 4
 _QUANTIZED = re.compile(
     r"(?:^|[._])(?:SCB|weight_format|g_idx|absmax|quant_map|W_q|codebooks?|codes|lut|amax|qdata|"
-    r"qweight|qzeros|qscales?|scales|scale_inv|(?:weight|input|output|proj|[qkv])_scale(?:_2)?|"
-    r"zeros|zero_?points?|packed|weight_shape|blocks|quant_state(?:[._].*)?|quant_type)$"
+    r"qweight|qzeros|qscales?|scales|scale_inv|(?:weight|input|output|proj|[qkv])(?:_global)?_scale(?:_2)?|"
+    r"smooth_factor|weight\._(?:data|scale|shift|zero_?point)|zeros|zero_?points?|packed|weight_shape|blocks|quant_state(?:[._].*)?|quant_type)$"
 )
 """What formats of quantized weights keep beside a weight, or in its place."""
 _ADAPTER = re.compile(
@@ -105,9 +105,9 @@ def refuse(left: Collection[str], family: str, blocks: int | None = None) -> Non
             "the model before quantization, or save it dequantized"
         )
     first, *others = sorted(left)
-    held = f"the checkpoint holds {first}, and {len(others)} more tensors"
+    held = f"the checkpoint holds {first}"
     if others:
-        held += f" ({some(others)})"
+        held += f", and {count(len(others), 'more tensor')} ({some(others)})"
     held += f" that {family} has no place for"
     if any(_ADAPTER.search(name) for name in left):
         raise ArchiveError(

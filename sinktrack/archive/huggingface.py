@@ -311,7 +311,7 @@ def config(files: Files) -> Any:
     kind, where = said.get("model_type"), files.path("config.json")
     if kind not in CONFIG_MAPPING:
         _refuse_unknown(where, kind, said.get("auto_map"))
-    failure = f"{where}: transformers does not know how to build model_type {kind!r}"
+    failure = f"{where}: transformers makes no configuration of model_type {kind!r} of it"
     return _made(AutoConfig, files, ["config.json"], failure)
 
 
@@ -412,4 +412,5 @@ def _made(auto: Any, files: Files, names: list[str], failure: str) -> Any:
         try:
             return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise ArchiveError(f"{failure}: {one_line(error)}") from error
+            said = one_line(error).replace(directory, files.location)
+            raise ArchiveError(f"{failure}: {said}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -54,6 +54,27 @@ def refuse_unreadable(model: nn.Module) -> None:
             raise MeasurementError(
                 f"{name} is stored as {parameter.dtype}: quantized weights are not supported; "
                 "measure the model before quantization"
+            )
+
+
+def refuse_prompts(modules: Iterable[nn.Module]) -> None:
+    """Refuse prompts and prefixes of PEFT, and LLaMA-Adapter's, which blocks attend to apart.
+
+    Args:
+        modules: a model, and all that stands around it.
+
+    Raises:
+        MeasurementError: one of them says that it has learned such a prompt.
+    """
+    names = ("is_prompt_learning", "is_adaption_prompt")
+    for module in modules:
+        adapters = getattr(module, "peft_config", None)
+        learned = adapters.values() if isinstance(adapters, dict) else ()
+        inside = type(module).__module__.startswith("peft.tuners.adaption_prompt")
+        if inside or any(getattr(adapter, name, False) for adapter in learned for name in names):
+            raise MeasurementError(
+                "a prompt that PEFT learned stands before the probe's tokens, and what the model "
+                "does behind it is not measured; not supported"
             )
 
 

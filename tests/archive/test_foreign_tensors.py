@@ -402,7 +402,7 @@ def test_a_prefix_that_only_some_carry_is_no_wrappers(tmp_path: Path) -> None:
     weights = dict(model.state_dict())
     weights["module.model.norm.weight"] = weights.pop("model.norm.weight")
     put(weights, described(model, tmp_path))
-    with pytest.raises(ArchiveError, match=r"holds module.model.norm.weight, and 0 more"):
+    with pytest.raises(ArchiveError, match=r"holds module.model.norm.weight that"):
         streamed(tmp_path)
     weights = dict(model.state_dict())
     weights["model._orig_mod.norm.weight"] = weights["model.norm.weight"]
@@ -424,7 +424,7 @@ def test_sharded_checkpoints_of_fsdp(tmp_path: Path) -> None:
     assert streamed(tmp_path / "a").weights == measure(model, PROBE).weights
     more = {block("self_attn.q_proj.bias"): torch.ones(32)}
     sharded(dict(model.state_dict()) | more, described(model, tmp_path / "b"))
-    with pytest.raises(ArchiveError, match=r"q_proj.bias, and 0 more tensors that llama has no"):
+    with pytest.raises(ArchiveError, match=r"q_proj.bias that llama has no"):
         streamed(tmp_path / "b")
     sharded(eight(model.state_dict()), described(model, tmp_path / "c"))
     with pytest.raises(ArchiveError, match="quantized weights are not supported.*F8_E4M3"):
