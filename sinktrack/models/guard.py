@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -127,10 +128,15 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         )
         for module in model.modules()
     ]
-    buffers = [
-        (module, name, buffer, buffer.clone())
+    held = [
+        (vars(module)[name], dict(vars(module)[name]))
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for name in ("_buffers", "_modules")
+    ]
+    buffers = [
+        (buffer, buffer.clone())
+        for module in model.modules()
+        for buffer in module._buffers.values()
         if buffer is not None
     ]
 
@@ -145,9 +151,10 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             _restore(module, attributes)
             _unhook(module, hooks)
             module.training = training
+        for now, before in held:
+            _refill(now, before)
         with torch.no_grad():
-            for module, name, buffer, saved in buffers:
-                module._buffers[name] = buffer
+            for buffer, saved in buffers:
                 if not torch.equal(_bits(buffer), _bits(saved)):
                     buffer.copy_(saved)
             if failed := kept.undo():
@@ -236,6 +243,13 @@ def _unhook(module: nn.Module, before: set[int]) -> None:
                 for name, of in vars(module).items():
                     if name.startswith("_forward_") and isinstance(of, dict):
                         of.pop(number, None)
+
+
+def _refill(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Hold the same again, also where something was None or not there yet."""
+    if list(now) != list(before) or any(now[name] is not before[name] for name in before):
+        now.clear()
+        now.update(before)
 
 
 def _restore(module: nn.Module, attributes: dict[str, object]) -> None:
