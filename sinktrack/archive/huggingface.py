@@ -347,13 +347,18 @@ def config_of(checkpoint: Checkpoint) -> Any:
     return config(checkpoint.config or checkpoint.files)
 
 
+def is_text(config: Any) -> bool:
+    """Whether transformers has a language model of this configuration."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def base_prefix(config: Any) -> str:
     """What the family's models with a language head call their decoder: ``model``, ...
 
     Raises:
         ArchiveError: transformers has no such model.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not is_text(config):
         raise ArchiveError(f"transformers has no language model of model_type {config.model_type}")
     return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix)
 
