@@ -101,6 +101,15 @@ def test_of_two_that_agree_nothing_is_said(
     assert not caplog.messages
 
 
+def test_what_cannot_be_compared_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = models.llama()
+    put(model.state_dict(), described(model, tmp_path))
+    torch.save(model.state_dict(), tmp_path / BIN, _use_new_zipfile_serialization=False)
+    list(scan(tmp_path, probe=PROBE, run=tmp_path / "run"))
+    (said,) = caplog.messages
+    assert BIN in said and "torch's format before 1.6, which is not compared" in said
+
+
 def test_an_index_whose_shards_are_gone_is_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
