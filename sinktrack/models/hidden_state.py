@@ -122,9 +122,9 @@ class Kept:
             self._items(name, value, "{}[{!r}]")
             self._members(name, value)
         elif isinstance(value, WeakKeyDictionary | WeakValueDictionary):
-            self._items(name, value.data, "{}[{!r}]")
+            self._items(name, vars(value)["data"], "{}[{!r}]")
         elif isinstance(value, WeakSet):
-            self._elements(name, value.data)
+            self._elements(name, vars(value)["data"])
         elif isinstance(value, memoryview):
             self._walk(name, value.obj)
         elif isinstance(value, list | set | deque):
