@@ -57,7 +57,7 @@ def lines(path: Path) -> list[str]:
     found = read(path).split("\n")
     if not found[-1]:
         del found[-1]
-    return [line.removesuffix("\r").removeprefix("\ufeff") for line in found]
+    return [line.removesuffix("\r").lstrip("\ufeff") for line in found]
 
 
 def printable(name: str) -> str:

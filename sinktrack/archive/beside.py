@@ -26,6 +26,7 @@ def tell(checkpoint: Checkpoint) -> None:
     """Warn of every other set of weights in the directory that is not the same model.
 
     Names, shapes and dtypes are compared, and here on this machine the first row of some tensors.
+    Remote pickles are not, as that would read all of them.
 
     Raises:
         ArchiveError: the weights that count are missing or damaged.
@@ -56,19 +57,21 @@ def tell(checkpoint: Checkpoint) -> None:
 def _differing(
     chosen: Indexed[Any], kind: type[Indexed[Any]], checkpoint: Checkpoint, name: str
 ) -> str | None:
-    if kind is pytorch.PytorchSource and not _mapped(checkpoint, name):
+    if kind is pytorch.PytorchSource and not checkpoint.files.local:
         return None
     try:
+        if _old(checkpoint, name):
+            return "is of torch's format before 1.6, which is not compared"
         other = kind(checkpoint, name)
         return next(_differences(chosen, other), None)
     except ArchiveError as error:
         return f"cannot be read ({error})"
 
 
-def _mapped(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether pickles can be looked into without reading all of them."""
-    files = checkpoint.files
-    return files.local and (name.endswith(".json") or zipfile.is_zipfile(files.real_path(name)))
+def _old(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether it is one pickle, which cannot be looked into without reading all of it."""
+    path = checkpoint.files.real_path(name)
+    return name.endswith(".bin") and not zipfile.is_zipfile(path)
 
 
 def _differences(chosen: Indexed[Any], other: Indexed[Any]) -> Iterator[str]:

@@ -27,6 +27,10 @@ _FINAL = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
     "pytorch_model.bin.index.json", "adapter_model.safetensors", "adapter_model.bin",
 )  # fmt: skip
+_WEIGHTS = re.compile(
+    r"(?P<stem>.+?)(?:\.(?:pt|pth|ckpt|bin|safetensors|gguf|tar(?:\.\w+)?|tgz|zip|7z))?"
+)
+"""A file that may hold weights, by its name."""
 _log = logging.getLogger("sinktrack")
 _told: set[str] = set()
 """What was passed over and has been told of."""
@@ -238,8 +242,16 @@ def _known_by_name(files: Files) -> list[Checkpoint]:
             "names",
             passed,
         )
-    _tell(files, [label for label in _others(passed) if names.alike(label)])
+    others = _others(passed)
     if not revisions:
+        looked = set(others[:_LOOKED_INTO]) if found and found[0].files != files else ()
+        others = [
+            label for label in others
+            if names.alike(label) or (label in looked and _holds_model(files.at(label)))
+        ]  # fmt: skip
+    _tell(files, others)
+    if not revisions:
+        _tell_of_files(files, found)
         found += _final(files, found)
     return list(_without_twins(found))
 
@@ -467,6 +479,26 @@ def _tell(files: Files, passed: Sequence[str]) -> None:
             "%s: passed over %s: the names tell no step that is known; --pattern reads others",
             files.location, remains.few(fresh),
         )  # fmt: skip
+
+
+def _tell_of_files(files: Files, found: Sequence[Checkpoint]) -> None:
+    """Say once of files named like checkpoints that something else is read in their place."""
+    read = {one.file for one in found if one.files == files}
+    beside = sorted(
+        entry.name for entry in files.entries()
+        if not (entry.directory or entry.dangling or entry.name in read)
+        and (whole := _WEIGHTS.fullmatch(entry.name)) and names.known(whole["stem"])
+    )  # fmt: skip
+    if beside:
+        _say_once(
+            f"{files.location}: passed over {remains.few(beside)}: these are files, and "
+            f"{found[0].name} is read; name each by itself, or move them to a directory of theirs"
+        )
+
+
+def _holds_model(files: Files) -> bool:
+    """Whether a directory on this machine holds weights as transformers saves them."""
+    return files.local and any(files.exists(name) for name in _FINAL)
 
 
 def _say_once(text: str) -> None:

@@ -14,8 +14,8 @@ from sinktrack.errors import ArchiveError
 _SHOWN = 4
 _QUANTIZED = re.compile(
     r"(?:^|[._])(?:SCB|weight_format|g_idx|absmax|quant_map|W_q|codebooks?|codes|lut|amax|qdata|"
-    r"qweight|qzeros|qscales?|scales|scale_inv|(?:weight|input|output|proj|[qkv])_scale(?:_2)?|"
-    r"zeros|zero_?points?|packed|weight_shape|blocks|quant_state(?:[._].*)?|quant_type)$"
+    r"qweight|qzeros|qscales?|scales|scale_inv|(?:weight|input|output|proj|[qkv])(?:_global)?_scale(?:_2)?|"
+    r"smooth_factor|weight\._(?:data|scale|shift|zero_?point)|zeros|zero_?points?|packed|weight_shape|blocks|quant_state(?:[._].*)?|quant_type)$"
 )
 """What formats of quantized weights keep beside a weight, or in its place."""
 _ADAPTER = re.compile(
@@ -33,6 +33,7 @@ _HEAD = re.compile(
     r"reward_model_head|cost_head|critic_head|summary|qa_outputs)(?:\.|$)"
 )
 """Heads of reward and value models; no block reads them."""
+_WRAPPER = re.compile(r"(?:module|base_model\.model|pretrained_model|_forward_module)\.")
 _SENSES = re.compile(
     r"(?:^|\.)[a-z0-9_]*(?:vision|visual|image|audio|video|multi_modal|multimodal|projector|"
     r"connector)[a-z0-9_]*(?:\.|$)"
@@ -105,13 +106,18 @@ def refuse(left: Collection[str], family: str, blocks: int | None = None) -> Non
             "the model before quantization, or save it dequantized"
         )
     first, *others = sorted(left)
-    held = f"the checkpoint holds {first}, and {len(others)} more tensors"
+    held = f"the checkpoint holds {first}"
     if others:
-        held += f" ({some(others)})"
+        held += f", and {count(len(others), 'more tensor')} ({some(others)})"
     held += f" that {family} has no place for"
     if any(_ADAPTER.search(name) for name in left):
         raise ArchiveError(
             f"{held}; some are of an adapter: merge it into the weights and save the model again"
+        )
+    if wrapped := _WRAPPER.match(first):
+        raise ArchiveError(
+            f"{held}; {wrapped[0]} is a wrapper's, and not all names begin with it: save the model "
+            "that it wraps"
         )
     numbers = [int(found[1]) for name in left if (found := _BLOCK.search(name))]
     if blocks is not None and (more := [number for number in numbers if number >= blocks]):

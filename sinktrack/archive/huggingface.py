@@ -311,7 +311,7 @@ def config(files: Files) -> Any:
     kind, where = said.get("model_type"), files.path("config.json")
     if kind not in CONFIG_MAPPING:
         _refuse_unknown(where, kind, said.get("auto_map"))
-    failure = f"{where}: transformers does not know how to build model_type {kind!r}"
+    failure = f"{where}: transformers makes no configuration of model_type {kind!r} of it"
     return _made(AutoConfig, files, ["config.json"], failure)
 
 
@@ -347,13 +347,18 @@ def config_of(checkpoint: Checkpoint) -> Any:
     return config(checkpoint.config or checkpoint.files)
 
 
+def is_text(config: Any) -> bool:
+    """Whether transformers has a language model of this configuration."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def base_prefix(config: Any) -> str:
     """What the family's models with a language head call their decoder: ``model``, ...
 
     Raises:
         ArchiveError: transformers has no such model.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not is_text(config):
         raise ArchiveError(f"transformers has no language model of model_type {config.model_type}")
     return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].base_model_prefix)
 
@@ -412,4 +417,5 @@ def _made(auto: Any, files: Files, names: list[str], failure: str) -> Any:
         try:
             return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise ArchiveError(f"{failure}: {one_line(error)}") from error
+            said = one_line(error).replace(directory, files.location)
+            raise ArchiveError(f"{failure}: {said}") from error

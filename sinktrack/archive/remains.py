@@ -17,7 +17,7 @@ _ADAPTER = "adapter_config.json"
 _DEEPSPEED = re.compile(
     r"(?:mp_rank|(?:bf16_|fp16_)?zero_pp_rank|layer)_.*(?:model|optim)[^/]*_states\.pt"
 )
-_STATE = r"optimizer|scheduler|rng_state|random_states|scaler|sampler|training_args"
+_STATE = r"data_?loader|optimizer|scheduler|rng_state|random_states|scaler|sampler|training_args"
 _KINDS = (
     (
         r"records\.jsonl",

@@ -97,11 +97,16 @@ def open(checkpoint: Checkpoint) -> Source:
     return applied
 
 
-def unwrapped(names: Iterable[str]) -> dict[str, str]:
+def unwrapped(names: Iterable[str], base: str = "") -> dict[str, str]:
     """The names under which weights are stored, by those that the bare model gives them.
 
     A prefix that all names carry is a wrapper's, and so are certain words within. A value head
     may stand beside the wrapped model.
+
+    Args:
+        names: of all tensors.
+        base: what the family's models call their decoder; before it any word that all names begin
+            with is a wrapper's, such as ``policy.`` in ``policy.model.layers``.
 
     Raises:
         ArchiveError: two tensors would have one name.
@@ -109,7 +114,7 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     bare = {
         name: ".".join(part for part in name.split(".") if part not in _WITHIN) for name in names
     }
-    while prefix := next((p for p in _BEFORE if _all_begin(bare.values(), p)), None):
+    while prefix := _before_all(bare.values(), base):
         bare = {name: own.removeprefix(prefix) for name, own in bare.items()}
     found: dict[str, str] = {}
     for name, own in bare.items():
@@ -119,9 +124,15 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _all_begin(names: Iterable[str], prefix: str) -> bool:
+def _before_all(names: Iterable[str], base: str) -> str | None:
+    """A wrapper's prefix that all names but a value head's begin with."""
     others = [name for name in names if not is_head(name)]
-    return bool(others) and all(name.startswith(prefix) for name in others)
+    if not others:
+        return None
+    own = others[0].partition(".")[0] + "."
+    wraps = bool(base) and own != f"{base}." and any(f".{base}." in name for name in others)
+    prefixes = (*_BEFORE, own) if wraps else _BEFORE
+    return next((p for p in prefixes if all(name.startswith(p) for name in others)), None)
 
 
 def fitting(source: Source, name: str, largest: int) -> Slice:

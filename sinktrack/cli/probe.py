@@ -107,6 +107,8 @@ def _make(
             raise ProbeError(f"cannot read {texts}: {error.strerror}") from error
         except ValueError as error:
             raise ProbeError(str(error)) from error
+        if not any(lines):
+            raise ProbeError(f"{texts} holds no text")
         if first_token is not None:
             raise ProbeError("--first-token is of random tokens; texts begin as the tokenizer does")
         made = Probe.from_texts(found, lines, length, sequences=len(lines))

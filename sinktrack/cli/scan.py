@@ -182,7 +182,8 @@ class _One:
 
         for found in checkpoints.by_archive:
             if [checkpoint.step for checkpoint in found] == [0] and found[0].reason is None:
-                ERR.print(f"{found[0].name} is recorded as step 0", markup=False)
+                said = "is recorded as step 0; nothing that is known tells another"
+                ERR.print(f"{found[0].name} {said}", markup=False)
         opened = Run.open(run)
         try:
             batch, note = choose_probe(checkpoints.examples(), opened, self.probe)

@@ -270,7 +270,7 @@ def publish(
             dir=run.directory,
             settings=wandb.Settings(console="off", **quiet),
         )
-    except (wandb.errors.Error, OSError) as error:
+    except (wandb.errors.Error, OSError, ValueError) as error:  # of a setting that is none
         raise RecordError(f"W&B: {error}; nothing was sent") from error
     with active:
         _refuse_lost(active, run.directory)

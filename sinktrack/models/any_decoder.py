@@ -27,7 +27,7 @@ from sinktrack.attention import Attended, attend, read_scores, see
 from sinktrack.errors import MeasurementError, SinktrackError
 from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
 from sinktrack.models.experts import Expert, NotTold, apart, everywhere
-from sinktrack.models.guard import refuse_unreadable
+from sinktrack.models.guard import refuse_prompts, refuse_unreadable
 from sinktrack.models.parallel import is_apart
 from sinktrack.models.tracer import (
     _ADD,
@@ -311,6 +311,7 @@ def found_in(decoder: Decoder) -> Found:
             "and FSDP2 are supported: measure the saved checkpoints with `sinktrack scan`"
         )
     refuse_unreadable(model)
+    refuse_prompts(model.modules())
     return Found(model, blocks)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -57,6 +58,27 @@ def refuse_unreadable(model: nn.Module) -> None:
             )
 
 
+def refuse_prompts(modules: Iterable[nn.Module]) -> None:
+    """Refuse prompts and prefixes of PEFT, and LLaMA-Adapter's, which blocks attend to apart.
+
+    Args:
+        modules: a model, and all that stands around it.
+
+    Raises:
+        MeasurementError: one of them says that it has learned such a prompt.
+    """
+    names = ("is_prompt_learning", "is_adaption_prompt")
+    for module in modules:
+        adapters = getattr(module, "peft_config", None)
+        learned = adapters.values() if isinstance(adapters, dict) else ()
+        inside = type(module).__module__.startswith("peft.tuners.adaption_prompt")
+        if inside or any(getattr(adapter, name, False) for adapter in learned for name in names):
+            raise MeasurementError(
+                "a prompt that PEFT learned stands before the probe's tokens, and what the model "
+                "does behind it is not measured; not supported"
+            )
+
+
 @contextmanager
 def restore_on_exit(undo: Callable[[], object]) -> Iterator[None]:
     """Call ``undo`` on leaving; once more where a signal's handler raises in the middle of it."""
@@ -106,10 +128,15 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         )
         for module in model.modules()
     ]
-    buffers = [
-        (module, name, buffer, buffer.clone())
+    held = [
+        (vars(module)[name], dict(vars(module)[name]))
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for name in ("_buffers", "_modules")
+    ]
+    buffers = [
+        (buffer, buffer.clone())
+        for module in model.modules()
+        for buffer in module._buffers.values()
         if buffer is not None
     ]
 
@@ -124,9 +151,10 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             _restore(module, attributes)
             _unhook(module, hooks)
             module.training = training
+        for now, before in held:
+            _refill(now, before)
         with torch.no_grad():
-            for module, name, buffer, saved in buffers:
-                module._buffers[name] = buffer
+            for buffer, saved in buffers:
                 if not torch.equal(_bits(buffer), _bits(saved)):
                     buffer.copy_(saved)
             if failed := kept.undo():
@@ -215,6 +243,13 @@ def _unhook(module: nn.Module, before: set[int]) -> None:
                 for name, of in vars(module).items():
                     if name.startswith("_forward_") and isinstance(of, dict):
                         of.pop(number, None)
+
+
+def _refill(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Hold the same again, also where something was None or not there yet."""
+    if list(now) != list(before) or any(now[name] is not before[name] for name in before):
+        now.clear()
+        now.update(before)
 
 
 def _restore(module: nn.Module, attributes: dict[str, object]) -> None:

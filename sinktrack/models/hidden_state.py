@@ -13,10 +13,11 @@ import sys
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from enum import Enum
 from functools import partial
 from typing import Any
-from weakref import ReferenceType
+from weakref import ReferenceType, WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ _HOOKS = {
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 }  # fmt: skip
 """Which are set is not ours to undo: FSDP sets its own once, in the first forward pass."""
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, type, Enum, types.ModuleType,
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, types.ModuleType,
           torch.dtype, torch.device, torch.Size, ReferenceType)  # fmt: skip
 
 Undo = Callable[[], bool]
@@ -90,7 +91,9 @@ class Kept:
         return failed
 
     def _walk(self, name: str, value: Any) -> None:
-        if not isinstance(value, _PLAIN) and id(value) not in self._seen:
+        if isinstance(value, type):
+            self._classes(value)
+        elif not isinstance(value, _PLAIN) and id(value) not in self._seen:
             self._seen[id(value)] = value
             self._todo.append((name, value))
 
@@ -109,9 +112,21 @@ class Kept:
         elif isinstance(value, np.random.Generator | np.random.BitGenerator):
             bits: Any = getattr(value, "bit_generator", value)
             self._number(name, lambda: bits.state, partial(setattr, bits, "state"))
+            self._walk(name, bits.seed_seq)
+        elif isinstance(value, np.random.SeedSequence):
+            spawned = value.n_children_spawned
+            self._undo.append((name, lambda: value.n_children_spawned == spawned))
+        elif isinstance(value, ContextVar):
+            self._context(name, value)
         elif isinstance(value, dict):
             self._items(name, value, "{}[{!r}]")
             self._members(name, value)
+        elif isinstance(value, WeakKeyDictionary | WeakValueDictionary):
+            self._items(name, vars(value)["data"], "{}[{!r}]")
+        elif isinstance(value, WeakSet):
+            self._elements(name, vars(value)["data"])
+        elif isinstance(value, memoryview):
+            self._walk(name, value.obj)
         elif isinstance(value, list | set | deque):
             self._elements(name, value)
             self._members(name, value)
@@ -144,7 +159,7 @@ class Kept:
 
     def _module(self, name: str, module: nn.Module) -> None:
         """Its attributes; which ones it has is put back elsewhere."""
-        self._classes(module)
+        self._classes(type(module))
         for key, value in vars(module).items():
             path = f"{name}.{key}" if name else key
             if key not in _HOOKS:
@@ -238,7 +253,7 @@ class Kept:
 
     def _members(self, name: str, value: Any) -> None:
         """The attributes of a plain object, in its dictionary and in slots."""
-        self._classes(value)
+        self._classes(type(value))
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             self._items(name, attributes, "{}.{}")
@@ -267,9 +282,23 @@ class Kept:
         if before is not nothing:
             self._walk(name, before)
 
-    def _classes(self, value: Any) -> None:
-        """The attributes of the classes that are the user's."""
-        for kind in type(value).__mro__:
+    def _context(self, name: str, value: ContextVar[Any]) -> None:
+        nothing = object()
+        before = value.get(nothing)
+
+        def undo() -> bool:
+            if value.get(nothing) is before:
+                return True
+            if before is not nothing:  # else it can be set, but not be without
+                value.set(before)
+            return before is not nothing
+
+        self._undo.append((name, undo))
+        self._walk(name, before)
+
+    def _classes(self, of: type) -> None:
+        """The attributes of a class and of those above it that are the user's."""
+        for kind in of.__mro__:
             if id(kind) in self._seen:
                 continue
             self._seen[id(kind)] = kind

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sinktrack.attention import Attended, attend, read_scores, see
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
-from sinktrack.models.guard import restore_on_exit
+from sinktrack.models.guard import refuse_prompts, restore_on_exit
 from sinktrack.models.tracer import Mark, ResidualTracer, mark, mark_of
 
 _STANDS_FOR = "sdpa"
@@ -141,14 +141,10 @@ def _unwrap(model: nn.Module) -> PreTrainedModel:
                 break
         else:
             model = _only(model)
-    for module in outer.modules():
-        adapters = getattr(module, "peft_config", None)
-        learned = adapters.values() if isinstance(adapters, dict) else ()
-        if any(map(_is_prompt, learned)) and any(inner is model for inner in module.modules()):
-            raise MeasurementError(
-                "a prompt that PEFT learned stands before the probe's tokens, and what the model "
-                "does behind it is not measured; not supported"
-            )
+    around = [
+        module for module in outer.modules() if any(inner is model for inner in module.modules())
+    ]
+    refuse_prompts([*around, *model.modules()])
     return model
 
 
@@ -169,12 +165,6 @@ def _only(outer: nn.Module) -> PreTrainedModel:
             f"{name} holds {len(found)} transformers models; give the one that is to be measured"
         )
     return found[0]
-
-
-def _is_prompt(adapter: Any) -> bool:
-    """Prompts and prefixes, and LLaMA-Adapter's, which every block attends to apart."""
-    names = ("is_prompt_learning", "is_adaption_prompt")
-    return any(getattr(adapter, name, False) for name in names)
 
 
 def _text(model: PreTrainedModel) -> PreTrainedModel:

@@ -17,7 +17,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_UNKNOWN = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+_UNKNOWN = {
+    errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOTTY,
+}  # fmt: skip
 """What a file system without locks answers."""
 _kept: dict[Path, int] = {}
 """Locks that this process holds until it ends; the processes that it forks do not."""

@@ -251,7 +251,7 @@ def test_tensors_that_are_missing_or_unknown(tmp_path: Path) -> None:
         source(tmp_path / "less")
     state |= {"blocks.2.feed_forward.w3.weight": value, "blocks.2.sinks": value}
     olmo.save(state, olmo.experiment(model), tmp_path / "more" / "step7")
-    with pytest.raises(ArchiveError, match="holds blocks.2.sinks, and 0 more"):
+    with pytest.raises(ArchiveError, match="holds blocks.2.sinks that"):
         source(tmp_path / "more")
 
 

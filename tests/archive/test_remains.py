@@ -300,3 +300,30 @@ def test_no_line_of_a_reason_is_lost() -> None:
     assert one_line(KeyError()) == "KeyError"
     long = one_line(ValueError("begin " + "middle " * 10_000 + "do so"))
     assert long.startswith("begin ") and long.endswith(" do so") and len(long) < 3000
+
+
+def test_what_lies_beside_checkpoints_is_told(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Models under names that tell no step, and files named like checkpoints."""
+    for name in ("checkpoint-1", "best", "5k"):
+        shutil.copytree(saved, tmp_path / "a" / name)
+    write(tmp_path / "a", "step200.pt", "step_300.tar.gz", "step400.json", "logs/x", "step500")
+    for _ in range(2):
+        assert steps(tmp_path / "a") == [("checkpoint-1", 1, None)]
+    assert caplog.messages == [
+        f"{tmp_path / 'a'}: passed over 5k, best: the names tell no step that is known; --pattern "
+        "reads others",
+        f"{tmp_path / 'a'}: passed over step200.pt, step500, step_300.tar.gz: these are files, and "
+        "checkpoint-1 is read; name each by itself, or move them to a directory of theirs",
+    ]
+
+
+def test_files_beside_a_model_are_told(
+    saved: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(saved, tmp_path / "a")
+    write(tmp_path / "a", "epoch=0-step=20.ckpt", "training_args.bin")
+    assert steps(tmp_path / "a") == [("a", 0, None)]
+    (said,) = caplog.messages
+    assert "passed over epoch=0-step=20.ckpt: " in said

@@ -6,10 +6,12 @@ import itertools
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -189,9 +191,44 @@ def in_a_cache(module: Any) -> Step:
     return step
 
 
+def by_what_holds_others(module: Any) -> Step:
+    """A class by its name, weak references, a view of bytes, a context variable."""
+    module.kind, module.view = Shared, memoryview(bytearray(2))
+    module.weak = WeakKeyDictionary({module: 0})
+    module.context = ContextVar("calls")
+    module.context.set(0)
+    Shared.calls = 0
+
+    def step() -> Any:
+        module.kind.calls += 1
+        module.view[0] += 1
+        module.weak[module] += 1
+        module.context.set(module.context.get() + 1)
+        return 1e-3 * (Shared.calls + module.view[0] + module.weak[module] + module.context.get())
+
+    return step
+
+
+def in_buffers_and_modules_that_come_and_go(module: Any) -> Step:
+    module.register_buffer("later", None)
+    module.drop = nn.Dropout(0.0)
+
+    def step() -> Any:
+        module.later = torch.zeros(1) if module.later is None else module.later + 1
+        module.register_buffer(f"new{len(module._buffers)}", torch.ones(1))
+        module.drop = nn.Dropout(min(1.0, module.drop.p + 0.1))
+        module.add_module(f"more{len(module._modules)}", nn.Identity())
+        return 1e-3 * (
+            float(module.later) + len(module._buffers) + module.drop.p + len(module._modules)
+        )
+
+    return step
+
+
 KINDS = [
     in_a_dict, in_a_list, in_a_tensor, by_generators, in_objects, in_dictionaries_of_all_kinds,
     in_a_closure, on_a_class, in_a_module_that_is_none_of_its_own, in_a_cache,
+    by_what_holds_others, in_buffers_and_modules_that_come_and_go,
 ]  # fmt: skip
 
 
@@ -280,9 +317,15 @@ def a_tensor_that_is_resized(module: Any) -> Step:
     return step
 
 
+def a_seed_that_is_spent(module: Any) -> Step:
+    module.generator = np.random.default_rng(0)
+    return lambda: 1e-3 * module.generator.spawn(1)[0].random()
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
+        (a_seed_that_is_spent, "model.layers.1.mlp.generator"),
         (itertools_count, "model.layers.1.mlp.count"),
         (a_python_generator, "model.layers.1.mlp.numbers"),
         (a_parameter, "model.layers.1.mlp.bias"),

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sinktrack import MeasurementError, Probe, Run, measure
+from sinktrack import Decoder, MeasurementError, Probe, Run, measure
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.collect import Collector
 from sinktrack.interventions.replay import replaying
@@ -205,6 +205,10 @@ def test_a_prompt_in_every_block_is_refused() -> None:
     model = peft.get_peft_model(models.llama(), prompt)
     with pytest.raises(MeasurementError, match="a prompt that PEFT learned stands before"):
         measure(Around(model), PROBE)
+    inner = model.get_base_model()  # what was put into it tells
+    for entry in (inner, Decoder(model, blocks=inner.model.layers)):
+        with pytest.raises(MeasurementError, match="a prompt that PEFT learned stands before"):
+            measure(entry, PROBE)
 
 
 def test_a_module_of_several_models_is_refused() -> None:

@@ -334,6 +334,13 @@ def test_what_goes_nowhere_is_not_noted_as_sent(
     assert publish(past, "sinks")[1] == 20
 
 
+def test_a_setting_that_is_none_is_told(past: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wandb, "Settings", partial(wandb.Settings, mode="often"))
+    with pytest.raises(RecordError, match=r"W&B: 1 validation error[\s\S]*nothing was sent"):
+        publish(past, "sinks")
+    assert not (past.directory / "wandb.json").exists()
+
+
 def test_what_no_directory_keeps_is_not_noted_as_sent(past: Run) -> None:
     """W&B offline, and its directory is a file, read-only, or on a disk that gets full."""
     where = past.directory / "wandb"

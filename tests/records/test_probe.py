@@ -348,3 +348,9 @@ def test_what_is_not_utf8_is_named_by_line_and_byte(
 def test_texts_that_are_none(text: Any, told: str) -> None:
     with pytest.raises(ProbeError, match=told):
         Probe.from_texts(lambda text: {"input_ids": [*text.encode()]}, ["to be", text], length=2)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf", b"\n\r\n"])
+def test_a_file_without_text_is_told(content: bytes, tmp_path: Path) -> None:
+    with pytest.raises(ProbeError, match="texts holds no text"):
+        of_texts(content, tmp_path)

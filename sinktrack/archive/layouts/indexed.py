@@ -14,7 +14,7 @@ from threading import Lock
 from typing import ClassVar, Generic, TypeVar
 
 from sinktrack.archive.foreign import count, some
-from sinktrack.archive.huggingface import config
+from sinktrack.archive.huggingface import base_prefix, config, is_text
 from sinktrack.archive.source import Checkpoint, unwrapped
 from sinktrack.archive.storage.files import Files
 from sinktrack.archive.storage.slices import Slice
@@ -84,7 +84,7 @@ class Indexed(ABC, Generic[T]):
 
     @cached_property
     def _stored(self) -> dict[str, str]:
-        return unwrapped(self._files)
+        return unwrapped(self._files, base_prefix(self.config) if is_text(self.config) else "")
 
     def names(self) -> list[str]:
         """Of all tensors, as the bare model calls them."""
