@@ -1437,6 +1437,12 @@ class _Flow(ResidualTracer):
                 "logit, softmax1), so it is not softmax attention over its keys alone; not "
                 "supported"
             )
+        with self.paused():
+            combined = self._combined(name, args, kwargs) if marks and tap.inside else None
+        if combined is not None:
+            result = func(*args, **kwargs)
+            mark(result, combined)
+            return result
         if name in _BLENDS and tap.inside and any(found.origin in _PARTS for found in marks):
             beside = [value for value in values if mark_of(value) is None]
             if any(self.derived(value) and value.is_floating_point() for value in beside):
@@ -1456,6 +1462,72 @@ class _Flow(ResidualTracer):
             with self.paused():
                 tap.opaque(name, args, kwargs, result)
         return result
+
+    def _combined(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Mark | None:
+        """The mark of sublayers' outputs side by side, added up with factors or multiplied.
+
+        None where they are not, or are added up plainly.
+        """
+        left, right = (*args, None, None)[:2] if args else (None, None)
+        a, b = mark_of(left), mark_of(right)
+        marks = [found for found in (a, b) if found is not None]
+        if not any(found.origin in ("sum", "attention", "experts") for found in marks):
+            return None
+        if name in _MULTIPLY or name in _DIVIDE:
+            value, factor = (left, right) if a is not None else (right, left)
+            found = mark_of(value)
+            fits = found is not None and found.origin == "sum" and isinstance(value, Tensor)
+            if not fits or (name in _DIVIDE and value is not left) or kwargs:
+                return None
+            if isinstance(factor, Tensor):
+                if self.derived(factor) or torch.broadcast_shapes(
+                    factor.shape, value.shape
+                ) != tuple(value.shape):
+                    return None
+                factor = float(factor) if factor.numel() == 1 else factor
+            elif not isinstance(factor, int | float):
+                return None
+            return self._scaled(found, value, 1 / factor if name in _DIVIDE else factor)
+        if name in ("neg", "__neg__") and a is not None and a.origin == "sum":
+            return self._scaled(a, left, -1.0)
+        if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+            return None
+        if left.shape != right.shape or self.tap.rows(left) is None:
+            return None
+        alpha = kwargs.get("alpha", 1)
+        if name in _SUBTRACT:
+            one, two = 1.0, -float(alpha)
+        elif name in _ADD and alpha != 1:
+            one, two = 1.0, float(alpha)
+        elif name in ("lerp", "lerp_"):
+            weight = self._number(args[2] if len(args) > 2 else kwargs.get("weight"))
+            if weight is None:
+                return None
+            one, two = 1 - weight, weight
+        else:
+            return None
+        if not self.derived(left) or not self.derived(right):
+            return None
+        terms = [*self._scaled(a, left, one).parts, *self._scaled(b, right, two).parts]
+        return Mark("sum", parts=tuple(terms))
+
+    def _scaled(self, found: Mark | None, value: Tensor, factor: Any) -> Mark:
+        """A sum's mark, each term of it multiplied with a number or a constant tensor."""
+        terms: list[tuple[Mark | None, Tensor]] = []
+        for known, part in found.parts if found and found.parts else ((found, value),):
+            scaled = part.view(value.shape) * factor
+            self.derive(scaled)
+            if known is not None and known.raw is None:
+                number = isinstance(factor, int | float)
+                known = (
+                    replace(known, factor=known.factor * factor)
+                    if number
+                    else replace(known, raw=part)
+                )
+            terms.append((known, scaled))
+        return Mark("sum", parts=tuple(terms))
 
     def _of_positions(self, value: Tensor) -> bool:
         """Is it computed for each position, and no count such as of an expert's tokens?"""
