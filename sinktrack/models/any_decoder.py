@@ -26,7 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from sinktrack.attention import Attended, attend, read_scores, see
 from sinktrack.errors import MeasurementError, SinktrackError
 from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
-from sinktrack.models.experts import Expert, NotTold, apart, everywhere
+from sinktrack.models.experts import Expert, NoExperts, NotTold, apart, everywhere
 from sinktrack.models.guard import is_memory, refuse_unreadable
 from sinktrack.models.parallel import is_apart
 from sinktrack.models.tracer import (
@@ -76,6 +76,10 @@ _BLENDS = {
     "addmm", "baddbmm", "addbmm",
 }  # fmt: skip
 """Functions that make one tensor of several, by more than a sum."""
+_SORTS = {"sort", "argsort"}
+_PAIRS = {"topk", "max", "kthvalue", "sort"}
+_CHOOSES = _PAIRS | _SORTS | {"argmax", "multinomial"}
+"""Functions by which a router may choose; of the pairs they give the second is the index."""
 _PARTS = ("mixed", "attention", "experts", "sum")
 _NORMS = {"rms_norm", "layer_norm", "linear", "float", "to", "norm", "pow", "square"}
 """Functions that take the stream in any block, and give what is computed from it."""
@@ -1285,37 +1289,54 @@ class Tap:
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook before a module that may route."""
-        self.experts.append(Expert(module, args, kwargs))
+        first = next(_tensors(args, kwargs), None)
+        for outer in self.experts if first is not None and first.ndim else ():
+            rows = first.numel() // max(1, first.shape[-1])
+            outer.rows[id(module)] = outer.rows.get(id(module), 0) + rows
+        self.experts.append(Expert(module, args, kwargs, attended=self.attended))
 
     def returned(self, module: nn.Module, args: Any, output: Any) -> None:
         """A hook after it."""
         while self.experts and (call := self.experts.pop()).module is not module:
             pass
         values = [v for v in _tensors((output,), {}) if self.rows(v) is not None]
-        if not call.chosen or not values or self.flow.replaying:
+        if not values or self.flow.replaying or self.parts is None or call.told:
             return
-        if self.parts is None:
+        found = call.chosen or call.ranked
+        count = found[0] if found else call.unseen(self.batch * self.length)
+        if count is None or self.attended > call.attended:
             return
         for outer in self.experts:
-            outer.chosen = None
-        if isinstance(mark_of(values[0]), Stream):
-            self.notes.append(
-                f"{self.name()}: its experts are one MLP here: {type(module).__name__} adds what "
-                "they write to the stream itself"
-            )
-            return
+            outer.told = True
+        kind = type(module).__name__
         with self.flow.paused():
             try:
+                if not found:
+                    raise NotTold(
+                        f"{kind} holds {count} modules alike, of which some run on some tokens "
+                        "alone, and by what function of torch it chooses was not seen"
+                    )
+                if isinstance(mark_of(values[0]), Stream):
+                    raise NotTold(f"{kind} adds what they write to the stream itself")
                 routed = (apart if self.parts == "p0" else everywhere)(call, values[0], self)
-            except NotTold as error:
-                self.notes.append(f"{self.name()}: its experts are one MLP here: {error}")
+            except NoExperts as error:
+                self._one_mlp(error)
                 return
+            except NotTold as error:
+                self._one_mlp(error)
+                self.found.experts = max(self.found.experts or 0, count)
+                return
+        self.found.experts = max(self.found.experts or 0, count)
         self.routed, self.found.told = (values[0], routed), True
         mark(values[0], Mark("experts"))
 
-    def chose(self, scores: Tensor, result: Any) -> None:
-        """A topk, or the largest of each row: it may be a router's."""
-        total, index = self.batch * self.length, result[1]
+    def _one_mlp(self, error: NotTold) -> None:
+        self.notes.append(f"{self.name()}: its experts are one MLP here: {error}")
+
+    def chose(self, name: str, scores: Tensor, result: Any) -> None:
+        """A topk, the largest of each row, or all in order: it may be a router's."""
+        index = result if isinstance(result, Tensor) else result[1]
+        total = self.batch * self.length
         if scores.ndim > 3 or not index.ndim:
             return
         index = index if index.ndim == scores.ndim else index.unsqueeze(-1)
@@ -1323,9 +1344,10 @@ class Tap:
         if scores.numel() != total * count or index.numel() != total * each or count < 2:
             return
         for call in self.experts:
-            call.chosen = (count, index)
-        if self.experts:
-            self.found.experts = max(self.found.experts or 0, count)
+            if name in _SORTS:
+                call.ranked = (count, index)
+            else:
+                call.chose(count, index)
 
 
 class _Flow(ResidualTracer):
@@ -1453,8 +1475,9 @@ class _Flow(ResidualTracer):
         result = super().__torch_function__(func, types, args, kwargs)
         if before is not None and isinstance(result, Tensor):
             setattr(result, _UNMASKED, before)
-        if name == "topk" or (name == "max" and isinstance(result, tuple)):
-            tap.chose(args[0], result)
+        if name in _CHOOSES and args and (isinstance(result, tuple) or name not in _PAIRS):
+            with self.paused():
+                tap.chose(name, args[0], result)
         if any(found.origin == "weights" for found in marks) and name in _MAPS:
             tap.yields(self._mixed(result), result)
             tap.unmixed = False
