@@ -1486,9 +1486,7 @@ class _Flow(ResidualTracer):
                 tap.opaque(name, args, kwargs, result)
         return result
 
-    def _combined(
-        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Mark | None:
+    def _combined(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mark | None:
         """The mark of sublayers' outputs side by side, added up with factors or multiplied.
 
         None where they are not, or are added up plainly.
