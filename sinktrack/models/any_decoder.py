@@ -11,6 +11,7 @@ without each of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -1290,8 +1291,9 @@ class Tap:
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook before a module that may route."""
         first = next(_tensors(args, kwargs), None)
-        for outer in self.experts if first is not None and first.ndim else ():
-            rows = first.numel() // max(1, first.shape[-1])
+        shape = () if first is None else first.shape
+        for outer in self.experts if shape else ():
+            rows = math.prod(shape[:-1])
             outer.rows[id(module)] = outer.rows.get(id(module), 0) + rows
         self.experts.append(Expert(module, args, kwargs, attended=self.attended))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from sinktrack import Decoder, MeasurementError, Probe, measure
+from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.interventions.replay import Edit, replaying
 from sinktrack.models.decoder_passes import check as start_line
 from tests.helpers import torch_models
@@ -37,13 +40,13 @@ def causal(length: int) -> Tensor:
 # Where the keys stand
 
 
-def scores(q: Tensor, k: Tensor) -> Tensor:
+def scores(q: Any, k: Any) -> Any:
     return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~causal(q.shape[2]), -torch.inf)
 
 
 def flipped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    turned = (value.flip(2) for value in (q, k, v))
-    return F.scaled_dot_product_attention(*turned, is_causal=True).flip(2)
+    q, k, v = (value.flip(2) for value in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).flip(2)
 
 
 def rolled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -81,7 +84,7 @@ def by_flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     length = q.shape[2]
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, "cpu")
     made, total = flex_attention(q, k, v, block_mask=mask, return_lse=True)
-    return made * torch.sigmoid(total - 0.5)[..., None]  # type: ignore[no-any-return]
+    return made * torch.sigmoid(total - 0.5)[..., None]
 
 
 class Attends(torch_models.Attention):
@@ -129,9 +132,9 @@ def test_tokens_that_are_read_from_their_end() -> None:
 class Beside(torch_models.Block):
     """It takes something else of the stream's size first."""
 
-    def forward(self, other: Tensor, x: Any = None, late: Any = None) -> Any:
-        assert other.isfinite().all()
-        return super().forward(x)
+    def forward(self, x: Tensor, value: Any = None, late: Any = None) -> Any:
+        assert x.isfinite().all()
+        return super().forward(value)
 
 
 class Embedded(Net):
@@ -385,6 +388,20 @@ def test_what_an_attention_chooses_is_no_expert() -> None:
     assert "parts" not in found.missing
 
 
+# Said at once
+
+
+def test_the_start_line_comes_before_a_first_probe_too(tmp_path: Path, caplog: Any) -> None:
+    """And where all sequences begin with one token."""
+    tokens = PROBE.tokens.clone()
+    tokens[:, 0] = 3
+    tracker = SinkTracker(Probe.from_tokens(tokens), tmp_path, every=2, on_error="raise")
+    with caplog.at_level(logging.INFO, "sinktrack"):
+        for step in range(3):
+            tracker.step(step, Net(Kind()))
+    assert caplog.text.count("Net: 4 of 4 blocks, SDPA, 4 heads") == 1
+
+
 # Refused by name
 
 
@@ -399,7 +416,7 @@ def test_a_model_that_is_split_over_devices() -> None:
 
 def test_modules_of_torchscript() -> None:
     model = Net(Kind())
-    model.layers[1].mlp = torch.jit.trace(model.layers[1].mlp, torch.randn(3, WIDTH))  # type: ignore[no-untyped-call]
+    model.layers[1].mlp = torch.jit.trace(model.layers[1].mlp, torch.randn(3, WIDTH))
     with pytest.raises(MeasurementError, match="compiled by TorchScript"):
         measure(model, PROBE)
 
