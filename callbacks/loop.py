@@ -116,15 +116,18 @@ class SinkTracker:
         try:
             adapted = adapt(model, self.options.decoder)
             if records or adapted.every_process:
-                said = adapted.tried(self.probe)
-                if said is not None:
-                    _log.info("%s", said)
+                self._try(adapted)
         except Exception as error:
             self._failed("trial of the model", step, error)
 
+    def _try(self, adapted: Adapted) -> None:
+        said = adapted.tried(self.probe)
+        if said is not None:
+            _log.info("%s", said)
+
     def probe_now(self, step: int, model: Model, tokens: int | None = None) -> Measurement | None:
         """Probe whatever the step; None on a process that does not write, or after a failure."""
-        self.measured, self._tried = step, True
+        first, self.measured, self._tried = not self._tried, step, True
         try:
             adapted = adapt(model, self.options.decoder)
         except Exception as error:
@@ -138,6 +141,8 @@ class SinkTracker:
         try:
             if adapted.every_process and not adapted.agrees:
                 _agree(self.probe)
+            if first and adapted.backend == "torch":
+                self._try(adapted)
             measurement = measure(
                 adapted.model,
                 self.probe,

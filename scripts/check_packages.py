@@ -52,7 +52,7 @@ REQUIREMENTS = {
         "ai2-olmo-core", "cached-path", "dataclass-extensions", "bettermap", "importlib-resources",
         "google-api-core", "google-auth", "google-cloud-core", "google-cloud-storage",
         "google-crc32c", "google-resumable-media", "googleapis-common-protos", "cachetools",
-        "proto-plus", "pyasn1", "pyasn1-modules",
+        "proto-plus", "pyasn1", "pyasn1-modules", "dill",
     ],
     "torchtitan": [
         "torchtitan", "torchdata", "torch-checkpointing", "tyro", "einops", "spmd-types==0.2.3",

@@ -11,6 +11,7 @@ without each of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -26,8 +27,8 @@ from torch.distributed.fsdp import FSDPModule
 from sinktrack.attention import Attended, attend, read_scores, see
 from sinktrack.errors import MeasurementError, SinktrackError
 from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
-from sinktrack.models.experts import Expert, NotTold, apart, everywhere
-from sinktrack.models.guard import refuse_prompts, refuse_unreadable
+from sinktrack.models.experts import Expert, NoExperts, NotTold, apart, everywhere
+from sinktrack.models.guard import is_memory, refuse_prompts, refuse_unreadable
 from sinktrack.models.parallel import is_apart
 from sinktrack.models.tracer import (
     _ADD,
@@ -76,10 +77,17 @@ _BLENDS = {
     "addmm", "baddbmm", "addbmm",
 }  # fmt: skip
 """Functions that make one tensor of several, by more than a sum."""
+_SORTS = {"sort", "argsort"}
+_PAIRS = {"topk", "max", "kthvalue", "sort"}
+_CHOOSES = _PAIRS | _SORTS | {"argmax", "multinomial"}
+"""Functions by which a router may choose; of the pairs they give the second is the index."""
 _PARTS = ("mixed", "attention", "experts", "sum")
 _NORMS = {"rms_norm", "layer_norm", "linear", "float", "to", "norm", "pow", "square"}
 """Functions that take the stream in any block, and give what is computed from it."""
 _DERIVED = "_sinktrack_derived"
+_SCORED = "_sinktrack_scored"
+"""The block in whose attention's scores a tensor was summed up over the keys, or computed from."""
+_OVER_KEYS = {"logsumexp", "sum", "amax", "max", "mean", "norm", "vector_norm", "std", "var"}
 _UNMASKED = "_sinktrack_unmasked"
 """Of scores, what they were before a mask was put on them."""
 _HIDDEN = -9e3
@@ -144,12 +152,17 @@ class Decoder:
                 f"({type(e).__name__}: {e}); give {way}"
             ) from e
         except RuntimeError as e:
-            if "bf16" not in str(e) and "bfloat16" not in str(e).lower():
+            if is_memory(e):
                 raise
+            if "bf16" in str(e) or "bfloat16" in str(e).lower():
+                raise MeasurementError(
+                    f"{class_of(bare)} does not run in the dtype of its weights ({e}); a probe "
+                    "runs without the training's autocast: open torch.autocast within forward= of "
+                    "sinktrack.Decoder"
+                ) from e
+            short = ", two as each first token is shown alone" if tokens.shape[1] == 2 else ""
             raise MeasurementError(
-                f"{class_of(bare)} does not run in the dtype of its weights ({e}); a probe runs "
-                "without the training's autocast: open torch.autocast within forward= of "
-                "sinktrack.Decoder"
+                f"{class_of(bare)} does not run on tokens {tuple(tokens.shape)}{short} ({e})"
             ) from e
 
     def blocks(self) -> dict[int, nn.Module]:
@@ -249,7 +262,7 @@ def _evident(model: nn.Module) -> list[nn.Module]:
         if not items:
             continue
         alike = len({_kind(item) for item in items}) == 1  # every other one may be checkpointed
-        alike = alike and _kind(items[0]).forward is not nn.Module.forward
+        alike = alike and _runs(items[0])
         if alike and all(next(_unwrap(item).children(), None) is not None for item in items):
             found[path] = items
     if len(found) == 1:
@@ -262,6 +275,12 @@ def _evident(model: nn.Module) -> list[nn.Module]:
         f"them: {_WRITE.format(path=path)}, for measure sinktrack.Decoder(model, "
         f"blocks=model.{path})"
     )
+
+
+def _runs(module: nn.Module) -> bool:
+    """Has it a forward pass of its own?"""
+    own = vars(_kind(module)).get("forward") or getattr(_unwrap(module), "forward", None)
+    return getattr(own, "__func__", own) is not _kind(nn.Module()).forward
 
 
 @dataclass
@@ -283,6 +302,8 @@ class Found:
     """What could not be told of the parts of its writes, and why."""
     carries: bool | None = None
     """Does a block return its last write beside the stream? None before that is known."""
+    start: int | None = None
+    """Which of the tensors of its shape at block 0 is the stream, where there are several."""
     forms: dict[int, int] = field(default_factory=dict)
     """What blocks return: 0 the stream bare, n a tuple of n of which the others are None."""
 
@@ -312,6 +333,19 @@ def found_in(decoder: Decoder) -> Found:
         )
     refuse_unreadable(model)
     refuse_prompts(model.modules())
+    devices = {str(value.device): name for name, value in model.named_parameters() if value.ndim}
+    if len(devices) > 1:
+        where = " and ".join(f"{name} on {device}" for device, name in devices.items())
+        raise MeasurementError(
+            f"{class_of(model)} is split over devices ({where}); of models that are not "
+            "transformers only those on one device are supported: measure a copy on one, or the "
+            "saved checkpoints with `sinktrack scan`"
+        )
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise MeasurementError(
+            f"{class_of(model)} holds modules compiled by TorchScript, whose operations cannot be "
+            "seen; measure the model that they were made of"
+        )
     return Found(model, blocks)
 
 
@@ -352,6 +386,26 @@ class _Reached(Exception):
     def __init__(self, stream: Tensor) -> None:
         super().__init__("block 0")
         self.stream = stream
+
+
+class Undecided(Exception):
+    """Several tensors at the input of block 0 may be the stream."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(f"{count} tensors")
+        self.count = count
+
+
+class Decided(Exception):
+    """Block 0 is over, and by now it is known which of its outputs is the stream.
+
+    Args:
+        places: of those among its outputs in which a write of the block is.
+    """
+
+    def __init__(self, places: tuple[int, ...]) -> None:
+        super().__init__("block 0 is over")
+        self.places = places
 
 
 class Tap:
@@ -406,6 +460,11 @@ class Tap:
         self.direct = True
         """Was every block handed just what the one before returned?"""
         self.carries = False
+        self.deciding = False
+        """Does the pass end with block 0?"""
+        self.yielded: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = {}
+        """By block P0's rows ``[B, D]`` at its input, what its heads yield there ``[B, H * Dv]``,
+        and how large that is at any position."""
         self.experts: list[Expert] = []
         self.routed: tuple[Tensor, Routed] | None = None
 
@@ -591,28 +650,37 @@ class Tap:
         raise MeasurementError(
             f"block {index} ({class_of(self.found.blocks[index])}): no residual stream [B, T, "
             f"D] at its input for tokens {tuple(self.tokens.shape)}: it got {shapes}; several "
-            "streams side by side (hyper-connections) are not supported; where the model only "
-            "wants its tokens in another form, give forward= to sinktrack.Decoder"
+            "streams side by side (hyper-connections) are not supported, nor tokens that the model "
+            "itself puts before the text; let a block take and return the stream as a tensor, and "
+            "where the model only wants its tokens in another form, give forward= to "
+            "sinktrack.Decoder"
         )
 
     def _start(self, given: list[Tensor]) -> Tensor:
         """The stream at the input of block 0, and its layout."""
-        total = self.batch * self.length
-        for value in given:
-            if not value.is_floating_point() or value.ndim < 2 or not value.shape[-1]:
-                continue
-            lead = tuple(size for size in value.shape[:-1] if size != 1)
-            both, turned = (self.batch, self.length), (self.length, self.batch)
-            if lead not in (both, turned, (total,)) and not (1 in both and lead == (max(both),)):
-                continue
-            self.width, self.dims = value.shape[-1], value.ndim
-            if 1 not in both and (both == turned or lead == (total,)):
-                self.time_first = self._order(value)
-            else:
-                self.time_first = lead == turned != both
-            return value
-        self._refuse_input(0, given)
-        raise AssertionError
+        fits = [value for value in given if self._may_start(value)]
+        if not fits:
+            self._refuse_input(0, given)
+        if len(fits) > 1 and self.found.start is None:
+            raise Undecided(len(fits))
+        value = fits[min(self.found.start or 0, len(fits) - 1)]
+        lead = tuple(size for size in value.shape[:-1] if size != 1)
+        both, turned = self._shape(False), self._shape(True)
+        self.width, self.dims = value.shape[-1], value.ndim
+        if 1 not in both and (both == turned or lead == (self.batch * self.length,)):
+            self.time_first = self._order(value)
+        else:
+            self.time_first = lead == turned != both
+        return value
+
+    def _may_start(self, value: Tensor) -> bool:
+        """Has it a row for each position of each sequence?"""
+        if not value.is_floating_point() or value.ndim < 2 or not value.shape[-1]:
+            return False
+        lead = tuple(size for size in value.shape[:-1] if size != 1)
+        both = self._shape(False)
+        total = (self.batch * self.length,)
+        return lead in (both, self._shape(True), total) or (1 in both and lead == (max(both),))
 
     def _order(self, stream: Tensor) -> bool:
         """By value: another token at position 1 of sequence 0 changes its row at block 0."""
@@ -664,6 +732,8 @@ class Tap:
             )
             known = Stream("stream", form={})
         row = self.p0(stream).double()
+        if self.editor is None:
+            self.yielded[self.block] = (row.float(), None, None)
         self.size = self.size + 4 * torch.linalg.vector_norm(row, dim=-1)
         if self.lost is None and self.editor is None:
             self._check(known, row, stream.dtype)
@@ -719,6 +789,9 @@ class Tap:
                     for value in _distinct(_tensors(tuple(outputs), {}))
                     if self.rows(value) is not None
                 ]
+                if self.deciding:
+                    written = enumerate(_tensors(tuple(outputs), {}))
+                    raise Decided(tuple(place for place, v in written if self.wrote_last(v)))
                 if index == len(self.found.blocks) - 1:
                     self._finish()
 
@@ -869,8 +942,9 @@ class Tap:
             made = own @ weight.float().T
             if bias is not None:
                 made = made + bias.float()
+            coarse = max((rows.dtype, whole.dtype), key=lambda dtype: torch.finfo(dtype).eps)
             if _close(own, self.heads, rows.dtype) and _close(
-                made * found.factor, whole[:, 0].float(), whole.dtype, 32
+                made * found.factor, whole[:, 0].float(), coarse, 32
             ):
                 return Projection(rows, heads, weight, bias, found.factor)
         return None
@@ -899,7 +973,14 @@ class Tap:
         with self.named():
             self.observer.attention(self.block, attended)
         if output is not None:
-            self.heads = output[:, :, 0].detach().float().flatten(1)
+            self.yields(output[:, :, 0].detach().float().flatten(1), output)
+
+    def yields(self, heads: Tensor | None, output: Tensor) -> None:
+        """P0's rows ``[B, H * Dv]`` of what its heads yield, and that of all positions."""
+        self.heads = heads
+        if self.editor is None and heads is not None and self.block in self.yielded:
+            size = output.detach().float().square().sum() / (self.batch * self.length)
+            self.yielded[self.block] = (self.yielded[self.block][0], heads, size.sqrt())
 
     def softmax(self, scores: Tensor) -> tuple[Tensor, Mark] | None:
         """Scores ``[B, ..., T, T]`` enter a softmax."""
@@ -969,6 +1050,11 @@ class Tap:
                     f"{tuple(self.tokens.shape)}, wanted [B, H, T, D]: chunks of a sequence, "
                     "sequences in a row and heads among the sequences are not supported"
                 )
+            if key.shape[2] != self.length:
+                raise self.refuse(
+                    f"scaled_dot_product_attention over {key.shape[2]} keys for {self.length} "
+                    "positions: memory keys, a key of zeros (softmax1) and caches are not supported"
+                )
             if attn_mask is None and not is_causal:
                 raise self.refuse("attention that is not causal has no P0 sink")
             if key.shape[1] != query.shape[1] and not enable_gqa and key.shape[1] != 1:
@@ -1031,6 +1117,7 @@ class Tap:
                 )
             self.show("flex attention", replace(attended, value=value), result[0])
         mark(result[0], Mark("mixed", heads=heads))
+        self.flow.score(tuple(result[1:]))
         return result
 
     def multi_head(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -1120,6 +1207,8 @@ class Tap:
                         whole.copy_(own)
                     self.show(name, attended, whole)
                     mark(outputs[0], Mark("mixed", heads=query.shape[1]))
+                    others = _tensors((result,), {})
+                    self.flow.score([value for value in others if value is not outputs[0]])
                     return
         self.went_as_attention = (
             f"{name} takes three tensors like queries, keys and values, and gives something else "
@@ -1202,37 +1291,55 @@ class Tap:
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook before a module that may route."""
-        self.experts.append(Expert(module, args, kwargs))
+        first = next(_tensors(args, kwargs), None)
+        shape = () if first is None else first.shape
+        for outer in self.experts if shape else ():
+            rows = math.prod(shape[:-1])
+            outer.rows[id(module)] = outer.rows.get(id(module), 0) + rows
+        self.experts.append(Expert(module, args, kwargs, attended=self.attended))
 
     def returned(self, module: nn.Module, args: Any, output: Any) -> None:
         """A hook after it."""
         while self.experts and (call := self.experts.pop()).module is not module:
             pass
         values = [v for v in _tensors((output,), {}) if self.rows(v) is not None]
-        if not call.chosen or not values or self.flow.replaying:
+        if not values or self.flow.replaying or self.parts is None or call.told:
             return
-        if self.parts is None:
+        found = call.chosen or call.ranked
+        count = found[0] if found else call.unseen(self.batch * self.length)
+        if count is None or self.attended > call.attended:
             return
         for outer in self.experts:
-            outer.chosen = None
-        if isinstance(mark_of(values[0]), Stream):
-            self.notes.append(
-                f"{self.name()}: its experts are one MLP here: {type(module).__name__} adds what "
-                "they write to the stream itself"
-            )
-            return
+            outer.told = True
+        kind = type(module).__name__
         with self.flow.paused():
             try:
+                if not found:
+                    raise NotTold(
+                        f"{kind} holds {count} modules alike, of which some run on some tokens "
+                        "alone, and by what function of torch it chooses was not seen"
+                    )
+                if isinstance(mark_of(values[0]), Stream):
+                    raise NotTold(f"{kind} adds what they write to the stream itself")
                 routed = (apart if self.parts == "p0" else everywhere)(call, values[0], self)
-            except NotTold as error:
-                self.notes.append(f"{self.name()}: its experts are one MLP here: {error}")
+            except NoExperts as error:
+                self._one_mlp(error)
                 return
+            except NotTold as error:
+                self._one_mlp(error)
+                self.found.experts = max(self.found.experts or 0, count)
+                return
+        self.found.experts = max(self.found.experts or 0, count)
         self.routed, self.found.told = (values[0], routed), True
         mark(values[0], Mark("experts"))
 
-    def chose(self, scores: Tensor, result: Any) -> None:
-        """A topk, or the largest of each row: it may be a router's."""
-        total, index = self.batch * self.length, result[1]
+    def _one_mlp(self, error: NotTold) -> None:
+        self.notes.append(f"{self.name()}: its experts are one MLP here: {error}")
+
+    def chose(self, name: str, scores: Tensor, result: Any) -> None:
+        """A topk, the largest of each row, or all in order: it may be a router's."""
+        index = result if isinstance(result, Tensor) else result[1]
+        total = self.batch * self.length
         if scores.ndim > 3 or not index.ndim:
             return
         index = index if index.ndim == scores.ndim else index.unsqueeze(-1)
@@ -1240,9 +1347,10 @@ class Tap:
         if scores.numel() != total * count or index.numel() != total * each or count < 2:
             return
         for call in self.experts:
-            call.chosen = (count, index)
-        if self.experts:
-            self.found.experts = max(self.found.experts or 0, count)
+            if name in _SORTS:
+                call.ranked = (count, index)
+            else:
+                call.chose(count, index)
 
 
 class _Flow(ResidualTracer):
@@ -1300,10 +1408,33 @@ class _Flow(ResidualTracer):
             self.tap.embedded(index, weight)
         if not self.following or self.probing:
             return func(*args, **kwargs)
+        values = list(_tensors(args, kwargs))
+        scored = any(map(self._scored, values)) or (
+            name in _OVER_KEYS and bool(values) and self._is_scores(values[0])
+        )
         result = self._followed(name, func, types, args, kwargs)
-        if any(self.derived(value) for value in _tensors(args, kwargs)):
-            self.derive(args[0] if name == "__setitem__" else result)
+        if any(self.derived(value) for value in values):
+            changed = args[0] if name == "__setitem__" else result
+            self.derive(changed)
+            if scored:
+                self.score((changed,))
         return result
+
+    def _scored(self, value: Tensor) -> bool:
+        """Is it computed from what the present block's scores sum up to?"""
+        return getattr(value, _SCORED, None) == self.tap.block and mark_of(value) is None
+
+    def score(self, results: Any) -> None:
+        """These are."""
+        for value in _tensors(results, {}):
+            if value.is_floating_point():
+                setattr(value, _SCORED, self.tap.block)
+
+    def _is_scores(self, value: Tensor) -> bool:
+        """Are they attention's, ``[B, H, T, T]``, by the shape?"""
+        length = self.tap.length
+        wide = value.ndim > 3 or (value.ndim == 3 and self.tap.width != length)
+        return wide and tuple(value.shape[-2:]) == (length, length) and self.derived(value)
 
     def _followed(
         self, name: str, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -1325,6 +1456,18 @@ class _Flow(ResidualTracer):
         if name in _READS:
             return func(*args, **kwargs)
         marks = [found for value in values if (found := mark_of(value))]
+        if any(found.origin == "mixed" for found in marks) and any(map(self._scored, values)):
+            raise tap.refuse(
+                "what its heads attend to is changed by what their scores add up to (a sink's "
+                "logit, softmax1), so it is not softmax attention over its keys alone; not "
+                "supported"
+            )
+        with self.paused():
+            combined = self._combined(name, args, kwargs) if marks and tap.inside else None
+        if combined is not None:
+            result = func(*args, **kwargs)
+            mark(result, combined)
+            return result
         if name in _BLENDS and tap.inside and any(found.origin in _PARTS for found in marks):
             beside = [value for value in values if mark_of(value) is None]
             if any(self.derived(value) and value.is_floating_point() for value in beside):
@@ -1335,14 +1478,80 @@ class _Flow(ResidualTracer):
         result = super().__torch_function__(func, types, args, kwargs)
         if before is not None and isinstance(result, Tensor):
             setattr(result, _UNMASKED, before)
-        if name == "topk" or (name == "max" and isinstance(result, tuple)):
-            tap.chose(args[0], result)
+        if name in _CHOOSES and args and (isinstance(result, tuple) or name not in _PAIRS):
+            with self.paused():
+                tap.chose(name, args[0], result)
         if any(found.origin == "weights" for found in marks) and name in _MAPS:
-            tap.heads, tap.unmixed = self._mixed(result), False
+            tap.yields(self._mixed(result), result)
+            tap.unmixed = False
         if _is_opaque(func, name):
             with self.paused():
                 tap.opaque(name, args, kwargs, result)
         return result
+
+    def _combined(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mark | None:
+        """The mark of sublayers' outputs side by side, added up with factors or multiplied.
+
+        None where they are not, or are added up plainly.
+        """
+        left, right = (*args, None, None)[:2] if args else (None, None)
+        a, b = mark_of(left), mark_of(right)
+        marks = [found for found in (a, b) if found is not None]
+        if not any(found.origin in ("sum", "attention", "experts") for found in marks):
+            return None
+        if name in _MULTIPLY or name in _DIVIDE:
+            value, factor = (left, right) if a is not None else (right, left)
+            found = mark_of(value)
+            fits = found is not None and found.origin == "sum" and isinstance(value, Tensor)
+            if not fits or (name in _DIVIDE and value is not left) or kwargs:
+                return None
+            if isinstance(factor, Tensor):
+                if self.derived(factor) or torch.broadcast_shapes(
+                    factor.shape, value.shape
+                ) != tuple(value.shape):
+                    return None
+                factor = float(factor) if factor.numel() == 1 else factor
+            elif not isinstance(factor, int | float):
+                return None
+            return self._scaled(found, value, 1 / factor if name in _DIVIDE else factor)
+        if name in ("neg", "__neg__") and a is not None and a.origin == "sum":
+            return self._scaled(a, left, -1.0)
+        if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+            return None
+        if left.shape != right.shape or self.tap.rows(left) is None:
+            return None
+        alpha = kwargs.get("alpha", 1)
+        if name in _SUBTRACT:
+            one, two = 1.0, -float(alpha)
+        elif name in _ADD and alpha != 1:
+            one, two = 1.0, float(alpha)
+        elif name in ("lerp", "lerp_"):
+            weight = self._number(args[2] if len(args) > 2 else kwargs.get("weight"))
+            if weight is None:
+                return None
+            one, two = 1 - weight, weight
+        else:
+            return None
+        if not self.derived(left) or not self.derived(right):
+            return None
+        terms = [*self._scaled(a, left, one).parts, *self._scaled(b, right, two).parts]
+        return Mark("sum", parts=tuple(terms))
+
+    def _scaled(self, found: Mark | None, value: Tensor, factor: Any) -> Mark:
+        """A sum's mark, each term of it multiplied with a number or a constant tensor."""
+        terms: list[tuple[Mark | None, Tensor]] = []
+        for known, part in found.parts if found and found.parts else ((found, value),):
+            scaled = part.view(value.shape) * factor
+            self.derive(scaled)
+            if known is not None and known.raw is None:
+                number = isinstance(factor, int | float)
+                known = (
+                    replace(known, factor=known.factor * factor)
+                    if number
+                    else replace(known, raw=part)
+                )
+            terms.append((known, scaled))
+        return Mark("sum", parts=tuple(terms))
 
     def _of_positions(self, value: Tensor) -> bool:
         """Is it computed for each position, and no count such as of an expert's tokens?"""

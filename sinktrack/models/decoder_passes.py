@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sinktrack.collect import Collector
+from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer
 from sinktrack.measurement import Measurement
-from sinktrack.models.any_decoder import Decoder, Found, Restart, Several, Tap, found_in
+from sinktrack.models.any_decoder import (
+    Decided,
+    Decoder,
+    Found,
+    Restart,
+    Several,
+    Tap,
+    Undecided,
+    class_of,
+    found_in,
+)
 from sinktrack.models.editable import InMemory, at_once
 from sinktrack.models.guard import probe_context
 from sinktrack.models.parallel import takes_every_process
@@ -31,10 +43,9 @@ def measure_decoder(
     passes = Passes(probe, batch_size)
     (collected, batches), (singles, firsts) = passes.both
     with probe_context(found.model, passes.size, probe):
-        for tokens in batches:
-            _show(decoder, found, collected, tokens)
-        for tokens in firsts:  # twice, as code for one token may expect a cache; P0 sees itself
-            _show(decoder, found, singles, tokens.expand(-1, 2), parts=False)
+        wholes = [_show(decoder, found, collected, tokens) for tokens in batches]
+        alone = [_show(decoder, found, singles, _alone(tokens), parts=False) for tokens in firsts]
+        _check_p0(found, wholes[0], alone[0])
         passes.ablate_whole(_Passes(decoder, found), takes_every_process(found.model), in_training)
     seen = collected.of("attention", "visible")
     length = probe.length - 1
@@ -61,7 +72,9 @@ def check(decoder: Decoder, probe: Probe) -> str:
     few = probe.tokens[:2, :8]
     collected = Collector({})
     with probe_context(found.model, len(few), probe):
-        _show(decoder, found, collected, few)
+        whole = _show(decoder, found, collected, few)
+        first = _alone(few[:, :1].unique(dim=0))  # alike, they do not tell the order of tensors
+        _check_p0(found, whole, _show(decoder, found, Collector({}), first, parts=False))
     blocks, how = len(found.blocks), " and ".join(found.how)
     experts = f", {found.experts} experts" if found.experts else ""
     experts += " told apart" if experts and found.told else ""
@@ -70,16 +83,133 @@ def check(decoder: Decoder, probe: Probe) -> str:
     return "; ".join([said, *lost, *dict.fromkeys(found.notes)])
 
 
+@dataclass(frozen=True)
+class _AtP0:
+    """Of a pass."""
+
+    first: Tensor
+    """``[B]``: its first tokens."""
+    dtype: torch.dtype
+    yielded: dict[int, tuple[Tensor, Tensor | None, Tensor | None]]
+    """As of `Tap`."""
+
+
+def _alone(first: Tensor) -> Tensor:
+    """Single tokens ``[B, 1]`` twice, as code for one may expect a cache; the first sees itself."""
+    return first.expand(-1, 2)
+
+
 def _show(
     decoder: Decoder, found: Found, observer: Collector, tokens: Tensor, parts: bool = True
-) -> None:
+) -> _AtP0:
     """Show a forward pass of tokens ``[B, T]``, with the parts of its writes or without."""
     device = next(found.model.parameters()).device
-    tap = Tap(decoder, found, observer, tokens.to(device), "p0" if parts else None)
-    with tap.watching():
-        decoder.run(tap.tokens)
-        tap.end()
+
+    def make() -> Tap:
+        return Tap(decoder, found, observer, tokens.to(device), "p0" if parts else None)
+
+    tap, _ = _passed(make)
     found.notes += tap.notes if parts else []
+    return _AtP0(tap.tokens[:, 0], observer.dtype, tap.yielded)
+
+
+def _passed(make: Callable[[], Tap]) -> tuple[Tap, Any]:
+    """A pass, and what the model gives; before the first one it is decided what its stream is."""
+    tap = make()
+    try:
+        return tap, _run(tap)
+    except Undecided as undecided:
+        _decide(make(), undecided.count)
+    tap = make()
+    return tap, _run(tap)
+
+
+def _run(tap: Tap) -> Any:
+    with tap.watching():
+        output = tap.decoder.run(tap.tokens)
+        tap.end()
+    return output
+
+
+def _decide(like: Tap, count: int) -> None:
+    """Which of several tensors at block 0 is the stream: the one to which the block adds.
+
+    Raises:
+        MeasurementError: none, or more than one.
+    """
+    found, came = like.found, {}
+    errors: list[MeasurementError] = []
+    for place in range(count):
+        found.start = place
+        tap = Tap(like.decoder, found, Collector({}), like.tokens, None)
+        tap.deciding = True
+        try:
+            _run(tap)
+        except Decided as decided:
+            if decided.places:
+                came[place] = decided.places
+        except MeasurementError as error:
+            errors.append(error)
+    found.start = min(came, default=0)
+    if not came and len(errors) == count:
+        raise errors[0]
+    if len(set(came.values())) != 1:
+        what = (
+            "several of them come out with writes added, and several streams side by side "
+            "(hyper-connections, reversible blocks) are not supported"
+            if came
+            else "none comes out with a write added to it; let a block take the residual stream as "
+            "its only tensor of that shape, or return it plus what it writes"
+        )
+        raise MeasurementError(
+            f"block 0 ({class_of(found.blocks[0])}): {count} tensors of the stream's shape come "
+            f"in, and which is the residual stream cannot be told: {what}"
+        )
+
+
+def _check_p0(found: Found, whole: _AtP0, alone: _AtP0) -> None:
+    """Is position 0 of the model's tensors P0, which sees nothing but itself?
+
+    Raises:
+        MeasurementError: something at P0 is another among other tokens than alone, where nothing
+            before it is; or it is alike for all tokens.
+    """
+    at, same = (whole.first[:, None] == alone.first).nonzero(as_tuple=True)
+    fine = torch.finfo(whole.dtype).eps < 1e-4
+    for block, (rows, heads, size) in whole.yielded.items():
+        name = f"block {block} ({class_of(found.blocks[block])})" if block in found.blocks else ""
+        lone, yields, _ = alone.yielded[block]
+        if _apart(rows[at], lone[same]) > (1e-3 if fine else 5e-2):
+            if block:
+                return  # what is written there may hang on the batch, as where experts are full
+            raise MeasurementError(
+                f"{name}: what stands first in the stream hangs on later tokens, so it is not the "
+                "first token: the model reads its tokens in another order, or counts positions "
+                "from their end; not supported"
+            )
+        if heads is None or yields is None or size is None or heads.shape[1] != yields.shape[1]:
+            continue
+        off = torch.linalg.vector_norm(heads[at] - yields[same], dim=-1).mean()
+        if float(off) > (0.1 if fine else 0.5) * float(size):
+            raise MeasurementError(
+                f"{name}: what its first query sees hangs on later tokens, though P0 sees only "
+                "itself: its attention goes over positions in another order; not supported"
+            )
+        fixed = bool((yields == yields[:1]).all()) and not bool((lone == lone[:1]).all())
+        if block == 0 and fixed and float(size) > 0:
+            raise MeasurementError(
+                f"{name}: what its first query sees is the same for all tokens, so the first key "
+                "is not P0's: keys are moved by a place, or a learned one stands first; not "
+                "supported"
+            )
+
+
+def _apart(one: Tensor, two: Tensor) -> float:
+    """The largest distance of two rows, in parts of a row's norm."""
+    if not len(one):
+        return 0.0
+    apart = torch.linalg.vector_norm(one - two, dim=-1)
+    return float((apart / torch.linalg.vector_norm(two, dim=-1).clamp(min=1e-30)).max())
 
 
 class _Done(Exception):
@@ -160,12 +290,12 @@ class _Passes(InMemory):
     def _pass(
         self, tokens: Tensor, observer: Observer, editor: Editor | None, restart: Restart | None
     ) -> tuple[Tap, Tensor | None]:
-        tap = Tap(
-            self._decoder, self._found, observer, tokens.to(self.device), "all", editor, restart
-        )
-        with tap.watching():
-            output = self._decoder.run(tap.tokens)
-            tap.end()
+        def make() -> Tap:
+            return Tap(
+                self._decoder, self._found, observer, tokens.to(self.device), "all", editor, restart
+            )
+
+        tap, output = _passed(make)
         return tap, _logits(output, tap, self._found)
 
 

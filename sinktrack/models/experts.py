@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
@@ -29,6 +29,10 @@ class NotTold(Exception):
     """The experts of a block cannot be told apart, and why."""
 
 
+class NoExperts(NotTold):
+    """Nothing in a module is of as many parts as what looks like its router has choices."""
+
+
 @dataclass
 class Expert:
     """A module that runs, and what a router inside it chose."""
@@ -38,6 +42,37 @@ class Expert:
     kwargs: dict[str, Any]
     chosen: tuple[int, Tensor] | None = None
     """How many experts there are, and the chosen ones of all positions, ``K`` each."""
+    ranked: tuple[int, Tensor] | None = None
+    """The same where all are sorted, and how many of them are taken is not said."""
+    attended: int = 0
+    """How many attentions the block had by then."""
+    rows: dict[int, int] = field(default_factory=dict)
+    """Of modules that ran inside, by id: on how many rows."""
+    told: bool = False
+    """Has a module inside of it been told apart, or not?"""
+
+    def chose(self, count: int, index: Tensor) -> None:
+        """A router took these: beside those that it took before, if all are others."""
+        if self.chosen is not None and self.chosen[0] == count:
+            before = self.chosen[1]
+            if before.shape[:-1] == index.shape[:-1]:
+                same = before[..., :, None] == index[..., None, :]
+                if bool(same.any(-2).all()):
+                    return
+                if not bool(same.any()):
+                    index = torch.cat([before, index], -1)
+        self.chosen = (count, index)
+
+    def unseen(self, total: int) -> int | None:
+        """Of how many modules alike some ran on fewer rows than there are, if any did."""
+        for held in self.module.modules():
+            items = list(held.children()) if isinstance(held, nn.ModuleList | nn.ModuleDict) else []
+            if len(items) < 2 or len({type(item) for item in items}) > 1:
+                continue
+            ran = [self.rows.get(id(item), 0) for item in items]
+            if any(ran) and any(rows < total for rows in ran):
+                return len(items)
+        return None
 
 
 class Layout(Protocol):
@@ -79,9 +114,10 @@ class _Rerun:
     """Some rows run once more through a module that routes."""
 
     def __init__(self, call: Expert, output: Tensor, layout: Layout) -> None:
-        assert call.chosen is not None
+        chosen = call.chosen or call.ranked
+        assert chosen is not None
         self._call, self._layout = call, layout
-        self.count, index = call.chosen
+        self.count, index = chosen
         rows = layout.rows(index.float(), index.shape[-1])
         seen = layout.rows(output)
         assert seen is not None
@@ -93,6 +129,30 @@ class _Rerun:
         """``[B, T, D]``: what the module gave."""
         self._eps = torch.finfo(output.dtype).eps
         self._rounding = _ROUNDING * self._eps
+        self.experts = _remover(call.module, self.count)
+        if call.chosen is None:
+            self.chosen = self._taken(self.chosen)
+
+    def _taken(self, ranked: Tensor) -> Tensor:
+        """``[B, T, K]`` of all experts in an order: the first or the last ones, as P0's rows tell.
+
+        Raises:
+            NotTold: neither.
+        """
+        layout = self._layout
+        everyone = torch.arange(layout.batch, device=ranked.device) * layout.length
+        whole = self(everyone)
+        acts = torch.zeros(len(whole), self.count, dtype=torch.bool, device=ranked.device)
+        for expert in range(self.count):
+            with self.experts(expert):
+                off = (whole - self(everyone)).abs().amax(-1)
+            acts[:, expert] = off > self._eps * whole.abs().amax()
+        taken = acts.gather(1, ranked[:, 0])
+        each = int(taken.sum(1).amax())
+        for columns in (slice(0, each), slice(self.count - each, None)):
+            if 0 < each < self.count and bool(taken[:, columns].all()):
+                return ranked[..., columns]
+        raise NotTold("which of those that it sorts it takes cannot be told")
 
     def __call__(self, at: Tensor) -> Tensor:
         """float32 ``[n, D]`` of rows by their number among those of all sequences."""
@@ -116,6 +176,17 @@ class _Rerun:
         each = max(2, parts.shape[1])
         return bool((off <= _SUM_ROUNDING * each * self._eps * scale).all())
 
+    def is_linear(self, at: Tensor, expert: int | None, whole: Tensor, left: Tensor) -> bool:
+        """Does half of what an expert yields, or all of them, make half of the difference?"""
+        wanted = (whole + left) / 2
+        scale = torch.maximum(whole.norm(dim=-1), left.norm(dim=-1))
+        for place in range(self.experts.ways):
+            with self.experts(expert, 0.5, place):
+                off = (self(at) - wanted).norm(dim=-1)
+            if bool((off <= 2 * _SUM_ROUNDING * self._eps * scale).all()):
+                return True
+        return False
+
     def gate(self, written: Tensor, ungated: list[Tensor]) -> Tensor:
         """As of `_gate`."""
         return _gate(written, ungated, self._rounding)
@@ -130,7 +201,7 @@ def _apart(call: Expert, output: Tensor, layout: Layout) -> Routed:
     whole = again(everyone)
     if not again.same(whole, written, written):
         raise NotTold("alone, P0 gets another output than in its sequence")
-    without = _remover(call.module, again.count)
+    without = again.experts
     parts = torch.zeros(len(chosen), each, layout.width, device=chosen.device)
     gates = torch.full((len(chosen), each), torch.nan, device=chosen.device)
     for expert in chosen.unique().tolist():
@@ -146,7 +217,10 @@ def _apart(call: Expert, output: Tensor, layout: Layout) -> Routed:
         raise NotTold("none of what looks like its experts changes its output")
     with without(None):
         rest = again(everyone)
-    if not again.sums(rest, whole, parts):
+    alone = bool(((parts != 0).any(-1).sum(-1) < 2).any())  # of one part any sum would do
+    if not again.sums(rest, whole, parts) or (
+        alone and not again.is_linear(everyone, None, whole, rest)
+    ):
         raise NotTold(_NO_SUM)
 
     def outputs(position: int) -> Tensor:
@@ -169,9 +243,13 @@ def everywhere(call: Expert, output: Tensor, layout: Layout) -> Routed:
     Raises:
         NotTold: with the reason; what it gives raises `Uneditable`.
     """
-    again = _Rerun(call, output, layout)
+    layout.flow.replaying = True
+    try:
+        again = _Rerun(call, output, layout)
+    finally:
+        layout.flow.replaying = False
     chosen, whole = again.chosen, again.seen.flatten(0, 1).float()
-    name, without = type(call.module).__name__, _remover(call.module, again.count)
+    name, without = type(call.module).__name__, again.experts
 
     @cache
     def check() -> None:
@@ -212,6 +290,7 @@ def everywhere(call: Expert, output: Tensor, layout: Layout) -> Routed:
                 before = again(rows)
                 with without(expert) as ungated:
                     left = again(rows)
+                linear = again.is_linear(rows, expert, before, left)
             except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
                 raise Uneditable(f"some tokens do not run through {name}: {error}") from error
             finally:
@@ -222,6 +301,8 @@ def everywhere(call: Expert, output: Tensor, layout: Layout) -> Routed:
                 raise Uneditable(
                     f"what looks like an expert of {name} acts on tokens that did not choose it"
                 )
+            if not linear:
+                raise Uneditable(f"of {name}, {_NO_SUM}")
             check()
             part[at] = before[: len(at)] - left[: len(at)]
             factor = again.gate(part[at], ungated)
@@ -277,77 +358,116 @@ def _gate(written: Tensor, ungated: list[Tensor], rounding: float) -> Tensor:
     return gate if float(error) <= rounding * float(written.abs().max()) else unknown
 
 
-def _remover(module: nn.Module, count: int) -> Callable[[int | None], Any]:
-    """How to silence one expert, or all."""
+class _Remover(Protocol):
+    """How to silence experts."""
+
+    ways: int
+    """In how many places what they yield may be multiplied."""
+
+    def __call__(
+        self, expert: int | None, factor: float = 0.0, way: int | None = None
+    ) -> AbstractContextManager[list[Tensor]]:
+        """Inside, what one yields, or all, is multiplied with a factor.
+
+        Args:
+            expert: its number; None for all.
+            factor: with which.
+            way: the place, by number; all by default.
+        """
+
+
+def _remover(module: nn.Module, count: int) -> _Remover:
+    """How to silence one of as many experts, or all.
+
+    Raises:
+        NotTold: they cannot be; `NoExperts` where there are none.
+    """
     for held in module.modules():
         if isinstance(held, nn.ModuleList | nn.ModuleDict) and len(held) == count:
-            return _module_remover(list(held.children()))
-    return _stack_remover(module, count)
+            return _Modules(list(held.children()))
+    return _Stacks(module, count)
 
 
-def _module_remover(experts: list[nn.Module]) -> Callable[[int | None], Any]:
+class _Modules:
+    """Of modules: the output."""
+
+    ways = 1
+
+    def __init__(self, experts: list[nn.Module]) -> None:
+        self._experts = experts
+
     @contextmanager
-    def silent(expert: int | None) -> Iterator[list[Tensor]]:
+    def __call__(
+        self, expert: int | None, factor: float = 0.0, way: int | None = None
+    ) -> Iterator[list[Tensor]]:
         ungated: list[Tensor] = []
 
-        def nothing(module: nn.Module, args: Any, output: Any) -> Any:
-            if module in experts and isinstance(output, Tensor):
+        def less(module: nn.Module, args: Any, output: Any) -> Any:
+            if module in self._experts and isinstance(output, Tensor):
                 ungated.append(output.detach())
-            return _zero(output)
+            return _times(output, factor)
 
         with ExitStack() as stack:
-            for own in experts if expert is None else [experts[expert]]:
+            for own in self._experts if expert is None else [self._experts[expert]]:
                 whole = type(own).forward is not nn.Module.forward  # else what it holds is called
                 for part in [own] if whole else own.children():
-                    stack.callback(part.register_forward_hook(nothing).remove)
+                    stack.callback(part.register_forward_hook(less).remove)
             yield ungated
 
-    return silent
 
-
-def _zero(output: Any) -> Any:
+def _times(output: Any, factor: float) -> Any:
     if isinstance(output, tuple | list):
-        return type(output)(_zero(value) for value in output)
-    return torch.zeros_like(output) if isinstance(output, Tensor) else output
+        return type(output)(_times(value, factor) for value in output)
+    if not isinstance(output, Tensor):
+        return output
+    return output * factor if factor else torch.zeros_like(output)
 
 
-def _stack_remover(module: nn.Module, count: int) -> Callable[[int | None], Any]:
-    owners = []
-    for held in module.modules():
-        own = dict(held.named_parameters(recurse=False))
-        stacks = [value for value in own.values() if value.ndim == 3 and len(value) == count]
-        flat = [value for value in own.values() if value.ndim == 2 and not len(value) % count]
-        if not stacks and len(own) == len(flat) > 1 and all(len(v) > count for v in flat):
-            owners += flat  # one below the other, as many rows each
-        if stacks:
-            beside = [
-                name for name, value in own.items() if value.ndim == 2 and len(value) == count
-            ]
-            if beside:
-                raise NotTold(f"it holds {', '.join(beside)} beside the experts' matrices")
-            owners += stacks
-    if not owners:
-        raise NotTold(
-            "they are neither a ModuleList of as many modules as the router has choices nor "
-            "matrices, stacked or one below the other"
-        )
+class _Stacks:
+    """Of matrices, stacked or one below the other: their rows."""
+
+    def __init__(self, module: nn.Module, count: int) -> None:
+        owners = []
+        for held in module.modules():
+            own = dict(held.named_parameters(recurse=False))
+            stacks = [value for value in own.values() if value.ndim == 3 and len(value) == count]
+            flat = [value for value in own.values() if value.ndim == 2 and not len(value) % count]
+            if not stacks and len(own) == len(flat) > 1 and all(len(v) > count for v in flat):
+                owners += flat  # one below the other, as many rows each
+            if stacks:
+                beside = [
+                    name for name, value in own.items() if value.ndim == 2 and len(value) == count
+                ]
+                if beside:
+                    raise NotTold(f"it holds {', '.join(beside)} beside the experts' matrices")
+                owners += stacks
+        if not owners:
+            raise NoExperts(
+                "they are neither a ModuleList of as many modules as the router has choices nor "
+                "matrices, stacked or one below the other"
+            )
+        self._owners, self._count, self.ways = owners, count, len(owners)
 
     @contextmanager
-    def silent(expert: int | None) -> Iterator[list[Tensor]]:
-        with _Zeroed(owners, expert, count):
+    def __call__(
+        self, expert: int | None, factor: float = 0.0, way: int | None = None
+    ) -> Iterator[list[Tensor]]:
+        owners = self._owners if way is None else [self._owners[way]]
+        with _Scaled(owners, expert, self._count, factor):
             yield []
 
-    return silent
 
+class _Scaled(TorchFunctionMode):
+    """Functions are given copies of stacked matrices, one expert's multiplied with a factor."""
 
-class _Zeroed(TorchFunctionMode):
-    """Functions are given copies of stacked matrices, with zeros for one expert."""
-
-    def __init__(self, stacks: list[nn.Parameter], expert: int | None, count: int) -> None:
+    def __init__(
+        self, stacks: list[nn.Parameter], expert: int | None, count: int, factor: float
+    ) -> None:
         super().__init__()
         self._copies = {id(stack): stack.detach().clone() for stack in stacks}
         for copy in self._copies.values():
-            copy.unflatten(0, (count, -1))[slice(None) if expert is None else expert] = 0
+            rows = copy.unflatten(0, (count, -1))[slice(None) if expert is None else expert]
+            rows.copy_(rows * factor if factor else torch.zeros_like(rows))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

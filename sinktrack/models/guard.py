@@ -209,8 +209,7 @@ def out_of_memory(size: int, probe: Probe) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # the CPU's allocator has no error of its own
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "DefaultCPUAllocator" not in str(error):
+        if not is_memory(error):
             raise
         advice = (
             "lower the probe's batch size (--batch-size of a scan, probe_batch_size of a callback) "
@@ -221,6 +220,12 @@ def out_of_memory(size: int, probe: Probe) -> Iterator[None]:
         raise MeasurementError(
             f"out of memory with {size} sequences of {probe.length} tokens at once; {advice}"
         ) from error
+
+
+def is_memory(error: Exception) -> bool:
+    """Did memory end?"""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "DefaultCPUAllocator" in str(error)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
