@@ -661,6 +661,12 @@ def kept(out: Path) -> None:
     dist.barrier()
 
 
+def without_sublayers(layer: Any) -> None:
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    layer.self_attention, layer.mlp = IdentityOp(), IdentityOp()
+
+
 def refusals(out: Path) -> None:
     """What cannot be right is refused by name; a model is as before."""
 
@@ -693,8 +699,13 @@ def refusals(out: Path) -> None:
     )
 
     chunks = small()
-    chunks[0].__class__ = type("HybridModel", (type(chunks[0]),), {})
-    refused("HybridModel: its blocks are of one sublayer each", chunks)
+    chunks[0].config.num_layers = 5
+    refused(r"the processes hold blocks \[0, 1, 2, 3\] of a model of 5", chunks)
+
+    chunks = small()
+    core = chunks[0].decoder.layers[1].self_attention.core_attention
+    core.__class__ = type("DSAttention", (type(core),), {})
+    refused("block 1 .*DSAttention attends to the keys that it chooses", chunks)
 
     chunks = small("llama")
     chunks[0].config.hidden_size = 2 * chunks[0].config.hidden_size
@@ -704,7 +715,7 @@ def refusals(out: Path) -> None:
     chunks[0].position_embedding_type = "mrope"
     refused("multimodal rotary embeddings", chunks)
     changes: list[tuple[Callable[[Any], None], str]] = [
-        (lambda layer: delattr(layer, "mlp"), "block 2 .*no attention with an MLP behind it"),
+        (without_sublayers, "block 2 .*has neither attention nor an MLP"),
         (lambda layer: setattr(layer, "cross_attention", layer.mlp), "another sequence"),
         (lambda layer: delattr(layer.self_attention, "core_attention"), "has no core_attention"),
     ]
