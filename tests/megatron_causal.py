@@ -1,7 +1,7 @@
 """Trains tiny Megatron-Core models with causal tests of the live ones, and saves them.
 
-A script: ``megatron_causal.py OUT FAMILY...`` writes the run ``OUT/FAMILY/run`` and the checkpoint of
-the same weights beside it.
+A script: ``megatron_causal.py OUT FAMILY...`` writes the run ``OUT/FAMILY/run`` and the checkpoint
+of the same weights beside it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 import megatron_checkpoints
 import torch
 import torch.distributed as dist
-from megatron_checkpoints import VOCABULARY, build, fill, megatron_cpu, save
+from megatron_checkpoints import VOCABULARY, build, fill, save
+from megatron_models import megatron_cpu
 
 from sinktrack import Probe, measure
 from sinktrack.callbacks.megatron import SinkTrackMegatron
@@ -41,7 +42,7 @@ def main(out: str, *families: str) -> None:
             optimizer.zero_grad()
             if step == 10:  # the largest concentration behind block 1 is a sink's
                 highest = float(measure([model], PROBE).concentration[2:].max()) - 1e-3
-                phases.EPSILON = phases.GOES_ON = highest
+                phases.EPSILON = phases.GOES_ON = highest  # type: ignore[attr-defined]
                 (here / "epsilon").write_text(str(highest))
             tracker.step(step, [model])
         save(model, family, here, "stacked")
