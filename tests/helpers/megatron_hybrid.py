@@ -11,13 +11,17 @@ from __future__ import annotations
 import re
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
-import megatron_models as models
+import megatron_cpu
 import torch
 import torch.distributed as dist
-from megatron_models import (
+
+from sinktrack import measure
+from sinktrack.interventions.patching import Patch, Term
+from sinktrack.interventions.replay import replaying
+from tests.helpers import megatron_models as models
+from tests.helpers.megatron_models import (
     DEEPSEEK,
     FEATURES,
     GATED,
@@ -31,13 +35,6 @@ from megatron_models import (
     layout,
     measured,
 )
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import megatron_cpu
-
-from sinktrack import measure
-from sinktrack.interventions.patching import Patch, Term
-from sinktrack.interventions.replay import replaying
 
 FEATURES |= {
     "hybrid": GATED | {"num_query_groups": 2},

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_megatron import launch
 
 from sinktrack import Probe, Run, scan
+from tests.helpers.commands import launch
 
 pytest.importorskip("megatron.core")
 

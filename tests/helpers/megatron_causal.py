@@ -9,15 +9,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import megatron_checkpoints
+import megatron_cpu
 import torch
 import torch.distributed as dist
-from megatron_checkpoints import VOCABULARY, build, fill, save
-from megatron_models import megatron_cpu
 
 from sinktrack import Probe, measure
 from sinktrack.callbacks.megatron import SinkTrackMegatron
 from sinktrack.metrics import phases
+from tests.helpers import megatron_checkpoints
+from tests.helpers.megatron_checkpoints import VOCABULARY, build, fill, save
 
 PROBE = Probe.random(VOCABULARY, sequences=10, length=8, seed=4)
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from reference import check_states
-from test_callbacks import assert_identical
-from test_megatron import PROBE, assert_same, launch
+
+from tests.helpers.commands import launch
+from tests.helpers.reference import check_states
+from tests.helpers.trainings import assert_identical
+from tests.models.test_megatron import PROBE, assert_same
 
 pytest.importorskip("megatron.core")
 
