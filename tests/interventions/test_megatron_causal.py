@@ -12,7 +12,7 @@ from tests.helpers.commands import launch
 
 pytest.importorskip("megatron.core")
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 FAMILIES = ["llama", "qwen3_moe", "deepseek_v3", "glm4_moe", "nemotron", "gated_attention"]
 

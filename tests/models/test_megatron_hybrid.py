@@ -15,6 +15,8 @@ from tests.models.test_megatron import PROBE, assert_same
 
 pytest.importorskip("megatron.core")
 
+pytestmark = pytest.mark.distributed
+
 HYBRID = importlib.util.find_spec("megatron.core.models.hybrid") is not None
 """Is there HybridModel, and not yet MambaModel alone?"""
 KINDS = {"*": "full", "+": "full", "-": "mlp", "E": "mlp", "M": "linear", "G": "linear"}
