@@ -39,6 +39,7 @@ lowest:  ## run the tests with the oldest versions that pyproject.toml admits
 	$(VENV)-lowest/bin/pip install -q -c $(VENV)-lowest/constraints.txt -e '.[all,dev]'
 	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
 
+megatron: export OMP_NUM_THREADS := 1
 megatron:  ## run Megatron's tests with each megatron-core that is known; from 0.17 on it wants Python 3.12
 	$(PYTHON312) -m venv $(VENV)-megatron
 	$(VENV)-megatron/bin/pip install -q -c constraints.txt torch==2.13.0

@@ -147,7 +147,7 @@ class SinkTracker:
                 adapted.model,
                 self.probe,
                 batch_size=self.options.probe_batch_size,
-                in_training=True,
+                in_training=not self._tests(step),  # which choose candidates by total effects too
             )
             tested = self._causal(step, adapted, measurement)
             if self._run is None:
@@ -316,10 +316,14 @@ class SinkTracker:
             }
         )
 
+    def _tests(self, step: int) -> bool:
+        """Are causal tests due?"""
+        every = self.options.causal_every
+        return every is not None and step % (self.options.every * every) == 0
+
     def _causal(self, step: int, adapted: Adapted, measurement: Measurement) -> dict[str, Any]:
         """The record's causal tests, where they are due."""
-        every = self.options.causal_every
-        if every is None or step % (self.options.every * every):
+        if not self._tests(step):
             return {}
         try:
             if adapted.no_causal_tests is not None:

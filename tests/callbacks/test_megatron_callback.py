@@ -36,6 +36,7 @@ TWO = [
     "deepseek:pp2 vp2",
     "deepseek:tp2 sp ep2",
     "failing_alone",
+    "windows",
     "stale",
     "apart",
     "untold",

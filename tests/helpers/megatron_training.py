@@ -15,6 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -661,6 +662,12 @@ def kept(out: Path) -> None:
     dist.barrier()
 
 
+def without_sublayers(layer: Any) -> None:
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    layer.self_attention, layer.mlp = IdentityOp(), IdentityOp()
+
+
 def refusals(out: Path) -> None:
     """What cannot be right is refused by name; a model is as before."""
 
@@ -693,8 +700,13 @@ def refusals(out: Path) -> None:
     )
 
     chunks = small()
-    chunks[0].__class__ = type("HybridModel", (type(chunks[0]),), {})
-    refused("HybridModel: its blocks are of one sublayer each", chunks)
+    chunks[0].config.num_layers = 5
+    refused(r"the processes hold blocks \[0, 1, 2, 3\] of a model of 5", chunks)
+
+    chunks = small()
+    core = chunks[0].decoder.layers[1].self_attention.core_attention
+    core.__class__ = type("DSAttention", (type(core),), {})
+    refused("block 1 .*DSAttention attends to the keys that it chooses", chunks)
 
     chunks = small("llama")
     chunks[0].config.hidden_size = 2 * chunks[0].config.hidden_size
@@ -704,7 +716,7 @@ def refusals(out: Path) -> None:
     chunks[0].position_embedding_type = "mrope"
     refused("multimodal rotary embeddings", chunks)
     changes: list[tuple[Callable[[Any], None], str]] = [
-        (lambda layer: delattr(layer, "mlp"), "block 2 .*no attention with an MLP behind it"),
+        (without_sublayers, "block 2 .*has neither attention nor an MLP"),
         (lambda layer: setattr(layer, "cross_attention", layer.mlp), "another sequence"),
         (lambda layer: delattr(layer.self_attention, "core_attention"), "has no core_attention"),
     ]
@@ -820,6 +832,52 @@ def failing_alone(out: Path) -> None:
         assert (tracker.step(2, chunks) is not None) == (rank == 0)
         if rank == 0:
             assert Run.read(out / text.replace(" ", "-")).steps == [2]
+
+
+def windows(out: Path) -> None:
+    """A process that fails between what the others exchange leaves none waiting, wherever."""
+    from sinktrack.models.megatron import fresh, passes
+    from sinktrack.models.megatron import measure as measuring
+
+    rank = dist.get_rank()
+    chunks = small("gpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sinktrack.metrics.phases.EPSILON", 0.165)  # a sink from block 1 on
+        patch.setattr("sinktrack.metrics.phases.GOES_ON", 0.16)
+        measured = measure(chunks, PROBE)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("out of luck")
+
+    def afterwards(context: Any) -> Any:
+        @contextmanager
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            with context(*args, **kwargs):
+                yield
+            raise RuntimeError("out of luck")
+
+        return failing
+
+    def fails(run: Callable[[], Any], home: Any, name: str, how: Any = broken) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 1:
+                patch.setattr(home, name, how)
+            with pytest.raises((RuntimeError, MeasurementError), match="out of luck") as error:
+                run()
+        assert ("process 1 failed" in str(error.value)) == (rank == 0), (name, error.value)
+
+    def probe() -> Any:
+        return measure(chunks, PROBE)
+
+    for name in ("synced", "probe_context", "ready", "fresh"):
+        fails(probe, measuring, name)
+    for name in ("synced", "ready"):
+        fails(probe, measuring, name, afterwards(getattr(measuring, name)))
+    for name in ("_groups", "_digest", "_different", "_bucket_groups"):
+        fails(probe, fresh, name)
+    for name in ("synced", "probe_context", "ready", "fresh"):
+        fails(lambda: run_causal_tests(chunks, PROBE, measured), passes, name)
+    assert torch.equal(probe().p0_attention, measured.p0_attention)
 
 
 def main(out: str, *cases: str) -> None:

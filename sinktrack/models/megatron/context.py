@@ -51,6 +51,8 @@ def ready(found: Any) -> Iterator[None]:
     with restore_on_exit(undo):
         for name in own:
             setattr(found.config, name, None)
+        for scaler in scalers:  # a schedule writes into the tensor that is there
+            scaler.main_loss_backward_scale = None
         for chunk in found.bare:
             chunk.post_process = chunk.mtp_process = False  # no logits, no further tokens
             for module in chunk.modules():

@@ -70,8 +70,15 @@ def vectors(found: Any, tokens: Tensor) -> Vectors:
     return share
 
 
-def digest(shares: Sequence[Vectors], tokens: Tensor, config: Any) -> str | None:
-    """Of the whole model, put together; None where no scan could find the same weights."""
+def digest(shares: Sequence[Vectors], tokens: Tensor, count: int, config: Any) -> str | None:
+    """Of the whole model, put together; None where no scan could find the same weights.
+
+    Args:
+        shares: of the processes.
+        tokens: those whose embedding counts.
+        count: blocks of the model.
+        config: Megatron's, of its attention.
+    """
     groups = config.num_query_groups or config.num_attention_heads
     ranks = {share.tp for share in shares}
     rows: dict[int, Tensor] = {}
@@ -82,11 +89,11 @@ def digest(shares: Sequence[Vectors], tokens: Tensor, config: Any) -> str | None
             blocks.setdefault(number, {})[share.tp] = held
     whole = all(share.known for share in shares) and set(tokens.tolist()) <= rows.keys()
     whole &= not getattr(config, "attention_output_gate", False)  # its biases are not three
-    if not whole or groups % len(ranks) or blocks.keys() != set(range(config.num_layers)):
+    if not whole or groups % len(ranks) or blocks.keys() != set(range(count)):
         return None
     hasher = hashlib.blake2b(digest_size=16)
     parts = [torch.stack([rows[token] for token in tokens.tolist()])]
-    for number in range(config.num_layers):
+    for number in range(count):
         parts += _in_order(blocks[number], groups, config)
     for part in parts:
         hasher.update(f"{part.dtype}{tuple(part.shape)}".encode())

@@ -6,6 +6,7 @@ says so after the pass, not in it, lest the other processes wait for this one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -48,7 +49,10 @@ class Chunks:
 
     @property
     def count(self) -> int:
-        """Blocks of the whole model."""
+        """Blocks of the whole model; of a hybrid one as many as its pattern has sublayers."""
+        pattern = getattr(self.bare[0], "hybrid_layer_pattern", None)
+        if pattern:
+            return len(pattern.split("/")[0].replace("|", ""))
         return int(self.config.num_layers)
 
 
@@ -128,29 +132,40 @@ def _refuse(config: Any, bare: Sequence[nn.Module]) -> None:
             "cuda_graph_impl='local': a replayed graph shows nothing to hooks; not supported"
         )
     for chunk in bare:
-        names = {cls.__name__ for cls in type(chunk).__mro__}
-        if found := names & {"HybridModel", "MambaModel"}:
-            raise MeasurementError(
-                f"{found.pop()}: its blocks are of one sublayer each, attention, Mamba or MLP; "
-                "not supported"
-            )
         if getattr(chunk, "position_embedding_type", "") == "mrope":
             raise MeasurementError("multimodal rotary embeddings are not supported")
 
 
+def sublayers(layer: nn.Module) -> tuple[Any, Any]:
+    """What mixes positions in a block, and its MLP; None for the one that it does without.
+
+    A block of HybridModel is one sublayer: an attention, an MLP, experts, or a Mamba mixer.
+    """
+    mixer = getattr(layer, "self_attention", None) or getattr(layer, "mixer", None)
+    found = mixer, getattr(layer, "mlp", None)
+    mixer, mlp = (None if type(of).__name__ == "IdentityOp" else of for of in found)
+    return mixer, mlp
+
+
 def _kind(number: int, layer: nn.Module, config: Any) -> str:
     named = f"block {number} ({type(layer).__name__})"
-    attention = getattr(layer, "self_attention", None)
-    if attention is None or not hasattr(layer, "mlp"):
-        raise MeasurementError(f"{named} is no attention with an MLP behind it; not supported")
+    mixer, mlp = sublayers(layer)
+    if mixer is None and mlp is None:
+        raise MeasurementError(f"{named} has neither attention nor an MLP; not supported")
     if type(getattr(layer, "cross_attention", None)).__name__ not in ("IdentityOp", "NoneType"):
         raise MeasurementError(f"{named} attends to another sequence; not supported")
-    core = getattr(attention, "core_attention", None)
+    if mixer is None:
+        return "mlp"
+    core = getattr(mixer, "core_attention", None)
     if core is None:
-        if "DeltaNet" in type(attention).__name__:
+        if re.search("DeltaNet|MambaMixer", type(mixer).__name__):
             return "linear"
         raise MeasurementError(
-            f"{named}: {type(attention).__name__} has no core_attention; not supported"
+            f"{named}: {type(mixer).__name__} has no core_attention; not supported"
+        )
+    if type(core).__name__ == "DSAttention":
+        raise MeasurementError(
+            f"{named}: DSAttention attends to the keys that it chooses; not supported"
         )
     return "full" if _window(number, config) is None else "sliding"
 
@@ -196,8 +211,8 @@ def watch(found: Chunks, shard: Shard) -> Iterator[_Watcher]:
         for number, layer in found.blocks.items():
             for handle in tap.hooks(number, layer):
                 stack.callback(handle.remove)
-            if getattr(found.config, "attention_output_gate", False):
-                stack.enter_context(tap.gated(number, layer.self_attention))
+            if getattr(found.config, "attention_output_gate", False) and tap.attends(number):
+                stack.enter_context(tap.gated(number, sublayers(layer)[0]))
         yield tap
 
 
@@ -215,6 +230,10 @@ class Tap:
     def name(self, number: int) -> str:
         """Of a block."""
         return f"block {number} ({type(self.found.blocks[number]).__name__})"
+
+    def attends(self, number: int) -> bool:
+        """Has a block softmax attention?"""
+        return self.found.kinds[number] in ("full", "sliding")
 
     def untold(self, number: int, reason: str) -> None:
         """What writes to the stream in a block cannot be told."""
@@ -319,21 +338,23 @@ class _Watcher(Tap):
 
     def hooks(self, number: int, layer: Any) -> Iterator[Any]:
         """Register everything in one block."""
-        attention, mlp = layer.self_attention, layer.mlp
+        mixer, mlp = sublayers(layer)
 
         def guard(hook: Callable[..., None]) -> Callable[..., None]:
             return self._guarded(number, hook)
 
         yield layer.register_forward_pre_hook(guard(self.enter), with_kwargs=True)
-        if self.found.kinds[number] != "linear":
-            core = attention.core_attention
+        if self.attends(number):
+            core = mixer.core_attention
             yield core.register_forward_hook(self.attended(number), with_kwargs=True)
-            yield attention.linear_proj.register_forward_pre_hook(guard(self.project))
-        yield attention.register_forward_hook(guard(self.attention))
+            yield mixer.linear_proj.register_forward_pre_hook(guard(self.project))
+        if mixer is not None:
+            yield mixer.register_forward_hook(guard(self.attention))
         if hasattr(mlp, "router"):
             yield mlp.register_forward_pre_hook(guard(self.enter_experts), with_kwargs=True)
             yield mlp.router.register_forward_hook(guard(self.route))
-        yield mlp.register_forward_hook(guard(self.mlp))
+        if mlp is not None:
+            yield mlp.register_forward_hook(guard(self.mlp))
         yield layer.register_forward_hook(guard(self.leave))
 
     def _guarded(self, number: int, hook: Callable[..., None]) -> Callable[..., None]:
@@ -424,7 +445,7 @@ class _Watcher(Tap):
 
     def attention(self, number: int, module: Any, args: Any, output: Any) -> None:
         added = self._added(output)
-        if self.found.kinds[number] == "linear":
+        if not self.attends(number):
             self.shard.write(number, Write("mixer", added))
             return
         linear = module.linear_proj

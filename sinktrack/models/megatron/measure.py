@@ -57,6 +57,10 @@ def measure_chunks(
     kinds: dict[int, str] = {}
     for _, _, held in replies:
         kinds |= held
+    if kinds.keys() != set(range(found.count)):
+        raise MeasurementError(
+            f"the processes hold blocks {sorted(kinds)} of a model of {found.count}; not supported"
+        )
 
     size = batch_size or probe.sequences
     batches = probe.batches(size)
@@ -127,7 +131,9 @@ def measure_chunks(
                 "experts": found.config.num_moe_experts,
             },
             probe=probe.digest,
-            weights=digest([one for *_, of in shares for one in of], probe.first_tokens(), config),
+            weights=digest(
+                [one for *_, of in shares for one in of], probe.first_tokens(), found.count, config
+            ),
             seconds=time.perf_counter() - started,
         )
 

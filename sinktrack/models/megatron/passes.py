@@ -21,7 +21,7 @@ from sinktrack.models.editable import InMemory, at_once
 from sinktrack.models.guard import probe_context
 from sinktrack.models.megatron.context import ready, synced
 from sinktrack.models.megatron.fresh import fresh
-from sinktrack.models.megatron.hooks import Chunks, Tap, chunks, weight_of
+from sinktrack.models.megatron.hooks import Chunks, Tap, chunks, sublayers, weight_of
 from sinktrack.models.megatron.processes import Processes, processes
 from sinktrack.probe import Probe
 
@@ -152,21 +152,23 @@ class _Tap(Tap):
 
     def hooks(self, number: int, layer: Any) -> Iterator[Any]:
         """Register everything in one block."""
-        attention, mlp = layer.self_attention, layer.mlp
+        mixer, mlp = sublayers(layer)
 
         def of(hook: Callable[..., Any]) -> Callable[..., Any]:
             return lambda *given: hook(number, *given)
 
         yield layer.register_forward_pre_hook(of(self.entered), with_kwargs=True)
-        if self.found.kinds[number] != "linear":
-            core = attention.core_attention
+        if self.attends(number):
+            core = mixer.core_attention
             yield core.register_forward_hook(of(self.core), with_kwargs=True)
-            yield attention.linear_proj.register_forward_pre_hook(of(self.projected))
-        yield attention.register_forward_hook(of(self.attention_write))
+            yield mixer.linear_proj.register_forward_pre_hook(of(self.projected))
+        if mixer is not None:
+            yield mixer.register_forward_hook(of(self.attention_write))
         if hasattr(mlp, "router"):
             yield mlp.register_forward_pre_hook(of(self.experts_enter), with_kwargs=True)
             yield mlp.router.register_forward_hook(of(self.chosen))
-        yield mlp.register_forward_hook(of(self.mlp_write))
+        if mlp is not None:
+            yield mlp.register_forward_hook(of(self.mlp_write))
         yield layer.register_forward_hook(of(self.leave))
 
     def entered(self, number: int, module: Any, args: Any, kwargs: Any) -> Any:
@@ -214,7 +216,7 @@ class _Tap(Tap):
     def attention_write(self, number: int, module: Any, args: Any, output: Any) -> Any:
         """After a block's attention."""
         added = _added(output)
-        if self.found.kinds[number] == "linear":
+        if not self.attends(number):
             return self._written(number, Write("mixer", added))
         linear = module.linear_proj
         weight, bias = weight_of(linear), getattr(linear, "bias", None)

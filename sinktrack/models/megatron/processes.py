@@ -18,33 +18,64 @@ class Processes:
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.group = dist.new_group(backend="gloo") if self.size > 1 else None
+        self._steps = self._depth = 0
         self._some: dict[tuple[int, ...], Any] = {}
 
     def gather(self, value: Any) -> list[Any]:
-        """One value from each, on all."""
-        found: list[Any] = [value] * self.size
-        if self.size > 1:
-            dist.all_gather_object(found, value, group=self.group)
-        return found
+        """One value from each, on all.
+
+        Raises:
+            MeasurementError: another process failed on its way here, in a step that is taken
+                `together`.
+        """
+        return self._round(value)
 
     def together(self, step: Callable[[], _Result]) -> _Result:
         """Take a step on every process; where one fails, all do.
 
+        A step may gather, and take steps together: who fails before says so in the round that the
+        others wait in, whichever that is.
+
         Raises:
             MeasurementError: another process failed, which is named; or this one's own error.
         """
-        result, failure = None, None
+        self._steps += not self._depth
+        self._depth += 1
         try:
             result = step()
         except Exception as error:
-            failure = error
-        reasons = self.gather(failure and f"{type(failure).__name__}: {failure}")
-        if failure is not None:
-            raise failure
-        for rank, reason in enumerate(reasons):
-            if reason is not None:
-                raise MeasurementError(f"process {rank} failed: {reason}")
-        return result  # type: ignore[return-value]
+            if not self._is_told(error):
+                self._tell(error)
+                self._round(None, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._depth -= 1
+        self._round(None)
+        return result
+
+    def _tell(self, error: Exception) -> None:
+        """All know of this error, or will from the round that follows."""
+        error.__dict__["told"] = self._steps
+
+    def _is_told(self, error: BaseException | None) -> bool:
+        """Do all know of an error, or of the one in this step that led to it?"""
+        while error is not None:
+            if error.__dict__.get("told") == self._steps:
+                return True
+            error = error.__cause__ or error.__context__
+        return False
+
+    def _round(self, value: Any, failure: str | None = None) -> list[Any]:
+        """Each process gives a value, or says why it fails; then all fail."""
+        found: list[Any] = [(value, failure)] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, (value, failure), group=self.group)
+        for rank, (_, reason) in enumerate(found):
+            if failure is None and reason is not None:
+                error = MeasurementError(f"process {rank} failed: {reason}")
+                self._tell(error)
+                raise error
+        return [value for value, _ in found]
 
     def gather_to_rank0(self, value: Any, some: tuple[int, ...]) -> list[Any]:
         """The values of some processes, process 0 among them, on process 0; none on others."""
@@ -61,10 +92,7 @@ class Processes:
 
     def from_first(self, value: Any) -> Any:
         """Process 0's value on all."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
+        return self.gather(value if self.rank == 0 else None)[0]
 
 
 _processes: tuple[Any, Processes] | None = None
