@@ -27,6 +27,10 @@ SAID = {
         "that they were trained on with --base (base), or merge them into it with PEFT's "
         "merge_and_unload and save that"
     ),
+    "PEFT adapters, unexplained": (
+        "holds an adapter's weights (adapter_model.safetensors) without adapter_config.json, which "
+        "says how they are merged; copy it from where they come from"
+    ),
     "DeepSpeed, pipeline parts alone": (
         "holds DeepSpeed's state (global_step5/, zero_to_fp32.py), a part for each process; "
         "write the weights with DeepSpeed's own zero_to_fp32.py --safe_serialization"
@@ -42,17 +46,16 @@ SAID = {
     ),
     "Meta, Mistral": (
         "holds a model in Meta's or Mistral's own layout (consolidated.00.pth, params.json); "
-        "write it with transformers' convert_llama_weights_to_hf.py or "
-        "convert_mistral_weights_to_hf.py, or download the repository's files of Hugging Face's"
-        " layout"
+        "write it with the convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py of "
+        "transformers 4, or download the repository's files of Hugging Face's layout"
     ),
     "torchtune": (
         "holds a checkpoint of torchtune (hf_model_0001_0.pt, recipe_state/); write it with its"
         " FullModelHFCheckpointer and safe_serialization=True"
     ),
-    "nanotron": (
-        "holds a checkpoint of nanotron (checkpoint_metadata.json); write it with nanotron's "
-        "examples/llama/convert_nanotron_to_hf.py --checkpoint_path=... --save_path=..."
+    "nanotron, parts": (
+        "holds a part of nanotron's checkpoint (checkpoint_metadata.json); name the directory that "
+        "holds checkpoint_metadata.json, model_config.json and model/"
     ),
     "NeMo 2": (
         "holds a checkpoint of NeMo (context/); write it with `nemo llm export path=... "
