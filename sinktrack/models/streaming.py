@@ -7,6 +7,7 @@ token is routed to, of the embedding only the rows of the probe's tokens.
 
 from __future__ import annotations
 
+import inspect
 import math
 import mmap
 import re
@@ -34,6 +35,11 @@ from sinktrack.models.huggingface import Decoder, decoder, is_experts
 
 _AT_ONCE = 32 * 2**20
 """Bytes of routed experts that are converted at a time: few enough for memory to be reused."""
+_NO_PLAN: dict[str, Any] = (
+    {"tp_plan": None}  # before transformers 5.9 or so, which takes it from the model
+    if "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters
+    else {}
+)
 KEPT = 2**29
 """Bytes of weights up to which a model is read once and kept, where it will be run repeatedly."""
 
@@ -271,7 +277,7 @@ class Streamed:
         logging.disable_progress_bar()
         try:
             info, _ = convert_and_load_state_dict_in_model(
-                self.model, dict(tensors), self._load_config
+                self.model, dict(tensors), self._load_config, **_NO_PLAN
             )
         finally:
             if shown:

@@ -16,6 +16,7 @@ from sinktrack import ArchiveError, Probe, Run, scan
 from sinktrack.archive import names
 from sinktrack.archive.discover import NoCheckpoint, discover
 from sinktrack.archive.huggingface import load
+from sinktrack.errors import AnotherModel
 from sinktrack.scan import choose_probe
 from tests.helpers import models
 from tests.helpers.commands import sinktrack_here
@@ -345,3 +346,24 @@ def test_revisions_without_a_number_get_no_pattern(tmp_path: Path) -> None:
         f"{cache} holds revisions whose names tell no step that is known: deeper-starling, "
         f"kestrel; give one revision as the archive: {cache}/snapshots/COMMIT"
     )
+
+
+def test_a_run_of_another_model_ends_the_scan_at_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive, run = tmp_path / "a", tmp_path / "run"
+    probe = Probe.random(models.VOCABULARY, sequences=2, length=6)
+    models.gpt2().save_pretrained(tmp_path / "b/checkpoint-1")
+    list(scan(tmp_path / "b", probe=probe, run=run))
+    for step in (2, 3, 4):
+        models.llama().save_pretrained(archive / f"checkpoint-{step}")
+    asked = []
+    with pytest.raises(AnotherModel, match="all others here are as checkpoint-2, and none is of"):
+        list(scan(archive, run=run, notify=lambda one, _: asked.append(one.step)))
+    assert asked == [2]
+    code, said = sinktrack("scan", archive, "--run", run, capsys=capsys)
+    assert code == 2 and "0 measured, 0 already recorded, 1 failed" in said
+    assert "give another run directory" in said and "goes on with them" not in said
+    models.gpt2().save_pretrained(archive / "checkpoint-5")  # one fits: the others are named
+    code, said = sinktrack("scan", archive, "--run", run, capsys=capsys)
+    assert code == 1 and "1 measured, 0 already recorded, 3 failed" in said
