@@ -1,9 +1,9 @@
 """Weights of few bits with scales beside them, read as the numbers that they stand for.
 
 FP8: a value of 8 bits times the scale of its block, its row or its tensor (``weight_scale_inv`` of
-DeepSeek-V3 and Qwen3, ``weight_scale`` of compressed-tensors, FBGEMM and ModelOpt). MXFP4, of gpt-oss: two values of 4
-bits in a byte, and an exponent for every 32. That activations are rounded, too, where such a model
-is served is not imitated.
+DeepSeek-V3 and Qwen3, ``weight_scale`` of compressed-tensors, FBGEMM and ModelOpt). MXFP4, of
+gpt-oss: two values of 4 bits in a byte, and an exponent for every 32. That activations are rounded,
+too, where such a model is served is not imitated.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _GROUP = 32
 _MODELOPT = "hf_quant_config.json"
 """What ModelOpt says of its weights in place of ``config.json``, or beside it."""
 _ACTIVATIONS = (
-    "activation_scale", "input_scale", "input_scale_ub", "output_scale", ".k_scale", ".v_scale", ".q_scale",
-    ".prob_scale",
+    "activation_scale", "input_scale", "input_scale_ub", "output_scale", ".k_scale", ".v_scale",
+    ".q_scale", ".prob_scale",
 )  # fmt: skip
 """Of activations and of the cache of keys and values: no weight is made with them."""
 Blocks = tuple[int, int]
