@@ -361,9 +361,9 @@ def test_a_run_of_another_model_ends_the_scan_at_the_first(
     with pytest.raises(AnotherModel, match="all others here are as checkpoint-2, and none is of"):
         list(scan(archive, run=run, notify=lambda one, _: asked.append(one.step)))
     assert asked == [2]
-    code, said = sinktrack("scan", archive, "--run", run, capsys=capsys)
+    code, said = sinktrack_here("scan", archive, "--run", run, capsys=capsys)
     assert code == 2 and "0 measured, 0 already recorded, 1 failed" in said
     assert "give another run directory" in said and "goes on with them" not in said
     models.gpt2().save_pretrained(archive / "checkpoint-5")  # one fits: the others are named
-    code, said = sinktrack("scan", archive, "--run", run, capsys=capsys)
+    code, said = sinktrack_here("scan", archive, "--run", run, capsys=capsys)
     assert code == 1 and "1 measured, 0 already recorded, 3 failed" in said

@@ -9,18 +9,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from test_callbacks import PROBE
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config, SmolLM3Config
 
 from sinktrack import ArchiveError, measure, scan
 from sinktrack.archive.discover import discover
 from sinktrack.records.run import to_json
+from tests.helpers import models
+from tests.helpers.trainings import PROBE
 
 SAME = ("weights", "p0_attention", "norm_ratio", "shares")
 HEADS, GROUPS, WIDTH = 4, 2, 8
