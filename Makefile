@@ -35,7 +35,7 @@ lowest:  ## run the tests with the oldest versions that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
 	sed '1,/^dependencies = /d; /^docs = /,$$d' pyproject.toml | grep -o '"[a-z][a-z-]*>=[0-9.]*"' | tr -d '"' | sed 's/>=/==/' \
 		> $(VENV)-lowest/constraints.txt
-	$(VENV)-lowest/bin/pip install -q -c $(VENV)-lowest/constraints.txt torch==2.13.0
+	$(VENV)-lowest/bin/pip install -q -c $(VENV)-lowest/constraints.txt torch==2.9.0
 	$(VENV)-lowest/bin/pip install -q -c $(VENV)-lowest/constraints.txt -e '.[all,dev]'
 	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
 

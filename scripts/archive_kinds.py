@@ -15,12 +15,13 @@ from sinktrack.archive.storage.files import Files
 
 KINDS: dict[str, tuple[str, ...]] = {
     "PEFT adapters": ("adapter_config.json", "adapter_model.safetensors"),
+    "PEFT adapters, unexplained": ("adapter_model.safetensors",),
     "DeepSpeed, pipeline parts alone": ("global_step5/a", "zero_to_fp32.py"),
     "shards without an index": ("model-00001-of-00002.safetensors",),
     "FSDP, local state": ("pytorch_model_fsdp_rank0.bin", "pytorch_model_fsdp_rank1.bin"),
     "Meta, Mistral": ("consolidated.00.pth", "params.json", "tokenizer.model"),
     "torchtune": ("hf_model_0001_0.pt", "recipe_state/recipe_state.pt"),
-    "nanotron": ("checkpoint_metadata.json", "config.yaml", "model/a", "model_config.json"),
+    "nanotron, parts": ("checkpoint_metadata.json", "config.yaml", "model_config.json"),
     "NeMo 2": ("context/model.yaml", "weights/.metadata"),
     "NeMo 1": ("model.nemo",),
     "several of GGUF": ("model-Q4_K_M.gguf", "model-f16.gguf"),

@@ -14,6 +14,9 @@ embedding rows of no token), the time to read as many bytes in sequence, and the
 measurement when the weights are in memory already.
 
     python scripts/bench_scan.py --directory SCRATCH [--depth 4]
+
+With ``--small N`` it scans N checkpoints of a model of four narrow blocks instead, by one process
+and by workers, one after the other in each round, and prints the ratio of their times.
 """
 
 from __future__ import annotations
@@ -188,6 +191,52 @@ def run(arguments: argparse.Namespace, way: str, count: int = 0) -> dict[str, An
     return result
 
 
+def small(arguments: argparse.Namespace) -> None:
+    """Time scans of many small checkpoints, by one process and by workers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import sinktrack
+
+    archive = arguments.directory / f"small-{arguments.small}"
+    if not archive.exists():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=2,
+        ))  # fmt: skip
+        for step in range(arguments.small):
+            with torch.no_grad():
+                for weight in model.parameters():
+                    weight.add_(torch.randn_like(weight) * 1e-3)
+            model.save_pretrained(archive / f"checkpoint-{step}")
+        sinktrack.Probe.random(1000, sequences=16, length=64).save(arguments.directory / "probe")
+    seconds: dict[int, list[float]] = {workers: [] for workers in (0, *arguments.workers)}
+    for number in range(arguments.rounds):
+        for workers, found in seconds.items():
+            run = arguments.directory / f"run-{os.getpid()}-{number}-{workers}"
+            command = [
+                sys.executable, "-c", "import sinktrack.cli; sinktrack.cli.main()", "scan",
+                str(archive), "--run", str(run), "--probe", str(arguments.directory / "probe"),
+                *(["--workers", str(workers)] if workers else []),
+            ]  # fmt: skip
+            start = time.perf_counter()
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            found.append(time.perf_counter() - start)
+            print(workers or "one process", f"{found[-1]:.1f} s", file=sys.stderr)
+    alone = statistics.median(seconds[0])
+    threads = os.environ.get("OMP_NUM_THREADS", "all")
+    print(
+        f"{arguments.small} checkpoints, {os.cpu_count()} cores, threads of one process: {threads}"
+    )
+    print("| | seconds | of one process |\n|---|---|---|")
+    for workers, found in seconds.items():
+        name = f"{workers} workers" if workers else "one process"
+        ratios = [a / b for a, b in zip(found, seconds[0], strict=True)]
+        print(f"| {name} | {statistics.median(found):.1f} | {statistics.median(ratios):.2f} |")
+    print(f"a checkpoint by one process: {alone / arguments.small:.2f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
@@ -199,10 +248,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64, help="tokens of a sequence")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences at a time, of ours")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--small", type=int, help="scan so many small checkpoints instead")
+    parser.add_argument("--workers", type=int, nargs="+", default=[2], help="with --small")
     parser.add_argument("--warm", action="store_true", help="leave the page cache as it is")
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments)
+        return
+    if arguments.small:
+        small(arguments)
         return
     if not (arguments.directory / "model.safetensors.index.json").exists():
         make(arguments.directory, arguments.depth)

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError, require
 
 _COMMIT = re.compile(r"[0-9a-f]{6,64}")
+_NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:[kKmMbBtT](?![A-Za-z]))?")
 _DEEPEST = 3
 _MOST_CHECKPOINTS = 100_000
 _LOOKED_INTO = 100
@@ -557,17 +559,35 @@ def _meant(given: str, files: Files) -> str:
 
 
 def _example(others: Sequence[str]) -> str:
-    """A pattern for the first of some names that has a number; its last one counts as the step."""
-    name = next((name for name in others if re.search("[0-9]", name)), "")
-    parts = re.split(r"([0-9]+)(?!.*[0-9])", name)
-    if len(parts) < 3:
+    """A pattern for the names that most of some are like.
+
+    The step is the number behind a word for it, else the one of which most are distinct.
+    """
+    cut = [(tuple(_NUMBER.split(name)), _NUMBER.findall(name)) for name in others]
+    shapes = Counter(between for between, numbers in cut if numbers)
+    if not shapes:
         return "...(?P<step>[0-9]+)"
-    before, _, behind = parts[0], parts[1], parts[2]
-    return f"{_any_number(before)}(?P<step>[0-9]+){_any_number(behind)}"
+    between = shapes.most_common(1)[0][0]
+    columns = list(zip(*[numbers for other, numbers in cut if other == between], strict=True))
+
+    def rank(place: int) -> tuple[bool, int, int]:
+        said = re.search(r"(?i)(?:step|iter)[a-z]*[-_=:]*$", between[place]) is not None
+        return said, len(set(columns[place])), place
+
+    step = max(range(len(columns)), key=rank)
+    pattern = _escaped(between[0])
+    for place, column in enumerate(columns):
+        plain = all(text.isdecimal() for text in column)
+        count = "[0-9]+" if plain else "[0-9.]+[kKmMbBtT]?"
+        tokens = re.search(r"(?i)tokens?[-_]*$", between[place]) and "tokens>" not in pattern
+        group = "step" if place == step else "tokens" if tokens else None
+        pattern += f"(?P<{group}>{count})" if group else count
+        pattern += _escaped(between[place + 1])
+    return pattern
 
 
-def _any_number(text: str) -> str:
-    return re.sub("[0-9]+", "[0-9]+", re.sub(r"([.+*?()|{}^$\[\]\\])", r"\\\1", text))
+def _escaped(text: str) -> str:
+    return re.sub(r"([.+*?()|{}^$\[\]\\])", r"\\\1", text)
 
 
 def _unknown_revisions(files: Files, others: Sequence[str]) -> ArchiveError:

@@ -1,9 +1,9 @@
 """Weights of few bits with scales beside them, read as the numbers that they stand for.
 
 FP8: a value of 8 bits times the scale of its block, its row or its tensor (``weight_scale_inv`` of
-DeepSeek-V3 and Qwen3, ``weight_scale`` of compressed-tensors). MXFP4, of gpt-oss: two values of 4
-bits in a byte, and an exponent for every 32. That activations are rounded, too, where such a model
-is served is not imitated.
+DeepSeek-V3 and Qwen3, ``weight_scale`` of compressed-tensors, FBGEMM and ModelOpt). MXFP4, of
+gpt-oss: two values of 4 bits in a byte, and an exponent for every 32. That activations are rounded,
+too, where such a model is served is not imitated.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 """What four bits stand for in E2M1."""
 _GROUP = 32
 """Values to a scale in MXFP4."""
+_MODELOPT = "hf_quant_config.json"
+"""What ModelOpt says of its weights in place of ``config.json``, or beside it."""
 _ACTIVATIONS = (
-    "activation_scale", "input_scale", "output_scale", ".k_scale", ".v_scale", ".q_scale",
-    ".prob_scale",
+    "activation_scale", "input_scale", "input_scale_ub", "output_scale", ".k_scale", ".v_scale",
+    ".q_scale", ".prob_scale",
 )  # fmt: skip
 """Of activations and of the cache of keys and values: no weight is made with them."""
 Blocks = tuple[int, int]
@@ -43,6 +45,9 @@ def applied(source: Source) -> Source:
     """
     settings = getattr(source.config, "quantization_config", None)
     settings = settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
+    if not settings and source.files.exists(_MODELOPT):
+        said = source.files.read_json(_MODELOPT).get("quantization")
+        settings = {"quant_method": "modelopt"} | (said if isinstance(said, dict) else {})
     method = settings.get("quant_method")
     transforms = settings.get("transform_config") or {}
     if not isinstance(transforms, dict) or any(transforms.values()):
@@ -72,7 +77,7 @@ class _Dequantized:
     def __init__(self, source: Source, made: Mapping[str, Slice | None], kind: str) -> None:
         self.files, self._source, self._made = source.files, source, made
         self.config = copy.deepcopy(source.config)
-        del self.config.quantization_config
+        self.config.__dict__.pop("quantization_config", None)
         self.quantized = kind
         """What the weights are stored as, for the record."""
         self.tokens = getattr(source, "tokens", None)
@@ -186,6 +191,10 @@ def _blocks(settings: Mapping[str, Any]) -> Blocks | str | None:
     method, blocks = settings.get("quant_method"), None
     if method == "fp8":
         blocks = settings.get("weight_block_size", (128, 128))
+    elif method == "fbgemm_fp8" or (
+        method == "modelopt" and settings.get("quant_algo") in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+    ):
+        return "none"  # of a row, or of all
     elif method == "compressed-tensors" and settings.get("format") == "float-quantized":
         groups = [group.get("weights") for group in (settings.get("config_groups") or {}).values()]
         eight = {"type": "float", "num_bits": 8, "symmetric": True}

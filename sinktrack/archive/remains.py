@@ -49,9 +49,9 @@ _KINDS = (
     ),
     (
         r"consolidated\.[0-9]+\.pth|consolidated.*\.safetensors|params\.json",
-        "a model in Meta's or Mistral's own layout ({found}); write it with transformers' "
-        "convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py, or download the "
-        "repository's files of Hugging Face's layout",
+        "a model in Meta's or Mistral's own layout ({found}); write it with the "
+        "convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py of transformers 4, or "
+        "download the repository's files of Hugging Face's layout",
     ),
     (
         r"(?:hf_model|torchtune_model|recipe_state|meta_model)_?[0-9]*.*\.(?:pt|bin|safetensors)|"
@@ -61,8 +61,8 @@ _KINDS = (
     ),
     (
         r"(?:.*_)?model_.*pp-rank-[0-9]+-of-.*\.safetensors|checkpoint_metadata\.json",
-        "a checkpoint of nanotron ({found}); write it with nanotron's "
-        "examples/llama/convert_nanotron_to_hf.py --checkpoint_path=... --save_path=...",
+        "a part of nanotron's checkpoint ({found}); name the directory that holds "
+        "checkpoint_metadata.json, model_config.json and model/",
     ),
     (
         r"model_weights/|context/",
@@ -160,6 +160,13 @@ def known(files: Files) -> str | None:
         return (
             f"{files.location} holds {_ADAPTER} without adapter_model.safetensors; is the "
             "checkpoint still being written?"
+        )
+    if _ADAPTER not in there and (
+        found := [name for name in there if re.fullmatch(r"adapter_model.*\.[a-z]+", name)]
+    ):
+        return (
+            f"{files.location} holds an adapter's weights ({few(found)}) without {_ADAPTER}, which "
+            "says how they are merged; copy it from where they come from"
         )
     below = [name for name in there if name.endswith("/") and not step_of(name[:-1])][:_LOOKED]
     if _ADAPTER not in there and (

@@ -20,8 +20,8 @@ from sinktrack.errors import ArchiveError
 
 FORMATS = (
     "safetensors_files", "pytorch_files", "adapters", "fsdp", "olmo_core", "deepspeed", "verl",
-    "litgpt", "nanogpt", "nanochat", "olmo", "gguf_files", "trainer_files", "torchtitan",
-    "megatron",
+    "litgpt", "nanogpt", "nanochat", "nanotron", "olmo", "gguf_files", "trainer_files",
+    "torchtitan", "megatron",
 )  # fmt: skip
 """Modules of this package; of two that know a directory the first counts."""
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from sinktrack.cli.common import ERR, AsJson
-from sinktrack.errors import ArchiveError, RecordError, SinktrackError
+from sinktrack.errors import AnotherModel, ArchiveError, RecordError, SinktrackError
 
 if TYPE_CHECKING:
     from sinktrack.archive.source import Checkpoint
@@ -213,7 +213,9 @@ class _One:
                     pass
         except (KeyboardInterrupt, RecordError, OSError) as error:
             told.summary(recorded, run)
-            if (left := todo - told.measured - told.failed) > 0:
+            if (left := todo - told.measured - told.failed) > 0 and not isinstance(
+                error, AnotherModel
+            ):
                 said = "interrupted" if isinstance(error, KeyboardInterrupt) else "ended"
                 ERR.print(f"{said}, {left} left: the same command goes on with them")
             raise

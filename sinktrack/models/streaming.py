@@ -7,10 +7,11 @@ token is routed to, of the embedding only the rows of the probe's tokens.
 
 from __future__ import annotations
 
+import inspect
 import math
 import mmap
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -34,6 +35,13 @@ from sinktrack.models.huggingface import Decoder, decoder, is_experts
 
 _AT_ONCE = 32 * 2**20
 """Bytes of routed experts that are converted at a time: few enough for memory to be reused."""
+_BETWEEN = 64 * 2**10
+"""Bytes between two rows that are read with them: less than another request to a server costs."""
+_NO_PLAN: dict[str, Any] = (
+    {"tp_plan": None}  # before transformers 5.9 or so, which takes it from the model
+    if "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters
+    else {}
+)
 KEPT = 2**29
 """Bytes of weights up to which a model is read once and kept, where it will be run repeatedly."""
 
@@ -239,8 +247,10 @@ class Streamed:
         if list(rows.get_shape()) != list(target.shape):
             return set()
         value = _untouched(target, self._device, scattered=True)
-        for token in tokens.unique().tolist():
-            value[token] = rows[token : token + 1][0].to(value)
+        width = math.prod(target.shape[1:]) * target.element_size()
+        for first, last, wanted in _neighbours(tokens.unique().tolist(), width):
+            read = rows[first:last].to(value)
+            value[wanted] = read[[token - first for token in wanted]]
         self._put(table, value)
         return {table}
 
@@ -271,7 +281,7 @@ class Streamed:
         logging.disable_progress_bar()
         try:
             info, _ = convert_and_load_state_dict_in_model(
-                self.model, dict(tensors), self._load_config
+                self.model, dict(tensors), self._load_config, **_NO_PLAN
             )
         finally:
             if shown:
@@ -397,6 +407,28 @@ def _untouched(like: Tensor, device: str, *, scattered: bool = False) -> Tensor:
         with suppress(OSError):
             pages.madvise(getattr(mmap, advice))
     return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
+
+
+def _neighbours(rows: Sequence[int], width: int) -> Iterator[tuple[int, int, list[int]]]:
+    """Rows that are read together, though some between them are not wanted.
+
+    Args:
+        rows: which are wanted, ascending.
+        width: bytes of a row.
+
+    Yields:
+        The first that is read, the one behind the last, and those of them that are wanted.
+    """
+    together: list[int] = []
+    for row in rows:
+        if together and (
+            (row - together[-1] - 1) * width > _BETWEEN or (row - together[0]) * width > _AT_ONCE
+        ):
+            yield together[0], together[-1] + 1, together
+            together = []
+        together.append(row)
+    if together:
+        yield together[0], together[-1] + 1, together
 
 
 def _later(experts: Mapping[nn.Module, _Experts]) -> set[str]:

@@ -157,6 +157,7 @@ class Checkpoints:
             self.by_archive = [one() for one in find]
         self.found = self._own(in_order(chain.from_iterable(self.by_archive)))
         """The same by step."""
+        self.following = follow is not None
         self.rounds: Iterator[list[Checkpoint]] = iter([self.found])
         """Of each look, what to measure if it is not in the run."""
         if follow is not None:
@@ -189,9 +190,10 @@ class Scan:
             notify: called after each checkpoint with its record or its error.
 
         Raises:
+            AnotherModel: of several checkpoints none is of the model that the run holds.
             RecordError: the run directory cannot be written, or is being scanned.
         """
-        part = self.checkpoints.part
+        part, written = self.checkpoints.part, False
         with self.run.claimed(part and f"{part[0]}-of-{part[1]}"):
             rounds = (self.job.lacking(found, self.run) for found in self.checkpoints.rounds)
             for checkpoint, outcome in _outcomes(rounds, self.job, self.engine, self.workers):
@@ -200,13 +202,38 @@ class Scan:
                         self.run.append(outcome)
                     except AnotherModel as error:  # mixed archives: named, and the others go on
                         notify(checkpoint, error)
+                        if not written and self._all_alike(checkpoint):
+                            raise AnotherModel(
+                                f"all others here are as {checkpoint.name}, and none is of the "
+                                f"model that {self.run.directory} holds; give another run directory"
+                            ) from error
                         continue
+                    written = True
                     for steps in twins.equal_weights(self.run.records):
                         if outcome["step"] in steps:
                             _log.warning("%s", twins.told(steps))
                 notify(checkpoint, outcome)
                 if isinstance(outcome, dict):
                     yield outcome
+
+    def _all_alike(self, one: Checkpoint) -> bool:
+        """Whether several are to be measured, and all are of the same configuration as this."""
+        if self.checkpoints.following:
+            return False
+        others = [other for other in self.job.lacking(self.checkpoints.found, self.run)
+                  if other != one]  # fmt: skip
+        wanted = _configuration(one)
+        return bool(others) and all(_configuration(other) == wanted for other in others)
+
+
+def _configuration(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the model is; empty where it cannot be told."""
+    try:
+        said: dict[str, Any] = open(checkpoint).config.to_dict()
+    except Exception:  # it will be told when it is measured
+        return {}
+    written = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+    return {name: value for name, value in said.items() if name not in written}
 
 
 def check_device(device: str, engine: Engine | None = None) -> None:

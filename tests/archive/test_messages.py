@@ -16,6 +16,7 @@ from sinktrack import ArchiveError, Probe, Run, scan
 from sinktrack.archive import names
 from sinktrack.archive.discover import NoCheckpoint, discover
 from sinktrack.archive.huggingface import load
+from sinktrack.errors import AnotherModel
 from sinktrack.scan import choose_probe
 from tests.helpers import models
 from tests.helpers.commands import sinktrack_here
@@ -26,6 +27,10 @@ SAID = {
         "holds adapters alone (adapter_config.json, adapter_model.safetensors); give the model "
         "that they were trained on with --base (base), or merge them into it with PEFT's "
         "merge_and_unload and save that"
+    ),
+    "PEFT adapters, unexplained": (
+        "holds an adapter's weights (adapter_model.safetensors) without adapter_config.json, which "
+        "says how they are merged; copy it from where they come from"
     ),
     "DeepSpeed, pipeline parts alone": (
         "holds DeepSpeed's state (global_step5/, zero_to_fp32.py), a part for each process; "
@@ -42,17 +47,16 @@ SAID = {
     ),
     "Meta, Mistral": (
         "holds a model in Meta's or Mistral's own layout (consolidated.00.pth, params.json); "
-        "write it with transformers' convert_llama_weights_to_hf.py or "
-        "convert_mistral_weights_to_hf.py, or download the repository's files of Hugging Face's"
-        " layout"
+        "write it with the convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py of "
+        "transformers 4, or download the repository's files of Hugging Face's layout"
     ),
     "torchtune": (
         "holds a checkpoint of torchtune (hf_model_0001_0.pt, recipe_state/); write it with its"
         " FullModelHFCheckpointer and safe_serialization=True"
     ),
-    "nanotron": (
-        "holds a checkpoint of nanotron (checkpoint_metadata.json); write it with nanotron's "
-        "examples/llama/convert_nanotron_to_hf.py --checkpoint_path=... --save_path=..."
+    "nanotron, parts": (
+        "holds a part of nanotron's checkpoint (checkpoint_metadata.json); name the directory that "
+        "holds checkpoint_metadata.json, model_config.json and model/"
     ),
     "NeMo 2": (
         "holds a checkpoint of NeMo (context/); write it with `nemo llm export path=... "
@@ -342,3 +346,24 @@ def test_revisions_without_a_number_get_no_pattern(tmp_path: Path) -> None:
         f"{cache} holds revisions whose names tell no step that is known: deeper-starling, "
         f"kestrel; give one revision as the archive: {cache}/snapshots/COMMIT"
     )
+
+
+def test_a_run_of_another_model_ends_the_scan_at_the_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive, run = tmp_path / "a", tmp_path / "run"
+    probe = Probe.random(models.VOCABULARY, sequences=2, length=6)
+    models.gpt2().save_pretrained(tmp_path / "b/checkpoint-1")
+    list(scan(tmp_path / "b", probe=probe, run=run))
+    for step in (2, 3, 4):
+        models.llama().save_pretrained(archive / f"checkpoint-{step}")
+    asked = []
+    with pytest.raises(AnotherModel, match="all others here are as checkpoint-2, and none is of"):
+        list(scan(archive, run=run, notify=lambda one, _: asked.append(one.step)))
+    assert asked == [2]
+    code, said = sinktrack_here("scan", archive, "--run", run, capsys=capsys)
+    assert code == 2 and "0 measured, 0 already recorded, 1 failed" in said
+    assert "give another run directory" in said and "goes on with them" not in said
+    models.gpt2().save_pretrained(archive / "checkpoint-5")  # one fits: the others are named
+    code, said = sinktrack_here("scan", archive, "--run", run, capsys=capsys)
+    assert code == 1 and "1 measured, 0 already recorded, 3 failed" in said

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sinktrack import ArchiveError
 from sinktrack.archive.discover import discover
-from sinktrack.archive.names import at_end, count, known
+from sinktrack.archive.names import alike, at_end, count, known
 from tests.helpers.archives import place, steps
 
 POWERS = {"": 0, "k": 3, "K": 3, "m": 6, "M": 6, "b": 9, "B": 9, "t": 12, "T": 12}
@@ -179,3 +179,38 @@ def test_revisions_of_unknown_names_are_not_their_main_one(tmp_path: Path) -> No
     (one,) = discover(cache / "snapshots" / f"{2:040x}")
     assert one.step == 0
     assert discover(revisions(tmp_path / "models--a--b", "main"))[0].step == 0
+
+
+UNKNOWN = (
+    ("ckpt_000", "ckpt_100", "ckpt_359"),  # LLM360
+    ("ckpt_0.5T", "ckpt_1T", "ckpt_1.2T"),
+    ("100B-tokens", "200B-tokens", "1.5T-tokens"),
+    ("step10-tokens5B-phase2", "step20-tokens10B-phase2"),
+    ("lc-8to32-step-100", "lc-8to32-step-200"),
+    ("intermediate-step-50k-105b", "intermediate-step-480k-1T"),  # TinyLlama
+    ("fw-57M-tied-step100", "fw-57M-tied-step200"),
+    ("step-1000-fp16", "step-2000-fp16"),
+    ("revision_001", "revision_002"),
+    ("seed1-step1", "seed1-step2"),
+    ("v1.0-iters_10", "v1.0-iters_20"),
+    ("checkpoint_72000", "checkpoint_144000", "v1.0"),
+)
+
+
+@pytest.mark.parametrize("labels", UNKNOWN, ids=lambda labels: labels[0])
+@pytest.mark.parametrize("cached", [True, False])
+def test_the_pattern_that_is_printed_works(
+    labels: tuple[str, ...], cached: bool, tmp_path: Path
+) -> None:
+    """Of revisions, and of directories; in the order in which they were saved."""
+    if cached:
+        archive = revisions(tmp_path / "models--a--b", *labels, "main")
+    else:
+        archive = place(tmp_path / "a", *labels)
+    with pytest.raises(ArchiveError) as raised:
+        discover(archive)
+    if not cached and not any(map(alike, labels)):
+        return
+    pattern = str(raised.value).split("--pattern '")[1].split("'")[0]
+    wanted = [label for label in labels if label != "v1.0"]
+    assert [row[0] for row in steps(archive, pattern)] == wanted

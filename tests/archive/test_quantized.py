@@ -311,3 +311,51 @@ def test_a_configuration_that_says_too_much(tmp_path: Path) -> None:
     described(tmp_path / "plain", {"quant_method": "fp8"})
     with pytest.raises(ArchiveError, match="no 8-bit weight is there.*remove quantization_config"):
         read(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("method", ["fbgemm_fp8", "modelopt", "modelopt beside"])
+def test_rows_and_matrices_with_one_scale(tmp_path: Path, method: str) -> None:
+    """FBGEMM's rows (Llama 3.1 405B FP8), and ModelOpt's matrices with a scale each."""
+    path = written(tmp_path / "model", llama, None)
+    weights, wanted = load_file(path / FILE), {}
+    for name in [name for name in weights if name.endswith("scale_inv")]:
+        own, scale = name.removesuffix("_scale_inv"), weights.pop(name)
+        if method == "fbgemm_fp8":
+            scale = torch.rand(len(weights[own]), 1) + 0.5
+            weights[name.replace("weight_scale_inv", "input_scale_ub")] = torch.tensor([1200.0])
+        else:
+            weights[name.replace("weight_scale_inv", "input_scale")] = torch.tensor(0.5)
+        weights[f"{own}_scale"] = scale
+        wanted[own] = (weights[own].float() * scale).to(torch.bfloat16)
+    save_file(weights, path / FILE)
+    algorithm = {"quant_algo": "FP8", "kv_cache_quant_algo": None}
+    described(path, {"quant_method": method} | (algorithm if method == "modelopt" else {}))
+    if method == "modelopt beside":
+        config = json.loads((path / "config.json").read_text())
+        del config["quantization_config"]
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "hf_quant_config.json").write_text(json.dumps({"quantization": algorithm}))
+    found = read(path).state_dict()
+    assert len(wanted) == 14
+    for name, value in wanted.items():
+        assert torch.equal(found[name], value), name
+    if method == "modelopt":
+        described(path, {"quant_method": method, "quant_algo": "NVFP4"})
+        with pytest.raises(ArchiveError, match="quantized weights are not supported"):
+            read(path)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_a_cast_without_scales(tmp_path: Path, said: bool) -> None:
+    path = tmp_path / "model"
+    llama().to(torch.bfloat16).save_pretrained(path)
+    weights = load_file(path / FILE)
+    weights |= {n: w.to(torch.float8_e4m3fn) for n, w in weights.items() if "proj" in n}
+    save_file(weights, path / FILE)
+    wanted = "is stored as F8_E4M3 and has no scale beside it .*were cast without scales"
+    if said:
+        described(path, {"quant_method": "fp8"})
+    else:
+        wanted = "quantized weights are not supported: .* F8_E4M3"
+    with pytest.raises(ArchiveError, match=wanted):
+        read(path)

@@ -83,7 +83,7 @@ REMAINS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "adapters": (adapters, "holds adapters alone .adapter_config.json, adapter_model.safetensors.; "
                  "give the model that they"),
     "adapters in DeepSpeed": (lambda p, _: write(p, "adapter_model.bin", "global_step5/a", "latest",
-                              "zero_to_fp32.py"), "adapters alone .adapter_model.bin"),
+                              "zero_to_fp32.py"), "adapter_model.bin. without adapter_config.json"),
     "DeepSpeed": (lambda p, _: write(p, "global_step5/mp_rank_00_model_states.pt", "latest",
                   "rng_state.pth"), "mp_rank_00_model_states.pt is no zip archive"),
     "DeepSpeed and a config": (lambda p, s: with_config(p, s, "global_step5/a"), "zero_to_fp32.py"),

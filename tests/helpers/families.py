@@ -111,6 +111,8 @@ SLOW = {"granitemoehybrid"}
 
 def tiny(family: str, changes: dict[str, Any]) -> Any:
     """A model of the family from those of our arguments that its configuration knows."""
+    if family not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {family}")
     config = CONFIG_MAPPING[family]
     if "vocab_size" in changes:  # its configuration has names of its own
         return models.build(config(**{k: v for k, v in changes.items() if hasattr(config(), k)}))

@@ -367,7 +367,8 @@ def test_what_no_directory_keeps_is_not_noted_as_sent(past: Run) -> None:
     told = [line for line in done.stderr.splitlines() if re.match("sinktrack: |exit ", line)]
     assert told[1::2] == ["exit 2"] * 3, done.stderr
     assert "Read-only file system" in told[0] and "nothing was sent" in told[0]
-    assert "No space left on device; step 0 is not noted as sent" in told[2]
+    full = ("No space left on device; step 0 is not noted as sent", "nothing was sent")
+    assert any(text in told[2] for text in full)  # the second of wandb before 0.30
     assert "cannot note in" in told[4] and "nothing was sent" in told[4]
     assert not (past.directory / "wandb.json").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from sinktrack import ArchiveError, Measurement, Probe, measure
 from sinktrack.measure import measure_streamed
 from sinktrack.models.blockwise import BlockwiseUnsupported
-from sinktrack.models.streaming import Streamed
+from sinktrack.models.streaming import Streamed, _neighbours
 from sinktrack.records.run import to_json
 from tests.helpers import models
 from tests.helpers.archives import Recorded
@@ -89,7 +90,8 @@ def test_only_what_the_probe_needs_is_read(
         full = source.tensors[name].get_shape()
         numbers = torch.Size(full).numel()
         if "embed" in name:
-            assert count == len(probe.tokens.unique()) * full[1]
+            rows = probe.tokens.unique()  # and those between them
+            assert count == (rows[-1] - rows[0] + 1) * full[1] < numbers
         elif ".experts." in name or "input_linear" in name or "output_linear" in name:
             block = int(name.split("layers.")[1].split(".")[0])
             number = name.split("experts.")[-1].split(".")[0]
@@ -100,6 +102,22 @@ def test_only_what_the_probe_needs_is_read(
         else:
             assert count == numbers
     assert not any("lm_head" in name for name in source.read)
+
+
+def test_neighbouring_rows_are_read_together() -> None:
+    random = torch.Generator().manual_seed(0)
+    for width in (1, 4096, 2**17):
+        rows = torch.randint(0, 60_000, (700,), generator=random).unique().tolist()
+        found = list(_neighbours(rows, width))
+        assert [row for *_, wanted in found for row in wanted] == rows
+        for first, last, wanted in found:
+            assert wanted[0] == first and wanted[-1] == last - 1
+            assert (last - first) * width <= 2**25 + width
+            assert all((b - a - 1) * width <= 2**16 for a, b in pairwise(wanted))
+        gaps = [b[0] - a[1] for a, b in pairwise(found)]
+        assert all(gap * width > 2**16 for gap in gaps) or width == 1
+        assert len(found) == 1 or width > 1
+    assert list(_neighbours([], 8)) == []
 
 
 def test_one_block_at_a_time(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
-"""Tensors that several processes wrote, each a part: side by side, or as one flat row of values."""
+"""Tensors that several processes wrote, each a part: side by side, a flat row, or rectangles."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from sinktrack.archive.storage.dcp import Fetch, Span
 from sinktrack.archive.storage.torch_file import Saved
 from sinktrack.errors import ArchiveError
+
+Rectangle = tuple[tuple[int, int | None], ...]
+"""From where to where in each dimension; to the end where the last is None."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,92 @@ class Flat:
                 found.append(row.read(fetch, (), [(first + a, first + b)]))
             begin += count
         return torch.cat(found) if found else torch.empty(0, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Patch:
+    """A rectangle of a stored tensor, and which of the whole's it is."""
+
+    saved: Saved
+    local: Rectangle
+    whole: Rectangle
+
+
+@dataclass(frozen=True)
+class Patchwork:
+    """A tensor of one or two dimensions out of rectangles that cover it, each value once."""
+
+    patches: tuple[tuple[Saved, tuple[Span, ...], tuple[Span, ...]], ...]
+    """Of each where it lies in its file's tensor, and where in the whole."""
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, patches: Sequence[Patch], name: str) -> Patchwork:
+        """The tensor that these make.
+
+        Raises:
+            ArchiveError: they do not fit together.
+        """
+        found = []
+        for patch in patches:
+            sizes = patch.saved.shape
+            if not (len(sizes) == len(patch.local) == len(patch.whole) and len(sizes) in (1, 2)):
+                raise ArchiveError(f"{patch.saved.file} is no part of {name}: it has shape {sizes}")
+            local, whole = (
+                tuple(
+                    (first, size if last is None else last)
+                    for (first, last), size in zip(side, sizes, strict=True)
+                )
+                for side in (patch.local, patch.whole)
+            )
+            extents = [tuple(b - a for a, b in side) for side in (local, whole)]
+            inside = all(0 <= a <= b <= n for (a, b), n in zip(local, sizes, strict=True))
+            if extents[0] != extents[1] or not inside:
+                raise ArchiveError(f"{patch.saved.file}: what it says of {name} does not fit it")
+            found.append((patch.saved, local, whole))
+        shape = tuple(
+            max(ends) for ends in zip(*[[b for _, b in w] for *_, w in found], strict=True)
+        )
+        sides = [whole for *_, whole in found]
+        filled = sum(math.prod(b - a for a, b in side) for side in sides)
+        twice = any(
+            all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(one, other, strict=True))
+            for one, other in combinations(sides, 2)
+        )
+        dtypes = {saved.dtype for saved, *_ in found}
+        if filled != math.prod(shape) or twice or len(dtypes) != 1:
+            raise ArchiveError(f"the files of {name} do not make one tensor of shape {list(shape)}")
+        return cls(tuple(found), shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every part."""
+        return self.patches[0][0].dtype
+
+    def ends(self, lead: Sequence[int] = ()) -> Iterator[tuple[str, int]]:
+        """The files, and how long each must be."""
+        for saved, _, _ in self.patches:
+            yield from saved.ends()
+
+    def read(self, fetch: Fetch, lead: Sequence[int] = (), rows: Sequence[Span] = ()) -> Tensor:
+        """Rows below a leading index; see `dcp.read`."""
+        if lead:
+            return _below(self._rows(fetch, lead[0], lead[0] + 1), lead, rows)
+        spans = list(rows) or [(0, self.shape[0])]
+        found = [self._rows(fetch, first, last) for first, last in spans]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _rows(self, fetch: Fetch, first: int, last: int) -> Tensor:
+        made = torch.empty(last - first, *self.shape[1:], dtype=self.dtype)
+        for saved, local, whole in self.patches:
+            a, b = max(first, whole[0][0]), min(last, whole[0][1])
+            if a < b:
+                offset = local[0][0] - whole[0][0]
+                part = saved.read(fetch, (), [(a + offset, b + offset)])
+                within = tuple(slice(*span) for span in local[1:])
+                place = (slice(a - first, b - first), *(slice(*span) for span in whole[1:]))
+                made[place] = part[(slice(None), *within)]
+        return made
 
 
 def _below(first: Tensor, lead: Sequence[int], rows: Sequence[Span]) -> Tensor:

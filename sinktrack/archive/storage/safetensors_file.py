@@ -91,6 +91,15 @@ def read_header(files: Files, name: str) -> dict[str, Place]:
     Raises:
         ArchiveError: the file is missing, truncated, or its header is false.
     """
+    return read_described(files, name)[0]
+
+
+def read_described(files: Files, name: str) -> tuple[dict[str, Place], dict[str, str]]:
+    """The tensors of a file, and what its writer noted beside them.
+
+    Raises:
+        ArchiveError: the file is missing, truncated, or its header is false.
+    """
     size = files.size(name)
     try:
         if size < 8:
@@ -98,7 +107,7 @@ def read_header(files: Files, name: str) -> dict[str, Place]:
         length = int.from_bytes(files.read(name, 0, 8), "little")
         if length > min(_LARGEST_HEADER, size - 8):
             raise _Damage(f"a header of {length} bytes in a file of {size}")
-        return parse_header(bytes(files.read(name, 8, 8 + length)), size - 8 - length)
+        return _parsed(bytes(files.read(name, 8, 8 + length)), size - 8 - length)
     except _Damage as error:
         raise ArchiveError(
             f"{files.path(name)} is truncated or damaged ({error}); copy the checkpoint again"
@@ -121,6 +130,10 @@ def parse_header(header: bytes, room: int) -> dict[str, Place]:
         ValueError: not JSON, a dtype that is not known, a shape that does not fit its bytes, a name
             twice, or tensors that do not fill the data exactly, one behind the other.
     """
+    return _parsed(header, room)[0]
+
+
+def _parsed(header: bytes, room: int) -> tuple[dict[str, Place], dict[str, str]]:
     if not header.startswith(b"{"):
         raise _Damage("no header in JSON")
     try:
@@ -143,7 +156,7 @@ def parse_header(header: bytes, room: int) -> dict[str, Place]:
         end = stop
     if end != room:
         raise _Damage(f"tensors of {end} bytes, {room} bytes of data")
-    return places
+    return places, notes
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,9 @@ from sinktrack.errors import MeasurementError
 from sinktrack.scan.engines import ATTEMPTS, Outcome, Work, attempt, died
 from sinktrack.scan.engines.memory import available, footprint_of_one
 
+_AHEAD = 2
+"""Checkpoints that are given out for each process, so that none waits for the scanner."""
+
 
 def spread(
     work: Work, checkpoints: Sequence[Checkpoint], workers: int | None = None
@@ -48,7 +51,7 @@ def spread(
             first = [] if deaths else [pool.submit(os.getpid) for _ in range(size)]
             try:
                 while waiting or alone or running:
-                    queue, room = (alone, 1) if alone else (waiting, size)
+                    queue, room = (alone, 1) if alone else (waiting, _AHEAD * size)
                     while queue and len(running) < room:
                         future = pool.submit(attempt, work, queue[0])
                         running[future] = queue.popleft()
@@ -69,6 +72,8 @@ def spread(
                         alone.append(checkpoint)
                     else:
                         yield checkpoint, died(deaths[checkpoint])
+            finally:
+                pool.shutdown(cancel_futures=True)
 
 
 def _came_up(first: Sequence[Future[int]]) -> bool:
