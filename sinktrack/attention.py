@@ -52,7 +52,7 @@ class Attended:
     onto: Callable[[Tensor], Tensor]
     """Computes ``[B, H, T]`` float32: probability of query ``i`` on a set of keys, ``[B, T]``
     bool, its own included."""
-    also: Attended | None = None
+    second_key: Attended | None = None
     """The same for another key of each sequence, where one was asked for."""
 
 
@@ -65,8 +65,8 @@ def attend(
     mask: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    also: Tensor | None = None,
-    later: bool = False,
+    second_key: Tensor | None = None,
+    allow_future_keys: bool = False,
 ) -> tuple[Tensor, Attended]:
     """Attend causally and return the exact probability on P0 beside the output.
 
@@ -79,8 +79,8 @@ def attend(
             key, or a number to add to the scaled score. None is plain causal.
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
         sinks: ``[H]`` learned logits that join the denominator of every query (gpt-oss).
-        also: ``[B]`` int64, a further key of each sequence to tell the attention to.
-        later: may the mask let a query see later keys?
+        second_key: ``[B]`` int64, a further key of each sequence to tell the attention to.
+        allow_future_keys: may the mask let a query see later keys?
 
     Returns:
         The output ``[B, H, T, Dv]`` in the dtype of the values, and the attention to P0; nan for a
@@ -96,18 +96,20 @@ def attend(
             f"{tuple(value.shape)}: the probe needs as many keys as queries (no cache) and a whole "
             "number of query heads per key head"
         )
-    if mask is not None and not later and _sees_later(mask):
+    if mask is not None and not allow_future_keys and _sees_later(mask):
         raise MeasurementError("attention that is not causal has no P0 sink")
     if softcap is not None:
-        output, lse = _chunked(query, key, value, scale, mask, softcap, later)
+        output, lse = _chunked(query, key, value, scale, mask, softcap, allow_future_keys)
     else:
-        output, lse = _fused(query, key, value, scale, mask, later)
+        output, lse = _fused(query, key, value, scale, mask, allow_future_keys)
 
     def mixing() -> Tensor:
         if softcap is not None:
-            _, doubled = _chunked(query, key, value, scale, mask, softcap, later, power=2)
+            _, doubled = _chunked(
+                query, key, value, scale, mask, softcap, allow_future_keys, power=2
+            )
         else:
-            _, doubled = _fused(query, key, value, scale, mask, later, power=2)
+            _, doubled = _fused(query, key, value, scale, mask, allow_future_keys, power=2)
         return (doubled - 2 * lse).exp_()
 
     own = lse
@@ -116,9 +118,9 @@ def attend(
         marked = keys[:, None, :, None].float().expand(-1, key.shape[1], -1, 1)
         wide = query.float(), key.float(), marked
         if softcap is not None:
-            found, _ = _chunked(*wide, scale, mask, softcap, later)
+            found, _ = _chunked(*wide, scale, mask, softcap, allow_future_keys)
         else:
-            found, _ = _fused(*wide, scale, mask, later)
+            found, _ = _fused(*wide, scale, mask, allow_future_keys)
         return found[..., 0] * (own - lse).exp()
 
     sink = None
@@ -148,12 +150,12 @@ def attend(
         return Attended(p0, visible[:, 0], sink, keys_seen, value, mixing, onto)
 
     attended = on(torch.zeros(1, dtype=torch.int64, device=key.device), sink)
-    if also is not None:
-        attended = replace(attended, also=on(also.to(key.device)))
+    if second_key is not None:
+        attended = replace(attended, second_key=on(second_key.to(key.device)))
     return output, attended
 
 
-def see(
+def edit_mask(
     mask: Tensor | None, change: Callable[[Tensor], Tensor | None], like: Tensor
 ) -> Tensor | None:
     """Change which keys the queries see.
@@ -198,13 +200,15 @@ def _sees_later(mask: Tensor) -> bool:
     return bool(_seen_of(mask).triu(1).any())
 
 
-def read_scores(scores: Tensor, also: Tensor | None = None, later: bool = False) -> Attended:
+def read_scores(
+    scores: Tensor, second_key: Tensor | None = None, allow_future_keys: bool = False
+) -> Attended:
     """Attention to P0 from the scores ``[B, H, T, T]`` of a model that holds them anyway.
 
     Args:
         scores: scaled, with biases and mask added, as they enter the softmax.
-        also: as in `attend`.
-        later: may a query see later keys?
+        second_key: as in `attend`.
+        allow_future_keys: may a query see later keys?
 
     Raises:
         MeasurementError: not causal, or heads that differ in which queries see P0.
@@ -215,7 +219,7 @@ def read_scores(scores: Tensor, also: Tensor | None = None, later: bool = False)
     seen = _is_seen(scores) & (logs > _MASKED)
     past = torch.ones(wide.shape[-2:], dtype=torch.bool, device=wide.device).tril()
     ahead = logs.masked_fill_(past, -torch.inf) > _NOTHING
-    if not later and bool(ahead.any()):
+    if not allow_future_keys and bool(ahead.any()):
         raise MeasurementError("attention that is not causal has no P0 sink")
 
     def on(keys: Tensor) -> Attended:
@@ -234,7 +238,11 @@ def read_scores(scores: Tensor, also: Tensor | None = None, later: bool = False)
         return torch.einsum("bhij,bj->bhi", weights, keys.float())
 
     attended = on(torch.zeros(len(scores), dtype=torch.int64, device=scores.device))
-    return attended if also is None else replace(attended, also=on(also.to(scores.device)))
+    return (
+        attended
+        if second_key is None
+        else replace(attended, second_key=on(second_key.to(scores.device)))
+    )
 
 
 def _fused(
@@ -243,13 +251,13 @@ def _fused(
     value: Tensor,
     scale: float,
     mask: Tensor | None,
-    later: bool,
+    allow_future_keys: bool,
     power: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B, H, T, Dv]`` and log-sum-exp ``[B, H, T]`` from the device's fused kernel.
 
     Args:
-        query, key, value, scale, mask, later: as in `attend`.
+        query, key, value, scale, mask, allow_future_keys: as in `attend`.
         power: what the scores are multiplied by: log-sum-exp is then of probabilities to it.
     """
     if power != 1:
@@ -261,7 +269,7 @@ def _fused(
     if width < query.shape[-1]:
         wide = pad(value, (0, query.shape[-1] - width))
     if width > query.shape[-1]:
-        return _chunked(query, key, value, scale, mask, None, later)
+        return _chunked(query, key, value, scale, mask, None, allow_future_keys)
     if device == "cpu" and (half or dtype == torch.float32):
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, wide, 0.0, mask is None, attn_mask=_additive(mask, dtype), scale=scale
@@ -271,7 +279,7 @@ def _fused(
             query, *_repeat(query, key, wide), 0.0, True, False, scale=scale
         )[:2]
     else:
-        return _chunked(query, key, value, scale, mask, None, later)
+        return _chunked(query, key, value, scale, mask, None, allow_future_keys)
     finite = _finite(query) & _finite(key).repeat_interleave(query.shape[1] // key.shape[1], 1)
     lse = lse.masked_fill(~finite[..., None], torch.nan)  # the kernels make numbers of nan and inf
     return output[..., :width], lse[..., : query.shape[2]]
@@ -289,7 +297,7 @@ def _chunked(
     scale: float,
     mask: Tensor | None,
     softcap: float | None = None,
-    later: bool = False,
+    allow_future_keys: bool = False,
     power: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The same by a few queries at a time, for any device, dtype and soft cap."""
@@ -301,7 +309,7 @@ def _chunked(
     wide = torch.promote_types(query.dtype, torch.float32)
     for start in range(0, length, rows):
         stop = min(start + rows, length)
-        last = length if later else stop
+        last = length if allow_future_keys else stop
         scores = query[:, :, start:stop].to(wide) @ key[:, :, :last].to(wide).mT * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap

@@ -113,7 +113,7 @@ class Write:
 class Observer:
     """Receives what a forward pass shows. Tensors are live: copy what must outlast the call."""
 
-    also: Tensor | None = None
+    second_key: Tensor | None = None
     """``[B]`` int64: a position in each sequence, attention to which is shown beside P0's."""
 
     def state(self, block: int, stream: Tensor) -> None:

@@ -98,7 +98,7 @@ def _measure_apart(
     """Measure a model that no process holds whole; every process calls."""
     require("transformers", "hf")
     from sinktrack.models.blockwise import BlockwiseUnsupported
-    from sinktrack.models.gathered import Gathered, together
+    from sinktrack.models.gathered import Gathered, all_or_none
 
     def gathered() -> Gathered:
         refuse_unreadable(model)
@@ -107,7 +107,7 @@ def _measure_apart(
     with preserve_state(nn.Identity()):
         try:
             return measure_streamed(
-                together(gathered), probe, batch_size=batch_size, in_training=in_training
+                all_or_none(gathered), probe, batch_size=batch_size, in_training=in_training
             )
         except BlockwiseUnsupported as error:
             raise MeasurementError(

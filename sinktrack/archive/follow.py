@@ -87,7 +87,7 @@ def lack(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def looks(
+def poll(
     archive: str | Path, find: Callable[[], list[Checkpoint]], seconds: float
 ) -> Iterator[list[Checkpoint]]:
     """What each look gives, without end, every so many seconds."""

@@ -197,7 +197,7 @@ class _One:
             ERR.print(note, markup=False)
         opened.adopt(batch)
         job = self.job(batch)
-        todo = len(job.lacking(checkpoints.found, opened))
+        todo = len(job.pending(checkpoints.found, opened))
         recorded = len(checkpoints.found) - todo
         if others := renamed(checkpoints.found, opened):
             ERR.print(

@@ -15,7 +15,7 @@ from sinktrack.interventions.candidates import MOST, SUBLAYERS, order, screen, t
 from sinktrack.interventions.effects import Effect, mean
 from sinktrack.interventions.first_token import Singles, Writes, first_tokens
 from sinktrack.interventions.patching import Patch, Term
-from sinktrack.interventions.plans import Plan, ask, together
+from sinktrack.interventions.plans import Plan, ask, in_lockstep
 from sinktrack.interventions.replay import Edit, Edits, Job
 from sinktrack.interventions.results import Necessity
 from sinktrack.metrics.localization import Sink
@@ -31,7 +31,7 @@ class Ablation:
     def by_phase(self) -> Plan[list[list[Necessity]]]:
         """Of each phase: sublayers, the embedding, and parts of what has a verdict."""
         phases = self.bench.phases
-        trials, embedding = yield from together(
+        trials, embedding = yield from in_lockstep(
             [
                 self._ablate([("", [term]) for term in self.bench.sublayers]),
                 self._ablate([("embedding", [Term("state", 0)])]),
@@ -62,7 +62,7 @@ class Ablation:
             self._ablate([("", [part]) for own in parts.values() for part in own]),
             self._remove(spared),
         ]
-        inside, _ = yield from together(several)
+        inside, _ = yield from in_lockstep(several)
         by_part = []
         for phase in phases:
             for own in parts.values():
@@ -83,12 +83,12 @@ class Ablation:
         def of_parts() -> Plan[list[list[Necessity]]]:
             yield from self._remove([left for _, left, _ in by_part])
             return (
-                yield from together(
+                yield from in_lockstep(
                     [self._redundant(left, rows, phase) for rows, left, phase in by_part]
                 )
             )
 
-        of_whole, joint_parts = yield from together([together(whole), of_parts()])
+        of_whole, joint_parts = yield from in_lockstep([in_lockstep(whole), of_parts()])
         told = [
             own
             for place, phase in enumerate(phases)
@@ -260,7 +260,7 @@ class Ablation:
         """Ablate together what each of these removes, where that has not been done."""
         keys = dict.fromkeys(_terms(trials) for trials in several if len(trials) > 1)
         new = [key for key in keys if key not in self._joint]
-        found = yield from together([self._ablate([("joint", key)]) for key in new])
+        found = yield from in_lockstep([self._ablate([("joint", key)]) for key in new])
         self._joint |= {key: trial for key, (trial,) in zip(new, found, strict=True)}
 
     def _redundant(

@@ -51,7 +51,7 @@ def side_by_side(plans: Sequence[Plan[_Result]]) -> Plan[list[_Result | Uneditab
     return [found[place] for place in range(len(plans))]
 
 
-def together(plans: Sequence[Plan[_Result]]) -> Plan[list[_Result]]:
+def in_lockstep(plans: Sequence[Plan[_Result]]) -> Plan[list[_Result]]:
     """The same of plans none of which may fail.
 
     Raises:

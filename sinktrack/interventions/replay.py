@@ -201,7 +201,7 @@ class Replay:
         Returns:
             Of each, its outcome, or the `Uneditable` in its place.
         """
-        self.model.together([one for job in jobs for one in job.passes(self)])
+        self.model.run_together([one for job in jobs for one in job.passes(self)])
         return [job.error or job.outcome() for job in jobs]
 
     def look(self, phases: Collection[int]) -> None:
@@ -268,7 +268,7 @@ class Replay:
         """
         job = Edits([])
         both = _Stacked(self, job, [Edit()] * 2, 0, 0)
-        self.model.together([both])
+        self.model.run_together([both])
         for copy in both.outcomes:
             apart = (copy.p0 - outcome.p0[: len(copy.p0)]).abs().nan_to_num().amax(-1)
             if float(apart.median()) > _MIXED:  # rounding may send a token to another expert
@@ -458,7 +458,7 @@ class _Watched(Observer):
         self._copies, self._rows, self._last = len(edits), rows, last
         self._directions, self._blocks = replay.directions, replay.blocks
         self._slices = _slices(len(edits), len(rows))
-        self.also = replay.position[rows].repeat(len(edits)).to(device)
+        self.second_key = replay.position[rows].repeat(len(edits)).to(device)
         self._seen: dict[str, defaultdict[int, list[Tensor]]] = {
             name: defaultdict(list) for name in _FIELDS[:5]
         }
@@ -479,9 +479,9 @@ class _Watched(Observer):
             self._seen["set_size"][block].append(self._inside.sum(-1))
 
     def attention(self, block: int, attended: Attended) -> None:
-        assert attended.also is not None and self.also is not None
-        self._seen["p0"][block].append(_received(attended, torch.zeros_like(self.also)))
-        self._seen["second"][block].append(_received(attended.also, self.also))
+        assert attended.second_key is not None and self.second_key is not None
+        self._seen["p0"][block].append(_received(attended, torch.zeros_like(self.second_key)))
+        self._seen["second"][block].append(_received(attended.second_key, self.second_key))
         if self._inside is not None:
             onto = attended.onto(self._inside).double().mean(1)
             outside = (~self._inside).double()

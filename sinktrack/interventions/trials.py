@@ -80,7 +80,7 @@ def run_causal_tests(
         "forwards": 0.0,
     }
     if is_testable(measured):
-        adapt(model).together(lambda: _examine(found, model, probe, measured, batch_size))
+        adapt(model).all_or_none(lambda: _examine(found, model, probe, measured, batch_size))
     start = start or start_of(probe, getattr(model, "config", None))
     if beside is None:
         beside = measured_beside(model, probe, start, batch_size)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FSDPModule
 
-from sinktrack.attention import Attended, attend, read_scores, see
+from sinktrack.attention import Attended, attend, edit_mask, read_scores
 from sinktrack.errors import MeasurementError, SinktrackError
 from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
 from sinktrack.models.experts import Expert, NoExperts, NotTold, apart, everywhere
@@ -1002,7 +1002,7 @@ class Tap:
             if changed is not None:
                 wide = changed
                 scores = changed.view(scores.shape).to(scores.dtype)
-            attended = read_scores(wide, self.observer.also, changed is not None)
+            attended = read_scores(wide, self.observer.second_key, changed is not None)
         with self.flow.paused():
             self.show("softmax", attended, None)
         self.unmixed = True
@@ -1064,10 +1064,11 @@ class Tap:
             mask = None if attn_mask is None else self._mask(attn_mask)
             wanted = query.shape[-1] ** -0.5 if scale is None else scale
             with self.named():
-                edited = see(mask, self.edit_mask, query) if self.editor else mask
+                edited = edit_mask(mask, self.edit_mask, query) if self.editor else mask
                 output, attended = attend(
-                    query, key, value, scale=wanted, mask=edited, also=self.observer.also,
-                    later=edited is not mask,
+                    query, key, value, scale=wanted, mask=edited,
+                    second_key=self.observer.second_key,
+                    allow_future_keys=edited is not mask,
                 )  # fmt: skip
             self.show("SDPA", attended, output)
         mark(output, Mark("mixed", heads=query.shape[1]))
@@ -1106,7 +1107,7 @@ class Tap:
             seen = _over_all(lambda s, *i: block_mask[-1](*i, *mask_buffers), scores, at)
             wanted = self.edit_mask(seen)
             scores = scores.masked_fill(~(seen if wanted is None else wanted), -torch.inf)
-            attended = read_scores(scores, self.observer.also, wanted is not None)
+            attended = read_scores(scores, self.observer.second_key, wanted is not None)
             values = value.float().repeat_interleave(group, 1)
             own = scores.softmax(-1).nan_to_num() @ values
             if wanted is not None:
@@ -1197,12 +1198,18 @@ class Tap:
                 continue
             exact = [v.float() if v.element_size() < 4 else v for v in (query, key, value)]
             for scale, mask in product(scales, self._windows(args, kwargs, query.device)):
-                own, attended = attend(*exact, scale=scale, mask=mask, also=self.observer.also)
+                own, attended = attend(
+                    *exact, scale=scale, mask=mask, second_key=self.observer.second_key
+                )
                 if own.shape == whole.shape and _alike(own, whole):
-                    edited = see(mask, self.edit_mask, query) if self.editor else mask
+                    edited = edit_mask(mask, self.edit_mask, query) if self.editor else mask
                     if edited is not mask:
                         own, attended = attend(
-                            *exact, scale=scale, mask=edited, also=self.observer.also, later=True
+                            *exact,
+                            scale=scale,
+                            mask=edited,
+                            second_key=self.observer.second_key,
+                            allow_future_keys=True,
                         )
                         whole.copy_(own)
                     self.show(name, attended, whole)

@@ -93,13 +93,13 @@ class Model:
 
         return editable(self.model, probe, batch_size)
 
-    def together(self, step: Callable[[], _Result]) -> _Result:
+    def all_or_none(self, step: Callable[[], _Result]) -> _Result:
         """Take a step; where every process measures by agreement, all of them or none."""
         if self.backend != "megatron":
             return step()
         from sinktrack.models.megatron.processes import processes
 
-        return processes().together(step)
+        return processes().all_or_none(step)
 
     @property
     def agrees(self) -> bool:

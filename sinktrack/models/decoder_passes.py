@@ -220,7 +220,7 @@ class _Ending(Observer):
     """Shows a pass to another, and ends it with the last block."""
 
     def __init__(self, observer: Observer, blocks: int) -> None:
-        self.also, self._blocks = observer.also, blocks
+        self.second_key, self._blocks = observer.second_key, blocks
         self._observer = observer
         for name in ("factors", "attention", "gate", "untold", "write"):
             setattr(self, name, getattr(observer, name))

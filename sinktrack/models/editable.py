@@ -116,7 +116,7 @@ class Editable(Protocol):
             Uneditable: or not be changed as the editor wants it.
         """
 
-    def together(self, passes: Sequence[Pass]) -> None:
+    def run_together(self, passes: Sequence[Pass]) -> None:
         """Run several passes, none of which needs what a later one in the list shows.
 
         What a pass needs of an earlier one it finds where it asks for it: the earlier one has been
@@ -133,7 +133,7 @@ class Editable(Protocol):
 class InMemory:
     """What every `Editable` does alike whose model is in memory: passes run one after another."""
 
-    def together(self: Editable, passes: Sequence[Pass]) -> None:
+    def run_together(self: Editable, passes: Sequence[Pass]) -> None:
         """As of `Editable`."""
         for each in passes:
             if not each.wanted:

@@ -196,7 +196,7 @@ _ADVICE = (
 )
 
 
-def together(make: Callable[[], Gathered]) -> Gathered:
+def all_or_none(make: Callable[[], Gathered]) -> Gathered:
     """The model's copy, on every process or on none.
 
     Raises:

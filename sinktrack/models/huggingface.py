@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sinktrack.attention import Attended, attend, read_scores, see
+from sinktrack.attention import Attended, attend, edit_mask, read_scores
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
 from sinktrack.models.guard import refuse_prompts, restore_on_exit
@@ -542,11 +542,11 @@ class _Tap:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         mask = attention_mask
         if self._edits_mask:
-            mask = see(attention_mask, self._edited, query)
+            mask = edit_mask(attention_mask, self._edited, query)
         with self._named():
             output, attended = attend(
                 query, key, value, scale=scale, mask=mask, softcap=softcap, sinks=s_aux,
-                also=self.observer.also, later=mask is not attention_mask,
+                second_key=self.observer.second_key, allow_future_keys=mask is not attention_mask,
             )  # fmt: skip
         self._attended(attended)
         output = output.transpose(1, 2).contiguous()
@@ -602,10 +602,10 @@ class _Tap:
         batch, length, _ = self.shape
         if scores.ndim != 4 or (scores.shape[0], *scores.shape[2:]) != (batch, length, length):
             return None
-        changed = see(scores, self._only_hidden, scores) if self._edits_mask else scores
+        changed = edit_mask(scores, self._only_hidden, scores) if self._edits_mask else scores
         assert changed is not None
         with self._named():
-            attended = read_scores(changed, self.observer.also, changed is not scores)
+            attended = read_scores(changed, self.observer.second_key, changed is not scores)
         self._attended(attended)
         return changed, Mark("weights", heads=scores.shape[1])
 

@@ -101,10 +101,10 @@ class _Passes:
                 self.shown = logits
 
         single = Single(tokens, observer, editor, start=start, logits=logits)
-        self.together([single])
+        self.run_together([single])
         return single.shown
 
-    def together(self, passes: Sequence[Pass]) -> None:
+    def run_together(self, passes: Sequence[Pass]) -> None:
         """As of `Editable`: each block is read once for as many passes as may wait for it."""
         waiting = sorted(passes, key=lambda each: each.start)
         while waiting:

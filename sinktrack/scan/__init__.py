@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from sinktrack.archive.discover import base_model, discover, in_order
-from sinktrack.archive.follow import looks
+from sinktrack.archive.follow import poll
 from sinktrack.archive.names import Pattern
 from sinktrack.archive.source import Checkpoint, Source, open
 from sinktrack.errors import (
@@ -161,7 +161,7 @@ class Checkpoints:
         self.rounds: Iterator[list[Checkpoint]] = iter([self.found])
         """Of each look, what to measure if it is not in the run."""
         if follow is not None:
-            self.rounds = map(self._own, looks(archives[0], find[0], follow))
+            self.rounds = map(self._own, poll(archives[0], find[0], follow))
 
     def _own(self, found: list[Checkpoint]) -> list[Checkpoint]:
         """Those of this part."""
@@ -195,7 +195,7 @@ class Scan:
         """
         part, written = self.checkpoints.part, False
         with self.run.claimed(part and f"{part[0]}-of-{part[1]}"):
-            rounds = (self.job.lacking(found, self.run) for found in self.checkpoints.rounds)
+            rounds = (self.job.pending(found, self.run) for found in self.checkpoints.rounds)
             for checkpoint, outcome in _outcomes(rounds, self.job, self.engine, self.workers):
                 if isinstance(outcome, dict):
                     try:
@@ -220,7 +220,7 @@ class Scan:
         """Whether several are to be measured, and all are of the same configuration as this."""
         if self.checkpoints.following:
             return False
-        others = [other for other in self.job.lacking(self.checkpoints.found, self.run)
+        others = [other for other in self.job.pending(self.checkpoints.found, self.run)
                   if other != one]  # fmt: skip
         wanted = _configuration(one)
         return bool(others) and all(_configuration(other) == wanted for other in others)
@@ -270,7 +270,7 @@ class Job:
     dtype: Dtype | None = None
     card: bool = False
 
-    def lacking(self, checkpoints: Sequence[Checkpoint], run: Run) -> list[Checkpoint]:
+    def pending(self, checkpoints: Sequence[Checkpoint], run: Run) -> list[Checkpoint]:
         """Those that the run does not hold, or not with as many blocks, the dtype or the tests."""
         held = {record["step"]: record for record in run.history}
         done = {step for step, record in held.items() if self._is_in(record)}
@@ -374,9 +374,9 @@ def _outcomes(
     for checkpoints in rounds:
         if engine == "ray":
             gpus = int(job.device.startswith("cuda"))
-            yield from ray.spread(job, checkpoints, workers, gpus)
+            yield from ray.distribute(job, checkpoints, workers, gpus)
         elif engine == "local" or workers is not None:
-            yield from local.spread(job, checkpoints, workers)
+            yield from local.distribute(job, checkpoints, workers)
         else:
             for checkpoint in checkpoints:
                 yield checkpoint, attempt(job, checkpoint)

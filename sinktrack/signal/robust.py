@@ -91,7 +91,7 @@ def level(y: Curve, probe: float) -> Interval:
     return Interval(middle, middle - half, middle + half)
 
 
-def spread(y: Curve, floor: float, top: float, quiet: float, lively: float) -> Curve:
+def deviations(y: Curve, floor: float, top: float, quiet: float, lively: float) -> Curve:
     """Standard deviation of each record of a rise, which is seldom the same below and above.
 
     Args:
@@ -118,7 +118,7 @@ def leaves_floor(x: Curve, y: Curve, deviation: Curve) -> Interval:
     Args:
         x: steps, the floor first.
         y: values up to about a third of the rise: further on the shape would have to be known.
-        deviation: of each value, as `spread` tells it.
+        deviation: of each value, as `deviations` tells it.
     """
     x, y, weight = x[-_NEAR:], y[-_NEAR:], 1 / deviation[-_NEAR:]
     gaps = np.diff(x)[:, None] * np.arange(_PER_GAP) / _PER_GAP

@@ -467,7 +467,7 @@ def fitted_onset(x: Curve, y: Curve, first: int, floor: float) -> Interval:
     end = first + max(1, int(np.argmax(y[first:] >= floor + (top - floor) / 3)))
     quiet = _SPREAD_OF_MEDIAN * float(np.median(np.abs(y[:first] - floor)))
     lively = robust.noise(x[first:], y[first:])
-    deviation = robust.spread(y, floor, top, quiet, lively)
+    deviation = robust.deviations(y, floor, top, quiet, lively)
     return robust.leaves_floor(x[: end + 1], y[: end + 1], deviation[: end + 1])
 
 

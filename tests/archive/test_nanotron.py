@@ -40,7 +40,7 @@ KINDS: dict[str, Any] = {
 
 
 def model_of(kind: str, tied: bool = False) -> Any:
-    sizes = SIZES | {"tie_word_embeddings": tied}
+    sizes: dict[str, Any] = SIZES | {"tie_word_embeddings": tied}
     if kind == "smollm3":
         sizes |= {"no_rope_layers": [1, 0, 1, 0], "use_sliding_window": False, "pad_token_id": None}
     base = sizes.pop("rope_theta")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sinktrack import attention
-from sinktrack.attention import attend, read_scores, see
+from sinktrack.attention import attend, edit_mask, read_scores
 from sinktrack.errors import MeasurementError
 
 
@@ -213,15 +213,15 @@ def test_no_quadratic_matrix_is_held(dtype: torch.dtype, softcap: float | None, 
 @given(shapes, st.booleans(), st.booleans(), st.sampled_from([None, 4.0]))
 @settings(max_examples=100, deadline=None)
 def test_other_sight(
-    shape: dict[str, Any], additive: bool, later: bool, softcap: float | None
+    shape: dict[str, Any], additive: bool, allow_future_keys: bool, softcap: float | None
 ) -> None:
-    """Hiding keys by `see`, or showing later ones, equals softmax over the others."""
+    """Hiding keys by `edit_mask`, or showing later ones, equals softmax over the others."""
     query, key, value, mask = draw(shape, torch.float32)
     length = shape["length"]
     seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask[0, 0]
     wanted = seen.clone()
     wanted[length // 2 :, 1 : length // 2 + 1] = False
-    if later:
+    if allow_future_keys:
         wanted[0] = True
     wanted.fill_diagonal_(True)
     reference = wanted[None, None]
@@ -234,8 +234,8 @@ def test_other_sight(
         assert now.dtype == torch.bool and torch.equal(now, seen[None, None])
         return wanted[None, None]
 
-    changed = see(mask, change, query)
-    options: dict[str, Any] = {"mask": changed, "later": later, "softcap": softcap}
+    changed = edit_mask(mask, change, query)
+    options: dict[str, Any] = {"mask": changed, "later": allow_future_keys, "softcap": softcap}
     with patch.object(attention, "_CHUNK_SCORES", 64):
         output, got = attend(query, key, value, scale=shape["scale"], **options)
     wanted_output, probabilities, largest = softmax_reference(
@@ -244,7 +244,7 @@ def test_other_sight(
     bound = 2e-6 + 2**-21 * float(largest)
     torch.testing.assert_close(output.double(), wanted_output, atol=2e-4, rtol=2e-4)
     assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
-    assert see(mask, lambda _: None, query) is mask
+    assert edit_mask(mask, lambda _: None, query) is mask
 
 
 @given(shapes, st.booleans(), st.sampled_from([None, 4.0]))
@@ -255,18 +255,20 @@ def test_another_position_beside_p0(
     """Told by `attend`, or read off the scores of a model that holds them."""
     query, key, value, mask = draw(shape, torch.float32)
     batch, length = shape["batch"], shape["length"]
-    also = torch.randint(length, (batch,), generator=torch.Generator().manual_seed(shape["seed"]))
+    second_key = torch.randint(
+        length, (batch,), generator=torch.Generator().manual_seed(shape["seed"])
+    )
     _, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask, softcap)
     if scored:
         seen = torch.ones(length, length).tril().bool() if mask is None else mask[0, 0]
         scores = probabilities.log().float() + torch.linspace(-3, 3, length)[:, None]
-        found = read_scores(scores.masked_fill(~seen, -torch.inf), also)
+        found = read_scores(scores.masked_fill(~seen, -torch.inf), second_key)
     else:
-        options: dict[str, Any] = {"mask": mask, "softcap": softcap, "also": also}
+        options: dict[str, Any] = {"mask": mask, "softcap": softcap, "second_key": second_key}
         _, found = attend(query, key, value, scale=shape["scale"], **options)
-    assert found.also is not None and found.sink is None
+    assert found.second_key is not None and found.sink is None
     bound = 2e-6 + 2**-21 * float(largest)
-    for got, keys in ((found, torch.zeros_like(also)), (found.also, also)):
+    for got, keys in ((found, torch.zeros_like(second_key)), (found.second_key, second_key)):
         wanted = probabilities[torch.arange(batch), :, :, keys]
         assert (got.p0.double() - wanted).abs().max() <= bound
         distance = torch.arange(length) - keys[:, None]
@@ -302,8 +304,8 @@ def test_heads_that_differ_in_sight_are_refused() -> None:
 
 
 def test_later_keys_where_they_were_asked_for() -> None:
-    found = read_scores(torch.zeros(1, 2, 4, 4), later=True)
-    assert found.also is None and found.visible.all()
+    found = read_scores(torch.zeros(1, 2, 4, 4), allow_future_keys=True)
+    assert found.second_key is None and found.visible.all()
     assert torch.allclose(found.p0, torch.full((1, 2, 4), 0.25))
 
 

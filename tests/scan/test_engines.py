@@ -69,7 +69,7 @@ def test_workers_see_the_environment_of_their_scan(
     """The server that they are forked from outlives a scan."""
     for value in ("before", "after"):
         monkeypatch.setenv("SINKTRACK_TOLD", value)
-        found = [outcome for _, outcome in local.spread(told, discover(archive)[:2], 1)]
+        found = [outcome for _, outcome in local.distribute(told, discover(archive)[:2], 1)]
         assert [one["told"] for one in found if isinstance(one, dict)] == [value] * 2
 
 
@@ -77,7 +77,7 @@ def test_a_worker_that_dies_is_replaced_and_one_checkpoint_fails(
     archive: Path, tmp_path: Path
 ) -> None:
     work = partial(dies_once, mark=tmp_path / "mark")
-    found = {c.step: outcome for c, outcome in local.spread(work, discover(archive), 2)}
+    found = {c.step: outcome for c, outcome in local.distribute(work, discover(archive), 2)}
     assert sorted(found) == list(STEPS)
     assert isinstance(found.pop(5), ArchiveError)
     assert all(outcome == {"step": step} for step, outcome in found.items())

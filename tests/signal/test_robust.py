@@ -79,11 +79,11 @@ def test_a_level_by_batches() -> None:
 def test_the_spread_of_a_rise() -> None:
     """Quiet below, lively above, between them by how far it has come; a spike counts as above."""
     y = np.array([0.2, 0.2, 0.2, 0.4, 0.6, 0.6, 0.6])
-    found = robust.spread(y, floor=0.2, top=0.6, quiet=0.01, lively=0.05)
+    found = robust.deviations(y, floor=0.2, top=0.6, quiet=0.01, lively=0.05)
     assert found[0] == pytest.approx(0.01) and found[-1] == pytest.approx(0.05)
     assert found[2] == pytest.approx(np.sqrt(0.01**2 + 0.5 * (0.05**2 - 0.01**2)))
     assert np.all(np.diff(found) >= 0)
-    least = robust.spread(y, floor=0.2, top=0.6, quiet=0.0, lively=0.0)
+    least = robust.deviations(y, floor=0.2, top=0.6, quiet=0.0, lively=0.0)
     assert least == pytest.approx([0.004] * 7), "a hundredth of the rise at least"
 
 

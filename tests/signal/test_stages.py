@@ -223,7 +223,7 @@ class Rules:
         end = max(first + 1, third[0]) + 1
         quiet = 1.4826 * np.median([abs(value - self.floor) for value in y[:first]])
         lively = robust.noise(x[first:], y[first:])
-        deviation = robust.spread(y, self.floor, top, quiet, lively)
+        deviation = robust.deviations(y, self.floor, top, quiet, lively)
         return list(robust.leaves_floor(x[:end], y[:end], deviation[:end]))
 
     def top(self) -> list[float]:

@@ -248,7 +248,7 @@ class _Names:
         heads = self.config.num_attention_heads
         groups = self.config.num_key_value_heads
         ends = [0, heads, heads + groups, heads + 2 * groups]
-        kinds = {"weight": (self.config.hidden_size,)}
+        kinds: dict[str, tuple[int, ...]] = {"weight": (self.config.hidden_size,)}
         if self.config.model_type == "qwen2":
             kinds["bias"] = ()
         for kind, rest in kinds.items():

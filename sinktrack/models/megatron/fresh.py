@@ -35,7 +35,7 @@ def fresh(found: Any, all_of: Processes) -> None:
         for group in _bucket_groups(wrapped):
             if getattr(group, "param_gather_handle", None) is not None:  # on its way: wait for it
                 group.start_param_sync(force_sync=True)
-    groups = all_of.together(lambda: _groups(found))
+    groups = all_of.all_or_none(lambda: _groups(found))
     different = _different(groups, all_of)
     if different and all(all_of.gather(_stale(found))):
         for wrapped in found.models:
@@ -78,7 +78,7 @@ def _groups(found: Any) -> dict[Holders, list[Tensor]]:
 
 def _different(groups: dict[Holders, list[Tensor]], all_of: Processes) -> set[Holders]:
     """The groups whose processes hold different bits."""
-    digests = all_of.together(
+    digests = all_of.all_or_none(
         lambda: {holders: _digest(parameters) for holders, parameters in groups.items()}
     )
     seen: defaultdict[Holders, set[str]] = defaultdict(set)

@@ -48,7 +48,7 @@ def measure_chunks(
         probe.check(_vocabulary(found), getattr(found.bare[0], "max_sequence_length", None))
         return found
 
-    found = all_of.together(prepare)
+    found = all_of.all_or_none(prepare)
     layout, bare, config = found.layout, nn.ModuleList(found.bare), found.config
     replies = all_of.gather((probe.digest, layout.dense or layout.experts, dict(found.kinds)))
     if len({each for each, _, _ in replies}) > 1:
@@ -137,12 +137,12 @@ def measure_chunks(
             seconds=time.perf_counter() - started,
         )
 
-    all_of.together(passes)
+    all_of.all_or_none(passes)
     _share_inputs(collected)
-    all_of.together(experts)
+    all_of.all_or_none(experts)
     shares = all_of.gather_to_rank0((collected, singles, own), some)
     with synced(found):  # process 0 runs more passes
-        measured = all_of.together(lambda: whole(shares))
+        measured = all_of.all_or_none(lambda: whole(shares))
     result: Measurement = all_of.from_first(measured)
     return result
 

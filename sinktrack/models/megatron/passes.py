@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sinktrack.attention import attend, see
+from sinktrack.attention import attend, edit_mask
 from sinktrack.events import Editor, Observer, Projection, Routed, Write
 from sinktrack.models.editable import InMemory, at_once
 from sinktrack.models.guard import probe_context
@@ -78,7 +78,7 @@ def editable(model: Any, probe: Probe, batch_size: int | None) -> Iterator[Passe
         probe.check(passes.vocabulary, getattr(found.bare[0], "max_sequence_length", None))
         return passes
 
-    passes = all_of.together(prepare)
+    passes = all_of.all_or_none(prepare)
     found, size = passes.found, at_once(passes.vocabulary, probe, batch_size)
     with synced(found), probe_context(nn.ModuleList(found.bare), size, probe), ready(found):
         fresh(found, all_of)
@@ -197,13 +197,13 @@ class _Tap(Tap):
         wide: dict[str, Any] = {
             "scale": self.scale(number, core),
             "sinks": self.sinks(core, query.device),
-            "also": self.observer.also,
+            "second_key": self.observer.second_key,
         }
         ours, attended = attend(query, key, value, mask=mask, **wide)
         self.same(number, ours, output)
-        edited = see(mask, lambda seen: self.editor.mask(number, seen), query)
+        edited = edit_mask(mask, lambda seen: self.editor.mask(number, seen), query)
         if edited is not mask:
-            ours, attended = attend(query, key, value, mask=edited, later=True, **wide)
+            ours, attended = attend(query, key, value, mask=edited, allow_future_keys=True, **wide)
         self.observer.attention(number, attended)
         if edited is mask:
             return None

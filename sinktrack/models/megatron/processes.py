@@ -30,7 +30,7 @@ class Processes:
         """
         return self._round(value)
 
-    def together(self, step: Callable[[], _Result]) -> _Result:
+    def all_or_none(self, step: Callable[[], _Result]) -> _Result:
         """Take a step on every process; where one fails, all do.
 
         A step may gather, and take steps together: who fails before says so in the round that the

@@ -26,7 +26,7 @@ _AHEAD = 2
 """Checkpoints that are given out for each process, so that none waits for the scanner."""
 
 
-def spread(
+def distribute(
     work: Work, checkpoints: Sequence[Checkpoint], workers: int | None = None
 ) -> Iterator[tuple[Checkpoint, Outcome]]:
     """Measure checkpoints in worker processes; outcomes come as they are ready.

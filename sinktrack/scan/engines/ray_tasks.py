@@ -15,7 +15,7 @@ from sinktrack.scan.engines.memory import footprint_of_one
 _log = logging.getLogger("sinktrack")
 
 
-def spread(
+def distribute(
     work: Work, checkpoints: Sequence[Checkpoint], count: int | None = None, gpus: int = 0
 ) -> Iterator[tuple[Checkpoint, Outcome]]:
     """Measure checkpoints on the cluster; outcomes come as they are ready.
@@ -38,7 +38,7 @@ def spread(
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError:
             _log.warning("no Ray cluster found; measuring with processes of this machine")
-            yield from local.spread(work, checkpoints, count)
+            yield from local.distribute(work, checkpoints, count)
             return
     if not checkpoints:
         return
