@@ -45,6 +45,7 @@ from sinktrack.prose import passages
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench_probe import Peak
 from bench_scan import GIB, make
+from ratios import tell
 
 from tests.helpers import planted
 
@@ -68,8 +69,8 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def compare(blocks: int, writer: int, rounds: int) -> str:
-    """One row of the table."""
+def compare(blocks: int, writer: int, rounds: int) -> dict[str, float]:
+    """The numbers of one row of the table."""
     model = build(blocks, writer)
     tokens = torch.randint(1, planted.VOCABULARY, (32, 64))
     tokens[:, 0] = 0
@@ -112,10 +113,20 @@ def compare(blocks: int, writer: int, rounds: int) -> str:
     per_block = 2 + HEADS + EXPERTS
     before, whole = (count * per_block * median["naive"] / plain for count in (reference, blocks))
     cost = median["necessity"] / plain
+    return {
+        "forward": plain, "measure": median["measure"] / plain, "necessity": cost,
+        "all": median["all"] / plain, "before": before, "whole": whole,
+    }  # fmt: skip
+
+
+def row(blocks: int, writer: int, rounds: int) -> str:
+    """Of the table."""
+    found = compare(blocks, writer, rounds)
+    cost = found["necessity"]
     return (
-        f"| {blocks} | {writer} | {plain:.2f} s | {median['measure'] / plain:.2f} | {cost:.1f} | "
-        f"{median['all'] / plain:.1f} | {before:.0f} | {whole:.0f} | {before / cost:.1f} | "
-        f"{whole / cost:.1f} |"
+        f"| {blocks} | {writer} | {found['forward']:.2f} s | {found['measure']:.2f} | {cost:.1f} | "
+        f"{found['all']:.1f} | {found['before']:.0f} | {found['whole']:.0f} | "
+        f"{found['before'] / cost:.1f} | {found['whole'] / cost:.1f} |"
     )
 
 
@@ -249,7 +260,13 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=3, help="blocks of the streamed checkpoint")
     parser.add_argument("--tokens", type=int, default=512, help="of its probe")
     parser.add_argument("--worker", choices=("plain", "causal"), help=argparse.SUPPRESS)
+    parser.add_argument("--short", action="store_true", help="small, as JSON for bench.py")
     arguments = parser.parse_args()
+    if arguments.short:
+        found = compare(blocks=4, writer=1, rounds=1)
+        names = ("measure", "necessity", "all")
+        tell("time", {f"causal tests: {name} / plain forward": found[name] for name in names})
+        return
     if arguments.worker is not None:
         scanned(arguments.stream, arguments.tokens, arguments.worker == "causal")
         return
@@ -266,7 +283,7 @@ def main() -> None:
     )
     for blocks in arguments.blocks:
         for writer in (1, blocks // 2):
-            print(compare(blocks, writer, arguments.rounds), flush=True)
+            print(row(blocks, writer, arguments.rounds), flush=True)
 
 
 if __name__ == "__main__":

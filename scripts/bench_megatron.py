@@ -8,15 +8,16 @@ One process on the CPU, a MoE of 4 blocks of width 256 with the local core atten
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
-import sys
 import time
 from typing import Any
 
 import megatron_cpu
 import torch
 import torch.nn.functional as F
+from ratios import tell
 
 from sinktrack import Probe, measure
 
@@ -46,29 +47,41 @@ def seconds(function: Any) -> float:
     return time.perf_counter() - started
 
 
-def main(lengths: list[int]) -> None:
+def compare(length: int, tokens: int, count: int) -> tuple[float, float]:
+    """Seconds of a plain forward pass, and the cost of a probe over it."""
+    torch.manual_seed(0)
+    model = build(length)
+    probe = Probe.random(VOCABULARY, sequences=tokens // length, length=length)
+    positions = torch.arange(length).expand(tokens // length, -1)
+
+    def plain() -> None:
+        with torch.no_grad():
+            model(probe.tokens, positions, None)
+
+    rounds = []
+    for _ in range(count + 1):  # the first is for warming up
+        rounds.append((seconds(plain), seconds(lambda: measure(model, probe))))
+    forward = statistics.median(one for one, _ in rounds[1:])
+    return forward, statistics.median(other / one for one, other in rounds[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("lengths", type=int, nargs="*", default=[64, 512, 2048])
+    parser.add_argument("--short", action="store_true", help="small, as JSON for bench.py")
+    arguments = parser.parse_args()
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "localhost"),
                         ("MASTER_PORT", "29500")):  # fmt: skip
         os.environ.setdefault(name, value)
     megatron_cpu.start()
+    if arguments.short:
+        tell("time", {"Megatron: measure / plain forward": compare(64, 512, 3)[1]})
+        return
     print("| T | plain forward | measure / plain |\n|---|---|---|")
-    for length in lengths:
-        torch.manual_seed(0)
-        model = build(length)
-        probe = Probe.random(VOCABULARY, sequences=TOKENS // length, length=length)
-        positions = torch.arange(length).expand(TOKENS // length, -1)
-
-        def plain(model: Any = model, probe: Any = probe, positions: Any = positions) -> None:
-            with torch.no_grad():
-                model(probe.tokens, positions, None)
-
-        rounds = []
-        for _ in range(ROUNDS + 1):  # the first is for warming up
-            rounds.append((seconds(plain), seconds(lambda m=model, p=probe: measure(m, p))))
-        forward = statistics.median(one for one, _ in rounds[1:])
-        ratio = statistics.median(other / one for one, other in rounds[1:])
+    for length in arguments.lengths:
+        forward, ratio = compare(length, TOKENS, ROUNDS)
         print(f"| {length} | {forward:.2f} s | {ratio:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
-    main([int(word) for word in sys.argv[1:]] or [64, 512, 2048])
+    main()

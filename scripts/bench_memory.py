@@ -14,7 +14,10 @@ import resource
 import subprocess
 import sys
 
+from ratios import tell
+
 SIZES = (256, 64, 16)
+WAYS = ("live", "scanned")
 
 
 def worker(size: int, way: str) -> None:
@@ -55,12 +58,24 @@ def worker(size: int, way: str) -> None:
     print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start)
 
 
+def most(size: int, way: str) -> float:
+    """What a worker prints."""
+    command = [sys.executable, __file__, "--worker", str(size), way]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--short", action="store_true", help="small, as JSON for bench.py")
     arguments = parser.parse_args()
     if arguments.worker:
         worker(int(arguments.worker[0]), arguments.worker[1])
+        return
+    if arguments.short:
+        for way in WAYS:
+            ratio = most(SIZES[-1], way) / most(SIZES[1], way)
+            tell("memory", {f"{way}, {SIZES[-1]} sequences at a time / {SIZES[1]}": ratio})
         return
     print(f"{platform.processor() or platform.machine()}, 256 sequences of 32 tokens, float32")
     print("| sequences at a time | live | to 256 | scanned | to 256 |")
@@ -68,11 +83,9 @@ def main() -> None:
     whole: dict[str, float] = {}
     for size in SIZES:
         cells = [str(size)]
-        for way in ("live", "scanned"):
-            command = [sys.executable, __file__, "--worker", str(size), way]
-            found = subprocess.run(command, capture_output=True, text=True, check=True)
-            most = float(found.stdout)
-            cells += [f"{most / 2**20:.0f} MiB", f"{most / whole.setdefault(way, most):.2f}"]
+        for way in WAYS:
+            peak = most(size, way)
+            cells += [f"{peak / 2**20:.0f} MiB", f"{peak / whole.setdefault(way, peak):.2f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

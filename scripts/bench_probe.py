@@ -24,6 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ratios import tell
+
 WAYS = ("forward", "measure", "output_attentions")
 
 
@@ -194,8 +196,10 @@ def _line(process: subprocess.Popen[str], ask: str = "") -> str:
     return process.stdout.readline()
 
 
-def compare(arguments: argparse.Namespace, length: int) -> str:
-    """One row of the table."""
+def compare(
+    arguments: argparse.Namespace, length: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians of each way: seconds, and bytes held above the model."""
     ways = WAYS[:2] if arguments.decoder else WAYS
     results: dict[str, list[list[float]]] = {way: [] for way in ways}
     shared = ["--length", str(length), "--device", arguments.device, "--dtype", arguments.dtype,
@@ -217,9 +221,14 @@ def compare(arguments: argparse.Namespace, length: int) -> str:
     for process in processes.values():
         process.communicate()
     seconds, memory = (
-        {way: statistics.median(row[column] for row in rows) for way, rows in results.items()}
+        {way: statistics.median(found[column] for found in rows) for way, rows in results.items()}
         for column in (0, 1)
     )
+    return seconds, memory
+
+
+def row(length: int, seconds: dict[str, float], memory: dict[str, float]) -> str:
+    """Of the table."""
     slower = seconds["measure"] / seconds["forward"]
 
     def eager(of: dict[str, float]) -> str:
@@ -244,9 +253,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the probe")
     parser.add_argument("--decoder", action="store_true", help="a model of code of our own")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--short", action="store_true", help="small, as JSON for bench.py")
     arguments = parser.parse_args()
     if arguments.worker:
         worker(arguments)
+        return
+    if arguments.short:
+        arguments.width, arguments.tokens, arguments.rounds = 128, 512, 5
+        seconds, memory = compare(arguments, length=128)
+        for kind, found in (("time", seconds), ("memory", memory)):
+            of = "probe" if kind == "time" else "probe, above the model"
+            tell(kind, {f"{of}: measure / plain forward": found["measure"] / found["forward"]})
         return
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {arguments.dtype}"
@@ -256,7 +273,7 @@ def main() -> None:
         "measure / forward | eager / measure |\n|---|---|---|---|---|---|---|"
     )
     for length in arguments.lengths:
-        print(compare(arguments, length), flush=True)
+        print(row(length, *compare(arguments, length)), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ depend on what else the machine is doing.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from chromium import chromium
+from ratios import tell
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from sinktrack.views.report import write_report
@@ -24,25 +26,30 @@ from tests.helpers.synthetic import synthetic_records
 BLOCKS, HEADS, RECORDS, ROUNDS = 48, 32, 1000, 5
 SLIDE = """async () => {
     const start = performance.now();
-    document.getElementById("record").value = 500;
-    document.getElementById("record").dispatchEvent(new Event("input"));
+    const slider = document.getElementById("record");
+    slider.value = Math.floor(slider.max / 2);
+    slider.dispatchEvent(new Event("input"));
     await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
     return performance.now() - start;
 }"""
 
 
 def main() -> None:
-    records = synthetic_records(BLOCKS, range(0, RECORDS * 100, 100))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="small, as JSON for bench.py")
+    short = parser.parse_args().short
+    count, rounds = (100, 1) if short else (RECORDS, ROUNDS)
+    records = synthetic_records(BLOCKS, range(0, count * 100, 100))
     for record in records:
         record["p0_attention"] = [(row * HEADS)[:HEADS] for row in record["p0_attention"]]
     with tempfile.TemporaryDirectory() as folder, chromium() as browser:
         ours, frames = Path(folder, "report.html"), Path(folder, "frames.html")
         start = time.perf_counter()
         write_report({"run": records}, ours)
-        print(f"written in {time.perf_counter() - start:.1f} s, signal included")
+        written = f"written in {time.perf_counter() - start:.1f} s, signal included"
         alternative(records, frames)
         first, whole, slider, other = [], [], [], []
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             page = browser.new_page()
             whole.append(seconds(page, ours, "#shares .main-svg"))
             first.append(page.evaluate("performance.getEntriesByName('first')[0].startTime") / 1e3)
@@ -51,13 +58,18 @@ def main() -> None:
             page = browser.new_page()
             other.append(seconds(page, frames, ".main-svg .hm image"))
             page.close()
-        print(f"{BLOCKS} blocks, {HEADS} heads, {RECORDS} records")
+        ratio = statistics.median(b[1] / a[1] for a, b in zip(whole, other, strict=True))
+        smaller = frames.stat().st_size / ours.stat().st_size
+        if short:
+            tell("time", {"report / plotly's frames, work of the page": 1 / ratio})
+            tell("count", {"report / plotly's frames, bytes": 1 / smaller})
+            return
+        print(f"{written}\n{BLOCKS} blocks, {HEADS} heads, {RECORDS} records")
         for name, path, took in (("report", ours, whole), ("frames", frames, other)):
             size = path.stat().st_size / 1e6
             clock, work = (statistics.median(times) for times in zip(*took, strict=True))
             print(f"{name:8} {size:6.1f} MB, all drawn after {clock:.2f} s, {work:.2f} s at work")
-        ratio = statistics.median(b[1] / a[1] for a, b in zip(whole, other, strict=True))
-        print(f"frames / report: {frames.stat().st_size / ours.stat().st_size:.1f} in size, "
+        print(f"frames / report: {smaller:.1f} in size, "
               f"{ratio:.1f} in work")  # fmt: skip
         print(f"report: first curves after {statistics.median(first):.2f} s, "
               f"slider answers in {statistics.median(slider):.2f} s")  # fmt: skip

@@ -28,28 +28,37 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from bench_probe import Peak
+from ratios import tell
 
 WAYS = ("streamed", "whole", "published", "sequential")
 GIB = 2**30
 
 
-def config(depth: int) -> Any:
+def config(depth: int, short: bool = False) -> Any:
     from transformers import Qwen3MoeConfig
 
+    smaller = {} if not short else {
+        "vocab_size": 4096, "hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 32,
+        "num_attention_heads": 8,
+    }  # fmt: skip
+    shape = {
+        "vocab_size": 151_936, "hidden_size": 2048, "moe_intermediate_size": 768,
+        "num_experts": 128, "num_attention_heads": 32,
+    }  # fmt: skip
     return Qwen3MoeConfig(
-        vocab_size=151_936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768,
-        num_hidden_layers=depth, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
-        num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, dtype="bfloat16",
-        tie_word_embeddings=False,
+        intermediate_size=6144, num_hidden_layers=depth, num_key_value_heads=4, head_dim=128,
+        num_experts_per_tok=8, norm_topk_prob=True, dtype="bfloat16", tie_word_embeddings=False,
+        **(shape | smaller),
     )  # fmt: skip
 
 
-def make(directory: Path, depth: int) -> None:
+def make(directory: Path, depth: int, short: bool = False) -> None:
     """Write the checkpoint, a shard for each block and one for the rest."""
     import torch
     from safetensors.torch import save_file
@@ -58,7 +67,7 @@ def make(directory: Path, depth: int) -> None:
 
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    shape = config(depth)
+    shape = config(depth, short)
     shape.save_pretrained(directory)
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(shape)
@@ -93,7 +102,7 @@ def forget(directory: Path) -> None:
 def worker(arguments: argparse.Namespace) -> None:
     """Run one way once; print what it took as JSON."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     import sinktrack
     from sinktrack.archive.discover import discover
@@ -102,8 +111,10 @@ def worker(arguments: argparse.Namespace) -> None:
     from sinktrack.models.huggingface import is_experts
     from sinktrack.models.streaming import Streamed
 
-    probe = sinktrack.Probe.random(151_936, arguments.tokens // arguments.length, arguments.length)
     directory = arguments.directory
+    shape = AutoConfig.from_pretrained(directory)
+    sequences = arguments.tokens // arguments.length
+    probe = sinktrack.Probe.random(shape.vocab_size, sequences, arguments.length)
     found: dict[str, Any] = {}
     routed: dict[Any, set[int]] = {}
 
@@ -135,7 +146,8 @@ def worker(arguments: argparse.Namespace) -> None:
                 total += size if expert in chosen[block] else 0
             elif "lm_head" not in name:
                 total += size
-        found["block"] = 2 * 128 * 3 * 2048 * 768
+        expert = 3 * shape.hidden_size * shape.moe_intermediate_size
+        found["block"] = 2 * shape.num_experts * expert
         found["experts"] = statistics.mean(len(experts) for experts in chosen.values())
         return total
 
@@ -173,6 +185,17 @@ def worker(arguments: argparse.Namespace) -> None:
     if result is not None:
         found["concentration"] = result.tolist()
     print(json.dumps(found), flush=True)
+
+
+def run_all(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """What every way took, by round."""
+    results: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for _ in range(arguments.rounds):
+        for way in WAYS:
+            count = results["streamed"][-1].get("needed", 0) if way == "sequential" else 0
+            results[way].append(run(arguments, way, count))
+            print(way, results[way][-1], file=sys.stderr)
+    return results
 
 
 def run(arguments: argparse.Namespace, way: str, count: int = 0) -> dict[str, Any]:
@@ -237,11 +260,27 @@ def small(arguments: argparse.Namespace) -> None:
     print(f"a checkpoint by one process: {alone / arguments.small:.2f} s")
 
 
+def short(arguments: argparse.Namespace, directory: Path) -> None:
+    """Of a smaller model, from the page cache."""
+    make(directory, depth=2, short=True)
+    arguments.directory, arguments.warm = directory, True
+    arguments.rounds, arguments.tokens = 1, 512
+    found = {way: rows[-1] for way, rows in run_all(arguments).items()}
+    streamed, published = found["streamed"], found["published"]
+    tell(
+        "count",
+        {"scan of wide experts: bytes read / needed": streamed["bytes"] / streamed["needed"]},
+    )
+    for kind, what in (("time", "seconds"), ("memory", "peak")):
+        tell(kind, {f"scan / output_attentions, {what}": streamed[what] / published[what]})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--bytes", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--directory", type=Path, required=True, help="for the checkpoint")
+    parser.add_argument("--directory", type=Path, help="for the checkpoint; it stays there")
+    parser.add_argument("--short", action="store_true", help="small, as JSON for bench.py")
     parser.add_argument("--depth", type=int, default=4, help="blocks; each takes 1.2 GiB of disk")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the probe")
@@ -255,17 +294,18 @@ def main() -> None:
     if arguments.worker:
         worker(arguments)
         return
+    if arguments.short:
+        with tempfile.TemporaryDirectory() as directory:
+            short(arguments, Path(directory))
+        return
+    if arguments.directory is None:
+        parser.error("--directory: where to put the checkpoint")
     if arguments.small:
         small(arguments)
         return
     if not (arguments.directory / "model.safetensors.index.json").exists():
         make(arguments.directory, arguments.depth)
-    results: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
-    for _ in range(arguments.rounds):
-        for way in WAYS:
-            count = results["streamed"][-1].get("needed", 0) if way == "sequential" else 0
-            results[way].append(run(arguments, way, count))
-            print(way, results[way][-1], file=sys.stderr)
+    results = run_all(arguments)
 
     def median(way: str, what: str) -> float:
         return float(statistics.median(row.get(what, float("nan")) for row in results[way]))

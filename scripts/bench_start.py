@@ -7,16 +7,18 @@ import resource
 import subprocess
 import sys
 
+from ratios import tell
+
 CODE = "from sinktrack.cli import main; main()"
 
 
-def seconds(*arguments: str) -> float:
+def seconds(*arguments: str, code: str = CODE) -> float:
     """User and system time of one call, the least of three."""
     found = []
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
-            [sys.executable, "-c", CODE, *arguments], stdout=subprocess.DEVNULL, check=True
+            [sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL, check=True
         )
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         found.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
@@ -26,7 +28,15 @@ def seconds(*arguments: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", nargs="?", help="a run directory, for `show`")
+    parser.add_argument("--short", action="store_true", help="small, as JSON for bench.py")
     given = parser.parse_args()
+    if given.short:
+        bare = seconds(code="pass")
+        tell(
+            "time",
+            {f"start: {one} / bare Python": seconds(one) / bare for one in ("--version", "--help")},
+        )
+        return
     calls = [("--version",), ("--help",), ("scan", "--help")]
     if given.run:
         calls.append(("show", given.run))

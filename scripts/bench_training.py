@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ratios import tell
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainingArguments
@@ -42,7 +43,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
 
 
-def train(out: Path, probe: st.Probe, callbacks: list[Any]) -> float:
+def train(out: Path, probe: st.Probe, callbacks: list[Any], steps: int) -> float:
     """Seconds of one run."""
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(
@@ -54,7 +55,7 @@ def train(out: Path, probe: st.Probe, callbacks: list[Any]) -> float:
     )  # fmt: skip
     arguments = TrainingArguments(
         output_dir=str(out),
-        max_steps=STEPS,
+        max_steps=steps,
         per_device_train_batch_size=16 * probe.sequences,
         save_strategy="no",
         logging_strategy="no",
@@ -69,19 +70,28 @@ def train(out: Path, probe: st.Probe, callbacks: list[Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--short", action="store_true", help="small, as JSON for bench.py")
     arguments = parser.parse_args()
+    rounds, steps = (1, 20) if arguments.short else (arguments.rounds, STEPS)
     logging.disable(logging.WARNING)
     probe = st.Probe.random(VOCABULARY, sequences=4, length=LENGTH)
     plain, tracked, probes = [], [], []
     with tempfile.TemporaryDirectory() as directory:
-        for index in range(arguments.rounds):
+        for index in range(rounds):
             out = Path(directory) / str(index)
-            plain.append(train(out, probe, []))
-            tracked.append(train(out, probe, [SinkTrackCallback(probe, out / "run")]))
+            plain.append(train(out, probe, [], steps))
+            tracked.append(train(out, probe, [SinkTrackCallback(probe, out / "run")], steps))
             probes += [record["seconds"] for record in st.Run.read(out / "run").records]
     before, after = statistics.median(plain), statistics.median(tracked)
+    if arguments.short:
+        step = before / steps
+        tell(
+            "time",
+            {"training: a probe / a step of 16 times its tokens": statistics.median(probes) / step},
+        )
+        return
     tokens = STEPS * 16 * probe.tokens.numel()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {arguments.rounds} rounds")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {rounds} rounds")
     print(f"without the callback {tokens / before:,.0f} tokens/s, with it {tokens / after:,.0f}")
     print(f"measured: {after / before - 1:+.2%} for two probes in {STEPS} steps")
     print(f"computed: {statistics.median(probes) / before:+.2%} for one probe every {STEPS} steps")
