@@ -57,8 +57,8 @@ docs: $(VENV)-test/ready  ## build docs/_build/html; fails on a broken link betw
 linkcheck: $(VENV)-test/ready  ## try the external links of the pages; needs the internet
 	$(VENV)-test/bin/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
 
-bench: $(VENV)-test/ready  ## time and memory of a probe
-	$(VENV)-test/bin/python scripts/bench_probe.py
+bench: $(VENV)-test/ready  ## all benchmarks in a short form; their ratios go to docs/costs.md
+	$(VENV)-test/bin/python scripts/bench.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -47,6 +49,8 @@ _OTHER_TOKENIZERS = (
     "sentencepiece.bpe.model", "tekken.json",
 )  # fmt: skip
 """What tokenizers without a ``tokenizer.json`` are made of."""
+_LAST: dict[Any, tuple[tuple[tuple[str, bytes], ...], Any]] = {}
+"""What was made last by a class of transformers', and the digests of the files it is of."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,8 @@ def built(config: Any, dtype: torch.dtype) -> Any:
     except (ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         reason = one_line(error)
         raise ArchiveError(f"a {config.model_type} cannot be built: {reason}") from error
+    for value in model.parameters():  # come from the checkpoint: drawing them costs time alone
+        value._is_hf_initialized = True
     return model.eval()
 
 
@@ -312,7 +318,7 @@ def config(files: Files) -> Any:
     if kind not in CONFIG_MAPPING:
         _refuse_unknown(where, kind, said.get("auto_map"))
     failure = f"{where}: transformers makes no configuration of model_type {kind!r} of it"
-    return _made(AutoConfig, files, ["config.json"], failure)
+    return copy.deepcopy(_made(AutoConfig, files, ["config.json"], failure))  # some change theirs
 
 
 def _refuse_unknown(where: str, kind: Any, own_code: Any) -> NoReturn:
@@ -378,6 +384,8 @@ def made_config(kind: str, values: dict[str, Any]) -> Any:
 def tokenizer(files: Files) -> Any | None:
     """The tokenizer beside a checkpoint or in its ``tokenizer`` directory, or None.
 
+    The same object for files that hold the same: it is not to be changed.
+
     Raises:
         ArchiveError: it cannot be read.
     """
@@ -410,12 +418,22 @@ def vocabulary(checkpoint: Checkpoint) -> int:
 
 
 def _made(auto: Any, files: Files, names: list[str], failure: str) -> Any:
-    """From small files, copied to a place of ours: remote ones, and none that a link could swap."""
+    """From small files, copied to a place of ours: remote ones, and none that a link could swap.
+
+    What checkpoint after checkpoint holds alike is made once.
+    """
+    contents = {name: files.whole(name, _LARGEST) for name in names}
+    digest = tuple((name, hashlib.sha256(data).digest()) for name, data in contents.items())
+    held, made = _LAST.get(auto, (None, None))
+    if held == digest:
+        return made
     with tempfile.TemporaryDirectory() as directory:
-        for name in names:
-            (Path(directory) / name).write_bytes(files.whole(name, _LARGEST))
+        for name, data in contents.items():
+            (Path(directory) / name).write_bytes(data)
         try:
-            return auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            made = auto.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:
             said = one_line(error).replace(directory, files.location)
             raise ArchiveError(f"{failure}: {said}") from error
+    _LAST[auto] = digest, made
+    return made

@@ -9,8 +9,9 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,17 @@ _ABOUT = ("tokens", "source", "seconds", "dtype", "weights", "probe")
 
 def versions(*more: str) -> dict[str, str]:
     """Of the packages that the numbers depend on, and of some more."""
-    found = {}
-    for name in ("sinktrack", "torch", "transformers", *more):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    names = ("sinktrack", "torch", "transformers", *more)
+    return {name: found for name in names if (found := _installed(name)) is not None}
+
+
+@cache
+def _installed(name: str) -> str | None:
+    """As installed when it was first asked for, which is what runs, or None where it is not."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 class Run:
