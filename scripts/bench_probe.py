@@ -261,9 +261,9 @@ def main() -> None:
     if arguments.short:
         arguments.width, arguments.tokens, arguments.rounds = 128, 512, 5
         seconds, memory = compare(arguments, length=128)
-        for kind, found in (("time", seconds), ("memory", memory)):
-            of = "probe" if kind == "time" else "probe, above the model"
-            tell(kind, {f"{of}: measure / plain forward": found["measure"] / found["forward"]})
+        slower, larger = (found["measure"] / found["forward"] for found in (seconds, memory))
+        tell("time", {"probe: measure / plain forward": slower})
+        tell("memory", {"probe, above the model: measure / plain forward": larger})
         return
     print(
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {arguments.dtype}"

@@ -267,12 +267,11 @@ def short(arguments: argparse.Namespace, directory: Path) -> None:
     arguments.rounds, arguments.tokens = 1, 512
     found = {way: rows[-1] for way, rows in run_all(arguments).items()}
     streamed, published = found["streamed"], found["published"]
-    tell(
-        "count",
-        {"scan of wide experts: bytes read / needed": streamed["bytes"] / streamed["needed"]},
-    )
-    for kind, what in (("time", "seconds"), ("memory", "peak")):
-        tell(kind, {f"scan / output_attentions, {what}": streamed[what] / published[what]})
+    ratio = streamed["bytes"] / streamed["needed"]
+    slower, larger = (streamed[what] / published[what] for what in ("seconds", "peak"))
+    tell("count", {"scan of wide experts: bytes read / needed": ratio})
+    tell("time", {"scan / output_attentions, seconds": slower})
+    tell("memory", {"scan / output_attentions, peak": larger})
 
 
 def main() -> None:

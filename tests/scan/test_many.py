@@ -89,7 +89,8 @@ def test_what_differs_is_each_checkpoints_own(archive: Path, tmp_path: Path) -> 
 def test_a_tokenizer_that_is_written_over_is_read_anew(archive: Path) -> None:
     files = Files(archive / "checkpoint-1")
     before: Any = tokenizer(files)
-    assert tokenizer(files) is before and before.bos_token_id == 0
+    again: Any = tokenizer(files)
+    assert again is before and before.bos_token_id == 0
     begins(archive / "checkpoint-1", "w9")
     after: Any = tokenizer(files)
     assert after.bos_token_id == 9
