@@ -45,7 +45,7 @@ def test_what_has_grown_is_named() -> None:
 
 def test_the_counts_are_what_they_are_called() -> None:
     kept = json.loads(bench_counts.KEPT.read_text())
-    assert kept["scan: bytes of weights read / needed"] == pytest.approx(1, abs=1e-3)
+    assert 1 <= kept["scan: bytes of weights read / needed"] < 1.05  # rows between wanted ones
     # the probe's pass, one of first tokens, and two that tell whether the model is in training
     assert kept["probe in training: block forwards / blocks"] == 4
 
