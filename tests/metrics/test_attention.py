@@ -235,7 +235,11 @@ def test_other_sight(
         return wanted[None, None]
 
     changed = edit_mask(mask, change, query)
-    options: dict[str, Any] = {"mask": changed, "allow_future_keys": allow_future_keys, "softcap": softcap}
+    options: dict[str, Any] = {
+        "mask": changed,
+        "allow_future_keys": allow_future_keys,
+        "softcap": softcap,
+    }
     with patch.object(attention, "_CHUNK_SCORES", 64):
         output, got = attend(query, key, value, scale=shape["scale"], **options)
     wanted_output, probabilities, largest = softmax_reference(
