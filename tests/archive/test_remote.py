@@ -42,12 +42,17 @@ class Counting:
         self.client: Any = None
         self.sent = 0
         self.failures = 0
+        self.forbidden = False
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] == "GET" and self.failures:
             self.failures -= 1
             start("503 Slow Down", [("Content-Length", "0")])
             return [b""]
+        if self.forbidden:
+            body = [b"<Error><Code>AccessDenied</Code><Message>No, you\n</Message></Error>"]
+            start("403 Forbidden", [("Content-Length", str(len(body[0])))])
+            return body
         body = list(self.application(environ, start))
         if environ["REQUEST_METHOD"] == "GET":
             self.sent += sum(map(len, body))
@@ -150,6 +155,40 @@ def test_what_is_not_there(counting: Counting) -> None:
     with pytest.raises(ArchiveError, match="wanted a directory, or a URL"):
         discover("ftp://runs/one")
     assert tokenizer(Files("s3://runs/one/checkpoint-12")) is None
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    {
+        "s3://runs/onne": "nothing at s3://runs/onne: s3://runs holds one; there is s3://runs/one",
+        "s3://runs/ONE/checkpoint-3": "nothing at s3://runs/ONE/checkpoint-3: s3://runs holds one",
+        "s3://runs/one/checkpoint_3": "s3://runs/one holds checkpoint-12, checkpoint-3; "
+        "there is s3://runs/one/checkpoint-3",
+        "s3://runs/one/checkpoint-12/config.json": "s3://runs/one/checkpoint-12/config.json is a "
+        "file; name the directory that it is in: s3://runs/one/checkpoint-12",
+        "s3://empty": "there is nothing at s3://empty: s3://empty is empty",
+        "s3://empty/a/b": "there is nothing at s3://empty/a/b: s3://empty is empty",
+        "s3://none/one": "there is no bucket none at http://127.0.0.1:PORT (AWS_ENDPOINT_URL), "
+        "looked for s3://none/one: are its name and the endpoint right?",
+    }.items(),
+)
+def test_a_wrong_name_is_told_with_what_stands_beside(
+    counting: Counting, url: str, said: str
+) -> None:
+    counting.client.create_bucket(Bucket="empty")
+    with pytest.raises(ArchiveError) as error:
+        discover(url)
+    told = re.sub(r":\d+ \(", ":PORT (", str(error.value))
+    assert said in told and "written?" not in told and "<" not in told
+
+
+def test_what_is_forbidden_is_told_without_the_answers_xml(counting: Counting) -> None:
+    counting.forbidden = True
+    try:
+        with pytest.raises(ArchiveError, match="^cannot read s3://runs/one: AccessDenied: No, you"):
+            discover("s3://runs/one")
+    finally:
+        counting.forbidden = False
 
 
 def test_a_bucket_that_is_written_to_is_followed(local: Path, counting: Counting) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import json
 import os
 import re
@@ -40,6 +41,10 @@ _READ: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
 """What `Files.once` keeps, by what was read and where."""
 _MOST_READ = 100_000
 _STORES = {"s3", "gs", "gcs", "az", "abfs"}
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+_SHOWN = 3
+"""Names that stand beside a place where there is nothing, in a message."""
+_NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|specified bucket does not exist")
 T = TypeVar("T")
 
 
@@ -361,12 +366,40 @@ class Files:
 
     def _listed(self) -> list[dict[str, Any]]:
         system = _filesystem(self.location)
-        found: list[dict[str, Any]] = self._retried(
-            "", lambda: system.ls(self.location, detail=True)
-        )
+        try:
+            found: list[dict[str, Any]] = self._retried(
+                "", lambda: system.ls(self.location, detail=True)
+            )
+        except _Missing as error:
+            raise _Missing(self._nothing_here()) from error
         if len(found) > _MOST_REMOTE_ENTRIES:
             raise ArchiveError(f"{self.location} holds {len(found)} entries; name a part of it")
         return found
+
+    def _nothing_here(self) -> str:
+        """What is said of a remote directory that is not there: what stands beside it."""
+        scheme, _, path = self.location.partition("://")
+        parts = path.split("/")
+        said = f"there is nothing at {self.location}"
+        if scheme not in _STORES:
+            return said
+        for length in range(len(parts) - 1, 0, -1):
+            above, name = f"{scheme}://{'/'.join(parts[:length])}", parts[length]
+            try:
+                listed = _filesystem(above).ls(above, detail=True)
+            except FileNotFoundError:
+                continue
+            except Exception:  # the place that was asked for is told, whatever this one answers
+                return said
+            found = {str(one["name"]).rstrip("/").rsplit("/", 1)[-1]: one for one in listed}
+            if name in found and found[name].get("type") == "file":
+                return f"{above}/{name} is a file; name the directory that it is in: {above}"
+            shown = ", ".join(sorted(found)[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
+            near = difflib.get_close_matches(name, found, n=1)
+            return f"{said}: {above} holds {shown}" + (
+                f"; there is {above}/{near[0]}" if near else ""
+            )
+        return f"{said}: {scheme}://{parts[0]} is empty"
 
     def _retried(self, name: str, call: Callable[[], T]) -> T:
         """What a remote call answers; tried again where the network may be at fault."""
@@ -379,8 +412,10 @@ class Files:
             except (FileNotFoundError, NotADirectoryError) as error:
                 raise _missing(path) from error
             except (PermissionError, ValueError, NotImplementedError) as error:
-                raise ArchiveError(f"cannot read {path}: {error}") from error
+                raise ArchiveError(f"cannot read {path}: {_told(error)}") from error
             except (Exception, asyncio.CancelledError) as error:  # each store has its own
+                if _NO_BUCKET.search(str(error)):
+                    raise ArchiveError(_no_bucket(path)) from error
                 if attempt == _ATTEMPTS or _refused(error):
                     raise ArchiveError(f"cannot read {path}: {_told(error)}") from error
                 time.sleep(0.1 * 4**attempt)
@@ -478,10 +513,23 @@ def _filesystem(url: str) -> Any:
 
 
 def _told(error: BaseException) -> str:
-    """What a store says, out of the XML that some answer with."""
-    said = one_line(error)
-    code, text = (re.search(rf"<{tag}>(.*?)</{tag}>", said) for tag in ("Code", "Message"))
-    return ": ".join(found[1] for found in (code, text) if found) or said
+    """What a store says, out of the XML that some answer with, without its library's own state."""
+    said = str(error).partition("Debug source:")[0].strip()
+    code, text = (re.search(rf"<{tag}>(.*?)</{tag}>", said, re.S) for tag in ("Code", "Message"))
+    if code or text:
+        return ": ".join(" ".join(found[1].split()) for found in (code, text) if found)
+    return one_line(Exception(said)) if said else one_line(error)
+
+
+def _no_bucket(path: str) -> str:
+    """What is said where a store knows no such bucket or container."""
+    scheme, _, rest = path.partition("://")
+    endpoint = next((name for name in _ENDPOINTS if scheme == "s3" and os.environ.get(name)), None)
+    asked = f" at {os.environ[endpoint]} ({endpoint})" if endpoint else ""
+    return (
+        f"there is no bucket {rest.partition('/')[0]}{asked}, looked for {path}: are its name and "
+        "the endpoint right?"
+    )
 
 
 def _refused(error: BaseException) -> bool:
