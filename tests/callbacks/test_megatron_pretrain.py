@@ -84,12 +84,6 @@ def test_pretrain(case: str, tmp_path: Path) -> None:
 
 LOGGED = {
     "every third line, in the default directory": (1, "--log-interval 3", False),
-    "evaluated at the end alone": (1, "--eval-interval 100 --tensorboard-log-interval 4", False),
-    "all that can be logged": (
-        1, "--log-params-norm --log-num-zeros-in-grad --log-timers-to-tensorboard "
-           "--log-validation-ppl-to-tensorboard --log-world-size-to-tensorboard "
-           "--timing-log-level 2", False,
-    ),
     "resumed under one id by two": (2, "--log-interval 3", True),
 }  # fmt: skip
 
