@@ -10,6 +10,7 @@ import importlib.util
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,46 @@ def test_pretrain(case: str, tmp_path: Path) -> None:
     assert_logged(tracked, run, 1 + resumes, tmp_path)
 
 
+LOGGED = {
+    "every third line, in the default directory": (1, "--log-interval 3", False),
+    "resumed under one id by two": (2, "--log-interval 3", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOGGED)
+def test_no_row_is_lost(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B's rows with the callback are those of a training without it, and ours."""
+    processes, text, resumes = LOGGED[case]
+    where, run = tmp_path / "wandb", str(tmp_path / "run")
+    if resumes:
+        monkeypatch.setenv("WANDB_RUN_ID", "one")
+        monkeypatch.setenv("WANDB_RESUME", "allow")
+    found = []
+    for out, written in ((tmp_path / "plain", "-"), (tmp_path / "tracked", run)):
+        given = [str(out), written, *text.split(), "--tensorboard-dir", str(out / "board")]
+        given += ["--wandb-project", "megatron", "--wandb-exp-name", "one"]
+        if resumes:
+            given += ["--wandb-save-dir", str(where / out.name)]
+        for more in (["--exit-interval", "4"], []) if resumes else ([],):
+            launch(processes, "megatron_pretrain.py", *given, *more)
+        files = where / out.name if resumes else out / "wandb"
+        found.append(rows_below(files, tmp_path / f"read-{out.name}"))
+        assert len(list(files.glob("wandb/offline-run-*"))) == 1 + resumes
+    plain, tracked = found
+    steps = sorted({row["_step"] for row in plain})
+    assert steps and all(plain)
+    for step in steps:
+        theirs, with_ours = (
+            {key: value for row in rows if row["_step"] == step for key, value in row.items()}
+            for rows in (plain, tracked)
+        )
+        assert theirs.keys() <= with_ours.keys()
+        for key in theirs:
+            if "loss" in key or key == "learning-rate":
+                assert with_ours[key] == theirs[key]
+    assert_ours(run, tracked)
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("megatron.bridge") is None, reason="Megatron Bridge is not installed"
 )
@@ -130,17 +171,27 @@ def assert_saved(plain: str, tracked: str, run: str, tmp_path: Path) -> None:
 
 def assert_logged(tracked: str, run: str, parts: int, tmp_path: Path) -> None:
     """Every row of Megatron's is in W&B, and every record with its keys."""
-    files = sorted(Path(tracked).glob("wandb/offline-run-*"))
-    rows = []
-    for part, file in enumerate(files):
-        here = tmp_path / str(part)
-        shutil.copytree(file, here / "wandb" / file.name)
-        rows += read_back(here)[0]
-    assert len(files) == parts
+    rows = rows_below(Path(tracked), tmp_path)
+    assert len(list(Path(tracked).glob("wandb/offline-run-*"))) == parts
     assert {row["_step"] for row in rows if "lm loss" in row} == set(range(1, 9))
     assert any("validation" in key for row in rows for key in row)
+    assert_ours(run, rows)
+
+
+def rows_below(directory: Path, apart: Path) -> list[dict[str, Any]]:
+    """All rows of the offline runs in a directory, in their order."""
+    rows = []
+    for part, file in enumerate(sorted(directory.glob("wandb/offline-run-*"))):
+        here = apart / str(part)
+        shutil.copytree(file, here / "wandb" / file.name)
+        rows += read_back(here)[0]
+    return rows
+
+
+def assert_ours(run: str, rows: list[dict[str, Any]]) -> None:
+    """Every record is in the rows, once, with all its keys."""
     measured = {record["step"]: metrics(record) for record in Run.read(run).records}
     ours = [row for row in rows if "sinktrack/step" in row]
-    assert {row["sinktrack/step"] for row in ours} == measured.keys()
+    assert [row["sinktrack/step"] for row in ours] == sorted(measured)
     for row in ours:
         assert all(row[key] == value for key, value in measured[row["sinktrack/step"]].items())

@@ -263,11 +263,23 @@ SIZES = {
 }
 
 
+SPLITS: dict[str, dict[str, Any]] = {
+    "first3": {"num_layers_in_first_pipeline_stage": 3},
+    "ends": {"account_for_embedding_in_pipeline_split": True,
+             "account_for_loss_in_pipeline_split": True},
+    "E|ttttL": {"pipeline_model_parallel_layout": "E|ttttL"},
+    "Etttt|L": {"pipeline_model_parallel_layout": "Etttt|L"},
+}  # fmt: skip
+"""How blocks, the embedding and the head are spread over two stages."""
+
+
 def layout(text: str) -> tuple[dict[str, int], dict[str, Any]]:
     """Sizes for `megatron_cpu.start`, and what a configuration says of them, of ``tp2 sp ep2``."""
     words = text.split()
     sizes = {SIZES[word[:-1]]: int(word[-1]) for word in words if word[:-1] in SIZES}
     changes: dict[str, Any] = sizes | {"sequence_parallel": "sp" in words}
+    for word in SPLITS.keys() & set(words):
+        changes |= SPLITS[word]
     if "expert_tensor_parallel_size" not in sizes:
         sizes["expert_tensor_parallel_size"] = changes["expert_tensor_parallel_size"] = 1
     return sizes, changes

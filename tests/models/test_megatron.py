@@ -25,6 +25,7 @@ PROBE = Probe.random(64, sequences=5, length=15, seed=3)
 TWO = ["deepseek:", "deepseek:ep2", "qwen:pp2", "deepseek:pp2 vp2", "llama:tp2", "gpt:tp2 sp",
        "qwen:tp2 sp etp2", "deepseek:tp2 sp ep2", "deepseek:tp2 ep2", "gate:tp2", "learnable:tp2",
        "mla:tp2 sp", "gpt:cp2", "deepseek:cp2 ep2", "gate:cp2", "mla:cp2", "mtp:pp2",
+       "llama:pp2 first3", "llama:pp2 ends", "deepseek:pp2 E|ttttL", "qwen:pp2 Etttt|L",
        "llama:fsdp", "deepseek:fsdp"]  # fmt: skip
 FOUR = ["qwen:tp2 pp2", "qwen:pp2 ep2", "gpt:tp2 sp pp2 vp2", "deepseek:tp2 sp ep4",
         "qwen:tp2 sp pp2 ep2", "deepseek:cp2 pp2 ep2", "qwen:cp2 tp2 sp etp2 ep2"]  # fmt: skip
