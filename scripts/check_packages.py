@@ -16,7 +16,9 @@ import copy
 import importlib.metadata
 import itertools
 import math
+import os
 import site
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -574,6 +577,7 @@ def x_transformers() -> Iterator[Case]:
 
 
 def torchtitan() -> Iterator[Case]:
+    titan_on_cpu()
     import torchtitan.models.deepseek_v3 as deepseek
     import torchtitan.models.llama3 as llama
     import torchtitan.models.qwen3 as qwen
@@ -806,32 +810,124 @@ def live_olmo_core(directory: Path) -> str:
     return agrees(st.Run.read(directory / "live"), directory / "checkpoints", directory)
 
 
+def titan_on_cpu() -> None:
+    """torchtitan takes its device as it is imported: that of CUDA, where there is none."""
+    torch._utils._get_available_device_type = lambda: "cpu"  # type: ignore[attr-defined]
+    properties = SimpleNamespace(total_memory=2**30)
+    for name, result in {
+        "get_device_name": "cpu", "get_device_properties": properties, "memory_stats": {},
+        "reset_peak_memory_stats": None, "empty_cache": None,
+    }.items():  # fmt: skip
+        setattr(torch.cpu, name, lambda *_, result=result: result)
+
+
 def live_torchtitan(directory: Path) -> str:
-    """Its model, saved as its checkpoints hold it: its trainer runs on GPUs alone."""
+    """By its own trainer, over its own checkpoints; only the device and the data are stand-ins."""
+    from torch.distributed.tensor import DTensor
+
+    titan_on_cpu()
     import torchtitan.models.llama3 as llama
-    from torch.distributed.checkpoint.state_dict_saver import save
-    from torchtitan.components.checkpointer.base import ModelWrapper
+    from torchtitan.components.dataloader import BaseDataLoader
+    from torchtitan.components.tokenizer import BaseTokenizer
+    from torchtitan.distributed import utils
     from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
     from torchtitan.models.common.attention import ScaledDotProductAttention
+    from torchtitan.models.llama3.config_registry import llama3_debugmodel
     from transformers import LlamaConfig
 
     from sinktrack.callbacks.loop import SinkTracker
 
-    blocks = llama._build_llama3_layers(
-        n_layers=3, dim=64, n_heads=4, attn_backend="flex", n_kv_heads=2, hidden_dim=96,
-        rope=ComplexRoPE.Config(dim=16, max_seq_len=64, theta=5e5, scaling="llama"),
-    )  # fmt: skip
-    for block in blocks:  # flex attention has no backward pass on a CPU
-        block.attention.inner_attention = ScaledDotProductAttention.Config()
-    model = llama.Llama3Model.Config(
-        dim=64, vocab_size=VOCABULARY, layers=blocks,
-        tok_embeddings=Embedding.Config(num_embeddings=VOCABULARY, embedding_dim=64),
-        norm=RMSNorm.Config(normalized_shape=64, eps=1e-5),
-        lm_head=Linear.Config(in_features=64, out_features=VOCABULARY),
-    ).build()  # fmt: skip
-    with torch.no_grad():
-        for value in model.parameters():
-            value.normal_(0, 0.1) if value.ndim > 1 else value.fill_(1.0)
+    utils.set_pg_timeouts = lambda **_: None
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    length = 32  # at least the probe's: the trainer cuts the rotary table to it
+    sequences = live_tokens // length
+
+    class NoTokenizer(BaseTokenizer):
+        @dataclass(kw_only=True, slots=True)
+        class Config(BaseTokenizer.Config):
+            pass
+
+        def __init__(self, config: Any, **_: Any) -> None:
+            super().__init__()
+
+        def encode(self, *_: Any, **__: Any) -> list[int]:
+            raise NotImplementedError
+
+        def decode(self, *_: Any, **__: Any) -> str:
+            raise NotImplementedError
+
+        def get_vocab_size(self) -> int:
+            return VOCABULARY
+
+    class Batches(BaseDataLoader):
+        @dataclass(kw_only=True, slots=True)
+        class Config(BaseDataLoader.Config):
+            pass
+
+        def __init__(self, config: Any, **_: Any) -> None:
+            self.given = 0
+
+        def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+            while True:
+                self.given += 1
+                random = torch.Generator().manual_seed(self.given)
+                tokens = torch.randint(VOCABULARY, (sequences, length + 1), generator=random)
+                positions = torch.arange(length).repeat(sequences, 1)
+                yield {"input": tokens[:, :-1], "positions": positions}, tokens[:, 1:]
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"given": self.given}
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.given = state["given"]
+
+    def trained(where: Path, tracker: Any) -> list[Tensor]:
+        os.environ["MASTER_PORT"] = str(free_port())
+        config = llama3_debugmodel()
+        assert config.model_spec is not None
+        blocks = llama._build_llama3_layers(
+            n_layers=3, dim=64, n_heads=4, attn_backend="flex", n_kv_heads=2, hidden_dim=96,
+            rope=ComplexRoPE.Config(dim=16, max_seq_len=64, theta=5e5, scaling="llama"),
+        )  # fmt: skip
+        for block in blocks:  # flex attention has no backward pass on a CPU
+            block.attention.inner_attention = ScaledDotProductAttention.Config()
+        config.model_spec.model = llama.Llama3Model.Config(
+            dim=64, vocab_size=VOCABULARY, layers=blocks,
+            tok_embeddings=Embedding.Config(
+                num_embeddings=VOCABULARY, embedding_dim=64, param_init=llama._EMBEDDING_INIT
+            ),
+            norm=RMSNorm.Config(normalized_shape=64, eps=1e-5, param_init=llama._NORM_INIT),
+            lm_head=Linear.Config(
+                in_features=64, out_features=VOCABULARY, param_init=llama._output_linear_init(64)
+            ),
+        )  # fmt: skip
+        config.tokenizer, config.dataloader = NoTokenizer.Config(), Batches.Config()
+        config.training.local_batch_size, config.training.seq_len = sequences, length
+        config.training.steps, config.training.disable_cuda_graphs = 4, True
+        config.training.mixed_precision_param = "float32"
+        config.loss.loss_fn.global_vocab_size = VOCABULARY  # type: ignore[attr-defined]
+        config.dump_folder, config.debug.seed = str(where), 0
+        config.checkpoint.enable, config.checkpoint.interval = True, 2
+        config.validator.enable, config.activation_checkpoint = False, None
+        trainer = config.build()
+        train_step = trainer.train_step
+
+        def tracked(batches: Any) -> None:
+            train_step(batches)
+            of = trainer.parallel_dims
+            seen = trainer.ntokens_seen * of.dp_replicate * of.dp_shard * of.cp
+            tracker.step(trainer.step, trainer.model_parts[0], tokens=seen)
+
+        if tracker is not None:
+            trainer.train_step = tracked  # type: ignore[method-assign]
+        trainer.train()
+        values = trainer.model_parts[0].state_dict().values()
+        final = [(v.full_tensor() if isinstance(v, DTensor) else v).clone() for v in values]
+        trainer.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        return final
+
     scaled = {
         "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
@@ -845,19 +941,20 @@ def live_torchtitan(directory: Path) -> str:
         PROBE, directory / "live", every=2, on_error="raise",
         decoder=st.Decoder(forward=titan_causal),
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(1, 5):
-        tokens = torch.randint(VOCABULARY, (4, live_tokens // 4))
-        logits = titan_causal(model, tokens)
-        F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        tracker.step(step, model, tokens=step * live_tokens)
-        if step % 2 == 0:
-            state = ModelWrapper(model).state_dict() | {"train_state": {"step": step}}
-            save(state, checkpoint_id=directory / "checkpoints" / f"step-{step}", no_dist=True)
-    live = st.Run.read(directory / "live")
-    return agrees(live, directory / "checkpoints", directory, hf_config=directory / "hf")
+    own, plain = trained(directory / "tracked", tracker), trained(directory / "plain", None)
+    tracker.finish()
+    good = all(map(torch.equal, own, plain))
+    text = agrees(
+        st.Run.read(directory / "live"), directory / "tracked" / "checkpoint", directory,
+        hf_config=directory / "hf",
+    )  # fmt: skip
+    return f"its trainer: {text}; weights {'the same to the bit' if good else 'WRONG'}"
+
+
+def free_port() -> int:
+    with socket.socket() as own:
+        own.bind(("127.0.0.1", 0))
+        return int(own.getsockname()[1])
 
 
 def same_to_the_bit(train: Callable[[Any], nn.Module], directory: Path, steps: int = 4) -> str:
