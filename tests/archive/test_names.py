@@ -156,8 +156,8 @@ def test_names_that_are_passed_over_are_told_once(
     place(tmp_path, "step1", "step-2k-chat", "ckpt_000", "notes", "tmp-checkpoint-3")
     assert [steps(tmp_path)[0][1] for _ in range(3)] == [1, 1, 1]
     assert caplog.messages == [
-        f"{tmp_path}: passed over ckpt_000, notes, step-2k-chat: the names tell no step that is known; "
-        "--pattern reads others"
+        f"{tmp_path}: passed over ckpt_000, notes, step-2k-chat: the names tell no step that is "
+        "known; --pattern reads others"
     ]
 
 
