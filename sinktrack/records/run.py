@@ -381,9 +381,10 @@ class Run:
                 f"{self.directory} holds records of probe {', '.join(sorted(recorded))}, not "
                 f"{probe.digest}; use another run directory"
             )
-        if self.probe is not None:
+        held = self.probe  # another process of the same training may have saved it since
+        if held is not None and held != probe:
             raise RecordError(
-                f"{self.directory} holds probe {self.probe.digest}, not {probe.digest}; use "
+                f"{self.directory} holds probe {held.digest}, not {probe.digest}; use "
                 f"another run directory, or remove {path}: no record was made with it yet"
             )
         probe.save(path)

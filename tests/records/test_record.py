@@ -395,3 +395,25 @@ def test_a_run_is_read_by_its_records_alone(tmp_path: Path) -> None:
 def test_json_values() -> None:
     value = {"a": torch.tensor([1, 2]), "b": (np.int64(3), float("nan")), "c": {"d": None}}
     assert to_json(value) == {"a": [1, 2], "b": [3, None], "c": {"d": None}}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_another_process_saves_its_probe_meanwhile(
+    same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look for a probe and the records: the same one is no other."""
+    theirs = PROBE if same else Probe.random(9, sequences=2, length=4, seed=8)
+    run = Run(tmp_path)
+    path = tmp_path / "probe.safetensors"
+
+    def history(run: Run) -> list[Any]:
+        theirs.save(path)
+        return []
+
+    monkeypatch.setattr(Run, "history", property(history))
+    if same:
+        run.adopt(PROBE)
+        assert run.probe == PROBE
+    else:
+        with pytest.raises(RecordError, match=f"holds probe {theirs.digest}, not {PROBE.digest}"):
+            run.adopt(PROBE)
