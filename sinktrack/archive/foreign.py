@@ -33,7 +33,8 @@ _HEAD = re.compile(
     r"reward_model_head|cost_head|critic_head|summary|qa_outputs)(?:\.|$)"
 )
 """Heads of reward and value models; no block reads them."""
-_WRAPPER = re.compile(r"(?:module|base_model\.model|pretrained_model|_forward_module)\.")
+WRAPPERS = ("module.", "base_model.model.", "pretrained_model.", "_forward_module.")
+"""What DDP, PEFT, TRL and Lightning put before the names of all weights."""
 _SENSES = re.compile(
     r"(?:^|\.)[a-z0-9_]*(?:vision|visual|image|audio|video|multi_modal|multimodal|projector|"
     r"connector)[a-z0-9_]*(?:\.|$)"
@@ -114,9 +115,9 @@ def refuse(left: Collection[str], family: str, blocks: int | None = None) -> Non
         raise ArchiveError(
             f"{held}; some are of an adapter: merge it into the weights and save the model again"
         )
-    if wrapped := _WRAPPER.match(first):
+    if wrapped := next((prefix for prefix in WRAPPERS if first.startswith(prefix)), None):
         raise ArchiveError(
-            f"{held}; {wrapped[0]} is a wrapper's, and not all names begin with it: save the model "
+            f"{held}; {wrapped} is a wrapper's, and not all names begin with it: save the model "
             "that it wraps"
         )
     numbers = [int(found[1]) for name in left if (found := _BLOCK.search(name))]

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sinktrack.archive.foreign import is_head
+from sinktrack.archive.foreign import WRAPPERS, is_head
 from sinktrack.archive.storage.files import Files
 from sinktrack.archive.storage.slices import Slice
 from sinktrack.errors import ArchiveError
@@ -31,8 +31,6 @@ _LARGEST_SIZE = 2**26
 
 _WITHIN = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What torch.compile, FSDP and activation checkpointing put into names, at any depth."""
-_BEFORE = ("module.", "base_model.model.", "pretrained_model.", "_forward_module.")
-"""What DDP, PEFT, TRL and Lightning put before the names of all weights."""
 
 
 class Source(Protocol):
@@ -131,7 +129,7 @@ def _before_all(names: Iterable[str], base: str) -> str | None:
         return None
     own = others[0].partition(".")[0] + "."
     wraps = bool(base) and own != f"{base}." and any(f".{base}." in name for name in others)
-    prefixes = (*_BEFORE, own) if wraps else _BEFORE
+    prefixes = (*WRAPPERS, own) if wraps else WRAPPERS
     return next((p for p in prefixes if all(name.startswith(p) for name in others)), None)
 
 
