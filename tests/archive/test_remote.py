@@ -192,11 +192,12 @@ def test_what_is_forbidden_is_told_without_the_answers_xml(counting: Counting) -
 
 
 def test_a_bucket_that_is_written_to_is_followed(local: Path, counting: Counting) -> None:
-    watch = Watch("s3://runs/growing", partial(discover, "s3://runs/growing"))
+    counting.client.create_bucket(Bucket="growing")
+    watch = Watch("s3://growing", partial(discover, "s3://growing"))
     found = []
     files = sorted((local / "checkpoint-3").iterdir(), key=lambda f: f.name.endswith(".index.json"))
     for file in files:
-        counting.client.upload_file(str(file), "runs", f"growing/checkpoint-3/{file.name}")
+        counting.client.upload_file(str(file), "growing", f"checkpoint-3/{file.name}")
         found.append([checkpoint.name for checkpoint in watch.look()])
     assert not any(found)
     assert [checkpoint.name for checkpoint in watch.look()] == ["checkpoint-3"]
