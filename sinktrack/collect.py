@@ -13,7 +13,7 @@ from torch import Tensor
 from sinktrack.attention import Attended
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Observer, Projection, Write
-from sinktrack.metrics.base import WHOLE, Held, Kept, Metric
+from sinktrack.metrics.base import WHOLE, Metric, PartialStates, PositionShard
 from sinktrack.metrics.localization import WriteAtP0, Writes
 
 _CHUNK = 4 * 2**20
@@ -46,11 +46,11 @@ class Collector(Observer):
 
     Args:
         metrics: those that look at it, by the name under which their states are found.
-        held: the positions that the tensors hold.
+        shard: the positions that the tensors hold.
     """
 
-    def __init__(self, metrics: dict[str, Metric], held: Held = WHOLE) -> None:
-        self._metrics, self.held = metrics, held
+    def __init__(self, metrics: dict[str, Metric], shard: PositionShard = WHOLE) -> None:
+        self._metrics, self.shard = metrics, shard
         self._kept: defaultdict[tuple[str, str], dict[int, list[Tensor]]] = defaultdict(dict)
         self._arena = Arena()
         self.writes = Writes()
@@ -63,7 +63,7 @@ class Collector(Observer):
         """By block or boundary, what was kept of each batch ``[b, ...]``."""
         return self._kept.get((metric, state), {})
 
-    def keep(self, metric: str, block: int, kept: Kept) -> None:
+    def keep(self, metric: str, block: int, kept: PartialStates) -> None:
         """Keep the states of a batch."""
         for name, value in kept.items():
             if value is not None:
@@ -76,7 +76,7 @@ class Collector(Observer):
         self._attended[block] = 0
         self.writes.begin(block, len(stream))
         for name, metric in self._metrics.items():
-            self.keep(name, block, metric.on_state(stream, self.held))
+            self.keep(name, block, metric.on_state(stream, self.shard))
 
     def factors(self, block: int, factors: Mapping[tuple[int, int], float]) -> None:
         """What each term of the stream at a boundary is multiplied with."""
@@ -110,12 +110,12 @@ class Collector(Observer):
     def gate(self, block: int, gate: Tensor) -> None:
         """A gate ``[b, t, H]`` on the heads' outputs."""
         for name, metric in self._metrics.items():
-            self.keep(name, block, metric.on_gate(gate, self.held))
+            self.keep(name, block, metric.on_gate(gate, self.shard))
 
     def write(self, block: int, write: Write) -> None:
         """What a sublayer adds to the stream."""
         for name, metric in self._metrics.items():
-            self.keep(name, block, metric.on_write(write, self.held))
+            self.keep(name, block, metric.on_write(write, self.shard))
         if self._metrics:
             self.writes.add(block, at_p0(write, self._arena))
 

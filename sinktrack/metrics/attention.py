@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sinktrack.errors import MeasurementError
 from sinktrack.lazy import torch
-from sinktrack.metrics.base import Field, Held, Kept, Metric, Seen, State
+from sinktrack.metrics.base import Field, Metric, PartialStates, PositionShard, Seen, State
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,7 +59,7 @@ class Attention(Metric):
         "own": State("whole", heads=True),
     }
 
-    def on_attention(self, attended: Attended) -> Kept:
+    def on_attention(self, attended: Attended) -> PartialStates:
         """Average over the queries that see P0.
 
         Raises:
@@ -147,7 +147,7 @@ class SinkLogits(Metric):
     )  # fmt: skip
     states: ClassVar = {"mass": State("whole", heads=True)}
 
-    def on_attention(self, attended: Attended) -> Kept:
+    def on_attention(self, attended: Attended) -> PartialStates:
         """Average over the queries after the first."""
         return {"mass": None if attended.sink is None else attended.sink[..., 1:].mean(-1)}
 
@@ -166,9 +166,9 @@ class Gates(Metric):
     )  # fmt: skip
     states: ClassVar = {"sum": State("sum", heads=True), "count": State("sum")}
 
-    def on_gate(self, gate: Tensor, held: Held) -> Kept:
+    def on_gate(self, gate: Tensor, shard: PositionShard) -> PartialStates:
         """Add up over the queries after the first."""
-        rest = held.rest(gate)
+        rest = shard.rest(gate)
         count = torch.full((len(gate), 1), float(rest.shape[1]))
         return {"sum": rest.sum(1), "count": count}
 

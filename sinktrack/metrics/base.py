@@ -78,7 +78,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Held:
+class PositionShard:
     """Which positions of the sequences a tensor ``[b, t, ...]`` holds."""
 
     p0: bool = True
@@ -95,10 +95,10 @@ class Held:
         return stream[:, 1:] if self.others is None else stream[:, self.others.to(stream.device)]
 
 
-WHOLE = Held()
+WHOLE = PositionShard()
 """Where one process holds the whole sequence."""
 
-Kept: TypeAlias = "dict[str, Tensor | None]"
+PartialStates: TypeAlias = "dict[str, Tensor | None]"
 """States of one batch by name; None for what is not here."""
 
 
@@ -116,19 +116,19 @@ class Metric:
     fields: ClassVar[tuple[Field, ...]] = ()
     states: ClassVar[Mapping[str, State]] = {}
 
-    def on_state(self, stream: Tensor, held: Held) -> Kept:
+    def on_state(self, stream: Tensor, shard: PositionShard) -> PartialStates:
         """The residual stream ``[b, t, D]`` at a block's input, and at the last one's output."""
         return {}
 
-    def on_attention(self, attended: Attended) -> Kept:
+    def on_attention(self, attended: Attended) -> PartialStates:
         """Every softmax attention, of all positions and of the heads that are here."""
         return {}
 
-    def on_gate(self, gate: Tensor, held: Held) -> Kept:
+    def on_gate(self, gate: Tensor, shard: PositionShard) -> PartialStates:
         """Where heads are gated: ``[b, t, H]`` float32."""
         return {}
 
-    def on_write(self, write: Write, held: Held) -> Kept:
+    def on_write(self, write: Write, shard: PositionShard) -> PartialStates:
         """What a sublayer adds to the stream, ``[b, t, D]``."""
         return {}
 

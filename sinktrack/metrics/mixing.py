@@ -10,7 +10,17 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sinktrack.lazy import torch
-from sinktrack.metrics.base import Field, Held, Kept, Metric, Seen, State, Unmeasured, median, norms
+from sinktrack.metrics.base import (
+    Field,
+    Metric,
+    PartialStates,
+    PositionShard,
+    Seen,
+    State,
+    Unmeasured,
+    median,
+    norms,
+)
 
 if TYPE_CHECKING:
     from sinktrack.attention import Attended
@@ -27,7 +37,7 @@ class Mixing(Metric):
     )  # fmt: skip
     states: ClassVar = {"squares": State("whole", heads=True)}
 
-    def on_attention(self, attended: Attended) -> Kept:
+    def on_attention(self, attended: Attended) -> PartialStates:
         """Average over the queries after the first."""
         return {"squares": attended.mixing()[..., 1:].mean(-1)}
 
@@ -50,14 +60,14 @@ class WriteRatios(Metric):
         for part, positions in (("p0", "p0"), ("others", "cat"))
     }
 
-    def on_write(self, write: Write, held: Held) -> Kept:
+    def on_write(self, write: Write, shard: PositionShard) -> PartialStates:
         """Norms of the write."""
         if write.sublayer not in ("attention", "mlp"):
             return {}
         size = norms(write.added)
-        rest = held.rest(size)
+        rest = shard.rest(size)
         return {
-            f"{write.sublayer}_p0": size[:, :1].clone() if held.p0 else None,
+            f"{write.sublayer}_p0": size[:, :1].clone() if shard.p0 else None,
             f"{write.sublayer}_others": rest.clone() if rest.shape[1] else None,
         }
 

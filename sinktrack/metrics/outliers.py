@@ -10,7 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sinktrack.lazy import torch
-from sinktrack.metrics.base import Field, Held, Kept, Metric, Row, Seen, State, median
+from sinktrack.metrics.base import (
+    Field,
+    Metric,
+    PartialStates,
+    PositionShard,
+    Row,
+    Seen,
+    State,
+    median,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,10 +52,10 @@ class Outliers(Metric):
     )  # fmt: skip
     states: ClassVar = {"p0": State("p0"), "others": State("max"), "medians": State("cat")}
 
-    def on_state(self, stream: Tensor, held: Held) -> Kept:
+    def on_state(self, stream: Tensor, shard: PositionShard) -> PartialStates:
         """Largest value and its channel, ``[b, 2]``, at P0 and elsewhere; medians ``[b, t]``."""
-        rest = held.rest(stream)
-        kept: Kept = {"p0": _largest(stream[:, :1]) if held.p0 else None}
+        rest = shard.rest(stream)
+        kept: PartialStates = {"p0": _largest(stream[:, :1]) if shard.p0 else None}
         if rest.shape[1]:
             kept["others"] = _largest(rest)
             kept["medians"] = rest.abs().median(-1).values.float()

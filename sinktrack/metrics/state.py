@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sinktrack.lazy import torch
-from sinktrack.metrics.base import Field, Held, Kept, Metric, Seen, State, median, norms
+from sinktrack.metrics.base import (
+    Field,
+    Metric,
+    PartialStates,
+    PositionShard,
+    Seen,
+    State,
+    median,
+    norms,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,14 +44,14 @@ class P0State(Metric):
     )  # fmt: skip
     states: ClassVar = {"row": State("p0"), "sum": State("sum"), "norms": State("cat")}
 
-    def on_state(self, stream: Tensor, held: Held) -> Kept:
+    def on_state(self, stream: Tensor, shard: PositionShard) -> PartialStates:
         """P0's row, and of the others the sum and the norms."""
-        rest = held.rest(stream)
+        rest = shard.rest(stream)
         if not rest.shape[1]:
-            return {"row": held.row(stream), "sum": None, "norms": None}
+            return {"row": shard.row(stream), "sum": None, "norms": None}
         wide = torch.promote_types(rest.dtype, torch.float32)
         return {
-            "row": held.row(stream),
+            "row": shard.row(stream),
             "sum": rest.sum(1, dtype=wide).float(),
             "norms": norms(rest),
         }

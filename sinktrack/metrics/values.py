@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sinktrack.lazy import torch
-from sinktrack.metrics.base import Field, Kept, Metric, Seen, State, median, norms
+from sinktrack.metrics.base import Field, Metric, PartialStates, Seen, State, median, norms
 
 if TYPE_CHECKING:
     from sinktrack.attention import Attended
@@ -24,7 +24,7 @@ class Values(Metric):
     )  # fmt: skip
     states: ClassVar = {"p0": State("whole", heads=True), "others": State("whole", heads=True)}
 
-    def on_attention(self, attended: Attended) -> Kept:
+    def on_attention(self, attended: Attended) -> PartialStates:
         """Norms of the values; nothing where the values are not shown."""
         if attended.value is None:
             return {}

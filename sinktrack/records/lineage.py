@@ -18,12 +18,12 @@ def current(written: Sequence[Mapping[str, Any]]) -> list[Any]:
     Args:
         written: in the order in which they were written.
     """
-    gone = left_behind((record["step"], record.get("source") or "") for record in written)
+    gone = superseded_steps((record["step"], record.get("source") or "") for record in written)
     kept = {record["step"]: record for record in written if record["step"] not in gone}
     return [kept[step] for step in sorted(kept)]
 
 
-def left_behind(places: Iterable[tuple[int, str]]) -> set[int]:
+def superseded_steps(places: Iterable[tuple[int, str]]) -> set[int]:
     """The steps whose records are of weights that training threw away.
 
     A callback's record at an earlier step than its last means that training went on from an older

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sinktrack import text
+from sinktrack.records.lineage import current
 from sinktrack.records.marks import Mark
 from sinktrack.records.run import Run
 from sinktrack.signal import robust
@@ -25,7 +26,6 @@ from sinktrack.signal.stages import (
     Found,
     Regression,
     Stages,
-    living,
 )
 
 SATURATED = (
@@ -211,7 +211,7 @@ def analyze(
     if marks is None:
         marks = run.marks if isinstance(run, Run) else ()
     stages = Stages.of(written, [mark.step for mark in marks])
-    found, left = stages.found, living(written)
+    found, left = stages.found, current(written)
     onset = stages.onset()
     missing, relation = _missing(stages), None
     if losses is not None:

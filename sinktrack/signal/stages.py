@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from sinktrack.records.lineage import current, left_behind
+from sinktrack.records.lineage import superseded_steps
 from sinktrack.records.run import SCHEMA
 from sinktrack.signal import robust
 from sinktrack.signal.phases import BREAKS, CONSECUTIVE, Span, Story, spans
 from sinktrack.signal.robust import Curve, Interval
 
-living = current
 """The rule lives with the records."""
 
 MIN_RECORDS = 8
@@ -197,8 +196,8 @@ class Stages:
         point = Point.of(record)
         if self.points and point.step <= self.points[-1].step:
             points, gone = current_points([*self.points, point])
-            left_behind = (self.abandoned | gone) - {point.step}
-            fresh = Stages(abandoned=left_behind, marks=self.marks, partial=self.partial)
+            superseded = (self.abandoned | gone) - {point.step}
+            fresh = Stages(abandoned=superseded, marks=self.marks, partial=self.partial)
             for old in points:
                 fresh._judge(old)
             self.__dict__.update(fresh.__dict__)
@@ -448,8 +447,8 @@ def head_share(record: Mapping[str, Any]) -> float | None:
 
 
 def current_points(points: Sequence[Point]) -> tuple[list[Point], set[int]]:
-    """As `living`, and the steps that were `left_behind`."""
-    gone = left_behind((point.step, point.source) for point in points)
+    """As `current`, and the `superseded_steps`."""
+    gone = superseded_steps((point.step, point.source) for point in points)
     kept = {point.step: point for point in points if point.step not in gone}
     return [kept[step] for step in sorted(kept)], gone
 

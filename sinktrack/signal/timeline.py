@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from sinktrack.records.lineage import current
 from sinktrack.records.run import Run
 from sinktrack.signal.phases import CONSECUTIVE
-from sinktrack.signal.stages import living
 
 HALF = 0.5
 """Share of the sequences in which a head must be a sink to be a sink head."""
@@ -91,7 +91,7 @@ def timeline(run: Run | Iterable[Mapping[str, Any]]) -> Timeline:
     Raises:
         RecordError: the run's records cannot be read.
     """
-    records = living(list(run.written if isinstance(run, Run) else run))
+    records = current(list(run.written if isinstance(run, Run) else run))
     told = [one for one in records if any(one.get("sink_sequences") or ())]
     lacking = len(records) - len(told)
     whole = [one for one in told if one.get("measured_blocks") is None]

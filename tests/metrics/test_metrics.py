@@ -15,7 +15,7 @@ from sinktrack.attention import attend
 from sinktrack.collect import Arena
 from sinktrack.events import Write
 from sinktrack.metrics import FIELDS, METRICS
-from sinktrack.metrics.base import Held, State
+from sinktrack.metrics.base import PositionShard, State
 from sinktrack.models.megatron.shards import join
 from tests.helpers.paths import DOCS
 
@@ -61,19 +61,19 @@ def test_positions_of_several_processes_join(owners: list[list[int]], seed: int)
     gate = torch.rand(SEQUENCES, LENGTH, HEADS, generator=generator)
     for metric in METRICS.values():
 
-        def seen(at: list[int], held: Held, metric: Any = metric) -> dict[str, Any]:
+        def seen(at: list[int], shard: PositionShard, metric: Any = metric) -> dict[str, Any]:
             write = Write("mlp", stream[:, at])
             return {
-                **metric.on_state(stream[:, at], held),
-                **metric.on_gate(gate[:, at], held),
-                **metric.on_write(write, held),
+                **metric.on_state(stream[:, at], shard),
+                **metric.on_gate(gate[:, at], shard),
+                **metric.on_write(write, shard),
             }
 
-        whole = seen(list(range(LENGTH)), Held())
+        whole = seen(list(range(LENGTH)), PositionShard())
         parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for at in filter(None, owners):
             others = torch.tensor([position > 0 for position in at])
-            for name, value in seen(at, Held(at[0] == 0, others)).items():
+            for name, value in seen(at, PositionShard(at[0] == 0, others)).items():
                 if value is not None:
                     parts.setdefault(name, []).append((0, value))
         assert parts.keys() == {name for name, value in whole.items() if value is not None}

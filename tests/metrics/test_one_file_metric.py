@@ -21,7 +21,7 @@ from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.loggers.base import Logger
 from sinktrack.loggers.curves import metrics
 from sinktrack.metrics import FIELDS, METRICS
-from sinktrack.metrics.base import Field, Kept, Metric, Seen, State
+from sinktrack.metrics.base import Field, Metric, PartialStates, Seen, State
 from sinktrack.signal import analyze
 from sinktrack.views.export import export
 from sinktrack.views.terminal import show
@@ -40,7 +40,7 @@ class LastToP0(Metric):
     )  # fmt: skip
     states: ClassVar = {"last": State("whole", heads=True)}
 
-    def on_attention(self, attended: Attended) -> Kept:
+    def on_attention(self, attended: Attended) -> PartialStates:
         """[b, H]"""
         return {"last": attended.p0[..., -1].float()}
 

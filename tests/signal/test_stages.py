@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinktrack.records.lineage import current as living
-from sinktrack.records.lineage import left_behind
+from sinktrack.records.lineage import current, superseded_steps
 from sinktrack.signal import Stages, robust
 
 Record = dict[str, Any]
@@ -293,12 +292,12 @@ def test_what_training_left_behind(places: list[tuple[int, str]]) -> None:
         restarted = any(later < step and by == "callback" for later, by in after)
         if source == "callback" and restarted and not replaced:
             gone.add(step)
-    assert left_behind(places) == gone
+    assert superseded_steps(places) == gone
     (plain,) = history(0)[:1]
     written = [plain | {"step": step, "source": source or None, "at": index}
                for index, (step, source) in enumerate(places)]  # fmt: skip
     newest = {one["step"]: one for one in written if one["step"] not in gone}
-    assert living(written) == [newest[step] for step in sorted(newest)]
+    assert current(written) == [newest[step] for step in sorted(newest)]
     stages = Stages(partial=2)
     for record in written:
         stages.add(record)

@@ -12,7 +12,7 @@ from sinktrack.attention import Attended
 from sinktrack.collect import Collector, head_parts
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Observer, Write
-from sinktrack.metrics.base import Held, Kept, Metric, State
+from sinktrack.metrics.base import Metric, PartialStates, PositionShard, State
 from sinktrack.metrics.localization import WriteAtP0
 from sinktrack.models.megatron.layout import Layout, Routing
 
@@ -66,9 +66,9 @@ class Shard(Observer):
         if number is None or not self.layout.reports_stream:
             return
         self.dtype = stream.dtype
-        held = self._held(block, number, stream)
+        shard = self._shard(block, number, stream)
         for name, metric in self.metrics.items():
-            self._keep(block, number, name, metric.on_state(stream, held))
+            self._keep(block, number, name, metric.on_state(stream, shard))
 
     def attention(self, block: int, attended: Attended) -> None:
         """Show an attention of all queries and of some heads.
@@ -91,9 +91,9 @@ class Shard(Observer):
         if number is None or not self.layout.dense:
             return
         positions = self.layout.queries(self._padded(number))
-        held = Held(self.layout.cp == 0, self._others(number, positions))
+        shard = PositionShard(self.layout.cp == 0, self._others(number, positions))
         for name, metric in self.metrics.items():
-            self._keep(block, number, name, metric.on_gate(gate, held), same=True)
+            self._keep(block, number, name, metric.on_gate(gate, shard), same=True)
 
     def write(self, block: int, write: Write) -> None:
         """Show a write, and keep P0's row and the heads' parts of it."""
@@ -101,9 +101,9 @@ class Shard(Observer):
         if number is None:
             return
         if self.layout.reports_stream:
-            held = self._held(block, number, write.added)
+            shard = self._shard(block, number, write.added)
             for name, metric in self.metrics.items():
-                self._keep(block, number, name, metric.on_write(write, held))
+                self._keep(block, number, name, metric.on_write(write, shard))
         if not self.layout.dense or self.layout.cp:
             return
         row = _kept(write.added[:, 0]) if self.layout.holds_p0 else torch.zeros(0)
@@ -143,21 +143,23 @@ class Shard(Observer):
             terms.parts["expert", expert] = write.cpu()
             terms.gates[expert] = gates[gates[:, expert] != 0, expert].tolist()
 
-    def _keep(self, block: int, number: int, name: str, kept: Kept, same: bool = False) -> None:
+    def _keep(
+        self, block: int, number: int, name: str, kept: PartialStates, same: bool = False
+    ) -> None:
         """Keep partial states; of the ``same`` positions on all heads' processes those of one."""
         states = self.metrics[name].states
         for state, value in kept.items():
             if value is not None and (states[state].heads or not (same and self.layout.tp)):
                 self.kept[block, number][name, state] = value.cpu()
 
-    def _held(self, block: int, number: int, stream: Tensor) -> Held:
+    def _shard(self, block: int, number: int, stream: Tensor) -> PositionShard:
         positions = self.layout.stream(self._padded(number))
         if len(positions) != stream.shape[1]:
             raise MeasurementError(
                 f"block {block}: this process holds {stream.shape[1]} positions where "
                 f"{len(positions)} were expected"
             )
-        return Held(self.layout.holds_p0, self._others(number, positions))
+        return PositionShard(self.layout.holds_p0, self._others(number, positions))
 
     def _others(self, number: int, positions: Tensor) -> Tensor:
         return (positions > 0) & (positions < self.lengths[number])
