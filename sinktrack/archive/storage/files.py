@@ -27,9 +27,9 @@ _MOST_JSON_VALUES = 4_000_000
 _MOST_REMOTE_ENTRIES = 1_000_000
 _MOST_STAMPS = 10_000
 _AHEAD = 64 * 2**10
-"""Bytes that a remote read takes at least, so that neighbouring small reads cost one request."""
+"""Small remote reads take blocks of this many bytes, so that neighbouring ones cost one request."""
 _KEPT = 8
-"""Reads of that kind which are kept."""
+"""Blocks that are kept of a file, and files of which some are."""
 _PART = 16 * 2**20
 """A larger remote read is split into parts of this size, a few in flight at a time."""
 _IN_FLIGHT = 4
@@ -74,7 +74,7 @@ class Files:
         """An absolute path, or a URL without a slash at its end."""
         self.boundary = boundary or (_boundary(self.location) if self.local else self.location)
         self._meter = _Meter()
-        self._windows: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._blocks: OrderedDict[str, Any] = OrderedDict()
         self._infos: dict[str, dict[str, Any]] = {}
         self._lock = Lock()
 
@@ -270,7 +270,7 @@ class Files:
         """Forget what a remote directory was seen to hold."""
         if not self.local:
             _filesystem(self.location).invalidate_cache()
-            self._windows.clear()
+            self._blocks.clear()
             self._infos.clear()
 
     def real_path(self, name: str) -> str:
@@ -317,10 +317,10 @@ class Files:
     def _read_remote(self, name: str, start: int, buffer: memoryview) -> None:
         length = len(buffer)
         if length < _AHEAD:
-            data = self._window(name, start, length)
-            if len(data) < length:
+            data = self._from_blocks(name, start, start + length)
+            if len(data) != length:
                 raise self._truncated(name)
-            buffer[:] = data[:length]
+            buffer[:] = data
             return
 
         def fetch(offset: int) -> None:
@@ -340,16 +340,18 @@ class Files:
             self._infos[name] = self._retried(name, lambda: _filesystem(path).info(path))
         return self._infos[name]
 
-    def _window(self, name: str, start: int, length: int) -> bytes:
-        """From ``start`` on, from a read that is kept or from a new one."""
+    def _from_blocks(self, name: str, start: int, stop: int) -> bytes:
+        """A few bytes, from blocks that are kept or fetched now."""
+        caching = require("fsspec.caching", "remote")
         with self._lock:
-            for (kept, begin), data in self._windows.items():
-                if kept == name and begin <= start and start + length <= begin + len(data):
-                    return data[start - begin :]
-            data = self._fetch(name, start, min(start + _AHEAD, self._size(name)))
-            self._windows[name, start] = data
-            while len(self._windows) > _KEPT:
-                self._windows.popitem(last=False)
+            if name not in self._blocks:
+                size = self._size(name)
+                self._blocks[name] = caching.BlockCache(
+                    _AHEAD, lambda at, to: self._fetch(name, at, min(to, size)), size, _KEPT
+                )
+                if len(self._blocks) > _KEPT:
+                    self._blocks.popitem(last=False)
+            data: bytes = self._blocks[name]._fetch(start, stop)
             return data
 
     def _fetch(self, name: str, start: int, stop: int) -> bytes:
