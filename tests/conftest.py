@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of child processes, too: tests share the cores
+
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +22,8 @@ from tests.helpers.synthetic import synthetic_records
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["HF_HUB_OFFLINE"] = "1"
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" has it ignored
 settings.register_profile("sinktrack", deadline=None)  # no test is timed
 settings.load_profile("sinktrack")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -172,24 +172,21 @@ class Ablation:
                     for (_, terms), own in zip(jobs, sources, strict=True)
                 ],
                 loss=True,
-            ),
-            Edits([Patch(terms, self.bench.p0, "zero") for _, terms in jobs]),
+            )
         ]
         elsewhere: Mapping[Term, Tensor] = {}
         if written:
             last = max(term.block for term in written)
-            asked.insert(0, Singles(self._other_tokens, Writes(written), last))
-            writes, after, nothing = yield from ask(asked)
-            elsewhere = writes.by_term
-        else:
-            after, nothing = yield from ask(asked)
+            asked.append(Singles(self._other_tokens, Writes(written), last))
+        after, *writes = yield from ask(asked)
+        if writes:
+            elsewhere = writes[0].by_term
         trials = [
             Trial(kind or terms[0].kind, before_all(terms), "lost", outcome, tuple(terms))
             for (kind, terms), outcome in zip(jobs, after, strict=True)
         ]
         planned: list[tuple[Trial, str, Edit, bool]] = []
-        for trial, source, without in zip(trials, sources, nothing, strict=True):
-            trial.others["zero"] = without
+        for trial, source in zip(trials, sources, strict=True):
             terms, at = trial.terms, self.bench.replay.position
             aside = Patch(terms, self.bench.p0, source, aside=seed_of("aside", terms))
             there = Patch(terms, at, self._resampled(terms, spared=at))
@@ -197,6 +194,7 @@ class Ablation:
                 of_others = Patch(terms, self.bench.p0, elsewhere)
                 planned.append((trial, "first_token", of_others, True))
             planned += [
+                (trial, "zero", Patch(terms, self.bench.p0, "zero"), True),
                 (trial, "mean", Patch(terms, self.bench.p0, "mean"), True),
                 (trial, "random_direction", aside, False),
                 (trial, "other_position", there, False),
@@ -237,7 +235,9 @@ class Ablation:
         told = {
             name: one.to_record() for name, one in other.items() if not one.changed.isnan().any()
         }  # the others' passes ended before this phase
-        verdict = "necessary" if other["zero"].large else "distinguishing"
+        verdict: Literal["necessary", "distinguishing"] | None = None
+        if effect.holds:
+            verdict = "necessary" if other["zero"].large else "distinguishing"
         shares = self.bench.shares[self.bench.phases.index(phase)]
         own = [shares[term] for term in trial.terms if term in shares]
         return {
@@ -246,14 +246,14 @@ class Ablation:
             "index": trial.terms[0].index,
             "share": sum(own) if own else None,
             **effect.to_record(),
-            "zero": told["zero"],
+            "zero": told.get("zero"),
             "mean": told.get("mean"),
             "first_token": told.get("first_token"),
             "loss": mean(trial.after.loss - self.bench.before.loss),
             "p0_loss": mean(trial.after.p0_loss - self.bench.before.p0_loss),
             **self.bench.fate(trial, phase, effect),  # type: ignore[typeddict-item]
             "by_block": self.bench.by_block(trial),
-            "verdict": verdict if effect.holds else None,
+            "verdict": verdict,
         }
 
     def _remove(self, several: Sequence[Sequence[Trial]]) -> Plan[None]:

@@ -65,8 +65,8 @@ class Necessity(Compared, Fate):
     index: int | None
     """Of a head or an expert."""
     share: float | None
-    zero: Compared
-    """With no write at all."""
+    zero: Compared | None
+    """With no write at all; null, as the two that follow, where the effect is not large."""
     mean: Compared | None
     """With the mean over the other positions."""
     first_token: Compared | None

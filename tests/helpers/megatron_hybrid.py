@@ -298,7 +298,7 @@ def trained() -> tuple[Any, Any]:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(loss.item())
             if probes:
                 measure([chunk], PROBE)
         weights = [value.detach().clone() for value in chunk.parameters()]

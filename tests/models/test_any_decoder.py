@@ -302,7 +302,7 @@ def train(steps: int, tracker: Any = None, model: Any = None) -> dict[str, Any]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if tracker is not None:
             tracker.step(step, model)
     return {

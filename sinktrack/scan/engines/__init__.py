@@ -1,6 +1,6 @@
 """Who measures the checkpoints of a scan: processes of this machine, or a Ray cluster.
 
-An engine is a module of this package with ``spread(work, checkpoints, ...)``, which yields each
+An engine is a module of this package with ``distribute(work, checkpoints, ...)``, which yields each
 checkpoint with its `Outcome` as it is ready.
 """
 
