@@ -7,7 +7,6 @@ rows that are wanted have a byte range of their own. Nothing is unpickled but as
 
 from __future__ import annotations
 
-import io
 import math
 import reprlib
 import struct
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sinktrack.archive.storage import pickles
+from sinktrack.archive.storage.seekable import Seekable
 from sinktrack.errors import ArchiveError
 
 Fetch = Callable[[str, int, int], bytes | memoryview]
@@ -308,34 +308,17 @@ def _fetched(fetch: Fetch, chunk: Chunk, start: int, length: int, what: str) -> 
     return data
 
 
-class _Ends(io.RawIOBase):
-    """A file of which only the first and the last bytes are at hand."""
+def _of_ends(head: memoryview, at: int, tail: memoryview) -> Seekable:
+    """A file of which only the first bytes, and the last from a place on, are at hand."""
 
-    def __init__(self, head: memoryview, at: int, tail: memoryview) -> None:
-        self.head, self.at, self.tail, self.place = head, at, tail, 0
+    def fetch(start: int, stop: int) -> bytes:
+        if start >= at:
+            return bytes(tail[start - at : stop - at])
+        if stop <= len(head):
+            return bytes(head[start:stop])
+        raise zipfile.BadZipFile("its pickle is not among its first bytes")
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.place
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        start = (0, self.place, self.at + len(self.tail))[whence]
-        self.place = max(0, start + offset)
-        return self.place
-
-    def read(self, size: int = -1) -> bytes:
-        end = self.at + len(self.tail)
-        last = end if size < 0 else min(end, self.place + size)
-        if self.place >= self.at:
-            data = self.tail[self.place - self.at : last - self.at]
-        elif last <= len(self.head):
-            data = self.head[self.place : last]
-        else:
-            raise zipfile.BadZipFile("its pickle is not among its first bytes")
-        self.place += len(data)
-        return bytes(data)
+    return Seekable(at + len(tail), fetch)
 
 
 def _values(
@@ -343,7 +326,7 @@ def _values(
 ) -> int:
     """Where in a chunk its values begin, once its own description fits the metadata's."""
     try:
-        with zipfile.ZipFile(_Ends(head, at, tail)) as archive:
+        with zipfile.ZipFile(_of_ends(head, at, tail)) as archive:
             files = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             if any(info.compress_type for info in files.values()):
                 raise ArchiveError(f"{what} is compressed, which torch.save never does")

@@ -8,7 +8,6 @@ and of a large file, here or behind a URL, no more than they take.
 
 from __future__ import annotations
 
-import io
 import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 from sinktrack.archive.storage import pickles
 from sinktrack.archive.storage.dcp import Fetch, Span
 from sinktrack.archive.storage.files import Files
+from sinktrack.archive.storage.seekable import Seekable
 from sinktrack.errors import ArchiveError
 
 _LARGEST_PICKLE = 256 * 2**20
@@ -85,7 +85,7 @@ def read(files: Files, name: str) -> Any:
             "damaged, of another program or older; load it where you trust it and save it again"
         )
     try:
-        with zipfile.ZipFile(_Ranged(files, name, size)) as archive:
+        with zipfile.ZipFile(_ranged(files, name, size)) as archive:
             entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
             if any(info.compress_type for info in entries.values()):
                 raise ArchiveError(f"{path} is compressed, which torch.save never does")
@@ -183,31 +183,15 @@ class _Places:
         return self._begins[key]
 
 
-class _Ranged(io.RawIOBase):
+def _ranged(files: Files, name: str, size: int) -> Seekable:
     """A file read by byte range."""
 
-    def __init__(self, files: Files, name: str, size: int) -> None:
-        self._files, self._name, self._size, self._place = files, name, size, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._place = max(0, (0, self._place, self._size)[whence] + offset)
-        return self._place
-
-    def read(self, size: int = -1) -> bytes:
-        last = self._size if size < 0 else min(self._size, self._place + size)
-        if last - self._place > _LARGEST_DIRECTORY:
+    def fetch(start: int, stop: int) -> bytes:
+        if stop - start > _LARGEST_DIRECTORY:
             raise zipfile.BadZipFile("a directory of unreasonable size")
-        if last <= self._place:
-            return b""
-        data = bytes(self._files.read(self._name, self._place, last))
-        self._place = last
-        return data
+        return bytes(files.read(name, start, stop))
+
+    return Seekable(size, fetch)
 
 
 def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
