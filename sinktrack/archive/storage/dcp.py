@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinktrack.archive.storage import pickles
-from sinktrack.archive.storage.seekable import Seekable
+from sinktrack.archive.storage import pickles, torch_zip
 from sinktrack.errors import ArchiveError
 
 Fetch = Callable[[str, int, int], bytes | memoryview]
@@ -308,7 +307,7 @@ def _fetched(fetch: Fetch, chunk: Chunk, start: int, length: int, what: str) -> 
     return data
 
 
-def _of_ends(head: memoryview, at: int, tail: memoryview) -> Seekable:
+def _of_ends(head: memoryview, at: int, tail: memoryview) -> torch_zip.Seekable:
     """A file of which only the first bytes, and the last from a place on, are at hand."""
 
     def fetch(start: int, stop: int) -> bytes:
@@ -318,7 +317,7 @@ def _of_ends(head: memoryview, at: int, tail: memoryview) -> Seekable:
             return bytes(head[start:stop])
         raise zipfile.BadZipFile("its pickle is not among its first bytes")
 
-    return Seekable(at + len(tail), fetch)
+    return torch_zip.Seekable(at + len(tail), fetch)
 
 
 def _values(
@@ -326,20 +325,13 @@ def _values(
 ) -> int:
     """Where in a chunk its values begin, once its own description fits the metadata's."""
     try:
-        with zipfile.ZipFile(_of_ends(head, at, tail)) as archive:
-            files = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            if any(info.compress_type for info in files.values()):
-                raise ArchiveError(f"{what} is compressed, which torch.save never does")
-            if files["data.pkl"].file_size > _LARGEST_PICKLE:
-                raise ArchiveError(f"{what} has a description of unreasonable size")
-            pickled = archive.read(files["data.pkl"])
-            order = archive.read(files["byteorder"]) if "byteorder" in files else b"little"
-            tensor = pickles.load(pickled, _CHUNK_ADMITTED, what)
-            storage, offset, sizes, strides = tensor.arguments[:4]
-            sizes, strides = _sizes(sizes), _sizes(strides)
-            _, kind, key, _, _ = storage.arguments[0]
-            holds = _STORAGES.get(kind.name)
-            values = files[f"data/{key}"]
+        saved = torch_zip.directory(_of_ends(head, at, tail), what, _LARGEST_PICKLE)
+        tensor = pickles.load(saved.pickled, _CHUNK_ADMITTED, what)
+        storage, offset, sizes, strides = tensor.arguments[:4]
+        sizes, strides = _sizes(sizes), _sizes(strides)
+        _, kind, key, _, _ = storage.arguments[0]
+        holds = _STORAGES.get(kind.name)
+        values = saved.entries[f"data/{key}"]
         name, extra = struct.unpack("<HH", head[values.header_offset + 26 :][:4])
     except ArchiveError:
         raise
@@ -350,7 +342,7 @@ def _values(
     contiguous = tuple(math.prod(chunk.sizes[i + 1 :]) for i in range(len(chunk.sizes)))
     begin = values.header_offset + 30 + name + extra
     size = stored.dtype.itemsize
-    if holds != stored.dtype or order != b"little":
+    if holds != stored.dtype or not saved.little:
         raise ArchiveError(f"{what} holds {holds}, its metadata say {stored.dtype}")
     if sizes != chunk.sizes or not _same(strides, contiguous, sizes) or type(offset) is not int:
         raise ArchiveError(f"{what} holds a tensor of shape {sizes}, wanted {chunk.sizes}")

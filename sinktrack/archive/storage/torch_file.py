@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sinktrack.archive.storage import pickles
+from sinktrack.archive.storage import pickles, torch_zip
 from sinktrack.archive.storage.dcp import Fetch, Span
 from sinktrack.archive.storage.files import Files
-from sinktrack.archive.storage.seekable import Seekable
 from sinktrack.errors import ArchiveError
 
 _LARGEST_PICKLE = 256 * 2**20
@@ -85,14 +84,7 @@ def read(files: Files, name: str) -> Any:
             "damaged, of another program or older; load it where you trust it and save it again"
         )
     try:
-        with zipfile.ZipFile(_ranged(files, name, size)) as archive:
-            entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            if any(info.compress_type for info in entries.values()):
-                raise ArchiveError(f"{path} is compressed, which torch.save never does")
-            if entries["data.pkl"].file_size > _LARGEST_PICKLE:
-                raise ArchiveError(f"{path} has a description of unreasonable size")
-            pickled = archive.read(entries["data.pkl"])
-            order = archive.read(entries["byteorder"]) if "byteorder" in entries else b"little"
+        stored = torch_zip.directory(_ranged(files, name, size), path, _LARGEST_PICKLE)
     except ArchiveError:
         raise
     except Exception as error:  # a damaged archive can fail in any way
@@ -100,10 +92,10 @@ def read(files: Files, name: str) -> Any:
             f"{path} is truncated or damaged ({type(error).__name__}: {error}); copy the "
             "checkpoint again"
         ) from error
-    if order != b"little":
+    if not stored.little:
         raise ArchiveError(f"{path} was written in another byte order than this machine's")
-    places = _Places(files, name, entries)
-    return pickles.load(pickled, places.admitted, path)
+    places = _Places(files, name, stored.entries)
+    return pickles.load(stored.pickled, places.admitted, path)
 
 
 def tensors(tree: Any, depth: int = _DEEPEST) -> dict[str, Any]:
@@ -183,7 +175,7 @@ class _Places:
         return self._begins[key]
 
 
-def _ranged(files: Files, name: str, size: int) -> Seekable:
+def _ranged(files: Files, name: str, size: int) -> torch_zip.Seekable:
     """A file read by byte range."""
 
     def fetch(start: int, stop: int) -> bytes:
@@ -191,7 +183,7 @@ def _ranged(files: Files, name: str, size: int) -> Seekable:
             raise zipfile.BadZipFile("a directory of unreasonable size")
         return bytes(files.read(name, start, stop))
 
-    return Seekable(size, fetch)
+    return torch_zip.Seekable(size, fetch)
 
 
 def _extent(shape: Sequence[int], strides: Sequence[int]) -> int:
