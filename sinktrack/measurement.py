@@ -22,6 +22,7 @@ from sinktrack.metrics.total_effect import Ablations
 from sinktrack.records.run import SCHEMA
 
 _OPTIONAL = ("sink_logit_mass", "attention_gate")
+_OVER_ZERO = "null where it is infinite: what it is divided by is zero there"
 """Fields that a record holds only where the model has such a thing."""
 
 
@@ -171,13 +172,17 @@ class Measurement:
             "block_kinds": list(self.block_kinds),
         }
         own = {"visible_queries": list(self.visible_queries), "p0_attention": self.p0_attention}
+        missing = dict(self.missing)
         for name in FIELDS:
             value = own.get(name, self.values.get(name))
             if value is not None or name not in _OPTIONAL:
-                record[name] = _plain(value)
-        record["intervals"] = self.intervals
-        if self.missing:
-            record["missing"] = self.missing
+                record[name] = _finite(_plain(value), name, missing)
+        record["intervals"] = {
+            name: None if math.inf in (bounds or ()) or -math.inf in (bounds or ()) else bounds
+            for name, bounds in self.intervals.items()
+        }
+        if missing:
+            record["missing"] = missing
         if self._partial:
             record["measured_blocks"] = self.measured_blocks
         return record
@@ -190,6 +195,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
     return value
+
+
+def _finite(value: Any, name: str, missing: dict[str, str]) -> Any:
+    """With nan in the place of an infinity, and the reason in ``missing``."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item, name, missing) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item, name, missing) for item in value]
+    if not isinstance(value, float | Tensor):
+        return value
+    infinite = torch.as_tensor(value).isinf()
+    if not infinite.any():
+        return value
+    missing.setdefault(name, _OVER_ZERO)
+    return torch.as_tensor(value).masked_fill(infinite, torch.nan)
 
 
 def assemble(

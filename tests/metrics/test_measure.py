@@ -170,6 +170,36 @@ def test_batches_give_the_same_numbers(size: int, monkeypatch: pytest.MonkeyPatc
     assert_same(split, whole)
 
 
+@pytest.mark.parametrize("where", ["state", "mlp", "values"])
+def test_a_ratio_over_zero_is_null_with_its_reason(where: str) -> None:
+    """The other positions' state at the first block, a block's writes there, or its values."""
+    model = models.llama()
+    tokens = PROBE.tokens.clone()
+    tokens[:, 0], tokens[:, 1:] = 0, tokens[:, 1:].clamp(min=1)
+    layer = model.model.layers[1]
+    if where == "state":
+        model.model.embed_tokens.weight.data[1:] = 0
+        nulls = {"norm_ratio": [0], "gain": [0]}
+    elif where == "mlp":
+        layer.mlp.register_forward_hook(lambda _, args, out: only_p0(out))
+        nulls = {"mlp_write_ratio": [1]}
+    else:
+        layer.self_attn.v_proj.register_forward_hook(lambda _, args, out: only_p0(out))
+        nulls = {"value_ratio": [1]}
+    record = to_json(measure(model, Probe.from_tokens(tokens)).to_record(0, "", {}))
+    for name, blocks in nulls.items():
+        for block, value in enumerate(record[name]):
+            values = value if isinstance(value, list) else [value]
+            assert (values == [None] * len(values)) == (block in blocks), (name, block)
+        assert "infinite" in record["missing"][name]
+    assert record["sink_rate"] is not None and record["p0_norm"][0] > 0
+
+
+def only_p0(out: torch.Tensor) -> torch.Tensor:
+    """Zero at all other positions."""
+    return torch.cat([out[:, :1], torch.zeros_like(out[:, 1:])], 1)
+
+
 def test_packed_documents_of_one_length_are_sequences() -> None:
     model, documents = models.mixtral(), torch.arange(2).repeat_interleave(10).expand(6, -1)
     packed = Probe.from_tokens(PROBE.tokens, documents)
