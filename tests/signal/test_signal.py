@@ -455,7 +455,7 @@ SEEDS = [f"seed{seed}-lr{rate}" for seed in (1, 2, 3) for rate in ("0.005", "0.0
 
 
 def kept(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (RUNS / name / "records.jsonl").open()]
+    return [json.loads(line) for line in (RUNS / name / "records.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("name", [*SEEDS, "sliding-window"])
@@ -475,7 +475,7 @@ def test_a_real_run_that_diverges() -> None:
     written = kept("diverges")
     signal = analyze(written, loss=RUNS / "diverges" / "loss.csv")
     assert set(signal.stages) == {None, "absent"} and signal.onset is None
-    assert written[-1]["step"] < 800, "no record is written of weights that are not numbers"
+    assert written[-1]["sink_rate"] > 0.15, "what the last records show is no onset yet"
 
 
 def test_a_real_collapse_is_a_loss() -> None:
