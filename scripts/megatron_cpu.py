@@ -56,13 +56,38 @@ class _NoTracker:
         pass
 
 
+class _NoEvent:
+    """An event of CUDA, which has always happened."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, *_: Any) -> None:
+        pass
+
+    def wait(self, *_: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 class _NoStream:
     """A stream of CUDA, which nothing runs on."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
 
     def wait_event(self, event: Any) -> None:
         pass
 
     def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def record_event(self, *_: Any) -> _NoEvent:
+        return _NoEvent()
+
+    def synchronize(self) -> None:
         pass
 
 

@@ -7,7 +7,6 @@ that is "-". Only CUDA and the data are stand-ins.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
@@ -35,13 +34,6 @@ ARGUMENTS = f"""
     --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
     --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
 """
-
-
-class Stream:
-    """Makes the one stream there is."""
-
-    def __new__(cls, *_: Any, **__: Any) -> Any:
-        return torch.cuda.current_stream()
 
 
 def stand_in() -> None:
@@ -73,8 +65,6 @@ def stand_in() -> None:
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(  # type: ignore[assignment]
         major=9, minor=0, multi_processor_count=1, total_memory=2**30
     )
-    torch.cuda.Stream = Stream  # type: ignore[misc]
-    torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
 
 
 class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
