@@ -113,6 +113,9 @@ def stand_in() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args: None
     torch.cuda.current_stream = lambda *args: _NoStream()  # type: ignore[assignment]
+    torch.cuda.Stream = _NoStream  # type: ignore[assignment,misc]
+    torch.cuda.Event = _NoEvent  # type: ignore[assignment,misc]
+    torch.cuda.stream = lambda *args: contextlib.nullcontext()  # type: ignore[assignment]
     random._CUDA_RNG_STATE_TRACKER = _NoTracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)

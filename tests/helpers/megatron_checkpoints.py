@@ -104,7 +104,7 @@ HYBRID: dict[str, dict[str, Any]] = {
     "hybrid_windows": BASE | PLAIN | {
         PATTERN: "-**-*-", "window_size": (3, 0), "window_attn_skip_freq": 3, "num_layers": 6,
         "normalization": "LayerNorm", "add_bias_linear": True, "add_qkv_bias": True,
-        "no_rope_freq": 5, "attention_output_gate": True, "softmax_type": "off-by-one",
+        "no_rope_freq": 3, "attention_output_gate": True, "softmax_type": "off-by-one",
     },
 }  # fmt: skip
 """Whose blocks are one sublayer each."""

@@ -163,6 +163,10 @@ def _refuse_stack(arguments: Arguments) -> None:
                 f"the model was trained with {name}={short(saved)}, which Megatron checkpoints are "
                 "not read with"
             )
+    if sublayers is not None and arguments.get("qk_l2_norm") is True:
+        raise ArchiveError(
+            "a hybrid model with qk_l2_norm=True, which versions of Megatron differ in: not read"
+        )
     ratios = _first(arguments, "hybrid_attention_ratio"), _first(arguments, "hybrid_mlp_ratio")
     if sublayers is None and (any(ratios) or arguments.get("is_hybrid_model") is True):
         raise ArchiveError(
@@ -311,6 +315,8 @@ def _model_type(arguments: Arguments, whole_norm: bool) -> str:
             )
         return GPT
     if latent:
+        if experts is None:
+            raise ArchiveError("latent attention without experts: not read")
         return "deepseek_v3"
     if whole_norm:  # over all heads at once
         if experts is None:
