@@ -19,6 +19,7 @@ import torch
 
 from sinktrack import Probe
 from sinktrack.callbacks.megatron import SinkTrackMegatron
+from tests.helpers import megatron_hybrid
 
 VOCABULARY, LENGTH = 63, 16
 PROBE = Probe.random(VOCABULARY, sequences=4, length=12, seed=3)
@@ -97,6 +98,21 @@ def model(*_: Any, pre_process: bool = True, post_process: bool = True, **given:
         home = importlib.import_module("megatron.training.argument_utils")
     config = getattr(home, name)(args)
     stage = given.get("vp_stage")
+    if getattr(args, "hybrid_layer_pattern", None):
+        hybrid, *_ = megatron_hybrid.classes()
+        return hybrid(
+            config,
+            megatron_hybrid.specification(config),
+            args.padded_vocab_size,
+            args.max_position_embeddings,
+            args.hybrid_layer_pattern,
+            pre_process=pre_process,
+            post_process=post_process,
+            position_embedding_type=args.position_embedding_type,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            rotary_base=args.rotary_base,
+            vp_stage=stage,
+        )
     return GPTModel(
         config,
         get_gpt_decoder_block_spec(config, False, normalization=args.normalization, vp_stage=stage),
