@@ -379,6 +379,7 @@ LATENT = "deepseek_v3"
         ("olmoe", {"num_experts": None, "num_moe_experts": None}, "without experts: unknown"),
         (LATENT, {"moe_router_score_function": "softmax"}, "only DeepSeek-V3, which has 'sigmoid'"),
         (LATENT, {"num_experts": None, "num_moe_experts": None}, "attention without experts: not"),
+        (LATENT, {"norm_epsilon": 1e-5}, "norm_epsilon=1e-05: not read, since transformers' DeepS"),
         (LATENT, {"moe_layer_freq": [1, 0, 1, 1]}, r"come first; here they are \[1\]"),
         (LATENT, {"moe_router_group_topk": 2, "moe_router_topk": 2}, "by 1 scores each, by 2"),
         (LATENT, {"moe_shared_expert_intermediate_size": 7}, "shared experts of width 7"),

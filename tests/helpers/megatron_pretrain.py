@@ -99,7 +99,7 @@ def model(*_: Any, pre_process: bool = True, post_process: bool = True, **given:
     config = getattr(home, name)(args)
     stage = given.get("vp_stage")
     if getattr(args, "hybrid_layer_pattern", None):
-        hybrid, *_ = megatron_hybrid.classes()
+        hybrid = megatron_hybrid.classes()[0]
         return hybrid(
             config,
             megatron_hybrid.specification(config),

@@ -143,11 +143,10 @@ def _refuse(arguments: Arguments, vouched: bool = False) -> None:
 def _refuse_stack(arguments: Arguments) -> None:
     """Refuse specifications and hybrid models of which not all is known."""
     sublayers = _sublayers(arguments)
-    for name, known in (
-        ("experimental_attention_variant", ("gated_delta_net",)), ("linear_attention_freq", ()),
-    ):  # fmt: skip
+    for name in ("experimental_attention_variant", "linear_attention_freq"):
         value = arguments.get(name)
-        if value is not None and (sublayers is None or (known and value not in known)):
+        other = sublayers is None or (name[0] == "e" and value != "gated_delta_net")
+        if value is not None and other:
             raise ArchiveError(
                 f"the model was trained with {name}={short(value)}, which Megatron checkpoints are "
                 "not read with"
@@ -605,6 +604,13 @@ def _sigmoid_router(arguments: Arguments, width: int) -> dict[str, Any]:
 
 
 def _latent_attention(arguments: Arguments) -> dict[str, Any]:
+    epsilon = _first(arguments, "norm_epsilon", "layernorm_epsilon")
+    if epsilon != 1e-6:
+        raise ArchiveError(
+            f"latent attention with norm_epsilon={short(epsilon)}: not read, since transformers' "
+            "DeepSeek-V3 norms its latents with 1e-06 whatever is configured; measure it live, "
+            "with SinkTrackMegatron"
+        )
     return {
         "q_lora_rank": arguments.get("q_lora_rank"),
         "kv_lora_rank": _number(arguments, "kv_lora_rank"),
