@@ -52,6 +52,7 @@ from tests.helpers.megatron_checkpoints import (
 SPLIT = ("qwen3_moe", "deepseek_v3", "gpt_oss", "hybrid")
 TYPES = dict.fromkeys(FAMILIES, "megatron_gpt") | {name: name for name in FAMILIES_READ}
 TYPES["qwen3_moe_mixed"] = "qwen3_moe"
+TYPES["latent_epsilon"] = "megatron_mla"
 RUNS = {  # by directory: processes, layout, how blocks and experts are keyed
     "one": (1, "", [(family, "stacked") for family in FAMILIES]),
     "keyed": (1, "", [(family, "single") for family in (*SPLIT, "plain_experts")]),
@@ -379,7 +380,6 @@ LATENT = "deepseek_v3"
         ("olmoe", {"num_experts": None, "num_moe_experts": None}, "without experts: unknown"),
         (LATENT, {"moe_router_score_function": "softmax"}, "only DeepSeek-V3, which has 'sigmoid'"),
         (LATENT, {"num_experts": None, "num_moe_experts": None}, "attention without experts: not"),
-        (LATENT, {"norm_epsilon": 1e-5}, "norm_epsilon=1e-05: not read, since transformers' DeepS"),
         (LATENT, {"moe_layer_freq": [1, 0, 1, 1]}, r"come first; here they are \[1\]"),
         (LATENT, {"moe_router_group_topk": 2, "moe_router_topk": 2}, "by 1 scores each, by 2"),
         (LATENT, {"moe_shared_expert_intermediate_size": 7}, "shared experts of width 7"),

@@ -125,6 +125,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """With other choices and gates."""
+ROUTERS["latent_epsilon"] = FAMILIES["deepseek_v3"] | {"layernorm_epsilon": 1e-3}
 YARN = {
     "yarn_rotary_scaling_factor": 8.0, "yarn_original_max_position_embeddings": 16,
     "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_mscale": 1.0, "yarn_mscale_all_dim": 0.0,

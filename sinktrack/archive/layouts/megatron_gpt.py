@@ -15,14 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 
 TYPE = "megatron_gpt"
+MLA = "megatron_mla"
 
 
 class MegatronGptConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -507,6 +512,28 @@ class MegatronGptForCausalLM(MegatronGptPreTrainedModel):
         )
 
 
+class MegatronMlaConfig(DeepseekV3Config):  # type: ignore[misc]
+    """What a `MegatronMlaForCausalLM` computes."""
+
+    model_type = MLA
+
+
+class MegatronMlaForCausalLM(DeepseekV3ForCausalLM):  # type: ignore[misc]
+    """DeepSeek-V3, whose latents are normed with the same epsilon as all else."""
+
+    config_class = MegatronMlaConfig
+
+    def __init__(self, config: MegatronMlaConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            for norm in (
+                layer.self_attn.kv_a_layernorm,
+                getattr(layer.self_attn, "q_a_layernorm", None),
+            ):
+                if norm is not None:
+                    norm.variance_epsilon = config.rms_norm_eps
+
+
 def _merged(source: list[str], target: str) -> WeightConverter:
     operations: list[Any] = [MergeModulelist(dim=0)]
     if len(source) > 1:
@@ -516,6 +543,8 @@ def _merged(source: list[str], target: str) -> WeightConverter:
 
 AutoConfig.register(TYPE, MegatronGptConfig)
 AutoModelForCausalLM.register(MegatronGptConfig, MegatronGptForCausalLM)
+AutoConfig.register(MLA, MegatronMlaConfig)
+AutoModelForCausalLM.register(MegatronMlaConfig, MegatronMlaForCausalLM)
 register_checkpoint_conversion_mapping(
     TYPE,
     [
@@ -528,3 +557,4 @@ register_checkpoint_conversion_mapping(
         )
     ],
 )
+register_checkpoint_conversion_mapping(MLA, get_checkpoint_conversion_mapping("deepseek_v3"))

@@ -17,7 +17,8 @@ from sinktrack.archive.storage.dcp import Span, Stored
 from sinktrack.errors import ArchiveError
 
 DENSE = ("llama", "qwen2", "qwen3")
-MOE = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3")
+LATENT = ("deepseek_v3", "megatron_mla")
+MOE = ("qwen3_moe", "mixtral", "olmoe", *LATENT)
 GPT = "megatron_gpt"
 """What any combination of Megatron's features is read as."""
 _MODEL = ("decoder.", "embedding.", "output_layer.")
@@ -48,7 +49,7 @@ def dense_blocks(config: Any) -> set[int]:
         return set(blocks)
     if config.model_type == GPT:
         return set(blocks if config.num_local_experts is None else config.dense_layers)
-    if config.model_type == "deepseek_v3":
+    if config.model_type in LATENT:
         return set(blocks[: config.first_k_dense_replace])
     if config.model_type == "qwen3_moe":
         every = config.decoder_sparse_step
@@ -97,7 +98,7 @@ class _Finder:
         yield from self._norm(block, "input_layernorm", *own)
         for kind in self._kinds():
             yield f"self_attn.o_proj.{kind}", self._of(block, f"self_attention.linear_proj.{kind}")
-        attention = self._latent if self.config.model_type == "deepseek_v3" else self._grouped
+        attention = self._latent if self.config.model_type in LATENT else self._grouped
         for name, piece in attention(block):
             yield f"self_attn.{name}", piece
 
@@ -210,7 +211,7 @@ class _Finder:
         if self.gpt:
             yield from self._any_experts(block, count)
             return
-        if config.model_type == "deepseek_v3":
+        if config.model_type in LATENT:
             bias = self._of(block, "mlp.router.expert_bias", height=count)
             yield "mlp.gate.e_score_correction_bias", bias
             width = config.n_shared_experts * config.moe_intermediate_size
