@@ -56,13 +56,38 @@ class _NoTracker:
         pass
 
 
+class _NoEvent:
+    """An event of CUDA, which has always happened."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, *_: Any) -> None:
+        pass
+
+    def wait(self, *_: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 class _NoStream:
     """A stream of CUDA, which nothing runs on."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
 
     def wait_event(self, event: Any) -> None:
         pass
 
     def wait_stream(self, stream: Any) -> None:
+        pass
+
+    def record_event(self, *_: Any) -> _NoEvent:
+        return _NoEvent()
+
+    def synchronize(self) -> None:
         pass
 
 
@@ -88,6 +113,9 @@ def stand_in() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *args: None
     torch.cuda.current_stream = lambda *args: _NoStream()  # type: ignore[assignment]
+    torch.cuda.Stream = _NoStream  # type: ignore[assignment,misc]
+    torch.cuda.Event = _NoEvent  # type: ignore[assignment,misc]
+    torch.cuda.stream = lambda *args: contextlib.nullcontext()  # type: ignore[assignment]
     random._CUDA_RNG_STATE_TRACKER = _NoTracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.empty(0)

@@ -49,9 +49,10 @@ from tests.helpers.megatron_checkpoints import (
     VOCABULARY,
 )
 
-SPLIT = ("qwen3_moe", "deepseek_v3", "gpt_oss")
+SPLIT = ("qwen3_moe", "deepseek_v3", "gpt_oss", "hybrid")
 TYPES = dict.fromkeys(FAMILIES, "megatron_gpt") | {name: name for name in FAMILIES_READ}
 TYPES["qwen3_moe_mixed"] = "qwen3_moe"
+TYPES["latent_epsilon"] = "megatron_mla"
 RUNS = {  # by directory: processes, layout, how blocks and experts are keyed
     "one": (1, "", [(family, "stacked") for family in FAMILIES]),
     "keyed": (1, "", [(family, "single") for family in (*SPLIT, "plain_experts")]),
@@ -209,7 +210,7 @@ for _ in range(60):  # of 2^60 elements, if anyone counts them
         ({"add_qkv_bias": True}, "has no self_attention.linear_qkv.bias"),
         ({"no_rope_freq": "2"}, "no_rope_freq='2'"),
         ({"softmax_type": "other"}, "softmax_type='other': not read"),
-        ({"moe_router_score_function": "sqrtsoftplus"}, "score_function='sqrtsoftplus' is not"),
+        ({"moe_router_score_function": "other"}, "score_function='other' is not"),
         ({"moe_router_enable_expert_bias": True}, "without a sigmoid router"),
         (
             {
@@ -250,14 +251,30 @@ for _ in range(60):  # of 2^60 elements, if anyone counts them
         ({"window_size": BOMB}, "window_size="),
         ({"use_mup": True}, "use_mup=True"),
         ({"mup_embedding_mult": 12.0}, "mup_embedding_mult=12.0"),
+        ({"retro_add_retriever": True}, "retro_add_retriever=True"),
         ({"moe_router_force_biased": 0.1}, "moe_router_force_biased=0.1"),
         ({"moe_router_force_biased": 0.0}, "moe_router_force_biased=0.0"),
         ({"moe_mlp_glu_interleave_size": 32}, "moe_mlp_glu_interleave_size=32"),
         ({"enable_mhc_connections": True}, "enable_mhc_connections=True"),
-        ({"hybrid_layer_pattern": "M*-"}, "hybrid_layer_pattern='M"),
+        ({"hybrid_layer_pattern": "*-M-"}, "M .Mamba's mixer. is not computed here; measure it li"),
+        ({"hybrid_override_pattern": "*+"}, "[+] .latent attention. is not computed here; measure"),
+        ({"experimental_attention_variant": "gated_delta_net"}, "variant='gated_delta_net'"),
+        ({"linear_attention_freq": 2}, "linear_attention_freq=2"),
+        ({"hybrid_layer_pattern": "*-*D"}, "D .DSA. is not computed here; measure it live"),
+        ({"hybrid_layer_pattern": "*?"}, "[?] .unknown. is not computed here"),
+        ({"hybrid_layer_pattern": "|/*"}, "say hybrid_layer_pattern='|/[*]'"),
+        ({"hybrid_layer_pattern": 7}, "say hybrid_layer_pattern=7"),
+        ({"hybrid_layer_pattern": "*-*E"}, "no decoder.final_norm.weight"),
+        ({"is_hybrid_model": True}, "hybrid one whose pattern was not saved"),
+        ({"hybrid_attention_ratio": 0.1}, "hybrid one whose pattern was not saved"),
         ({"spec": ["mine", "spec"]}, "spec="),
-        ({"moe_router_load_balancing_type": "quantile_balancing"}, "balances by 'quantile_bal"),
+        ({"spec": ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"]}, "spec="),
+        ({"spec": []}, "spec="),
+        ({"moe_router_load_balancing_type": "quantile_balancing"}, "no mlp.router.qb_beta"),
+        ({"moe_router_load_balancing_type": "other"}, "balances by 'other'"),
         ({"moe_router_load_balancing_type": ["aux_loss", "other"]}, "balances by 'other'"),
+        ({"moe_router_load_balancing_type": ["sinkhorn"]}, "balances by 'sinkhorn'"),
+        ({"moe_router_load_balancing_type": BOMB}, "balances by "),
         ({"attention_of_tomorrow": True}, "hold 'attention_of_tomorrow': True, which is not known"),
         ({"scale_of_tomorrow": 1.0}, "hold 'scale_of_tomorrow': 1.0, which is not known here"),
     ],
@@ -291,6 +308,26 @@ def test_arguments_of_tomorrow_that_are_off(archive: Path, tmp_path: Path) -> No
         open_source(only(archive, hf_config=tmp_path / "hf"))
 
 
+def test_arguments_of_megatron_lm_that_change_nothing(archive: Path) -> None:
+    """Of core 0.16, which no package has, and of ModelOpt, which adds its own where installed."""
+    config = open_source(only(archive)).config
+    rewrite(
+        archive,
+        **{
+            "inference_max_batch_size": 8, "enable_gloo_process_groups": True,
+            "langrl_inference_server_type": "inplace_megatron", "disable_chunked_prefill": True,
+            "hybrid_attention_ratio": 0.0, "hybrid_mlp_ratio": 0.0, "retro_attention_gate": 1,
+            "export_model_type": "GPTModel", "export_kv_cache_quant": "none",
+            "export_real_quant_cfg": "None", "export_num_medusa_heads": 0,
+            "finetune_data_split": "train", "kitchen_recipe_number": None,
+        },
+    )  # fmt: skip
+    assert open_source(only(archive)).config.to_dict() == config.to_dict()
+    rewrite(archive, kitchen_recipe_number=3)
+    with pytest.raises(ArchiveError, match="kitchen_recipe_number=3"):
+        open_source(only(archive))
+
+
 def test_every_argument_of_this_megatron_is_known() -> None:
     """Each is mapped, refused or inert: what a new version adds fails here first."""
     from megatron.core.transformer import MLATransformerConfig
@@ -313,7 +350,25 @@ LATENT = "deepseek_v3"
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("qwen3_moe", {"moe_router_load_balancing_type": "sinkhorn"}, "balances by 'sinkhorn'"),
+        ("olmoe", {"moe_router_load_balancing_type": "sinkhorn"}, "type='sinkhorn' and norms over"),
+        (LATENT, {"moe_router_load_balancing_type": "sinkhorn"}, "type='sinkhorn' and latent att"),
+        (LATENT, {"moe_apply_probs_on_input": True}, "probs_on_input=True and latent attention"),
+        (
+            "hybrid",
+            {"hybrid_layer_pattern": "*-**"},
+            "block 3 has no self_attention.linear_qkv.layer",
+        ),
+        ("hybrid", {"hybrid_layer_pattern": "*-*"}, "holds decoder.layers.3.mlp.experts.experts.l"),
+        ("hybrid", {"hybrid_layer_pattern": "*-*EE"}, "block 4 has no"),
+        ("hybrid", {"hybrid_layer_pattern": "*-*-"}, "block 3 has no mlp.linear_fc1"),
+        ("hybrid", {"hybrid_layer_pattern": "+-+E"}, r"[+] .latent attention. is not computed"),
+        (
+            "hybrid",
+            {"experimental_attention_variant": "dsa"},
+            "experimental_attention_variant='dsa'",
+        ),
+        ("hybrid", {"qk_l2_norm": True}, "hybrid model with qk_l2_norm=True"),
+        ("hybrid", {"spec": ["mine", "hybrid_stack_spec"]}, r"spec=\['mine', 'hybrid_stack_spec'"),
         ("qwen3_moe", {"moe_layer_freq": "2"}, "moe_layer_freq='2'"),
         ("mixtral", {"moe_layer_freq": 2}, "block 1 has no mlp.linear_fc1"),
         ("olmoe", {"moe_layer_freq": 2}, r"blocks \[1, 3\] have none"),
@@ -324,6 +379,7 @@ LATENT = "deepseek_v3"
         ("olmoe", {"kv_channels": 4}, "heads of width 4; OLMoE has"),
         ("olmoe", {"num_experts": None, "num_moe_experts": None}, "without experts: unknown"),
         (LATENT, {"moe_router_score_function": "softmax"}, "only DeepSeek-V3, which has 'sigmoid'"),
+        (LATENT, {"num_experts": None, "num_moe_experts": None}, "attention without experts: not"),
         (LATENT, {"moe_layer_freq": [1, 0, 1, 1]}, r"come first; here they are \[1\]"),
         (LATENT, {"moe_router_group_topk": 2, "moe_router_topk": 2}, "by 1 scores each, by 2"),
         (LATENT, {"moe_shared_expert_intermediate_size": 7}, "shared experts of width 7"),

@@ -44,6 +44,9 @@ CASES = {
     "experts": (2, "--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2 "
                    "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01"),
     "stages": (2, "--pipeline-model-parallel-size 2"),
+    "hybrid": (1, "--hybrid-layer-pattern *-*E --num-experts 4 --moe-router-topk 2 "
+                  "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 "
+                  "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"),
 }  # fmt: skip
 
 
@@ -61,6 +64,8 @@ def losses(text: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("case", CASES)
 def test_pretrain(case: str, tmp_path: Path) -> None:
     """Bit-identical training, over a resume; what is saved is what was measured; no row is lost."""
+    if case == "hybrid":
+        pytest.importorskip("megatron.core.models.hybrid")
     processes, text = CASES[case]
     arguments = text.split()
     plain, tracked, run = (str(tmp_path / name) for name in ("plain", "tracked", "run"))

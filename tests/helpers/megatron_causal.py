@@ -16,7 +16,6 @@ import torch.distributed as dist
 from sinktrack import Probe, measure
 from sinktrack.callbacks.megatron import SinkTrackMegatron
 from sinktrack.metrics import phases
-from tests.helpers import megatron_checkpoints
 from tests.helpers.megatron_checkpoints import VOCABULARY, build, fill, save
 
 PROBE = Probe.random(VOCABULARY, sequences=10, length=8, seed=4)
@@ -25,10 +24,10 @@ PROBE = Probe.random(VOCABULARY, sequences=10, length=8, seed=4)
 def main(out: str, *families: str) -> None:
     """Ten steps of each; the callback tests the last one's weights, which are saved."""
     megatron_cpu.start()
-    megatron_checkpoints.PADDED = VOCABULARY  # live, losses count what pads a vocabulary
     for family in families:
         here = Path(out) / family
         model = build(family, {}).train()
+        model.config.vocab_size = VOCABULARY  # as Megatron Bridge's says; the embedding is padded
         fill(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         tracker = SinkTrackMegatron(PROBE, here / "run", every=10, causal_every=1, on_error="raise")

@@ -10,6 +10,7 @@ stacked, with the common state where megatron-core puts it since 0.19. Writes
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import random
 import sys
 import zlib
@@ -23,11 +24,13 @@ import torch.nn.functional as F
 from megatron.core.activations import quick_gelu, squared_relu
 
 from sinktrack import Probe, measure
+from tests.helpers import megatron_hybrid
 from tests.helpers.megatron_models import Norm, PlainAttention, layout
 
 VOCABULARY, PADDED, LENGTH, BLOCKS = 65, 80, 16, 4
 TOKENS = torch.arange(3 * LENGTH).reshape(3, LENGTH) * 7 % VOCABULARY
 
+PATTERN = "hybrid_layer_pattern"
 BASE: dict[str, Any] = {
     "num_layers": BLOCKS, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
     "num_query_groups": 2, "kv_channels": 16, "layernorm_epsilon": 1e-6,
@@ -94,6 +97,35 @@ COMBINED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """What no family of transformers has."""
+HYBRID: dict[str, dict[str, Any]] = {
+    "hybrid": BASE | MOE | SIGMOID | {
+        PATTERN: "*-*E", "qk_layernorm": True, "moe_shared_expert_intermediate_size": 24,
+    },
+    "hybrid_windows": BASE | PLAIN | {
+        PATTERN: "-**-*-", "window_size": (3, 0), "window_attn_skip_freq": 3, "num_layers": 6,
+        "normalization": "LayerNorm", "add_bias_linear": True, "add_qkv_bias": True,
+        "no_rope_freq": 3, "attention_output_gate": True, "softmax_type": "off-by-one",
+    },
+}  # fmt: skip
+"""Whose blocks are one sublayer each."""
+if importlib.util.find_spec("megatron.core.models.hybrid") is not None:
+    HYBRID["hybrid_delta"] = BASE | {
+        PATTERN: "*-G-", "experimental_attention_variant": "gated_delta_net",
+        "linear_attention_freq": [1, 0, 0, 0], "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "deterministic_mode": True,
+    }  # fmt: skip
+ROUTERS: dict[str, dict[str, Any]] = {
+    "sinkhorn": BASE | MOE | {
+        "moe_router_load_balancing_type": "sinkhorn", "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": "alltoall",
+    },
+    "gates_on_input": BASE | MOE | SIGMOID | {
+        "moe_router_topk": 1, "moe_apply_probs_on_input": True,
+    },
+}  # fmt: skip
+"""With other choices and gates."""
+ROUTERS["latent_epsilon"] = FAMILIES["deepseek_v3"] | {"layernorm_epsilon": 1e-3}
 YARN = {
     "yarn_rotary_scaling_factor": 8.0, "yarn_original_max_position_embeddings": 16,
     "yarn_beta_fast": 32.0, "yarn_beta_slow": 1.0, "yarn_mscale": 1.0, "yarn_mscale_all_dim": 0.0,
@@ -135,7 +167,9 @@ def any_combination(seed: int) -> dict[str, Any]:
 
 
 FAMILIES_READ = tuple(FAMILIES)
-FAMILIES |= COMBINED | {f"any_{seed}": any_combination(seed) for seed in range(6)}
+FAMILIES |= (
+    COMBINED | HYBRID | ROUTERS | {f"any_{seed}": any_combination(seed) for seed in range(6)}
+)
 
 
 PROBE = Probe.random(VOCABULARY, sequences=5, length=12)
@@ -158,6 +192,7 @@ def build(family: str, sizes: dict[str, Any]) -> Any:
     } | FAMILIES[family]  # fmt: skip
     turning = {name: chosen.pop(name) for name in TURNING if name in chosen}
     interpolated = chosen.pop(INTERPOLATED, None)
+    pattern = chosen.pop(PATTERN, None)
     latent = chosen.get("multi_latent_attention")
     config = (MLATransformerConfig if latent else TransformerConfig)(
         **chosen, use_cpu_initialization=True, attention_dropout=0.0,
@@ -168,6 +203,16 @@ def build(family: str, sizes: dict[str, Any]) -> Any:
     if turning.get("position_embedding_type") == "yarn":
         for name, value in YARN.items():
             setattr(config, name, value)
+    given = {"position_embedding_type": "rope"} | turning | {
+        "rotary_base": 5000, "seq_len_interpolation_factor": interpolated,
+        "pre_process": parallel_state.is_pipeline_first_stage(),
+        "post_process": parallel_state.is_pipeline_last_stage(),
+        "share_embeddings_and_output_weights": family in TIED,
+    }  # fmt: skip
+    if pattern is not None:
+        model, _, _, called = megatron_hybrid.classes()
+        spec = megatron_hybrid.specification(config)
+        return model(config, spec, PADDED, 64, **given, **{called: pattern}).eval()
     spec = get_gpt_decoder_block_spec(config, False, normalization=config.normalization)
     spec.layer_norm = Norm
     for layer in spec.layer_specs:
@@ -180,14 +225,7 @@ def build(family: str, sizes: dict[str, Any]) -> Any:
             attention.submodules.core_attention = PlainAttention
         if family == "olmoe":
             attention.module = whole_norm_attention()
-    model = GPTModel(
-        config, spec, PADDED, 64, **{"position_embedding_type": "rope"} | turning,
-        rotary_base=5000, seq_len_interpolation_factor=interpolated,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=family in TIED,
-    )  # fmt: skip
-    return model.eval()
+    return GPTModel(config, spec, PADDED, 64, **given).eval()
 
 
 def whole_norm_attention() -> Any:
@@ -279,6 +317,12 @@ def arguments(model: Any, family: str) -> argparse.Namespace:
     }  # fmt: skip
     found |= {name: FAMILIES[family][name] for name in (*TURNING, INTERPOLATED)
               if name in FAMILIES[family]}  # fmt: skip
+    if PATTERN in FAMILIES[family]:
+        home = "hybrid" if megatron_hybrid.classes()[-1] == PATTERN else "mamba"
+        found |= {
+            megatron_hybrid.classes()[-1]: FAMILIES[family][PATTERN], "is_hybrid_model": True,
+            "spec": [f"megatron.core.models.{home}.{home}_layer_specs", f"{home}_stack_spec"],
+        }  # fmt: skip
     if not gated and flag != "squared_relu" and function is F.gelu:
         del found["gated_linear_unit"]
     return argparse.Namespace(**found)

@@ -78,7 +78,7 @@ class MambaMixer(torch.nn.Module):
         return self.out_proj(torch.stack(outputs))
 
 
-def _classes() -> tuple[Any, Any, Any, str]:
+def classes() -> tuple[Any, Any, Any, str]:
     """The model, the stack, what its layers are told by, and what its pattern is called."""
     try:
         from megatron.core.models.hybrid import hybrid_block as block
@@ -101,7 +101,7 @@ def _delta_net() -> Any:
 
     home = getattr(delta, "common", delta)
     for name in (home, getattr(delta, "gdn", delta)):
-        name.l2norm = lambda x: torch.nn.functional.normalize(x, dim=-1)
+        name.l2norm = lambda x: x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()
     home.HAVE_FLA = True  # only asked for: nothing of it is called in deterministic mode
     return ModuleSpec(
         module=delta.GatedDeltaNet,
@@ -149,7 +149,7 @@ def specification(settings: Any) -> Any:
         parts = TransformerLayerSubmodules(pre_mlp_layernorm=Norm, mlp=of, mlp_bda=bda)
         return ModuleSpec(module=module, submodules=parts)
 
-    _, stack, kind, _ = _classes()
+    _, stack, kind, _ = classes()
     mixer = MambaLayerSubmodules(norm=Norm, mixer=ModuleSpec(module=MambaMixer), mamba_bda=bda)
     layers = {
         "mamba_layer": ModuleSpec(module=MambaLayer, submodules=mixer),
@@ -171,7 +171,7 @@ def build(name: str, pattern: str, **changes: Any) -> Any:
 
     settings = config(name, num_layers=len(pattern.replace("|", "")), **changes)
     settings.moe_layer_freq = 1
-    model, _, _, called = _classes()
+    model, _, _, called = classes()
     if called == "hybrid_override_pattern":
         pattern = pattern.replace("|", "")
     chunk = model(

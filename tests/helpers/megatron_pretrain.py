@@ -7,7 +7,6 @@ that is "-". Only CUDA and the data are stand-ins.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
@@ -20,6 +19,7 @@ import torch
 
 from sinktrack import Probe
 from sinktrack.callbacks.megatron import SinkTrackMegatron
+from tests.helpers import megatron_hybrid
 
 VOCABULARY, LENGTH = 63, 16
 PROBE = Probe.random(VOCABULARY, sequences=4, length=12, seed=3)
@@ -35,13 +35,6 @@ ARGUMENTS = f"""
     --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
     --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
 """
-
-
-class Stream:
-    """Makes the one stream there is."""
-
-    def __new__(cls, *_: Any, **__: Any) -> Any:
-        return torch.cuda.current_stream()
 
 
 def stand_in() -> None:
@@ -73,8 +66,6 @@ def stand_in() -> None:
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(  # type: ignore[assignment]
         major=9, minor=0, multi_processor_count=1, total_memory=2**30
     )
-    torch.cuda.Stream = Stream  # type: ignore[misc]
-    torch.cuda.stream = lambda *_: contextlib.nullcontext()  # type: ignore[assignment]
 
 
 class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -107,6 +98,21 @@ def model(*_: Any, pre_process: bool = True, post_process: bool = True, **given:
         home = importlib.import_module("megatron.training.argument_utils")
     config = getattr(home, name)(args)
     stage = given.get("vp_stage")
+    if getattr(args, "hybrid_layer_pattern", None):
+        hybrid = megatron_hybrid.classes()[0]
+        return hybrid(
+            config,
+            megatron_hybrid.specification(config),
+            args.padded_vocab_size,
+            args.max_position_embeddings,
+            args.hybrid_layer_pattern,
+            pre_process=pre_process,
+            post_process=post_process,
+            position_embedding_type=args.position_embedding_type,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            rotary_base=args.rotary_base,
+            vp_stage=stage,
+        )
     return GPTModel(
         config,
         get_gpt_decoder_block_spec(config, False, normalization=args.normalization, vp_stage=stage),

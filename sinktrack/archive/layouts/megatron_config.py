@@ -15,14 +15,26 @@ from typing import Any
 from transformers import AutoConfig
 
 from sinktrack.archive.layouts import megatron_gpt
-from sinktrack.archive.layouts.megatron_arguments import BEYOND, on, refuse
+from sinktrack.archive.layouts.megatron_arguments import BEYOND, on, refuse, vocabulary
 from sinktrack.archive.layouts.megatron_names import DENSE, GPT, MOE, dense_blocks
 from sinktrack.errors import ArchiveError
 
 Arguments = Mapping[str, Any]
 
+_BALANCED_BY = "moe_router_load_balancing_type"
 _BALANCING = ("none", "aux_loss", "seq_aux_loss", "global_aux_loss")
 """By losses alone, which leave the router's choice as it is."""
+_CHOOSING = ("sinkhorn", "quantile_balancing")
+"""Which have a choice of their own."""
+_SUBLAYERS = {"*": "attention", "-": "mlp", "E": "mlp", "G": "delta_net"}
+"""What the symbols of a hybrid model's pattern stand for, as far as that is read."""
+_UNREAD = {"M": "Mamba's mixer", "D": "DSA", "+": "latent attention"}
+_DELTA_NET = ("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim",
+              "linear_num_key_heads", "linear_num_value_heads")  # fmt: skip
+_STACKS = ("hybrid_stack_spec", "mamba_stack_spec", "get_default_hybrid_stack_spec",
+           "get_default_mamba_stack_spec", "transformer_engine_hybrid_stack_spec",
+           "transformer_engine_mamba_stack_spec")  # fmt: skip
+"""Megatron's own specifications of a hybrid model, by the names of what makes them."""
 _MANY = 2**14
 """More blocks or heads than any model has: arguments come from strangers."""
 _FREE = {
@@ -108,9 +120,10 @@ def compare(given: Any, arguments: Arguments, seen: Seen) -> None:
 
 def _refuse(arguments: Arguments, vouched: bool = False) -> None:
     refuse(arguments, vouched)
-    balancing = _given(arguments, "moe_router_load_balancing_type", "none")
+    _refuse_stack(arguments)
+    balancing = _given(arguments, _BALANCED_BY, "none")
     for kind in balancing if isinstance(balancing, list) else [balancing]:
-        if kind not in _BALANCING:
+        if kind not in _BALANCING and balancing not in _CHOOSING:
             raise ArchiveError(
                 f"the model's router balances by {short(kind)}, which no architecture here has"
             )
@@ -120,10 +133,78 @@ def _refuse(arguments: Arguments, vouched: bool = False) -> None:
             f"the saved arguments say position_embedding_type={short(positions)} with "
             f"yarn_rotary_scaling_factor={short(arguments['yarn_rotary_scaling_factor'])}: not read"
         )
-    if arguments.get("moe_router_score_function") not in ("softmax", "sigmoid", None):
+    scores = ("softmax", "sigmoid", "sqrtsoftplus", None)
+    if arguments.get("moe_router_score_function") not in scores:
         raise ArchiveError(
             f"moe_router_score_function={short(arguments['moe_router_score_function'])} is not read"
         )
+
+
+def _refuse_stack(arguments: Arguments) -> None:
+    """Refuse specifications and hybrid models of which not all is known."""
+    sublayers = _sublayers(arguments)
+    for name in ("experimental_attention_variant", "linear_attention_freq"):
+        value = arguments.get(name)
+        other = sublayers is None or (name[0] == "e" and value != "gated_delta_net")
+        if value is not None and other:
+            raise ArchiveError(
+                f"the model was trained with {name}={short(value)}, which Megatron checkpoints are "
+                "not read with"
+            )
+    for name in ("spec", "hybrid_stack_spec", "mamba_stack_spec"):
+        saved = arguments.get(name)
+        path = saved.get("_target_") if isinstance(saved, Mapping) else saved
+        parts = path if isinstance(path, list | tuple) else [path]
+        ours = str(parts[0]).startswith("megatron.") if parts else False
+        known = ours and str(parts[-1]).rpartition(".")[2] in _STACKS and sublayers is not None
+        if saved is not None and not known:
+            raise ArchiveError(
+                f"the model was trained with {name}={short(saved)}, which Megatron checkpoints are "
+                "not read with"
+            )
+    if sublayers is not None and arguments.get("qk_l2_norm") is True:
+        raise ArchiveError(
+            "a hybrid model with qk_l2_norm=True, which versions of Megatron differ in: not read"
+        )
+    ratios = _first(arguments, "hybrid_attention_ratio"), _first(arguments, "hybrid_mlp_ratio")
+    if sublayers is None and (any(ratios) or arguments.get("is_hybrid_model") is True):
+        raise ArchiveError(
+            "the model is a hybrid one whose pattern was not saved, as of Mamba's mixers; measure "
+            "it live, with SinkTrackMegatron"
+        )
+
+
+def _pattern(arguments: Arguments) -> str | None:
+    """The sublayers of a hybrid model, a symbol each; None of any other model."""
+    saved = _first(arguments, "hybrid_layer_pattern", "hybrid_override_pattern")
+    if saved is None:
+        return None
+    pattern = saved.split("/")[0].replace("|", "") if isinstance(saved, str) else ""
+    if not 0 < len(pattern) <= _MANY:
+        raise ArchiveError(f"the saved arguments say hybrid_layer_pattern={short(saved)}")
+    return pattern
+
+
+def _sublayers(arguments: Arguments) -> list[str] | None:
+    """What each block of a hybrid model is.
+
+    Raises:
+        ArchiveError: one of them is not read here.
+    """
+    pattern = _pattern(arguments)
+    for symbol in pattern or "":
+        if symbol not in _SUBLAYERS:
+            raise ArchiveError(
+                f"the model was trained with hybrid_layer_pattern={short(pattern)}, of which "
+                f"{symbol} ({_UNREAD.get(symbol, 'unknown')}) is not computed here; measure it "
+                "live, with SinkTrackMegatron"
+            )
+    return None if pattern is None else [_SUBLAYERS[symbol] for symbol in pattern]
+
+
+def _blocks(arguments: Arguments) -> int:
+    pattern = _pattern(arguments)
+    return _number(arguments, "num_layers", most=_MANY) if pattern is None else len(pattern)
 
 
 def _activation(arguments: Arguments) -> tuple[str, bool]:
@@ -178,7 +259,7 @@ def _fields(arguments: Arguments, seen: Seen) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "model_type": kind,
         "hidden_act": "silu",
-        "vocab_size": _vocabulary(arguments, seen.rows),
+        "vocab_size": vocabulary(arguments, seen.rows),
         "hidden_size": hidden,
         "intermediate_size": _number(arguments, "ffn_hidden_size"),
         "num_hidden_layers": _number(arguments, "num_layers", most=_MANY),
@@ -205,6 +286,8 @@ def _fields(arguments: Arguments, seen: Seen) -> dict[str, Any]:
             fields["head_dim"] = width
     if kind in MOE:
         fields |= _experts(arguments, kind)
+    if kind == "deepseek_v3" and fields["rms_norm_eps"] != 1e-6:  # all that it has for latents
+        fields["model_type"] = megatron_gpt.MLA
     return fields
 
 
@@ -223,6 +306,8 @@ def _model_type(arguments: Arguments, whole_norm: bool) -> str:
     if (activation := _activation(arguments)) != ("silu", True):
         name, gated = activation
         beyond |= {"activation": f"{name}, {'gated' if gated else 'not gated'}"}
+    if experts is not None and arguments.get(_BALANCED_BY) in _CHOOSING:
+        beyond[_BALANCED_BY] = arguments[_BALANCED_BY]
     for name, value in beyond.items():
         if latent or whole_norm:
             raise ArchiveError(
@@ -231,6 +316,8 @@ def _model_type(arguments: Arguments, whole_norm: bool) -> str:
             )
         return GPT
     if latent:
+        if experts is None:
+            raise ArchiveError("latent attention without experts: not read")
         return "deepseek_v3"
     if whole_norm:  # over all heads at once
         if experts is None:
@@ -284,11 +371,11 @@ def _experts(arguments: Arguments, kind: str) -> dict[str, Any]:
 def _gpt(arguments: Arguments, seen: Seen, width: int) -> dict[str, Any]:
     """Those of `megatron_gpt`, which is what Megatron's arguments can combine."""
     heads = _number(arguments, "num_attention_heads", most=_MANY)
-    blocks = _number(arguments, "num_layers", most=_MANY)
+    blocks, pattern = _blocks(arguments), _pattern(arguments)
     activation, gated = _activation(arguments)
     norm = _given(arguments, "normalization", "RMSNorm")
     softmax = _given(arguments, "softmax_type", "vanilla")
-    positions = _given(arguments, "position_embedding_type", "rope")
+    positions = _given(arguments, "position_embedding_type", "none" if pattern else "rope")
     for name, value, known in (
         ("normalization", norm, ("RMSNorm", "LayerNorm")),
         ("softmax_type", softmax, ("vanilla", "off-by-one", "learnable")),
@@ -301,7 +388,7 @@ def _gpt(arguments: Arguments, seen: Seen, width: int) -> dict[str, Any]:
     turned = positions in ("rope", "yarn")
     fields: dict[str, Any] = {
         "model_type": GPT,
-        "vocab_size": _vocabulary(arguments, seen.rows),
+        "vocab_size": vocabulary(arguments, seen.rows),
         "hidden_size": _number(arguments, "hidden_size"),
         "intermediate_size": _number(arguments, "ffn_hidden_size"),
         "num_hidden_layers": blocks,
@@ -327,7 +414,8 @@ def _gpt(arguments: Arguments, seen: Seen, width: int) -> dict[str, Any]:
         "position_factor": 1.0,
         "no_rope_layers": _without_rope(arguments, blocks),
         "sliding_window": window,
-        "layer_types": kinds,
+        "layer_types": _hybrid_kinds(arguments, kinds),
+        "sublayers": _sublayers(arguments),
         "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
     if turned:
@@ -343,20 +431,44 @@ def _gpt(arguments: Arguments, seen: Seen, width: int) -> dict[str, Any]:
         fields["qk_norm"] = "l2" if arguments.get("qk_l2_norm") is True else "norm"
     elif arguments.get("qk_l2_norm") is True:
         fields["qk_norm"] = "l2"
-    if _first(arguments, "num_experts", "num_moe_experts") is not None:
+    experts = _first(arguments, "num_experts", "num_moe_experts") is not None
+    if experts if pattern is None else "E" in pattern:
         fields |= _any_router(arguments)
+    if "G" in (pattern or ""):
+        if activation != "silu":  # it is theirs too
+            raise ArchiveError(f"gated delta nets with the activation {activation}: not read")
+        fields |= {name: _number(arguments, name) for name in _DELTA_NET}
+        if fields["linear_num_value_heads"] % fields["linear_num_key_heads"]:
+            raise ArchiveError("gated delta nets whose heads share no keys evenly: not read")
     return fields
+
+
+def _hybrid_kinds(arguments: Arguments, kinds: list[str] | None) -> list[str] | None:
+    """The blocks' kinds; those of a hybrid model that are an MLP are transformers' ``moe``, experts
+    or not."""
+    sublayers = _sublayers(arguments)
+    if sublayers is None:
+        return kinds
+    kinds = kinds or ["full_attention"] * len(sublayers)
+    others = {"mlp": "moe", "delta_net": "linear_attention"}
+    return [others.get(of, kind) for kind, of in zip(kinds, sublayers, strict=True)]
 
 
 def _any_router(arguments: Arguments) -> dict[str, Any]:
     score = _given(arguments, "moe_router_score_function", "softmax")
     biased = arguments.get("moe_router_enable_expert_bias") is True
-    if score == "softmax" and arguments.get("moe_router_pre_softmax") is not True:
-        score = "chosen_softmax"
-    if biased and score != "sigmoid":
-        raise ArchiveError("moe_router_enable_expert_bias without a sigmoid router: not read")
     experts = _number(arguments, "num_experts", "num_moe_experts")
     count = _number(arguments, "moe_router_topk", most=experts)
+    balanced = arguments.get(_BALANCED_BY)
+    if balanced in _CHOOSING and (grouped := arguments.get("moe_router_group_topk")):
+        raise ArchiveError(f"{balanced} with moe_router_group_topk={short(grouped)}: not read")
+    factor = arguments.get("moe_router_topk_scaling_factor") or 1.0
+    if balanced == "sinkhorn":  # of which, outside of training, these scores alone are left
+        factor, score = 1.0, "sigmoid" if count == 1 else "softmax"
+    elif score == "softmax" and arguments.get("moe_router_pre_softmax") is not True:
+        score = "chosen_softmax"
+    if biased and (balanced in _CHOOSING or score not in ("sigmoid", "sqrtsoftplus")):
+        raise ArchiveError("moe_router_enable_expert_bias without a sigmoid router: not read")
     groups = {"n_group": 1, "topk_group": None}
     if arguments.get("moe_router_group_topk"):
         groups = {
@@ -373,9 +485,11 @@ def _any_router(arguments: Arguments) -> dict[str, Any]:
         "shared_intermediate_size": shared or None,
         "shared_gate": bool(shared) and arguments.get("moe_shared_expert_gate") is True,
         "dense_layers": _dense(arguments),
+        "gates_on_input": arguments.get("moe_apply_probs_on_input") is True,
         "score": score,
         "score_bias": biased,
-        "routed_scaling_factor": float(arguments.get("moe_router_topk_scaling_factor") or 1.0),
+        "logit_bias": balanced == "quantile_balancing",
+        "routed_scaling_factor": float(factor),
         **groups,
     }
 
@@ -555,23 +669,15 @@ def _yarn(arguments: Arguments) -> dict[str, Any]:
 
 def _dense(arguments: Arguments) -> list[int]:
     """The blocks without experts, by ``moe_layer_freq``: every N-th, or one flag a block."""
-    blocks, every = (
-        _number(arguments, "num_layers", most=_MANY),
-        _given(arguments, "moe_layer_freq", 1),
-    )
+    pattern = _pattern(arguments)
+    if pattern is not None:
+        return [block for block, symbol in enumerate(pattern) if symbol != "E"]
+    blocks, every = _blocks(arguments), _given(arguments, "moe_layer_freq", 1)
     if type(every) is int and every > 0:
         return [block for block in range(blocks) if block % every]
     if isinstance(every, list) and len(every) == blocks:
         return [block for block in range(blocks) if not every[block]]
     raise ArchiveError(f"the saved arguments say moe_layer_freq={short(every)}")
-
-
-def _vocabulary(arguments: Arguments, rows: int) -> int:
-    """Without padding, where that was saved."""
-    saved = arguments.get("vocab_size")
-    if type(saved) is int and arguments.get("tokenizer_type") == "NullTokenizer":
-        saved += 1  # its end of a document
-    return saved if type(saved) is int and 0 < saved <= rows else rows
 
 
 def _tied(arguments: Arguments) -> bool:

@@ -2,7 +2,8 @@
 
 It has what Megatron lets one combine: biases, LayerNorm, activations, learned positions, partial,
 interleaved or absent rotary embeddings, windows by block, sink logits, gated attention, and every
-router with shared experts. Only the forward pass of a probe: no cache, no padding, no training.
+router with shared experts, in whole blocks or as a hybrid model's sublayers, gated delta nets among
+them. Only the forward pass of a probe: no cache, no padding, no training.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deepseek_v3 import DeepseekV3Config, DeepseekV3ForCausalLM
 
 TYPE = "megatron_gpt"
+MLA = "megatron_mla"
 
 
 class MegatronGptConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -66,6 +72,13 @@ class MegatronGptConfig(PreTrainedConfig):  # type: ignore[misc]
     sliding_window: int | None = None
     """Keys that a query sees, its own included."""
     layer_types: list[str] | None = None
+    sublayers: list[str] | None = None
+    """Of a hybrid model: each block is an ``attention``, a ``delta_net`` or an ``mlp`` alone."""
+    linear_conv_kernel_dim: int = 1
+    linear_key_head_dim: int = 1
+    linear_value_head_dim: int = 1
+    linear_num_key_heads: int = 1
+    linear_num_value_heads: int = 1
     num_local_experts: int | None = None
     num_experts_per_tok: int = 1
     moe_intermediate_size: int = 1
@@ -73,10 +86,15 @@ class MegatronGptConfig(PreTrainedConfig):  # type: ignore[misc]
     shared_gate: bool = False
     dense_layers: list[int] | None = None
     """Blocks without experts."""
+    gates_on_input: bool = False
+    """Is what enters a routed expert multiplied with its gate, not what leaves it?"""
     score: str = "softmax"
-    """``softmax``, ``chosen_softmax`` (over the chosen experts alone) or ``sigmoid``."""
+    """``softmax``, ``chosen_softmax`` (over the chosen experts alone), ``sigmoid`` or
+    ``sqrtsoftplus``."""
     score_bias: bool = False
     """Are experts chosen by score plus bias?"""
+    logit_bias: bool = False
+    """Are they chosen by logit less bias?"""
     routed_scaling_factor: float = 1.0
     n_group: int = 1
     topk_group: int | None = None
@@ -193,6 +211,57 @@ def _attend(
     return (weights @ v).transpose(1, 2).contiguous(), None
 
 
+class MegatronGptDeltaNet(nn.Module):
+    """A gated delta net: a state per head that forgets, and learns what it does not predict."""
+
+    def __init__(self, config: MegatronGptConfig) -> None:
+        super().__init__()
+        self.config, inside = config, config.hidden_size
+        self.heads, self.groups = config.linear_num_value_heads, config.linear_num_key_heads
+        keys = self.groups * config.linear_key_head_dim
+        values = self.heads * config.linear_value_head_dim
+        for name, width in (("q", keys), ("k", keys), ("v", values)):
+            setattr(self, f"{name}_proj", nn.Linear(inside, width, bias=False))
+            kernel = config.linear_conv_kernel_dim
+            setattr(self, f"{name}_conv", nn.Conv1d(width, width, kernel, groups=width, bias=False))
+        self.z_proj = nn.Linear(inside, values, bias=False)
+        self.b_proj = nn.Linear(inside, self.heads, bias=False)
+        self.a_proj = nn.Linear(inside, self.heads, bias=False)
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.norm = _norm(config, config.linear_value_head_dim)
+        self.o_proj = nn.Linear(values, inside, bias=False)
+
+    def forward(self, stream: Tensor) -> Tensor:
+        """What it adds to a stream ``[B, T, D]``."""
+        batch, length, _ = stream.shape
+        q, k, v = (self._mixed(name, stream).view(batch, length, n, -1) for name, n in
+                   (("q", self.groups), ("k", self.groups), ("v", self.heads)))  # fmt: skip
+        q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+        q, k = (x.repeat_interleave(self.heads // self.groups, 2) for x in (q, k))
+        q, k, v = (x.float() for x in (q, k, v))
+        kept = (-self.A_log.exp() * F.softplus(self.a_proj(stream).float() + self.dt_bias)).exp()
+        rate = self.b_proj(stream).sigmoid().float()
+        state = q.new_zeros(batch, self.heads, k.shape[-1], v.shape[-1])
+        read = []
+        for t in range(length):
+            state = state * kept[:, t, :, None, None]
+            missed = v[:, t] - (k[:, t, :, None] @ state)[:, :, 0]
+            state = state + k[:, t, ..., None] * (rate[:, t, :, None] * missed)[:, :, None]
+            read.append((q[:, t, :, None] * k.shape[-1] ** -0.5 @ state)[:, :, 0])
+        found = torch.stack(read, 1).to(stream.dtype)
+        gate = F.silu(self.z_proj(stream).view_as(found).float())
+        result: Tensor = self.o_proj((self.norm(found) * gate).to(stream.dtype).flatten(2))
+        return result
+
+    def _mixed(self, name: str, stream: Tensor) -> Tensor:
+        """Queries, keys or values, of a position and those just before it."""
+        wanted = getattr(self, f"{name}_proj")(stream).mT
+        before = F.pad(wanted, (self.config.linear_conv_kernel_dim - 1, 0))
+        result: Tensor = F.silu(getattr(self, f"{name}_conv")(before)).mT
+        return result
+
+
 def _activated(config: MegatronGptConfig, x: Tensor) -> Tensor:
     """The activation of what a first projection gives, ``[..., F]`` or, gated, ``[..., 2 F]``."""
     activation = ACT2FN[config.hidden_act]
@@ -256,9 +325,11 @@ class MegatronGptExperts(nn.Module):
         total = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
             tokens, place = (top_k_index == expert).nonzero(as_tuple=True)
-            up = self._linear(self._first, expert, hidden_states[tokens])
-            down = self._linear("down_proj", expert, self._apply_gate(up))
-            written = down * top_k_weights[tokens, place, None]
+            rows, gates = hidden_states[tokens], top_k_weights[tokens, place, None]
+            if self.config.gates_on_input:
+                rows, gates = (rows * gates).to(rows.dtype), torch.ones_like(gates)
+            up = self._linear(self._first, expert, rows)
+            written = self._linear("down_proj", expert, self._apply_gate(up)) * gates
             total.index_add_(0, tokens, written.to(total.dtype))
         return total
 
@@ -273,6 +344,8 @@ class MegatronGptRouter(nn.Module):
         self.bias = nn.Parameter(torch.empty(experts)) if config.linear_bias else None
         if config.score_bias:
             self.e_score_correction_bias = nn.Buffer(torch.zeros(experts, dtype=torch.float32))
+        if config.logit_bias:
+            self.logit_bias = nn.Buffer(torch.zeros(experts, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """int64 and float ``[n, K]``."""
@@ -281,9 +354,13 @@ class MegatronGptRouter(nn.Module):
         scores = logits
         if config.score == "sigmoid":
             scores = logits.float().sigmoid().type_as(logits)
+        elif config.score == "sqrtsoftplus":
+            scores = F.softplus(logits.float()).sqrt().type_as(logits)
         elif config.score == "softmax":
             scores = logits.softmax(-1, dtype=torch.float32).type_as(logits)
         ranked = scores + self.e_score_correction_bias if config.score_bias else scores
+        if config.logit_bias:
+            ranked = logits.float() - self.logit_bias
         if config.topk_group:
             groups = ranked.unflatten(-1, (config.n_group, -1))
             best = groups.topk(count // config.topk_group, -1)[0].sum(-1)
@@ -294,7 +371,7 @@ class MegatronGptRouter(nn.Module):
         weights = scores.gather(-1, index)
         if config.score == "chosen_softmax":
             weights = weights.softmax(-1, dtype=torch.float32).type_as(logits)
-        elif config.score == "sigmoid" and count > 1:
+        elif config.score in ("sigmoid", "sqrtsoftplus") and count > 1:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return index, weights * config.routed_scaling_factor
 
@@ -330,24 +407,36 @@ class MegatronGptDecoderLayer(nn.Module):
 
     def __init__(self, config: MegatronGptConfig, block: int) -> None:
         super().__init__()
-        self.self_attn = MegatronGptAttention(config, block)
-        dense = config.num_local_experts is None or block in (config.dense_layers or ())
-        self.mlp = (
-            MegatronGptMLP(config, config.intermediate_size, config.linear_bias)
-            if dense
-            else MegatronGptMoE(config)
-        )
-        self.input_layernorm = _norm(config, config.hidden_size)
-        self.post_attention_layernorm = _norm(config, config.hidden_size)
+        only = config.sublayers[block] if config.sublayers else None
+        self.self_attn = self.delta_net = self.mlp = None
+        if only in (None, "attention"):
+            self.self_attn = MegatronGptAttention(config, block)
+        if only == "delta_net":
+            self.delta_net = MegatronGptDeltaNet(config)
+        if only in (None, "mlp"):
+            dense = config.num_local_experts is None or block in (config.dense_layers or ())
+            self.mlp = (
+                MegatronGptMLP(config, config.intermediate_size, config.linear_bias)
+                if dense
+                else MegatronGptMoE(config)
+            )
+        if self.mlp is None or only is None:
+            self.input_layernorm = _norm(config, config.hidden_size)
+        if self.mlp is not None:
+            self.post_attention_layernorm = _norm(config, config.hidden_size)
 
     def forward(
         self, hidden_states: Tensor, mask: Any, turns: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         """The stream ``[B, T, D]`` behind it."""
-        attended = self.self_attn(self.input_layernorm(hidden_states), mask, turns)
-        hidden_states = hidden_states + attended
-        result: Tensor = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-        return result
+        if self.self_attn is not None:
+            attended = self.self_attn(self.input_layernorm(hidden_states), mask, turns)
+            hidden_states = hidden_states + attended
+        if self.delta_net is not None:
+            hidden_states = hidden_states + self.delta_net(self.input_layernorm(hidden_states))
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
 
 
 class MegatronGptPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -356,7 +445,7 @@ class MegatronGptPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     config_class = MegatronGptConfig
     base_model_prefix = "model"
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "logit_bias"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": MegatronGptDecoderLayer,
         "attentions": MegatronGptAttention,
@@ -398,10 +487,10 @@ class MegatronGptModel(MegatronGptPreTrainedModel):
             "full_attention": create_causal_mask,
             "sliding_attention": create_sliding_window_causal_mask,
         }
-        masks = {kind: make[kind](**given) for kind in set(kinds)}
+        masks = {kind: make[kind](**given) for kind in set(kinds) & make.keys()}
         for block, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
             turned = None if block in (config.no_rope_layers or ()) else turns
-            stream = layer(stream, masks[kind], turned)
+            stream = layer(stream, masks.get(kind), turned)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(stream))
 
 
@@ -423,6 +512,28 @@ class MegatronGptForCausalLM(MegatronGptPreTrainedModel):
         )
 
 
+class MegatronMlaConfig(DeepseekV3Config):  # type: ignore[misc]
+    """What a `MegatronMlaForCausalLM` computes."""
+
+    model_type = MLA
+
+
+class MegatronMlaForCausalLM(DeepseekV3ForCausalLM):  # type: ignore[misc]
+    """DeepSeek-V3, whose latents are normed with the same epsilon as all else."""
+
+    config_class = MegatronMlaConfig
+
+    def __init__(self, config: MegatronMlaConfig) -> None:
+        super().__init__(config)
+        for layer in self.model.layers:
+            for norm in (
+                layer.self_attn.kv_a_layernorm,
+                getattr(layer.self_attn, "q_a_layernorm", None),
+            ):
+                if norm is not None:
+                    norm.variance_epsilon = config.rms_norm_eps
+
+
 def _merged(source: list[str], target: str) -> WeightConverter:
     operations: list[Any] = [MergeModulelist(dim=0)]
     if len(source) > 1:
@@ -432,6 +543,8 @@ def _merged(source: list[str], target: str) -> WeightConverter:
 
 AutoConfig.register(TYPE, MegatronGptConfig)
 AutoModelForCausalLM.register(MegatronGptConfig, MegatronGptForCausalLM)
+AutoConfig.register(MLA, MegatronMlaConfig)
+AutoModelForCausalLM.register(MegatronMlaConfig, MegatronMlaForCausalLM)
 register_checkpoint_conversion_mapping(
     TYPE,
     [
@@ -444,3 +557,4 @@ register_checkpoint_conversion_mapping(
         )
     ],
 )
+register_checkpoint_conversion_mapping(MLA, get_checkpoint_conversion_mapping("deepseek_v3"))

@@ -17,7 +17,8 @@ from sinktrack.archive.storage.dcp import Span, Stored
 from sinktrack.errors import ArchiveError
 
 DENSE = ("llama", "qwen2", "qwen3")
-MOE = ("qwen3_moe", "mixtral", "olmoe", "deepseek_v3")
+LATENT = ("deepseek_v3", "megatron_mla")
+MOE = ("qwen3_moe", "mixtral", "olmoe", *LATENT)
 GPT = "megatron_gpt"
 """What any combination of Megatron's features is read as."""
 _MODEL = ("decoder.", "embedding.", "output_layer.")
@@ -48,7 +49,7 @@ def dense_blocks(config: Any) -> set[int]:
         return set(blocks)
     if config.model_type == GPT:
         return set(blocks if config.num_local_experts is None else config.dense_layers)
-    if config.model_type == "deepseek_v3":
+    if config.model_type in LATENT:
         return set(blocks[: config.first_k_dense_replace])
     if config.model_type == "qwen3_moe":
         every = config.decoder_sparse_step
@@ -65,9 +66,10 @@ class _Finder:
         config = self.config
         vocabulary = ((0, config.vocab_size),)
         yield "model.embed_tokens.weight", self._top("embedding.word_embeddings.weight", vocabulary)
-        yield "model.norm.weight", self._top("decoder.final_layernorm.weight")
+        last = f"decoder.final_{'norm' if self.gpt and config.sublayers else 'layernorm'}"
+        yield "model.norm.weight", self._top(f"{last}.weight")
         if self.gpt and config.norm == "LayerNorm":
-            yield "model.norm.bias", self._top("decoder.final_layernorm.bias")
+            yield "model.norm.bias", self._top(f"{last}.bias")
         if self.gpt and config.positions == "learned":
             positions = self._top("embedding.position_embeddings.weight")
             yield "model.embed_positions.weight", positions
@@ -79,16 +81,49 @@ class _Finder:
                 yield f"model.layers.{block}.{name}", piece
 
     def _block(self, block: int, dense: bool) -> Iterator[tuple[str, Piece]]:
+        only = self.config.sublayers[block] if self.gpt and self.config.sublayers else None
+        if only in (None, "attention"):
+            yield from self._attention(block)
+        if only == "delta_net":
+            yield from self._delta_net(block)
+        if only in (None, "mlp"):
+            yield from self._feed_forward(block, dense)
+
+    def _norm(self, block: int, name: str, *stored: str) -> Iterator[tuple[str, Piece]]:
         for kind in ("weight", "bias")[: 1 + (self.gpt and self.config.norm == "LayerNorm")]:
-            first = (f"self_attention.linear_qkv.layer_norm_{kind}", f"input_layernorm.{kind}")
-            second = (f"mlp.linear_fc1.layer_norm_{kind}", f"pre_mlp_layernorm.{kind}")
-            yield f"input_layernorm.{kind}", self._of(block, *first)
-            yield f"post_attention_layernorm.{kind}", self._of(block, *second)
+            yield f"{name}.{kind}", self._of(block, *(f"{own}{kind}" for own in stored))
+
+    def _attention(self, block: int) -> Iterator[tuple[str, Piece]]:
+        own = ("self_attention.linear_qkv.layer_norm_", "input_layernorm.")
+        yield from self._norm(block, "input_layernorm", *own)
         for kind in self._kinds():
             yield f"self_attn.o_proj.{kind}", self._of(block, f"self_attention.linear_proj.{kind}")
-        attention = self._latent if self.config.model_type == "deepseek_v3" else self._grouped
+        attention = self._latent if self.config.model_type in LATENT else self._grouped
         for name, piece in attention(block):
             yield f"self_attn.{name}", piece
+
+    def _delta_net(self, block: int) -> Iterator[tuple[str, Piece]]:
+        at, config = "self_attention", self.config
+        yield from self._norm(block, "input_layernorm", f"{at}.in_proj.layer_norm_",
+                              "input_layernorm.")  # fmt: skip
+        keys = config.linear_num_key_heads * config.linear_key_head_dim
+        heads = config.linear_num_value_heads
+        values = heads * config.linear_value_head_dim
+        for name, stored, height in (
+            ("q", "query", keys), ("k", "key", keys), ("v", "value", values), ("z", "z", values),
+            ("b", "beta", heads), ("a", "alpha", heads),
+        ):  # fmt: skip
+            for made, of in (("proj", "in_proj"), ("conv", "conv1d"))[: 1 + (name in "qkv")]:
+                found = self._of(block, f"{at}.{of}.weight.{stored}", height=height)
+                yield f"delta_net.{name}_{made}.weight", found
+        for name in ("dt_bias", "A_log"):
+            yield f"delta_net.{name}", self._of(block, f"{at}.{name}", height=heads)
+        yield from self._norm(block, "delta_net.norm", f"{at}.out_norm.")
+        yield "delta_net.o_proj.weight", self._of(block, f"{at}.out_proj.weight")
+
+    def _feed_forward(self, block: int, dense: bool) -> Iterator[tuple[str, Piece]]:
+        own = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+        yield from self._norm(block, "post_attention_layernorm", *own)
         if dense:
             for kind in self._kinds():
                 for name, piece in self._mlp(block, "mlp", self.config.intermediate_size, kind):
@@ -176,7 +211,7 @@ class _Finder:
         if self.gpt:
             yield from self._any_experts(block, count)
             return
-        if config.model_type == "deepseek_v3":
+        if config.model_type in LATENT:
             bias = self._of(block, "mlp.router.expert_bias", height=count)
             yield "mlp.gate.e_score_correction_bias", bias
             width = config.n_shared_experts * config.moe_intermediate_size
@@ -194,6 +229,8 @@ class _Finder:
         if config.score_bias:
             bias = self._of(block, "mlp.router.expert_bias", height=count)
             yield "mlp.gate.e_score_correction_bias", bias
+        if config.logit_bias:
+            yield "mlp.gate.logit_bias", self._of(block, "mlp.router.qb_beta", height=count)
         if width := config.shared_intermediate_size:
             for name, piece in self._mlp(block, "mlp.shared_experts", width):
                 yield f"mlp.shared_experts.{name}_proj.weight", piece

@@ -6,6 +6,7 @@ the way, so each data-parallel process runs by itself, and all compute the same.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sinktrack.archive.layouts.megatron_arguments import vocabulary
 from sinktrack.attention import attend, edit_mask
 from sinktrack.events import Editor, Observer, Projection, Routed, Write
 from sinktrack.models.editable import InMemory, at_once
@@ -94,7 +96,7 @@ class Passes(InMemory):
         self.blocks = found.count
         self.routes = False
         self.width = int(found.config.hidden_size)
-        self.vocabulary = int(self._chunk.vocab_size)
+        self.vocabulary = _vocabulary(found)
         self.device = next(self._chunk.parameters()).device
 
     def restarts(self, block: int) -> bool:
@@ -129,7 +131,17 @@ class Passes(InMemory):
             self._chunk.post_process = logits
             stack.callback(setattr, self._chunk, "post_process", before)
             output: Tensor = self._chunk(tokens, ids, None)
-        return output if logits else None
+        return output[..., : self.vocabulary] if logits else None
+
+
+def _vocabulary(found: Chunks) -> int:
+    """Token ids without those that pad the embedding, by what a checkpoint of the model holds:
+    Megatron Bridge's configuration, or Megatron-LM's arguments."""
+    saved = {"vocab_size": getattr(found.config, "vocab_size", None)}
+    loop = sys.modules.get("megatron.training.global_vars")
+    if saved["vocab_size"] is None and loop is not None and loop._GLOBAL_ARGS is not None:
+        saved = vars(loop._GLOBAL_ARGS)
+    return vocabulary(saved, int(found.bare[0].vocab_size))
 
 
 @contextmanager
