@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from sinktrack.errors import MeasurementError
-from sinktrack.models.any_decoder import Decoder
+from sinktrack.models.any_decoder.decoder import Decoder
 from sinktrack.models.editable import Editable
 from sinktrack.models.parallel import is_apart, takes_every_process
 from sinktrack.probe import Probe
@@ -53,7 +53,7 @@ class Model:
             ProbeError, MeasurementError: as of `sinktrack.measure`.
         """
         if self.backend == "torch":
-            from sinktrack.models.decoder_passes import check
+            from sinktrack.models.any_decoder.passes import check
 
             return check(self.model, probe)
         if self.backend == "transformers" and not self.every_process:
@@ -78,9 +78,9 @@ class Model:
         if self.no_causal_tests is not None:
             raise MeasurementError(self.no_causal_tests)
         if self.backend == "torch":
-            from sinktrack.models import decoder_passes
+            from sinktrack.models.any_decoder import passes as torch_passes
 
-            return decoder_passes.editable(self.model, probe, batch_size)
+            return torch_passes.editable(self.model, probe, batch_size)
         if self.backend == "megatron":
             from sinktrack.models.megatron import passes
 

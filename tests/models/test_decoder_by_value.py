@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from sinktrack import Decoder, MeasurementError, Probe, measure
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.interventions.replay import Edit, replaying
-from sinktrack.models.decoder_passes import check as start_line
+from sinktrack.models.any_decoder.passes import check as start_line
 from tests.helpers import torch_models
 from tests.helpers.elsewhere import elsewhere
 from tests.helpers.torch_models import (

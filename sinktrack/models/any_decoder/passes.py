@@ -14,17 +14,9 @@ from sinktrack.collect import Collector
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer
 from sinktrack.measurement import Measurement
-from sinktrack.models.any_decoder import (
-    Decided,
-    Decoder,
-    Found,
-    Restart,
-    Several,
-    Tap,
-    Undecided,
-    class_of,
-    found_in,
-)
+from sinktrack.models.any_decoder.decoder import Decoder, Found, Several, class_of, found_in
+from sinktrack.models.any_decoder.stream import Decided, Restart, Undecided
+from sinktrack.models.any_decoder.tap import Tap
 from sinktrack.models.editable import InMemory, at_once
 from sinktrack.models.guard import probe_context
 from sinktrack.models.parallel import takes_every_process
