@@ -25,10 +25,6 @@ _APART = (
     "causal tests do not run on a model that no process holds whole (FSDP1, tensor parallelism); "
     "run them on the checkpoints"
 )
-_SHARDED = (
-    "causal tests run on sharded models (FSDP2) only where they are transformers; run them on the "
-    "checkpoints"
-)
 
 
 @dataclass(frozen=True)
@@ -137,8 +133,8 @@ def adapt(model: Any, decoder: Decoder | None = None) -> Model:
 
 def _torch(decoder: Decoder) -> Model:
     assert decoder.model is not None
-    several = takes_every_process(decoder.model)
-    return Model("torch", decoder, several, (), _SHARDED if several else None)
+    reason = _APART if is_apart(decoder.model) else None
+    return Model("torch", decoder, takes_every_process(decoder.model), (), reason)
 
 
 def _is_megatron(model: Any) -> bool:
