@@ -20,7 +20,7 @@ from sinktrack.loggers import weights_and_biases as wandb
 from sinktrack.loggers.base import Logger
 from sinktrack.measure import measure
 from sinktrack.measurement import Measurement
-from sinktrack.models.any_decoder import Decoder
+from sinktrack.models.any_decoder.decoder import Decoder
 from sinktrack.models.base import Model as Adapted
 from sinktrack.models.base import adapt
 from sinktrack.probe import Probe

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from sinktrack.loggers.base import Logger
-from sinktrack.models.any_decoder import Decoder
+from sinktrack.models.any_decoder.decoder import Decoder
 from sinktrack.probe import Probe
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sinktrack.interventions.card import position_card
     from sinktrack.measure import measure
     from sinktrack.measurement import Measurement
-    from sinktrack.models.any_decoder import Decoder
+    from sinktrack.models.any_decoder.decoder import Decoder
     from sinktrack.probe import Probe
     from sinktrack.records.run import Run
     from sinktrack.scan import scan
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Decoder": "sinktrack.models.any_decoder",
+    "Decoder": "sinktrack.models.any_decoder.decoder",
     "Measurement": "sinktrack.measurement",
     "Probe": "sinktrack.probe",
     "Run": "sinktrack.records.run",

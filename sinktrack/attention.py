@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ from sinktrack.errors import MeasurementError
 
 _CHUNK_SCORES = 2**22
 """Scores held at a time where no fused call returns a log-sum-exp (16 MiB in float32)."""
+_CACHED_SCORES = 2**18
+"""The same of a sum over the keys alone, which the cache of a core holds."""
 _NOTHING = -80.0
 """Log-probability of a masked key at most; float32 has no smaller normal ``exp``."""
 
@@ -98,29 +101,26 @@ def attend(
         )
     if mask is not None and not allow_future_keys and _sees_later(mask):
         raise MeasurementError("attention that is not causal has no P0 sink")
+    squares: Tensor | None
     if softcap is not None:
-        output, lse = _chunked(query, key, value, scale, mask, softcap, allow_future_keys)
+        output, lse, squares = _chunked(query, key, value, scale, mask, softcap, allow_future_keys)
     else:
-        output, lse = _fused(query, key, value, scale, mask, allow_future_keys)
+        output, lse, squares = _fused(query, key, value, scale, mask, allow_future_keys)
+    own = lse
 
     def mixing() -> Tensor:
-        if softcap is not None:
-            _, doubled = _chunked(
-                query, key, value, scale, mask, softcap, allow_future_keys, power=2
-            )
-        else:
-            _, doubled = _fused(query, key, value, scale, mask, allow_future_keys, power=2)
-        return (doubled - 2 * lse).exp_()
-
-    own = lse
+        found = squares
+        if found is None:
+            found = _squares(query, key, value, own, scale, mask, allow_future_keys)
+        return found * (own - lse).mul_(2).exp_()
 
     def onto(keys: Tensor) -> Tensor:
         marked = keys[:, None, :, None].float().expand(-1, key.shape[1], -1, 1)
         wide = query.float(), key.float(), marked
         if softcap is not None:
-            found, _ = _chunked(*wide, scale, mask, softcap, allow_future_keys)
+            found, *_ = _chunked(*wide, scale, mask, softcap, allow_future_keys)
         else:
-            found, _ = _fused(*wide, scale, mask, allow_future_keys)
+            found, *_ = _fused(*wide, scale, mask, allow_future_keys)
         return found[..., 0] * (own - lse).exp()
 
     sink = None
@@ -252,17 +252,11 @@ def _fused(
     scale: float,
     mask: Tensor | None,
     allow_future_keys: bool,
-    power: int = 1,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output ``[B, H, T, Dv]`` and log-sum-exp ``[B, H, T]`` from the device's fused kernel.
 
-    Args:
-        query, key, value, scale, mask, allow_future_keys: as in `attend`.
-        power: what the scores are multiplied by: log-sum-exp is then of probabilities to it.
+    Where it has none, as of `_chunked`.
     """
-    if power != 1:
-        scale = scale * power
-        mask = mask if mask is None or mask.dtype == torch.bool else mask * power
     device, dtype, width = query.device.type, query.dtype, value.shape[-1]
     half = dtype in (torch.bfloat16, torch.float16)
     wide = value  # latent attention: the kernels want values as wide as the keys
@@ -282,7 +276,52 @@ def _fused(
         return _chunked(query, key, value, scale, mask, None, allow_future_keys)
     finite = _finite(query) & _finite(key).repeat_interleave(query.shape[1] // key.shape[1], 1)
     lse = lse.masked_fill(~finite[..., None], torch.nan)  # the kernels make numbers of nan and inf
-    return output[..., :width], lse[..., : query.shape[2]]
+    return output[..., :width], lse[..., : query.shape[2]], None
+
+
+def _squares(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lse: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    allow_future_keys: bool,
+) -> Tensor:
+    """``[B, H, T]``: the sum of squared probabilities, where a fused kernel gave ``lse``."""
+    if query.device.type != "cpu" or query.dtype != torch.float32:
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask * 2
+        _, doubled, _ = _fused(query, key, value, 2 * scale, mask, allow_future_keys)
+        return (doubled - 2 * lse).exp_()
+    batch, heads, length, _ = query.shape
+    groups = key.shape[1]
+    each = heads // groups
+    minus = torch.cat([query * (2 * scale), lse[..., None] * -2], -1)  # one product for both
+    key = torch.cat([key, key.new_ones(*key.shape[:3], 1)], -1)
+    result = torch.empty_like(lse)
+    rows = min(length, max(16, _CACHED_SCORES // (each * length)))
+    room = query.new_empty(each * rows * length)
+    for sequence, group, start in product(range(batch), range(groups), range(0, length, rows)):
+        stop = min(start + rows, length)
+        last = length if allow_future_keys else stop
+        own = slice(group * each, (group + 1) * each)
+        some = minus[sequence, own, start:stop].flatten(0, 1)
+        scores = room[: len(some) * last].view(len(some), last)
+        torch.mm(some, key[sequence, group, :last].mT, out=scores)
+        scores = scores.view(each, stop - start, last)
+        seen = None
+        if mask is not None:
+            seen = mask[min(sequence, len(mask) - 1), :, start:stop, :last]
+            seen = seen[own] if len(seen) > 1 else seen
+        if seen is None:
+            scores.exp_()[..., start:].tril_()
+        elif seen.dtype == torch.bool:
+            scores.masked_fill_(~seen, -torch.inf).exp_()
+        else:
+            scores.add_(seen, alpha=2).exp_()
+        result[sequence, own, start:stop] = scores.sum(-1)
+    return result
 
 
 def _finite(value: Tensor) -> Tensor:
@@ -298,13 +337,18 @@ def _chunked(
     mask: Tensor | None,
     softcap: float | None = None,
     allow_future_keys: bool = False,
-    power: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """The same by a few queries at a time, for any device, dtype and soft cap."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By a few queries at a time, for any device, dtype and soft cap.
+
+    Returns:
+        Output ``[B, H, T, Dv]``; of ``[B, H, T]`` float32 the log-sum-exp, and the sum of squared
+        probabilities.
+    """
     key, value = _repeat(query, key, value)
     batch, heads, length, _ = query.shape
     output = query.new_empty(batch, heads, length, value.shape[-1])
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
+    squares = torch.empty_like(lse)
     rows = max(1, _CHUNK_SCORES // (batch * heads * length))
     wide = torch.promote_types(query.dtype, torch.float32)
     for start in range(0, length, rows):
@@ -320,13 +364,12 @@ def _chunked(
             scores = scores.masked_fill_(~mask[:, :, start:stop, :last], -torch.inf)
         else:
             scores = scores + mask[:, :, start:stop, :last]
-        if power != 1:
-            scores = scores * power
         total = scores.logsumexp(-1, keepdim=True)
         lse[:, :, start:stop] = total[..., 0]
-        weights = (scores - total).exp_().to(value.dtype)
-        output[:, :, start:stop] = weights @ value[:, :, :last]
-    return output, lse
+        weights = (scores - total).exp_()
+        squares[:, :, start:stop] = torch.linalg.vector_norm(weights, dim=-1).square_()
+        output[:, :, start:stop] = weights.to(value.dtype) @ value[:, :, :last]
+    return output, lse, squares
 
 
 def _repeat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from sinktrack.models.passes import Digest, Passes
 from sinktrack.probe import Probe
 
 if TYPE_CHECKING:  # transformers is slow to import
-    from sinktrack.models.any_decoder import Decoder as AnyDecoder
+    from sinktrack.models.any_decoder.decoder import Decoder as AnyDecoder
     from sinktrack.models.gathered import Gathered
     from sinktrack.models.huggingface import Decoder
     from sinktrack.models.streaming import Streamed
@@ -61,7 +61,7 @@ def measure(
 
         return measure_chunks(model, probe, batch_size, in_training)
     if adapted.backend == "torch":
-        from sinktrack.models.decoder_passes import measure_decoder
+        from sinktrack.models.any_decoder.passes import measure_decoder
 
         return measure_decoder(adapted.model, probe, batch_size, in_training)
     if adapted.backend == "streamed":

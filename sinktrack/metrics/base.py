@@ -219,6 +219,20 @@ def median(values: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(ordered[..., middle].sum(-1) / 2)).to(values.device)
 
 
+def lower_median(values: Tensor) -> Tensor:
+    """Median over the last dimension as torch takes it: the lower one of the middle two.
+
+    nan is the largest number here, on a CPU.
+    """
+    if values.device.type != "cpu":
+        return values.median(-1).values
+    import numpy as np
+
+    place = (values.shape[-1] - 1) // 2
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))  # numpy has no bfloat16
+    return torch.from_numpy(np.partition(wide.numpy(), place, axis=-1)[..., place]).to(values.dtype)
+
+
 def number(value: Tensor) -> float | None:
     """A plain number; None for nan."""
     return None if bool(value.isnan().any()) else float(value)

@@ -18,6 +18,7 @@ from sinktrack.metrics.base import (
     Row,
     Seen,
     State,
+    lower_median,
     median,
 )
 
@@ -58,7 +59,7 @@ class Outliers(Metric):
         kept: PartialStates = {"p0": _largest(stream[:, :1]) if shard.p0 else None}
         if rest.shape[1]:
             kept["others"] = _largest(rest)
-            kept["medians"] = rest.abs().median(-1).values.float()
+            kept["medians"] = lower_median(rest.abs()).float()
         return kept
 
     def compute(self, seen: Seen, found: Mapping[str, Any]) -> dict[str, Any]:

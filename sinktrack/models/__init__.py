@@ -1,1 +1,1 @@
-"""Models that can be run and watched: transformers, streamed checkpoints, Megatron-Core."""
+"""Models that can be run and watched: of transformers, Megatron-Core, streamed, or of any code."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from sinktrack.errors import MeasurementError
-from sinktrack.models.any_decoder import Decoder
+from sinktrack.models.any_decoder.decoder import Decoder
 from sinktrack.models.editable import Editable
 from sinktrack.models.parallel import is_apart, takes_every_process
 from sinktrack.probe import Probe
@@ -24,10 +24,6 @@ _Result = TypeVar("_Result")
 _APART = (
     "causal tests do not run on a model that no process holds whole (FSDP1, tensor parallelism); "
     "run them on the checkpoints"
-)
-_SHARDED = (
-    "causal tests run on sharded models (FSDP2) only where they are transformers; run them on the "
-    "checkpoints"
 )
 
 
@@ -53,7 +49,7 @@ class Model:
             ProbeError, MeasurementError: as of `sinktrack.measure`.
         """
         if self.backend == "torch":
-            from sinktrack.models.decoder_passes import check
+            from sinktrack.models.any_decoder.passes import check
 
             return check(self.model, probe)
         if self.backend == "transformers" and not self.every_process:
@@ -78,9 +74,9 @@ class Model:
         if self.no_causal_tests is not None:
             raise MeasurementError(self.no_causal_tests)
         if self.backend == "torch":
-            from sinktrack.models import decoder_passes
+            from sinktrack.models.any_decoder import passes as torch_passes
 
-            return decoder_passes.editable(self.model, probe, batch_size)
+            return torch_passes.editable(self.model, probe, batch_size)
         if self.backend == "megatron":
             from sinktrack.models.megatron import passes
 
@@ -137,8 +133,8 @@ def adapt(model: Any, decoder: Decoder | None = None) -> Model:
 
 def _torch(decoder: Decoder) -> Model:
     assert decoder.model is not None
-    several = takes_every_process(decoder.model)
-    return Model("torch", decoder, several, (), _SHARDED if several else None)
+    reason = _APART if is_apart(decoder.model) else None
+    return Model("torch", decoder, takes_every_process(decoder.model), (), reason)
 
 
 def _is_megatron(model: Any) -> bool:

@@ -83,12 +83,11 @@ class Passes:
                 self._walk = AblatedForward(found, base, ablations, self.size * self._probe.length)
                 self._ablated = ablations
 
-    def ablate_whole(self, model: Editable, shared: bool, in_training: bool) -> None:
+    def ablate_whole(self, model: Editable, in_training: bool) -> None:
         """Find the total effects by whole passes, or note why they cannot be had.
 
         Args:
             model: that is edited.
-            shared: do several processes hold it together?
             in_training: leave them out where they would cost over a tenth of the rest.
         """
         from sinktrack.models.ablated import ablate
@@ -96,9 +95,6 @@ class Passes:
         tokens = self._probe.tokens.numel()
         if in_training and not is_affordable(model.blocks, tokens, whole=True):
             self._ablated = dear(tokens)
-            return
-        if shared:
-            self._ablated = _SHARED
             return
         with self._told():
             ablations = Ablations(self.first)

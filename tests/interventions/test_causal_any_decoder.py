@@ -19,6 +19,7 @@ from sinktrack.interventions.knockout import AttentionKnockout
 from sinktrack.interventions.patching import Patch, Term
 from sinktrack.interventions.replay import Edit, Outcome, replaying
 from tests.helpers import planted, torch_models
+from tests.helpers.commands import two_processes
 from tests.helpers.hand_written import Block, Transformer
 from tests.helpers.planted import in_series, readers
 from tests.helpers.torch_models import BLOCKS, KINDS, Net, by_hand
@@ -82,6 +83,53 @@ def test_the_same_as_of_transformers(name: str, how: str) -> None:
                 expert["gate"] = None
     assert not apart(wanted, got)
     assert "missing" not in got
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_over_two_processes(tmp_path: Path) -> None:
+    """FSDP2: total effects and all causal tests are those of the whole model, on both processes."""
+    two_processes(
+        tmp_path,
+        """
+        from torch.distributed.fsdp import fully_shard
+        from sinktrack.interventions import run_causal_tests
+        from tests.helpers import planted
+        from tests.helpers.hand_written import Transformer
+        dist.init_process_group("gloo")
+        probe = planted.probe()
+        for expert in (False, True):
+            model = planted.readers(planted.mixture() if expert else planted.dense(), 2)
+            if expert:
+                planted.expert_writer(model, 1, expert=2, size=3.0)
+            else:
+                planted.head_writer(model, 1, head=0)
+            hand = Transformer(model)
+            whole = measure(hand, probe)
+            wanted = run_causal_tests(hand, probe, whole)
+            for block in hand.layers:
+                fully_shard(block)
+            fully_shard(hand)
+            tracker = SinkTracker(
+                probe, out / f"{expert} {dist.get_rank()}", every=1, causal_every=1,
+                on_error="raise",
+            )
+            tracker.step(1, hand)
+            found = measure(hand, probe)
+            got = run_causal_tests(hand, probe, found)
+            effects = [sink.total_effects for sink in whole.sinks]
+            assert effects[0] and [sink.total_effects for sink in found.sinks] == effects
+            for result in (wanted, got):
+                del result["seconds"]
+            assert got == wanted
+            assert any(row["verdict"] for row in got["necessity"])
+            if dist.get_rank() == 0:
+                (record,) = Run.read(out / f"{expert} 0").records
+                assert record["causal"]["necessity"] == json.loads(json.dumps(wanted["necessity"]))
+            hand(probe.tokens).square().mean().backward()
+        dist.barrier()
+        """,
+    )
 
 
 def _row(effect: Any) -> tuple[Any, ...]:

@@ -90,6 +90,8 @@ def test_float32_equals_softmax(shape: dict[str, Any]) -> None:
     bound = 1e-6 + 2**-22 * float(largest)
     assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
     torch.testing.assert_close(output.double(), wanted, atol=1e-4, rtol=1e-4)
+    with patch.object(attention, "_CACHED_SCORES", 64):  # several chunks of queries
+        assert (got.mixing().double() - probabilities.square().sum(-1)).abs().max() <= 4 * bound
 
 
 @given(shapes)
@@ -134,6 +136,8 @@ def test_softcap_sinks_and_biases(
     bound = 2e-6 + 2**-21 * float(largest)
     assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
     torch.testing.assert_close(output.double(), wanted, atol=2e-4, rtol=2e-4)
+    squares = probabilities.square().sum(-1)
+    assert (got.mixing().double() - squares).abs().max() <= 4 * bound
     if sinks is not None:
         assert got.sink is not None
         assert (got.sink.double() - (1 - probabilities.sum(-1))).abs().max() <= bound
@@ -146,7 +150,7 @@ def test_softcap_sinks_and_biases(
 def test_chunks_equal_softmax(shape: dict[str, Any], dtype: torch.dtype) -> None:
     query, key, value, mask = draw(shape, dtype)
     with patch.object(attention, "_CHUNK_SCORES", 64):
-        _, lse = attention._chunked(query, key, value, shape["scale"], mask)
+        _, lse, _ = attention._chunked(query, key, value, shape["scale"], mask)
     heads = query.shape[1] // key.shape[1]
     score = (query.double() * key[:, :, :1].double().repeat_interleave(heads, 1)).sum(-1)
     p0 = (score * shape["scale"] - lse.double()).exp()

@@ -16,7 +16,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from sinktrack import Decoder, MeasurementError, Probe, measure
 from sinktrack.callbacks.loop import SinkTracker
 from sinktrack.interventions.replay import Edit, replaying
-from sinktrack.models.decoder_passes import check as start_line
+from sinktrack.models.any_decoder import experts
+from sinktrack.models.any_decoder.passes import check as start_line
 from tests.helpers import torch_models
 from tests.helpers.elsewhere import elsewhere
 from tests.helpers.torch_models import (
@@ -331,6 +332,69 @@ def test_the_best_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "parts" not in found.missing
     assert found.model["experts"] == EXPERTS
     assert "5 experts told apart" in start_line(Decoder(model), PROBE)
+
+
+def apart() -> Probe:
+    """Of first tokens that go to different experts."""
+    generator = torch.Generator().manual_seed(0)
+    return Probe.from_tokens(torch.randint(VOCABULARY, (8, 17), generator=generator))
+
+
+def test_experts_that_are_left_out_together() -> None:
+    """No row chose two of a group, and one row shows that they act on no other."""
+    chosen = torch.tensor([[0, 1], [2, 3], [4, 5], [0, 3], [6, 7]])
+    groups = experts._groups(chosen)
+    assert sorted(expert for group in groups for expert in group) == list(range(8))
+    assert len(groups) < 5
+    for group in groups:
+        out = torch.isin(chosen, torch.tensor(group)).sum(-1)
+        assert out.max() == 1 and out.min() == 0
+
+
+@pytest.mark.parametrize("how", ["list", "stacked"])
+def test_many_experts_at_once_are_those_one_by_one(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_models, "EXPERTS", 16)
+    runs = []
+    groups_of = experts._groups
+
+    def groups(chosen: Tensor) -> list[list[int]]:
+        runs.append((len(found := groups_of(chosen)), len(chosen.unique())))
+        return found
+
+    monkeypatch.setattr(experts, "_groups", groups)
+    probe = apart()
+    for seed in range(40):
+        model = Net(Kind(experts=how), seed)
+        model.embed.weight.data.mul_(8)  # else all first tokens choose the same
+        if torch_models.read(by_hand(model, probe.tokens))[-1] > 0.02:
+            break
+    found = measure(model, probe)
+    assert "parts" not in found.missing
+    check(found, model, probe.tokens)
+    assert any(together < alone for together, alone in runs)
+
+
+@pytest.mark.parametrize("how", ["list", "stacked"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_choice_of_others_than_were_seen(
+    turned: bool, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experts that run are others than the topk gave: they are one MLP."""
+
+    def choose(self: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        gate, index = torch.softmax(self.router(x), -1).topk(2, -1)
+        index = (index + 1) % 16 if turned else torch.randperm(16, generator=seeded())[index]
+        return gate, index
+
+    def seeded() -> torch.Generator:
+        return torch.Generator().manual_seed(0)
+
+    monkeypatch.setattr(torch_models, "EXPERTS", 16)
+    monkeypatch.setattr(torch_models.Experts, "choose", choose)
+    missing = measure(Net(Kind(experts=how)), apart()).missing
+    assert "one MLP" in missing["parts"]
 
 
 @pytest.mark.parametrize("shared", [False, True])

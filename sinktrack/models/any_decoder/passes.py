@@ -14,20 +14,11 @@ from sinktrack.collect import Collector
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer
 from sinktrack.measurement import Measurement
-from sinktrack.models.any_decoder import (
-    Decided,
-    Decoder,
-    Found,
-    Restart,
-    Several,
-    Tap,
-    Undecided,
-    class_of,
-    found_in,
-)
+from sinktrack.models.any_decoder.decoder import Decoder, Found, Several, class_of, found_in
+from sinktrack.models.any_decoder.stream import Decided, Restart, Undecided
+from sinktrack.models.any_decoder.tap import Tap
 from sinktrack.models.editable import InMemory, at_once
 from sinktrack.models.guard import probe_context
-from sinktrack.models.parallel import takes_every_process
 from sinktrack.models.passes import Digest, Passes
 from sinktrack.probe import Probe
 
@@ -46,7 +37,7 @@ def measure_decoder(
         wholes = [_show(decoder, found, collected, tokens) for tokens in batches]
         alone = [_show(decoder, found, singles, _alone(tokens), parts=False) for tokens in firsts]
         _check_p0(found, wholes[0], alone[0])
-        passes.ablate_whole(_Passes(decoder, found), takes_every_process(found.model), in_training)
+        passes.ablate_whole(_Passes(decoder, found), in_training)
     seen = collected.of("attention", "visible")
     length = probe.length - 1
     found.kinds = tuple(

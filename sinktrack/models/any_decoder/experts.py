@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -118,6 +118,7 @@ class _Rerun:
         assert chosen is not None
         self._call, self._layout = call, layout
         self.count, index = chosen
+        self.length = layout.length
         rows = layout.rows(index.float(), index.shape[-1])
         seen = layout.rows(output)
         assert seen is not None
@@ -144,7 +145,7 @@ class _Rerun:
         whole = self(everyone)
         acts = torch.zeros(len(whole), self.count, dtype=torch.bool, device=ranked.device)
         for expert in range(self.count):
-            with self.experts(expert):
+            with self.experts({expert: 0.0}):
                 off = (whole - self(everyone)).abs().amax(-1)
             acts[:, expert] = off > self._eps * whole.abs().amax()
         taken = acts.gather(1, ranked[:, 0])
@@ -176,52 +177,61 @@ class _Rerun:
         each = max(2, parts.shape[1])
         return bool((off <= _SUM_ROUNDING * each * self._eps * scale).all())
 
-    def is_linear(self, at: Tensor, expert: int | None, whole: Tensor, left: Tensor) -> bool:
-        """Does half of what an expert yields, or all of them, make half of the difference?"""
-        wanted = (whole + left) / 2
-        scale = torch.maximum(whole.norm(dim=-1), left.norm(dim=-1))
-        for place in range(self.experts.ways):
-            with self.experts(expert, 0.5, place):
+    def left(self, at: Tensor) -> Tensor:
+        """Those rows where no expert yields anything."""
+        with self.experts(dict.fromkeys(range(self.count), 0.0)):
+            return self(at)
+
+    def is_linear(self, at: Tensor, factors: Factors, wanted: Tensor, scale: Tensor) -> bool:
+        """Are these rows ``[n, D]`` what comes out where experts yield so many times as much?
+
+        Args:
+            at: rows, as of `__call__`.
+            factors: what experts yield is multiplied with.
+            wanted: ``[n, D]``.
+            scale: ``[n]``, a norm that rounding goes with.
+        """
+        for place in reversed(range(self.experts.ways)):  # as a rule the last matrices write
+            with self.experts(factors, place):
                 off = (self(at) - wanted).norm(dim=-1)
             if bool((off <= 2 * _SUM_ROUNDING * self._eps * scale).all()):
                 return True
         return False
 
-    def gate(self, written: Tensor, ungated: list[Tensor]) -> Tensor:
-        """As of `_gate`."""
-        return _gate(written, ungated, self._rounding)
+    def gate(self, written: Tensor, ungated: list[Tensor], at: Tensor, among: int) -> Tensor:
+        """``[n]``: what an expert's own output is multiplied with; nan where that is not shown.
+
+        Args:
+            written: ``[n, D]``: its part.
+            ungated: what it yielded.
+            at: the rows that chose it, among as many that ran.
+        """
+        unknown = torch.full((len(written),), torch.nan, device=written.device)
+        if len(ungated) != 1 or ungated[0].numel() < written.numel():
+            return unknown
+        own = ungated[0].reshape(-1, written.shape[1]).float()
+        own = own[at] if len(own) == among else own[: len(written)]
+        gate = (own * written).sum(-1) / (own * own).sum(-1)
+        error = (gate[:, None] * own - written).abs().amax()
+        return gate if float(error) <= self._rounding * float(written.abs().max()) else unknown
 
 
 def _apart(call: Expert, output: Tensor, layout: Layout) -> Routed:
     again = _Rerun(call, output, layout)
     chosen = again.chosen[:, 0]
-    each = chosen.shape[1]
     written = again.seen[:, 0].float()
     everyone = torch.arange(layout.batch, device=chosen.device) * layout.length
     whole = again(everyone)
     if not again.same(whole, written, written):
         raise NotTold("alone, P0 gets another output than in its sequence")
-    without = again.experts
-    parts = torch.zeros(len(chosen), each, layout.width, device=chosen.device)
-    gates = torch.full((len(chosen), each), torch.nan, device=chosen.device)
-    for expert in chosen.unique().tolist():
-        at, place = (chosen == expert).nonzero(as_tuple=True)
-        other = (chosen != expert).all(-1).nonzero()[:1, 0]
-        with without(expert) as ungated:
-            left = again(everyone[torch.cat([at, other])])
-        if not again.same(left[len(at) :], whole[other], written):
-            raise NotTold("what looks like an expert acts on tokens that did not choose it")
-        parts[at, place] = whole[at] - left[: len(at)]
-        gates[at, place] = again.gate(parts[at, place], ungated)
-    if bool((whole != 0).any()) and not bool((parts != 0).any()):
-        raise NotTold("none of what looks like its experts changes its output")
-    with without(None):
-        rest = again(everyone)
-    alone = bool(((parts != 0).any(-1).sum(-1) < 2).any())  # of one part any sum would do
-    if not again.sums(rest, whole, parts) or (
-        alone and not again.is_linear(everyone, None, whole, rest)
-    ):
-        raise NotTold(_NO_SUM)
+    one_by_one = [[expert] for expert in chosen.unique().tolist()]
+    for groups in (_groups(chosen), one_by_one):
+        parts, gates = _left_out(again, chosen, groups, whole, written)
+        if _make(again, everyone, chosen, groups, whole, again.left(everyone), parts):
+            break
+        if len(groups) == len(one_by_one):
+            raise NotTold(_NO_SUM)
+    seen = again.seen  # and not what has copies of matrices
 
     def outputs(position: int) -> Tensor:
         return parts
@@ -229,7 +239,84 @@ def _apart(call: Expert, output: Tensor, layout: Layout) -> Routed:
     def of(expert: int) -> Tensor:
         raise MeasurementError("of a measurement, experts are told apart at P0 alone")
 
-    return Routed(chosen[:, None], lambda: gates[:, None], outputs, of, lambda: again.seen, 1.0)
+    return Routed(chosen[:, None], lambda: gates[:, None], outputs, of, lambda: seen, 1.0)
+
+
+def _groups(chosen: Tensor) -> list[list[int]]:
+    """Experts that may be left out together: no row of ``[B, K]`` chose two, and one chose none."""
+    groups: list[tuple[list[int], set[int]]] = []
+    for expert in chosen.unique().tolist():
+        rows = set((chosen == expert).any(-1).nonzero()[:, 0].tolist())
+        for experts, taken in groups:
+            if not rows & taken and len(rows | taken) < len(chosen):
+                experts.append(expert)
+                taken |= rows
+                break
+        else:
+            groups.append(([expert], rows))
+    return [experts for experts, _ in groups]
+
+
+def _left_out(
+    again: _Rerun, chosen: Tensor, groups: list[list[int]], whole: Tensor, written: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What each chosen expert writes ``[B, K, D]``, and its gates ``[B, K]``.
+
+    Args:
+        again: P0's rows.
+        chosen: ``[B, K]``.
+        groups: those that are left out together.
+        whole: ``[B, D]``, with all.
+        written: the same in the pass.
+
+    Raises:
+        NotTold: an expert acts on tokens that did not choose it, or none acts.
+    """
+    everyone = torch.arange(len(chosen), device=chosen.device) * again.length
+    parts = torch.zeros(*chosen.shape, whole.shape[-1], device=chosen.device)
+    gates = torch.full(chosen.shape, torch.nan, device=chosen.device)
+    for experts in groups:
+        out = torch.isin(chosen, torch.tensor(experts, device=chosen.device))
+        others = (~out).all(-1)
+        with again.experts(dict.fromkeys(experts, 0.0)) as ungated:
+            less = whole - again(everyone)
+        if not again.same(less[others], torch.zeros_like(less[others]), written):
+            raise NotTold("what looks like an expert acts on tokens that did not choose it")
+        for expert in experts:
+            at, place = (chosen == expert).nonzero(as_tuple=True)
+            parts[at, place] = less[at]
+            gates[at, place] = again.gate(less[at], ungated.get(expert, []), at, len(chosen))
+    if bool((whole != 0).any()) and not bool((parts != 0).any()):
+        raise NotTold("none of what looks like its experts changes its output")
+    return parts, gates
+
+
+def _make(
+    again: _Rerun,
+    at: Tensor,
+    chosen: Tensor,
+    groups: list[list[int]],
+    whole: Tensor,
+    rest: Tensor,
+    parts: Tensor,
+) -> bool:
+    """Do the parts ``[B, K, D]`` and the rest ``[B, D]`` make the whole, and no others would?"""
+    if not again.sums(rest, whole, parts):
+        return False
+    alone = bool(((parts != 0).any(-1).sum(-1) < 2).any())  # of one part any sum would do
+    if not alone and all(len(experts) == 1 for experts in groups):
+        return True
+    factors = {
+        expert: (place + 0.5) / len(experts)  # those of a group might be mistaken for each other
+        for experts in groups
+        for place, expert in enumerate(experts)
+    }
+    by_place = torch.zeros_like(chosen, dtype=torch.float32)
+    for expert, factor in factors.items():
+        by_place[chosen == expert] = factor
+    wanted = rest + (parts * by_place[..., None]).sum(1)
+    scale = torch.cat([whole[:, None], rest[:, None], parts], 1).norm(dim=-1).amax(1)
+    return again.is_linear(at, factors, wanted, scale)
 
 
 def everywhere(call: Expert, output: Tensor, layout: Layout) -> Routed:
@@ -260,12 +347,10 @@ def everywhere(call: Expert, output: Tensor, layout: Layout) -> Routed:
         own = chosen.flatten(0, 1)[at]
         layout.flow.replaying = True
         try:
-            before = again(at)
-            with without(None):
-                rest = again(at)
+            before, rest = again(at), again.left(at)
             parts = torch.zeros(*own.shape, layout.width, device=chosen.device)
             for expert in own.unique().tolist():
-                with without(expert):
+                with without({expert: 0.0}):
                     part = before - again(at)
                 parts = torch.where((own == expert)[..., None], part[:, None], parts)
         except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
@@ -288,9 +373,10 @@ def everywhere(call: Expert, output: Tensor, layout: Layout) -> Routed:
             layout.flow.replaying = True
             try:
                 before = again(rows)
-                with without(expert) as ungated:
+                with without({expert: 0.0}) as ungated:
                     left = again(rows)
-                linear = again.is_linear(rows, expert, before, left)
+                scale = torch.maximum(before.norm(dim=-1), left.norm(dim=-1))
+                linear = again.is_linear(rows, {expert: 0.5}, (before + left) / 2, scale)
             except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
                 raise Uneditable(f"some tokens do not run through {name}: {error}") from error
             finally:
@@ -305,10 +391,11 @@ def everywhere(call: Expert, output: Tensor, layout: Layout) -> Routed:
                 raise Uneditable(f"of {name}, {_NO_SUM}")
             check()
             part[at] = before[: len(at)] - left[: len(at)]
-            factor = again.gate(part[at], ungated)
+            yielded = ungated.get(expert, [])
+            factor = again.gate(part[at], yielded, torch.arange(len(at)), len(rows))
             gate[at] = factor.where(factor != 0, torch.nan)  # lost in rounding
             if not bool(factor.isnan().any()):
-                own[at] = ungated[0].reshape(-1, layout.width)[: len(at)].float()
+                own[at] = yielded[0].reshape(-1, layout.width)[: len(at)].float()
         shape = chosen.shape[:2]
         return part.unflatten(0, shape), gate.unflatten(0, shape), own.unflatten(0, shape)
 
@@ -347,15 +434,8 @@ def _rows(value: Any, at: Tensor, layout: Layout) -> Any:
     return chosen[None] if layout.time_first else chosen[:, None]
 
 
-def _gate(written: Tensor, ungated: list[Tensor], rounding: float) -> Tensor:
-    """``[n]``: what an expert's own output is multiplied with; nan where that is not shown."""
-    unknown = torch.full((len(written),), torch.nan, device=written.device)
-    if len(ungated) != 1 or ungated[0].numel() < written.numel():
-        return unknown
-    own = ungated[0].reshape(-1, written.shape[1])[: len(written)].float()
-    gate = (own * written).sum(-1) / (own * own).sum(-1)
-    error = (gate[:, None] * own - written).abs().amax()
-    return gate if float(error) <= rounding * float(written.abs().max()) else unknown
+Factors = Mapping[int, float]
+"""What experts yield is multiplied with, by number."""
 
 
 class _Remover(Protocol):
@@ -365,14 +445,16 @@ class _Remover(Protocol):
     """In how many places what they yield may be multiplied."""
 
     def __call__(
-        self, expert: int | None, factor: float = 0.0, way: int | None = None
-    ) -> AbstractContextManager[list[Tensor]]:
-        """Inside, what one yields, or all, is multiplied with a factor.
+        self, factors: Factors, way: int | None = None
+    ) -> AbstractContextManager[dict[int, list[Tensor]]]:
+        """Inside, what some experts yield is multiplied with a factor.
 
         Args:
-            expert: its number; None for all.
-            factor: with which.
+            factors: by expert.
             way: the place, by number; all by default.
+
+        Returns:
+            What they yield, by expert, where it is shown.
         """
 
 
@@ -398,20 +480,24 @@ class _Modules:
 
     @contextmanager
     def __call__(
-        self, expert: int | None, factor: float = 0.0, way: int | None = None
-    ) -> Iterator[list[Tensor]]:
-        ungated: list[Tensor] = []
+        self, factors: Factors, way: int | None = None
+    ) -> Iterator[dict[int, list[Tensor]]]:
+        ungated: dict[int, list[Tensor]] = {}
 
-        def less(module: nn.Module, args: Any, output: Any) -> Any:
-            if module in self._experts and isinstance(output, Tensor):
-                ungated.append(output.detach())
-            return _times(output, factor)
+        def less(expert: int, is_whole: bool) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: Any, output: Any) -> Any:
+                if is_whole and isinstance(output, Tensor):
+                    ungated.setdefault(expert, []).append(output.detach())
+                return _times(output, factors[expert])
+
+            return hook
 
         with ExitStack() as stack:
-            for own in self._experts if expert is None else [self._experts[expert]]:
+            for expert in factors:
+                own = self._experts[expert]
                 whole = type(own).forward is not nn.Module.forward  # else what it holds is called
                 for part in [own] if whole else own.children():
-                    stack.callback(part.register_forward_hook(less).remove)
+                    stack.callback(part.register_forward_hook(less(expert, whole)).remove)
             yield ungated
 
 
@@ -446,28 +532,51 @@ class _Stacks:
                 "they are neither a ModuleList of as many modules as the router has choices nor "
                 "matrices, stacked or one below the other"
             )
-        self._owners, self._count, self.ways = owners, count, len(owners)
+        self._count, self.ways = count, len(owners)
+        self._scaled = [_Copy(owner, count) for owner in owners]
 
     @contextmanager
     def __call__(
-        self, expert: int | None, factor: float = 0.0, way: int | None = None
-    ) -> Iterator[list[Tensor]]:
-        owners = self._owners if way is None else [self._owners[way]]
-        with _Scaled(owners, expert, self._count, factor):
-            yield []
+        self, factors: Factors, way: int | None = None
+    ) -> Iterator[dict[int, list[Tensor]]]:
+        owners = self._scaled if way is None else [self._scaled[way]]
+        with _Instead({id(own.owner): own.times(factors) for own in owners}):
+            yield {}
 
 
-class _Scaled(TorchFunctionMode):
-    """Functions are given copies of stacked matrices, one expert's multiplied with a factor."""
+class _Copy:
+    """Stacked matrices, some of them multiplied with a factor: one copy for all factors."""
 
-    def __init__(
-        self, stacks: list[nn.Parameter], expert: int | None, count: int, factor: float
-    ) -> None:
+    def __init__(self, owner: nn.Parameter, count: int) -> None:
+        self.owner, self._count = owner, count
+        self._copy: Tensor | None = None
+        self._now: dict[int, float] = {}
+
+    def times(self, factors: Factors) -> Tensor:
+        """The matrices; what was given before changes with it."""
+        if self._copy is None:
+            self._copy = self.owner.detach().clone()
+        rows, before = (
+            value.unflatten(0, (self._count, -1)) for value in (self._copy, self.owner.detach())
+        )
+        for expert in self._now.keys() | factors.keys():
+            wanted = factors.get(expert, 1.0)
+            if self._now.get(expert, 1.0) == wanted:
+                continue
+            if wanted:
+                torch.mul(before[expert], wanted, out=rows[expert])
+            else:
+                rows[expert].zero_()  # also what is not finite
+        self._now = dict(factors)
+        return self._copy
+
+
+class _Instead(TorchFunctionMode):
+    """Functions are given other tensors than some, by id."""
+
+    def __init__(self, others: dict[int, Tensor]) -> None:
         super().__init__()
-        self._copies = {id(stack): stack.detach().clone() for stack in stacks}
-        for copy in self._copies.values():
-            rows = copy.unflatten(0, (count, -1))[slice(None) if expert is None else expert]
-            rows.copy_(rows * factor if factor else torch.zeros_like(rows))
+        self._others = others
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -478,4 +587,4 @@ class _Scaled(TorchFunctionMode):
     def _instead(self, value: Any) -> Any:
         if isinstance(value, tuple | list):
             return type(value)(self._instead(item) for item in value)
-        return self._copies.get(id(value), value)
+        return self._others.get(id(value), value)
