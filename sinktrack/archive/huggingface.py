@@ -35,7 +35,7 @@ from transformers.core_model_loading import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sinktrack.archive import foreign
-from sinktrack.archive.source import Checkpoint, Source, fitting, open
+from sinktrack.archive.source import Checkpoint, Source, as_stored, fitting, open
 from sinktrack.archive.storage.files import Files
 from sinktrack.archive.storage.slices import DTYPES
 from sinktrack.errors import ArchiveError, one_line
@@ -414,7 +414,7 @@ def vocabulary(checkpoint: Checkpoint) -> int:
     Raises:
         ArchiveError: it cannot be read.
     """
-    return int(open(checkpoint).config.get_text_config(decoder=True).vocab_size)
+    return int(as_stored(checkpoint).config.get_text_config(decoder=True).vocab_size)
 
 
 def _made(auto: Any, files: Files, names: list[str], failure: str) -> Any:

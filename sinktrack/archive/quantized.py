@@ -45,7 +45,7 @@ def applied(source: Source) -> Source:
     """
     settings = getattr(source.config, "quantization_config", None)
     settings = settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
-    if not settings and source.files.exists(_MODELOPT):
+    if not settings and _holds_eight(source) and source.files.exists(_MODELOPT):
         said = source.files.read_json(_MODELOPT).get("quantization")
         settings = {"quant_method": "modelopt"} | (said if isinstance(said, dict) else {})
     method = settings.get("quant_method")
@@ -63,6 +63,11 @@ def applied(source: Source) -> Source:
     else:
         return source
     return _Dequantized(source, found, kind) if any(found.values()) else source
+
+
+def _holds_eight(source: Source) -> bool:
+    """Whether a weight has 8 bits; else nobody needs to be asked for another file."""
+    return any(source.slice(name).get_dtype() in _EIGHT for name in source.names())
 
 
 class _Dequantized:

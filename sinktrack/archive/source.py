@@ -77,7 +77,18 @@ class Checkpoint:
 
 
 def open(checkpoint: Checkpoint) -> Source:
-    """Access to a checkpoint's weights.
+    """Access to a checkpoint's weights, as the numbers that they stand for.
+
+    Raises:
+        ArchiveError: what it needs is missing, damaged, or not known to transformers.
+    """
+    quantized = importlib.import_module("sinktrack.archive.quantized")
+    applied: Source = quantized.applied(as_stored(checkpoint))
+    return applied
+
+
+def as_stored(checkpoint: Checkpoint) -> Source:
+    """A checkpoint's configuration, and its weights as they are stored; none is looked at yet.
 
     Raises:
         ArchiveError: what it needs is missing, damaged, or not known to transformers.
@@ -91,8 +102,7 @@ def open(checkpoint: Checkpoint) -> Source:
         size = sizes.get(name)
         if isinstance(size, int) and not 0 <= size <= _LARGEST_SIZE:
             raise ArchiveError(f"{checkpoint.files.location}: config.json has {name} {size}")
-    applied: Source = importlib.import_module("sinktrack.archive.quantized").applied(source)
-    return applied
+    return source
 
 
 def unwrapped(names: Iterable[str], base: str = "") -> dict[str, str]:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from sinktrack import atomic, text
 from sinktrack.errors import RecordError, require
@@ -47,6 +48,10 @@ _open: dict[str, int] = {}
 
 _described: dict[str, Mapping[str, Any]] = {}
 """By W&B run: what its config says of us."""
+
+_AXIS = "sinktrack/step"
+_defined: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""By W&B run, as it was opened: the names that have their axis."""
 
 
 class Past(list[Mapping[str, Any]]):
@@ -114,18 +119,11 @@ def show(
         return None
     wandb = sys.modules["wandb"]
     records = current(written)
-    _define(active)
+    row = {**metrics(record), **_pictures(wandb, record, records), **_tables(wandb, [record])}
+    _define(active, row)
     settle()
     shared = active.settings.mode == "shared"  # by several processes, so without a step of its own
-    active.log(
-        {
-            **metrics(record),
-            **axes,
-            **_pictures(wandb, record, records),
-            **_tables(wandb, [record]),
-        },
-        commit=shared,
-    )
+    active.log({**row, **axes}, commit=shared)
     if not shared:
         _open[active.id] = active.step
     active.summary.update(gone(records[-2:]) | summary(records))
@@ -274,18 +272,19 @@ def publish(
         raise RecordError(f"W&B: {error}; nothing was sent") from error
     with active:
         _refuse_lost(active, run.directory)
-        _define(active)
         for record in todo:
-            active.log({**metrics(record), **_pictures(wandb, record, None)})
+            row = {**metrics(record), **_pictures(wandb, record, None)}
+            _define(active, row)
+            active.log(row)
             sent.add(Target.of(active, record["step"]), record["step"])
-        active.log(
-            {
-                "sinktrack/step": records[-1]["step"],
-                **_pictures(wandb, None, records),
-                **_charts(wandb, records),
-                **_tables(wandb, records),
-            }
-        )
+        row = {
+            "sinktrack/step": records[-1]["step"],
+            **_pictures(wandb, None, records),
+            **_charts(wandb, records),
+            **_tables(wandb, records),
+        }
+        _define(active, row)
+        active.log(row)
         active.summary.update(gone(records) | summary(records) | _signal(run))
         sent.add(Target.of(active, records[-1]["step"]), records[-1]["step"], whole=True)
         return active.id, len(todo)
@@ -320,9 +319,18 @@ def _signal(run: Run) -> dict[str, Any]:
     return told
 
 
-def _define(active: Any) -> None:
-    active.define_metric("sinktrack/step", hidden=True)
-    active.define_metric("sinktrack/*", step_metric="sinktrack/step")
+def _define(active: Any, names: Iterable[str]) -> None:
+    """Give what is about to be logged its axis, each name once.
+
+    By itself and not by a pattern: where a trainer's ``*`` matches, too, W&B 0.29 takes any of both.
+    """
+    if active not in _defined:
+        active.define_metric(_AXIS, hidden=True)
+        _defined[active] = {_AXIS}
+    known = _defined[active]
+    for name in [name for name in names if name not in known]:
+        active.define_metric(name, step_metric=_AXIS)
+        known.add(name)
 
 
 def _tables(wandb: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

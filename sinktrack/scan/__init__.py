@@ -15,7 +15,7 @@ import torch
 from sinktrack.archive.discover import base_model, discover, in_order
 from sinktrack.archive.follow import poll
 from sinktrack.archive.names import Pattern
-from sinktrack.archive.source import Checkpoint, Source, open
+from sinktrack.archive.source import Checkpoint, Source, as_stored, open
 from sinktrack.errors import (
     AnotherModel,
     ArchiveError,
@@ -229,7 +229,7 @@ class Scan:
 def _configuration(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the model is; empty where it cannot be told."""
     try:
-        said: dict[str, Any] = open(checkpoint).config.to_dict()
+        said: dict[str, Any] = as_stored(checkpoint).config.to_dict()
     except Exception:  # it will be told when it is measured
         return {}
     written = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
