@@ -142,11 +142,15 @@ def archives_below(
         child = files.at(name)
         if dangling:
             continue
-        for place in [child.location, _holding(child)]:
+        below = _Below.of(child).first
+        for place in [child.location, below and child.path(below)]:
             with suppress(ArchiveError):
                 inner = discover(place, pattern, hf_config) if place else []
                 adapted = base is not None and any(one.format == "adapters" for one in inner)
-                if place and (adapted or any(one.reason is None for one in inner)):
+                saved = (
+                    inner and inner[0].files == child and (names.alike(name) or name.isdecimal())
+                )
+                if place and not saved and (adapted or any(one.reason is None for one in inner)):
                     found[name] = place
                     break
     return found
@@ -518,27 +522,56 @@ def _none(files: Files, wanted: str, passed: Sequence[str]) -> NoCheckpoint:
     there = list(passed) or remains.names(files)
     seen = f" (there is {remains.few(there)})" if there else " (there is nothing)"
     said = f"no checkpoint in {files.location}: {wanted}{seen}"
+    where = "where that number counts steps; an epoch or a save is none, but keeps their order"
+    below = _Below.of(files)
+    numbered = [name for name in passed if names.alike(name)]
+    saves = [name for name in below.checkpoints if re.search("[0-9]", name)]
     if not there:
         said += _meant("", files)
-    elif numbered := [name for name in passed if names.alike(name)]:
-        said += (
-            f"; for example --pattern '{_example(numbered)}' where that number counts steps; an "
-            "epoch or a save is none, but keeps their order"
-        )
-    elif below := _holding(files):
-        said += f"; checkpoints are in {below}: name that"
+    elif numbered and (below.checkpoints or not below.others):
+        said += f"; for example --pattern '{_example(numbered)}' {where}"
+    elif len(saves) > 1 and not below.archives:
+        said += f"; for example --pattern '{_example(saves)}' {where}"
+    elif one := below.first:
+        said += f"; checkpoints are in {files.path(one)}: name that"
+    elif below.others:
+        said += f"; {below.others[0]}"
     return NoCheckpoint(said)
 
 
-def _holding(files: Files) -> str | None:
-    """A directory not far below that holds checkpoints, for the message."""
-    places = _below(files, "", _directories(files), 2) if files.local else iter(())
-    for place in islice(places, _LOOKED_INTO):
-        with suppress(ArchiveError):
-            inner = [name for name in _directories(place.files) if names.known(name)]
-            if inner or any(one.reason is None for one in _read_by_a_format(place.files)):
-                return place.files.location
-    return None
+@dataclass
+class _Below:
+    """What lies in the directories below one of this machine, as far as they are looked into."""
+
+    archives: list[str]
+    """Paths of those that hold checkpoints."""
+    checkpoints: list[str]
+    """Of those that are one."""
+    others: list[str]
+    """What is said of those that are of a kind that is known, and not read."""
+    first: str | None = None
+    """The first that holds a checkpoint, or is one."""
+
+    @classmethod
+    def of(cls, files: Files) -> _Below:
+        """Two levels deep; a hub cache by its models."""
+        found = cls([], [], [])
+        places = _below(files, "", _directories(files), 2) if files.local else iter(())
+        for place in islice(places, _LOOKED_INTO):
+            with suppress(ArchiveError):
+                inner = _directories(place.files)
+                held = _read_by_a_format(place.files)
+                if {"refs", "snapshots"} <= set(inner) or any(map(names.known, inner)):
+                    found.archives.append(place.label)
+                elif any(one.reason is None or one.format == "adapters" for one in held):
+                    found.checkpoints.append(place.label)
+                elif told := remains.known(place.files):
+                    found.others.append(told)
+                    continue
+                else:
+                    continue
+                found.first = found.first or place.label
+        return found
 
 
 def _meant(given: str, files: Files) -> str:
@@ -551,7 +584,7 @@ def _meant(given: str, files: Files) -> str:
     if not above or above.endswith(":/"):
         return ""
     try:
-        others = [entry.name for entry in Files(above).entries()]
+        others = [entry.name for entry in Files(above).entries() if entry.name != name]
     except ArchiveError:
         return ""
     near = difflib.get_close_matches(name, others, n=1)

@@ -29,6 +29,11 @@ _KINDS = (
         "mlx_lm.fuse",
     ),
     (
+        r"adapter_model\.(?:pt|pth|npz|ckpt)",
+        "an adapter's weights in a file that PEFT does not load ({found}); save them with PEFT's "
+        "save_pretrained",
+    ),
+    (
         r"adapter_(?:model.*|config\.json)",
         "adapters alone ({found}); give the model that they were trained on with --base (base), or "
         "merge them into it with PEFT's merge_and_unload and save that",
@@ -37,6 +42,11 @@ _KINDS = (
         rf"global_step[0-9]+/|{_DEEPSPEED.pattern}|zero_to_fp32\.py",
         "DeepSpeed's state ({found}), a part for each process; write the weights with DeepSpeed's "
         "own zero_to_fp32.py --safe_serialization",
+    ),
+    (
+        r".*\.(?:incomplete|part|partial|crdownload|aria2)|"
+        r"(?:pytorch_|adapter_)?model.*\.(?:safetensors|bin)\.(?!index\.json|(?:zst|xz|gz|bz2)$|part).*",
+        "a download or a copy that did not end ({found}); download or copy it again",
     ),
     (
         r"(?:model|pytorch_model)-[0-9]+-of-[0-9]+\.(?:safetensors|bin)",
@@ -65,6 +75,35 @@ _KINDS = (
         "checkpoint_metadata.json, model_config.json and model/",
     ),
     (
+        r"rank[0-9]+\.pt|optim/",
+        "a part for each process of OLMo's first trainer ({found}); put them together with its "
+        "scripts/unshard.py",
+    ),
+    (
+        r"checkpoint.*-(?:model_part|shard).*\.pt",
+        "a part for each process of metaseq ({found}); write it with the "
+        "convert_opt_original_pytorch_checkpoint_to_pytorch.py of transformers 4",
+    ),
+    (
+        r"(?:actor|critic)/",
+        "a checkpoint of verl ({found}) without the parts of FSDP that are read, "
+        "actor/model_world_size_*_rank_*.pt; write it with verl's `python -m verl.model_merger "
+        "merge` and name that",
+    ),
+    (
+        r"(?:model-rank-[0-9]+-part-[0-9]+|rank[0-9]+)\.safetensors",
+        "weights as vLLM or TensorRT-LLM splits them to serve them ({found}); scan the model that "
+        "they were made of",
+    ),
+    (
+        r"model_[0-9]{8}\.bin",
+        "a checkpoint of llm.c ({found}); write it with its dev/eval/export_hf.py",
+    ),
+    (
+        r"model_index\.json",
+        "a pipeline of Diffusers ({found}); read are decoders of text",
+    ),
+    (
         r"model_weights/|context/",
         "a checkpoint of NeMo ({found}); write it with `nemo llm export path=... target=hf "
         "output_path=...`",
@@ -79,14 +118,27 @@ _KINDS = (
         "tools/ckpts/convert_neox_to_hf.py",
     ),
     (
+        r".*-[0-9]{5}-of-[0-9]{5}\.gguf",
+        "parts of one GGUF ({found}); join them with llama.cpp's llama-gguf-split --merge",
+    ),
+    (
         r".*\.gguf",
         "files of GGUF ({found}); name the one to measure, or scan the model they were made of",
     ),
     (
-        r"tf_model\.h5|.*\.h5|flax_model.*\.msgpack|model\.ckpt\.(?:index|meta|data.*)|"
+        r"tf_model\.h5|.*\.h5|flax_model.*\.msgpack|.*\.ckpt(?:-[0-9]+)?\.(?:index|meta|data.*)|"
         r"saved_model\.pb",
         "weights of TensorFlow or Flax ({found}); load them with an older transformers "
         "(4.x, from_tf=True or from_flax=True) and save them with save_pretrained",
+    ),
+    (
+        r".*\.keras",
+        "a model of Keras ({found}); write it with KerasHub's export_to_transformers",
+    ),
+    (
+        r".*\.(?:pdparams|pdiparams|mindir|msgpack)|streaming_(?:params|train_state).*",
+        "weights of Paddle, MindSpore or Flax ({found}); write them with that framework's own "
+        "converter to Hugging Face",
     ),
     (
         r"_CHECKPOINT_METADATA|_METADATA|manifest\.ocdbt|ocdbt\.process_.*|_sharding",
@@ -98,17 +150,28 @@ _KINDS = (
         "arrays of NumPy ({found}); save the model with save_pretrained",
     ),
     (
-        r".*\.onnx.*|.*\.(?:tflite|mlmodel|mlpackage/?|engine|plan)",
+        r".*\.onnx.*|.*\.(?:tflite|mlmodel|mlpackage/?|engine|plan|pte|pt2|torchscript)|"
+        r"openvino_model\.(?:xml|bin)",
         "an exported graph ({found}), of which no block can be read; scan the model it was made of",
     ),
     (
-        r".*\.(?:tar|tar\.gz|tgz|tar\.zst|zip|7z)",
-        "a packed archive ({found}); unpack it first",
+        r".*\.(?:tar|tgz|zip|7z|gz|bz2|xz|zst|lz4)(?:\.[0-9]+)?|.*\.part[-_]?(?:[a-z]{2}|[0-9]+)",
+        "a packed archive, or its parts ({found}); unpack or join them first",
     ),
     (
         r"(?:pytorch_model_fsdp_[0-9]+|model_and_optim)/|.*\.distcp",
         "shards ({found}) without .metadata, which is written last; unless that is still to come, "
         "they cannot be put together",
+    ),
+    (
+        r"(?:\w+_)?(?:train|val|valid|validation|test)(?:[-_][0-9]+)*(?:-of-[0-9]+)?"
+        r"\.(?:bin|idx|parquet|jsonl?|arrow)|.*\.arrow|dataset_info\.json|.*_document\.(?:bin|idx)",
+        "a data set ({found}) and no weights; name the directory of the checkpoints",
+    ),
+    (
+        rf"(?!{_STATE}).*\.(?:pkl|pickle|joblib)",
+        "a pickle of Python objects ({found}), which can run code and is not read; load it where "
+        "you trust it, and save the model with save_pretrained",
     ),
     (
         rf"(?!{_STATE}).*\.(?:safetensors|bin|pth?|ckpt)",
@@ -177,7 +240,7 @@ def known(files: Files) -> str | None:
             f"such as '.*-(?P<step>[0-9]+)/{re.escape(found[0][:-1])}'"
         )
     for pattern, said in _KINDS:
-        found = [name for name in there if re.fullmatch(pattern, name)]
+        found = [name for name in there if re.fullmatch(pattern, name, re.IGNORECASE)]
         if found and (found != ["context/"] or "weights/" in there):
             return f"{files.location} holds {said.format(found=few(found))}"
     return None
@@ -201,4 +264,8 @@ def few(found: Sequence[str]) -> str:
 def names(files: Files) -> list[str]:
     """What a directory holds; directories with a slash behind their names."""
     found = islice(files.entries(), _MOST)
-    return sorted(entry.name + ("/" if entry.directory else "") for entry in found)
+    return sorted(
+        entry.name + ("/" if entry.directory else "")
+        for entry in found
+        if not entry.name.startswith("._")  # macOS's notes on a file of that name
+    )

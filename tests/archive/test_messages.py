@@ -14,7 +14,7 @@ import transformers
 
 from sinktrack import ArchiveError, Probe, Run, scan
 from sinktrack.archive import names
-from sinktrack.archive.discover import NoCheckpoint, discover
+from sinktrack.archive.discover import NoCheckpoint, archives_below, discover
 from sinktrack.archive.huggingface import load
 from sinktrack.errors import AnotherModel
 from sinktrack.scan import choose_probe
@@ -85,7 +85,7 @@ SAID = {
         "holds an exported graph (model.onnx), of which no block can be read; scan the model it"
         " was made of"
     ),
-    "packed": ("holds a packed archive (step1000.tar.gz); unpack it first"),
+    "packed": ("holds a packed archive, or its parts (step1000.tar.gz); unpack or join them first"),
     "distributed, unfinished": (
         "holds shards (__0_0.distcp, __1_0.distcp) without .metadata, which is written last; "
         "unless that is still to come, they cannot be put together"
@@ -93,6 +93,56 @@ SAID = {
     "another name": (
         "holds weights under a name that is not read (model.fp16.safetensors); save the model "
         "with save_pretrained"
+    ),
+    "an adapter in another file": (
+        "holds an adapter's weights in a file that PEFT does not load (adapter_model.pt); save "
+        "them with PEFT's save_pretrained"
+    ),
+    "OLMo, parts": (
+        "holds a part for each process of OLMo's first trainer (rank0.pt, rank1.pt); put them "
+        "together with its scripts/unshard.py"
+    ),
+    "metaseq, parts": (
+        "holds a part for each process of metaseq (checkpoint_1000-model_part-0-shard0.pt, "
+        "checkpoint_1000-model_part-0-shard1.pt); write it with the "
+        "convert_opt_original_pytorch_checkpoint_to_pytorch.py of transformers 4"
+    ),
+    "verl, not of FSDP": (
+        "holds a checkpoint of verl (actor/) without the parts of FSDP that are read, "
+        "actor/model_world_size_*_rank_*.pt; write it with verl's `python -m verl.model_merger "
+        "merge` and name that"
+    ),
+    "vLLM, TensorRT-LLM": (
+        "holds weights as vLLM or TensorRT-LLM splits them to serve them "
+        "(model-rank-0-part-0.safetensors, model-rank-1-part-0.safetensors); scan the model that "
+        "they were made of"
+    ),
+    "llm.c": (
+        "holds a checkpoint of llm.c (model_00001000.bin); write it with its dev/eval/export_hf.py"
+    ),
+    "Diffusers": ("holds a pipeline of Diffusers (model_index.json); read are decoders of text"),
+    "parts of GGUF": (
+        "holds parts of one GGUF (model-00001-of-00002.gguf, model-00002-of-00002.gguf); join "
+        "them with llama.cpp's llama-gguf-split --merge"
+    ),
+    "Keras": (
+        "holds a model of Keras (model.keras); write it with KerasHub's export_to_transformers"
+    ),
+    "Paddle, MindSpore, EasyLM": (
+        "holds weights of Paddle, MindSpore or Flax (model_state.pdparams); write them with that "
+        "framework's own converter to Hugging Face"
+    ),
+    "cut short": (
+        "holds a download or a copy that did not end (model.safetensors.incomplete); download or "
+        "copy it again"
+    ),
+    "a data set": (
+        "holds a data set (train.bin, val.bin) and no weights; name the directory of the "
+        "checkpoints"
+    ),
+    "a pickle": (
+        "holds a pickle of Python objects (model.pkl), which can run code and is not read; load "
+        "it where you trust it, and save the model with save_pretrained"
     ),
     "state of training alone": (
         "holds the state of training (optimizer.pt, rng_state.pth, trainer_state.json) and no "
@@ -192,6 +242,7 @@ def test_a_pattern_that_is_suggested_works_as_printed(name: str, tmp_path: Path)
         ("step50000-tokens210B", 50_000, 210 * 10**9),  # Apertus
         ("epoch=1-step=20.ckpt", 20, None),  # Lightning
         ("ep0-ba100-rank0", 100, None),  # Composer
+        ("global_step_20", 20, None),  # verl
         ("step-00001000", 1000, None),  # litgpt
     ],
 )
@@ -212,6 +263,37 @@ def test_the_model_in_the_output_directory(
     assert [found.step for found in discover(tmp_path)] == [7, 9]
     (tmp_path / "trainer_state.json").write_text('{"global_step": 7}')
     assert [found.files.name for found in discover(tmp_path)] == ["checkpoint-7"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "pattern"),
+    [
+        (("1000", "20000"), "(?P<step>[0-9]+)"),
+        (("runs/model:v1", "runs/model:v2"), "runs/model:v(?P<step>[0-9]+)"),
+        (("epoch_1", "epoch_2"), "epoch_(?P<step>[0-9]+)"),
+    ],
+)
+def test_numbered_saves_are_no_sweep(paths: tuple[str, str], pattern: str, tmp_path: Path) -> None:
+    """Nor a step 0 each."""
+    for path in paths:
+        models.llama(num_hidden_layers=1).save_pretrained(tmp_path / path)
+    with pytest.raises(NoCheckpoint, match=re.escape(f"--pattern '{pattern}' where")):
+        discover(tmp_path)
+    assert [found.name for found in discover(tmp_path, pattern)] == list(paths)
+    if ":" not in pattern:
+        assert not archives_below(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["JAX, Orbax", "NeMo 1", "TensorFlow, Flax", "PEFT adapters"])
+@pytest.mark.parametrize("name", ["100", "epoch_3", "model--step=99-last"])
+def test_what_stands_below_is_told(kind: str, name: str, tmp_path: Path) -> None:
+    archive_kinds.build(kind, tmp_path / name / "default")
+    with pytest.raises(NoCheckpoint) as raised:
+        discover(tmp_path)
+    if kind == "PEFT adapters":  # are read, with --base
+        assert "; checkpoints are in" in str(raised.value) or "--pattern '" in str(raised.value)
+    else:
+        assert str(raised.value).endswith(f"; {tmp_path / name / 'default'} {SAID[kind]}")
 
 
 def test_a_sweep_makes_a_run_of_each_child(

@@ -19,6 +19,7 @@ from sinktrack import ArchiveError, Probe, measure, scan
 from sinktrack.archive.discover import discover
 from sinktrack.archive.huggingface import load
 from sinktrack.archive.source import open as open_source
+from sinktrack.archive.storage.files import Files
 from tests.helpers import models
 
 PROBE = Probe.random(models.VOCABULARY, sequences=2, length=8)
@@ -343,6 +344,20 @@ def test_rows_and_matrices_with_one_scale(tmp_path: Path, method: str) -> None:
         described(path, {"quant_method": method, "quant_algo": "NVFP4"})
         with pytest.raises(ArchiveError, match="quantized weights are not supported"):
             read(path)
+
+
+def test_who_has_no_weight_of_8_bits_is_not_asked_for_its_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    exists = Files.exists
+    monkeypatch.setattr(
+        Files, "exists", lambda self, name: asked.append(name) or exists(self, name)
+    )
+    llama().to(torch.bfloat16).save_pretrained(tmp_path)
+    read(tmp_path)
+    assert "config.json" not in asked and "adapter_config.json" in asked
+    assert "hf_quant_config.json" not in asked
 
 
 @pytest.mark.parametrize("said", [True, False])
