@@ -87,8 +87,8 @@ _KINDS = (
     (
         r"(?:actor|critic)/",
         "a checkpoint of verl ({found}) without the parts of FSDP that are read, "
-        "actor/model_world_size_*_rank_*.pt; write it with verl's `python -m verl.model_merger "
-        "merge` and name that",
+        "actor/model_world_size_*_rank_*.pt; --pattern finds what lies further below, such as a "
+        "model in actor/huggingface, else `python -m verl.model_merger merge` of verl writes one",
     ),
     (
         r"(?:model-rank-[0-9]+-part-[0-9]+|rank[0-9]+)\.safetensors",

@@ -322,7 +322,7 @@ def _signal(run: Run) -> dict[str, Any]:
 def _define(active: Any, names: Iterable[str]) -> None:
     """Give what is about to be logged its axis, each name once.
 
-    By itself and not by a pattern: where a trainer's ``*`` matches, too, W&B 0.29 takes any of both.
+    By itself and not by a pattern: of a trainer's ``*`` and another one W&B 0.29 takes either.
     """
     if active not in _defined:
         active.define_metric(_AXIS, hidden=True)

@@ -109,8 +109,8 @@ SAID = {
     ),
     "verl, not of FSDP": (
         "holds a checkpoint of verl (actor/) without the parts of FSDP that are read, "
-        "actor/model_world_size_*_rank_*.pt; write it with verl's `python -m verl.model_merger "
-        "merge` and name that"
+        "actor/model_world_size_*_rank_*.pt; --pattern finds what lies further below, such as a "
+        "model in actor/huggingface, else `python -m verl.model_merger merge` of verl writes one"
     ),
     "vLLM, TensorRT-LLM": (
         "holds weights as vLLM or TensorRT-LLM splits them to serve them "
