@@ -82,7 +82,7 @@ def discover(
     """
     files = Files(archive)
     if files.local and not os.path.lexists(files.location):
-        raise ArchiveError(f"{files.location} is not a directory{_meant(str(archive), files)}")
+        raise ArchiveError(f"there is nothing at {files.location}{_meant(str(archive), files)}")
     if files.local and os.path.isfile(files.location) and pattern is None:
         found = _in_file(files.location)
         if not found:
@@ -114,8 +114,11 @@ def base_model(location: str | Path) -> Checkpoint:
         ArchiveError: it is not there, or several.
     """
     files = Files(location)
+    if files.local and not os.path.lexists(files.location):
+        said = f"--base {location}: there is nothing at {files.location}"
+        raise ArchiveError(f"{said}{_meant(str(location), files)}")
     if files.local and not os.path.isdir(files.location):
-        raise ArchiveError(f"--base {location} is not a directory{_meant(str(location), files)}")
+        raise ArchiveError(f"--base {location} is not a directory; name that of the model")
     place = _main(files)
     found = [] if place.lost else _read_by_a_format(place.files)
     if len(found) != 1 or found[0].reason is not None or found[0].format == "adapters":

@@ -273,7 +273,10 @@ class _ScanReporter:
                 ERR.print(f"measured: {checkpoint.name}{self._left()}", markup=False)
             if self._blocks and "measured_blocks" not in outcome and not self._partial:
                 self._partial = True
-                ERR.print(f"all blocks are measured: the model has no more than {self._blocks}")
+                held = outcome["model"]["blocks"]
+                ERR.print(
+                    f"--blocks {self._blocks}: the model has {held}, all of them are measured"
+                )
             if "measured_blocks" in outcome and not self._partial:
                 self._partial = True
                 ERR.print(

@@ -195,9 +195,10 @@ def test_what_else_may_have_been_meant(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "runs/one/checkpoints/checkpoint-5").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     for archive, said in {
-        "EleutherAI/pythia-14m": "not a directory; for the repository .* hf://EleutherAI/pythia",
-        "runs/oen": "runs/oen is not a directory; there is .*/runs/one$",
+        "EleutherAI/pythia-14m": "nothing at .*/pythia-14m; for the repository .* hf://EleutherAI/pythia",
+        "runs/oen": "there is nothing at .*runs/oen; there is .*/runs/one$",
         "runs/one": "there is checkpoints.; checkpoints are in .*/runs/one/checkpoints: name that",
+        "X.ckpt": "there is nothing at .*/X.ckpt$",
         "a.json": "a.json is a file that holds no weights by name; name the directory",
     }.items():
         with pytest.raises(ArchiveError, match=said):

@@ -205,6 +205,18 @@ def test_a_damaged_file_is_named(damage: str, tmp_path: Path) -> None:
         load(discover(**where)[0])
 
 
+def test_a_path_that_python_3_13_pickled(tmp_path: Path) -> None:
+    """There ``PosixPath`` is of ``pathlib._local``; other versions have no such module."""
+    where = saved(models.llama(), tmp_path)
+    file = where["archive"] / "step-7" / ".metadata"
+    names = source(where).names()
+    moved = pickle.dumps(pickle.loads(file.read_bytes()), protocol=0)  # names, a line each
+    written = moved.replace(b"cpathlib\nPosixPath", b"cpathlib._local\nPosixPath")
+    assert b"cpathlib._local\n" in written
+    file.write_bytes(written)
+    assert source(where).names() == names
+
+
 def test_a_pickle_that_calls_something_is_refused(tmp_path: Path) -> None:
     class Malicious:
         def __reduce__(self) -> tuple[object, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING
 
 from sinktrack import Probe
@@ -107,12 +109,20 @@ EXACT: dict[str, dict[str, Any]] = {
 
 
 SLOW = {"granitemoehybrid"}
+OTHERWISE = {
+    "aria_text", "dbrx", "doge", "glm4_moe_lite", "granitemoe", "granitemoeshared",
+    "recurrent_gemma",
+}  # fmt: skip
+"""Families whose code in transformers 5.12.1 is not that of 5.23: experts in one call, a forward that
+fails at these sizes, attention of their own."""
 
 
 def tiny(family: str, changes: dict[str, Any]) -> Any:
     """A model of the family from those of our arguments that its configuration knows."""
     if family not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {family}")
+    if family in OTHERWISE and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip(f"an older transformers builds {family} otherwise; the outcomes are of 5.23")
     config = CONFIG_MAPPING[family]
     if "vocab_size" in changes:  # its configuration has names of its own
         return models.build(config(**{k: v for k, v in changes.items() if hasattr(config(), k)}))

@@ -283,7 +283,7 @@ def test_without_a_probe_the_command_says_what_it_takes(archive: Path, tmp_path:
     ("arguments", "message"),
     [
         (["scan", "{tmp}/empty", "--run", "{tmp}/run"], "no checkpoint in .*empty"),
-        (["scan", "{tmp}/missing", "--run", "{tmp}/run"], "missing is not a directory"),
+        (["scan", "{tmp}/missing", "--run", "{tmp}/run"], "there is nothing at .*missing"),
         (["scan", "{tmp}/archive", "--run", "{tmp}/file"], "cannot write to the run directory"),
         (["scan", "{tmp}/archive", "--run", "{tmp}/run", "--probe", "{tmp}/no"], "no probe file"),
         (["scan", "{tmp}/archive"], "Missing option '--run'"),

@@ -80,12 +80,24 @@ def compare(given: Any, files: Files) -> None:
     except ArchiveError:  # not saved, or with scaled RoPE: the given one is all there is
         return
     for name in _COMPARED:
-        ours, theirs = getattr(given, name, None), getattr(saved, name, None)
+        ours, theirs = (_alike(getattr(one, name, None)) for one in (given, saved))
         if ours != theirs:
             raise ArchiveError(
                 f"{files.path('config.json')} and the configuration given disagree: {name} is "
                 f"{short(theirs)} there, {short(ours)} in yours; which is right is for you to say"
             )
+
+
+def _alike(value: Any) -> Any:
+    """RoPE's parameters of each kind of attention as one, where all are equal.
+
+    Which of both forms a configuration has depends on transformers' version.
+    """
+    inner = [own for own in value.values() if isinstance(own, dict)] if type(value) is dict else []
+    if inner and all(own == inner[0] for own in inner):
+        outer = {name: own for name, own in value.items() if not isinstance(own, dict)}
+        return inner[0] if outer in ({}, inner[0]) else value
+    return value
 
 
 def read(files: Files) -> Any:

@@ -89,6 +89,8 @@ class _Memo(list[Any]):
             super().__setitem__(index, value)
 
 
+_MOVED = {"pathlib._local": "pathlib"}
+"""What Python 3.13 calls a module of before and after."""
 _Interpreter: Any = vars(pickle)["_Unpickler"]
 
 
@@ -101,6 +103,7 @@ class _Unpickler(_Interpreter):  # type: ignore[misc]
         self.admitted, self.what, self.any = admitted, what, "*" in admitted
 
     def find_class(self, module: str, name: str) -> Any:
+        module = _MOVED.get(module, module)
         full = f"{module}.{name}"
         found = getattr(torch, name, None) if module == "torch" else None
         if full in self.admitted and isinstance(found, torch.dtype):
