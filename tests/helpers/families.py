@@ -113,8 +113,8 @@ OTHERWISE = {
     "aria_text", "dbrx", "doge", "glm4_moe_lite", "granitemoe", "granitemoeshared",
     "recurrent_gemma",
 }  # fmt: skip
-"""Families whose code in transformers 5.12.1 is not that of 5.23: experts in one call, a forward that
-fails at these sizes, attention of their own."""
+"""Families whose code in transformers 5.12.1 is not that of 5.23: experts in one call, a forward
+that fails at these sizes, attention of their own."""
 
 
 def tiny(family: str, changes: dict[str, Any]) -> Any:
