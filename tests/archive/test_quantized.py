@@ -351,9 +351,12 @@ def test_who_has_no_weight_of_8_bits_is_not_asked_for_its_settings(
 ) -> None:
     asked: list[str] = []
     exists = Files.exists
-    monkeypatch.setattr(
-        Files, "exists", lambda self, name: asked.append(name) or exists(self, name)
-    )
+
+    def counted(self: Files, name: str) -> bool:
+        asked.append(name)
+        return exists(self, name)
+
+    monkeypatch.setattr(Files, "exists", counted)
     llama().to(torch.bfloat16).save_pretrained(tmp_path)
     read(tmp_path)
     assert "adapter_config.json" in asked and "hf_quant_config.json" not in asked
