@@ -211,17 +211,17 @@ def _trainer() -> Any:
     """The Trainer whose event this is. It gives its callbacks all but itself and each other."""
     frame = inspect.currentframe()
     while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Trainer):
-            return found
+        trainer = frame.f_locals.get("self")
+        if isinstance(trainer, Trainer):
+            return trainer
         frame = frame.f_back
     return None
 
 
 def _counted() -> int | None:
     """Tokens that TRL's trainer has counted; None of another."""
-    found = getattr(_trainer(), "_total_train_tokens", None)
-    return None if found is None else int(found)
+    counted = getattr(_trainer(), "_total_train_tokens", None)
+    return None if counted is None else int(counted)
 
 
 def _replaced(args: TrainingArguments, state: TrainerState) -> bool:

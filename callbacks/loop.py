@@ -85,8 +85,8 @@ class SinkTracker:
 
     def _named(self, run: Any) -> Path | None:
         """The run directory; None where a framework's callback names one later."""
-        found: Path | None = directory_of(run)
-        return found
+        directory: Path | None = directory_of(run)
+        return directory
 
     def due(self, step: int) -> bool:
         """Is this one of the steps to probe?"""
@@ -328,13 +328,13 @@ class SinkTracker:
         try:
             if adapted.no_causal_tests is not None:
                 raise MeasurementError(adapted.no_causal_tests)
-            found = examine(
+            tests = examine(
                 adapted.model, self.probe, measurement, batch_size=self.options.probe_batch_size
             )
         except Exception as error:
             self._failed("causal tests", step, error)
             return {}
-        return {"position_card": found.pop("position_card"), "causal": found}
+        return {"position_card": tests.pop("position_card"), "causal": tests}
 
     def _judge(self, record: dict[str, Any]) -> None:
         """Follow the signal; a fall of the sink is told in the log and as a W&B alert."""
@@ -407,11 +407,11 @@ def loggers_of(given: Any) -> list[Logger]:
         return [wandb.WeightsAndBiases()]
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(f"loggers={given!r}: wanted a list of loggers")
-    found = list(given)
-    for one in found:
+    loggers = list(given)
+    for one in loggers:
         if isinstance(one, type) or not isinstance(one, Logger):
             raise TypeError(f"loggers: {one!r} has no log, alert and close")
-    return found
+    return loggers
 
 
 def _name(logger: Logger) -> str:

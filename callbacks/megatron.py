@@ -257,9 +257,9 @@ def _configuration(context: Any) -> Any:
 
 def _arguments() -> Any:
     """Megatron-LM's arguments; None where it is not what trains."""
-    found = sys.modules.get("megatron.training.global_vars")
+    module = sys.modules.get("megatron.training.global_vars")
     try:
-        return None if found is None else found.get_args()
+        return None if module is None else module.get_args()
     except AssertionError:  # loaded, not in use
         return None
 
@@ -314,8 +314,8 @@ def _grows(samples: int) -> bool:
 def _samples(context: Any) -> int | None:
     """Samples seen, as far as they are counted."""
     counts = _state(context) or _arguments()
-    found = getattr(counts, "consumed_train_samples", None)
-    return None if found is None else int(found)
+    samples = getattr(counts, "consumed_train_samples", None)
+    return None if samples is None else int(samples)
 
 
 def _batch() -> int | None:
@@ -331,5 +331,5 @@ def _length(context: Any) -> int | None:
     """Tokens of a sample."""
     configuration = _configuration(context)
     model = _arguments() if configuration is None else getattr(configuration, "model", None)
-    found = getattr(model, "seq_length", None)
-    return None if found is None else int(found)
+    length = getattr(model, "seq_length", None)
+    return None if length is None else int(length)

@@ -109,19 +109,19 @@ def attend(
     own = lse
 
     def mixing() -> Tensor:
-        found = squares
-        if found is None:
-            found = _squares(query, key, value, own, scale, mask, allow_future_keys)
-        return found * (own - lse).mul_(2).exp_()
+        squared = squares
+        if squared is None:
+            squared = _squares(query, key, value, own, scale, mask, allow_future_keys)
+        return squared * (own - lse).mul_(2).exp_()
 
     def onto(keys: Tensor) -> Tensor:
         marked = keys[:, None, :, None].float().expand(-1, key.shape[1], -1, 1)
         wide = query.float(), key.float(), marked
         if softcap is not None:
-            found, *_ = _chunked(*wide, scale, mask, softcap, allow_future_keys)
+            received, *_ = _chunked(*wide, scale, mask, softcap, allow_future_keys)
         else:
-            found, *_ = _fused(*wide, scale, mask, allow_future_keys)
-        return found[..., 0] * (own - lse).exp()
+            received, *_ = _fused(*wide, scale, mask, allow_future_keys)
+        return received[..., 0] * (own - lse).exp()
 
     sink = None
     if sinks is not None:  # one more term of the denominator, after the fact

@@ -76,13 +76,13 @@ class Write:
 
     def parts(self) -> list[tuple[str, int | None]]:
         """Kind and index of the parts that it is made of: heads, or the experts of any token."""
-        found: list[tuple[str, int | None]] = []
+        parts: list[tuple[str, int | None]] = []
         if self.projection is not None:
-            found += [("head", head) for head in range(self.projection.heads)]
+            parts += [("head", head) for head in range(self.projection.heads)]
         if self.routed is not None:
-            found += [("expert", expert) for expert in self.routed.index.unique().tolist()]
-            found.append(("shared_expert", None))
-        return found
+            parts += [("expert", expert) for expert in self.routed.index.unique().tolist()]
+            parts.append(("shared_expert", None))
+        return parts
 
     def part(self, kind: str, index: int | None) -> Tensor | None:
         """``[B, T, D]``: what a component writes; None where it cannot be told exactly.

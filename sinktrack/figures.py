@@ -165,5 +165,5 @@ def _colours(count: int) -> list[str]:
     from plotly.colors import sample_colorscale
 
     scale = [[i / (len(_DEPTHS) - 1), colour] for i, colour in enumerate(_DEPTHS)]
-    found: list[str] = sample_colorscale(scale, count)
-    return found
+    colours: list[str] = sample_colorscale(scale, count)
+    return colours

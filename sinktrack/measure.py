@@ -74,22 +74,22 @@ def measure(
     from sinktrack.models.live import device_of, forward, readable, refuse_another_model
 
     passes = Passes(probe, batch_size)
-    found = readable(adapted.model, probe)
-    device = device_of(found)
-    refuse_another_model(found, probe)
-    with probe_context(found.model, passes.size, probe):
+    decoder = readable(adapted.model, probe)
+    device = device_of(decoder)
+    refuse_another_model(decoder, probe)
+    with probe_context(decoder.model, passes.size, probe):
         for observer, batches in passes.both:
-            with watch(found, observer):
+            with watch(decoder, observer):
                 for tokens in batches:
-                    forward(found.model, tokens.to(device))
-        passes.ablate(found, found.model.base_model, in_training)
-        for index in found.blocks:
+                    forward(decoder.model, tokens.to(device))
+        passes.ablate(decoder, decoder.model.base_model, in_training)
+        for index in decoder.blocks:
             passes.step_ablated(index)
-    digest = Digest(found.model.get_input_embeddings().weight, passes.first)
-    for block in found.blocks.values():
+    digest = Digest(decoder.model.get_input_embeddings().weight, passes.first)
+    for block in decoder.blocks.values():
         digest.add(block)
-    _refuse_a_part(found, passes.collected)
-    return passes.measurement(found, digest.hex())
+    _refuse_a_part(decoder, passes.collected)
+    return passes.measurement(decoder, digest.hex())
 
 
 def _measure_apart(
@@ -139,10 +139,10 @@ def measure_streamed(
         ArchiveError: a weight is missing or damaged.
         ProbeError, MeasurementError: as `measure`.
     """
-    (found,) = measure_together(
+    (measured,) = measure_together(
         streamed, [probe], blocks=blocks, batch_size=batch_size, in_training=in_training
     )
-    return found
+    return measured
 
 
 @torch.no_grad()
@@ -166,14 +166,14 @@ def measure_together(
     own, *others = probes
     size = batch_size or own.sequences
     passes = [Passes(own, batch_size), *(Passes(other, size) for other in others)]
-    found = streamed.decoder
+    decoder = streamed.decoder
     for probe in probes:
-        check(probe, found)
+        check(probe, decoder)
     streamed.load_surroundings(torch.cat([probe.tokens.flatten() for probe in probes]))
-    total = len(found.blocks)
+    total = len(decoder.blocks)
     count = total if blocks is None else min(blocks, total)
     shown = dataclasses.replace(
-        found, blocks={index: found.blocks[index] for index in range(count)}
+        decoder, blocks={index: decoder.blocks[index] for index in range(count)}
     )
     embedding = streamed.base.get_input_embeddings()
     device = embedding.weight.device
@@ -182,12 +182,12 @@ def measure_together(
         walks = [
             (
                 observer,
-                [BlockwiseForward(found, streamed.base, tokens.to(device)) for tokens in batches],
+                [BlockwiseForward(decoder, streamed.base, tokens.to(device)) for tokens in batches],
             )
             for of_probe in passes
             for observer, batches in of_probe.both
         ]
-        passes[0].ablate(found, streamed.base, in_training)
+        passes[0].ablate(decoder, streamed.base, in_training)
         for index in range(count):
             with streamed.block(index, index + 1 if index + 1 < count else None) as block:
                 digest.add(block)
@@ -197,9 +197,11 @@ def measure_together(
                             walk.step(index)
                 passes[0].step_ablated(index)
     for of_probe in passes:
-        _refuse_a_part(found, of_probe.collected)
+        _refuse_a_part(decoder, of_probe.collected)
     weights = [digest.hex() if count == total else None, *[None] * len(others)]
-    return [of_probe.measurement(found, own) for of_probe, own in zip(passes, weights, strict=True)]
+    return [
+        of_probe.measurement(decoder, own) for of_probe, own in zip(passes, weights, strict=True)
+    ]
 
 
 def _refuse_a_part(found: Decoder, collected: Collector) -> None:

@@ -240,30 +240,30 @@ def assemble(
     collected.check()
     alone.check()
     seen = Seen(collected, alone, first_tokens, kinds, ablated)
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name, metric in METRICS.items():
         try:
-            computed = metric.compute(seen, found)
+            computed = metric.compute(seen, values)
         except Unmeasured as error:
             computed = {each.name: None for each in metric.fields}
             missing |= dict.fromkeys(computed or [name], str(error))
         missing |= computed.pop("missing", {})
-        found |= computed
-    found["intervals"] = _intervals(seen, found)
+        values |= computed
+    values["intervals"] = _intervals(seen, values)
     stored = set(dtypes)
     dtype = next(iter(stored)) if len(stored) == 1 else collected.dtype
     return Measurement(
         dtype=str(dtype).removeprefix("torch."),
         block_kinds=tuple(kinds),
         measured_blocks=seen.measured,
-        visible_queries_by_sequence=found["visible_queries"],
-        p0_attention_by_sequence=found["p0_attention"],
-        own_attention_by_sequence=found["own_attention"],
-        localization=found.get("localization") or Localization(),
-        sinks=found["sinks"],
+        visible_queries_by_sequence=values["visible_queries"],
+        p0_attention_by_sequence=values["p0_attention"],
+        own_attention_by_sequence=values["own_attention"],
+        localization=values.get("localization") or Localization(),
+        sinks=values["sinks"],
         missing=missing,
-        values={name: found.get(name) for name in (*FIELDS, "intervals")},
+        values={name: values.get(name) for name in (*FIELDS, "intervals")},
         **identity,
     )
 

@@ -350,8 +350,8 @@ def _encoder(tokenizer: Any) -> Callable[[str], Sequence[int]]:
     if hasattr(tokenizer, "encode") and hasattr(tokenizer, "token_to_id"):
 
         def encode(text: str) -> list[int]:
-            found = tokenizer.encode(text)
-            return [id for id, real in zip(found.ids, found.attention_mask, strict=True) if real]
+            ids = tokenizer.encode(text)
+            return [id for id, real in zip(ids.ids, ids.attention_mask, strict=True) if real]
 
         return encode
     raise ProbeError(

@@ -37,9 +37,9 @@ def make(directory: Path) -> None:
 def _install(target: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries", "1",
                "--target", str(target), *PACKAGES]  # fmt: skip
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        said = found.stderr.strip().splitlines() or [f"exit code {found.returncode}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"cannot install {' and '.join(PACKAGES)}: {said[-1]}")
 
 

@@ -54,10 +54,10 @@ def lines(path: Path) -> list[str]:
     Raises:
         OSError, ValueError: as of `read`.
     """
-    found = read(path).split("\n")
-    if not found[-1]:
-        del found[-1]
-    return [line.removesuffix("\r").lstrip("\ufeff") for line in found]
+    split = read(path).split("\n")
+    if not split[-1]:
+        del split[-1]
+    return [line.removesuffix("\r").lstrip("\ufeff") for line in split]
 
 
 def printable(name: str) -> str:

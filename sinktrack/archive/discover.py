@@ -84,27 +84,27 @@ def discover(
     if files.local and not os.path.lexists(files.location):
         raise ArchiveError(f"there is nothing at {files.location}{_meant(str(archive), files)}")
     if files.local and os.path.isfile(files.location) and pattern is None:
-        found = _in_file(files.location)
-        if not found:
+        checkpoints = _in_file(files.location)
+        if not checkpoints:
             raise NoCheckpoint(
                 f"{files.location} is a file that holds no weights by name; name the directory of "
                 "a checkpoint, or of several"
             )
     elif pattern is not None:
-        found = _matching(files, names.Pattern(pattern))
+        checkpoints = _matching(files, names.Pattern(pattern))
     else:
-        found = _known_by_name(files)
+        checkpoints = _known_by_name(files)
     if hf_config is not None:
-        found = [replace(checkpoint, config=Files(hf_config)) for checkpoint in found]
+        checkpoints = [replace(checkpoint, config=Files(hf_config)) for checkpoint in checkpoints]
     if base is not None:
         model = base_model(base)
-        if all(one.format != "adapters" and one.reason is None for one in found):
+        if all(one.format != "adapters" and one.reason is None for one in checkpoints):
             raise ArchiveError(f"{files.location} holds no adapters: leave out --base (base)")
-        found = [
+        checkpoints = [
             replace(one, base=model, reason=None) if one.format == "adapters" else one
-            for one in found
+            for one in checkpoints
         ]
-    return in_order(found)
+    return in_order(checkpoints)
 
 
 def base_model(location: str | Path) -> Checkpoint:
@@ -120,11 +120,19 @@ def base_model(location: str | Path) -> Checkpoint:
     if files.local and not os.path.isdir(files.location):
         raise ArchiveError(f"--base {location} is not a directory; name that of the model")
     place = _main(files)
-    found = [] if place.lost else _read_by_a_format(place.files)
-    if len(found) != 1 or found[0].reason is not None or found[0].format == "adapters":
-        said = place.lost or (found and found[0].reason) or "name the directory of one model"
+    checkpoints = [] if place.lost else _read_by_a_format(place.files)
+    if (
+        len(checkpoints) != 1
+        or checkpoints[0].reason is not None
+        or checkpoints[0].format == "adapters"
+    ):
+        said = (
+            place.lost
+            or (checkpoints and checkpoints[0].reason)
+            or "name the directory of one model"
+        )
         raise ArchiveError(f"--base {location} is no model that is read: {said}")
-    return found[0]
+    return checkpoints[0]
 
 
 def archives_below(
@@ -138,9 +146,9 @@ def archives_below(
     Each is a child, or a directory not far below it that holds its checkpoints.
     """
     files = Files(directory)
-    found: dict[str, str] = {}
+    archives: dict[str, str] = {}
     if not files.local or not os.path.isdir(files.location):
-        return found
+        return archives
     for name, dangling in sorted(_directories(files).items()):
         child = files.at(name)
         if dangling:
@@ -154,9 +162,9 @@ def archives_below(
                     inner and inner[0].files == child and (names.alike(name) or name.isdecimal())
                 )
                 if place and not saved and (adapted or any(one.reason is None for one in inner)):
-                    found[name] = place
+                    archives[name] = place
                     break
-    return found
+    return archives
 
 
 def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
@@ -165,14 +173,14 @@ def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     Raises:
         ArchiveError: two that can be measured have the same step.
     """
-    found = sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
-    for one, other in pairwise([one for one in found if one.reason is None]):
+    ordered = sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+    for one, other in pairwise([one for one in ordered if one.reason is None]):
         if one.step == other.step:
             raise ArchiveError(
                 f"{one.where} and {other.where} are both of step {one.step}; "
                 "choose with --pattern, scan each into a run of its own, or move one of them"
             )
-    return found
+    return ordered
 
 
 def checkpoint_at(files: Files, format: str, reason: str | None = None) -> Checkpoint:
@@ -208,14 +216,14 @@ def _in_file(path: str) -> list[Checkpoint]:
     """The checkpoint that a file is, or whose weights it holds."""
     files = Files(os.path.dirname(os.path.abspath(path)))
     name = os.path.basename(path)
-    found = _read_by_a_format(files)
-    if own := [one for one in found if one.file == name]:
+    checkpoints = _read_by_a_format(files)
+    if own := [one for one in checkpoints if one.file == name]:
         return own
     for layout in ("gguf_files", "trainer_files"):
         module = importlib.import_module(f"sinktrack.archive.layouts.{layout}")
         if (alone := module.alone(files, name)) is not None:
             return [alone]
-    return [one for one in found if one.file is None]
+    return [one for one in checkpoints if one.file is None]
 
 
 def _known_by_name(files: Files) -> list[Checkpoint]:
@@ -223,7 +231,7 @@ def _known_by_name(files: Files) -> list[Checkpoint]:
     if names.known(files.name) and (alone := _read_by_a_format(files)):
         return alone  # what lies in it, such as DeepSpeed's global_stepN, is a part of it
     revisions, places = _places(files, 1)
-    found: list[Checkpoint] = []
+    checkpoints: list[Checkpoint] = []
     passed: list[str] = []
     stages: dict[str, str] = {}
     for place in places:
@@ -231,19 +239,21 @@ def _known_by_name(files: Files) -> list[Checkpoint]:
         if named is None:
             passed.append(place.label)
             continue
-        found.extend(_at(place, named))
-        _check_number(files, found)
+        checkpoints.extend(_at(place, named))
+        _check_number(files, checkpoints)
         stages[named.stage] = place.label
     if len(stages) > 1:
         raise _several_stages(files, stages)
     own = names.known(files.name) is not None
-    if all((own and one.reason) or remains.of_deepspeed(one.files) for one in found):  # or none
-        if not found and revisions and (others := _others(passed)):
+    if all(
+        (own and one.reason) or remains.of_deepspeed(one.files) for one in checkpoints
+    ):  # or none
+        if not checkpoints and revisions and (others := _others(passed)):
             raise _unknown_revisions(files, others)
-        alone = _alone(files, passed, named=bool(found))
-        if not found or (alone and alone[0].format != "deepspeed"):
-            found = alone
-    if not found:
+        alone = _alone(files, passed, named=bool(checkpoints))
+        if not checkpoints or (alone and alone[0].format != "deepspeed"):
+            checkpoints = alone
+    if not checkpoints:
         raise _none(
             files,
             "looked for directories like checkpoint-N, stepN or iter_N, for files of trainers "
@@ -253,16 +263,16 @@ def _known_by_name(files: Files) -> list[Checkpoint]:
         )
     others = _others(passed)
     if not revisions:
-        looked = set(others[:_LOOKED_INTO]) if found and found[0].files != files else ()
+        looked = set(others[:_LOOKED_INTO]) if checkpoints and checkpoints[0].files != files else ()
         others = [
             label for label in others
             if names.alike(label) or (label in looked and _holds_model(files.at(label)))
         ]  # fmt: skip
     _tell(files, others)
     if not revisions:
-        _tell_of_files(files, found)
-        found += _final(files, found)
-    return list(_without_twins(found))
+        _tell_of_files(files, checkpoints)
+        checkpoints += _final(files, checkpoints)
+    return list(_without_twins(checkpoints))
 
 
 def _without_twins(found: Sequence[Checkpoint]) -> Iterator[Checkpoint]:
@@ -296,24 +306,24 @@ def _final(files: Files, found: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 def _matching(files: Files, pattern: names.Pattern) -> list[Checkpoint]:
     """What a pattern says of paths or revisions."""
-    found: list[Checkpoint] = []
+    checkpoints: list[Checkpoint] = []
     passed: list[str] = []
     for place in _places(files, _DEEPEST)[1]:
         if (named := pattern.read(place.label)) is None:
             passed.append(place.label)
             continue
-        found.extend(_at(place, named))
-        _check_number(files, found)
-    measured = {checkpoint.name for checkpoint in found if checkpoint.reason is None}
+        checkpoints.extend(_at(place, named))
+        _check_number(files, checkpoints)
+    measured = {checkpoint.name for checkpoint in checkpoints if checkpoint.reason is None}
     around = {path for name in measured for path in _above(name)}
-    found = [
-        checkpoint for checkpoint in found
+    checkpoints = [
+        checkpoint for checkpoint in checkpoints
         if checkpoint.reason is None
         or (checkpoint.name not in around and not measured.intersection(_above(checkpoint.name)))
     ]  # fmt: skip
-    if not found:
+    if not checkpoints:
         raise _none(files, f"looked for paths that {pattern} matches from beginning to end", passed)
-    return found
+    return checkpoints
 
 
 def _above(path: str) -> list[str]:
@@ -325,12 +335,12 @@ def _above(path: str) -> list[str]:
 def _at(place: _Place, named: names.Named) -> list[Checkpoint]:
     """What is at a place whose name gives the step: a checkpoint, or why there is none."""
     try:
-        found = [] if place.lost else _read_by_a_format(place.files)
-        if not found:
+        checkpoints = [] if place.lost else _read_by_a_format(place.files)
+        if not checkpoints:
             reason = place.lost or remains.of(place.files)
-            found = [Checkpoint(place.files, 0, None, FORMATS[0], "", reason=reason)]
+            checkpoints = [Checkpoint(place.files, 0, None, FORMATS[0], "", reason=reason)]
     except ArchiveError as error:  # no permission, or damaged: the others go on
-        found = [Checkpoint(place.files, 0, None, FORMATS[0], "", reason=str(error))]
+        checkpoints = [Checkpoint(place.files, 0, None, FORMATS[0], "", reason=str(error))]
     return [
         replace(
             checkpoint,
@@ -338,20 +348,22 @@ def _at(place: _Place, named: names.Named) -> list[Checkpoint]:
             tokens=checkpoint.tokens if named.tokens is None else named.tokens,
             name=place.label,
         )
-        for checkpoint in found
+        for checkpoint in checkpoints
     ]
 
 
 def _read_by_a_format(files: Files) -> list[Checkpoint]:
     """What the first format that knows a directory finds there."""
     for name in FORMATS:
-        found: list[Checkpoint] = importlib.import_module(f"sinktrack.archive.layouts.{name}").find(
-            files
-        )
-        if found and name == "megatron" and remains.of_deepspeed(files):
-            found = [replace(checkpoint, reason=remains.known(files)) for checkpoint in found]
-        if found:
-            return found
+        checkpoints: list[Checkpoint] = importlib.import_module(
+            f"sinktrack.archive.layouts.{name}"
+        ).find(files)
+        if checkpoints and name == "megatron" and remains.of_deepspeed(files):
+            checkpoints = [
+                replace(checkpoint, reason=remains.known(files)) for checkpoint in checkpoints
+            ]
+        if checkpoints:
+            return checkpoints
     if files.exists("config.json"):  # weights to come, or lost: opening it says so
         reason = None if files.once(_names_its_weights, "config.json") else remains.known(files)
         return [checkpoint_at(files, FORMATS[0], reason)]
@@ -378,8 +390,8 @@ def _alone(files: Files, passed: Sequence[str], named: bool) -> list[Checkpoint]
     if place.lost:
         return [Checkpoint(place.files, 0, None, FORMATS[0], place.label, reason=place.lost)]
     files = place.files
-    if found := _read_by_a_format(files):
-        return found
+    if checkpoints := _read_by_a_format(files):
+        return checkpoints
     reason = None
     if names.known(files.name):
         reason = remains.of(files)
@@ -558,23 +570,23 @@ class _Below:
     @classmethod
     def of(cls, files: Files) -> _Below:
         """Two levels deep; a hub cache by its models."""
-        found = cls([], [], [])
+        below = cls([], [], [])
         places = _below(files, "", _directories(files), 2) if files.local else iter(())
         for place in islice(places, _LOOKED_INTO):
             with suppress(ArchiveError):
                 inner = _directories(place.files)
                 held = _read_by_a_format(place.files)
                 if {"refs", "snapshots"} <= set(inner) or any(map(names.known, inner)):
-                    found.archives.append(place.label)
+                    below.archives.append(place.label)
                 elif any(one.reason is None or one.format == "adapters" for one in held):
-                    found.checkpoints.append(place.label)
+                    below.checkpoints.append(place.label)
                 elif told := remains.known(place.files):
-                    found.others.append(told)
+                    below.others.append(told)
                     continue
                 else:
                     continue
-                found.first = found.first or place.label
-        return found
+                below.first = below.first or place.label
+        return below
 
 
 def _meant(given: str, files: Files) -> str:

@@ -66,19 +66,19 @@ def left_over(
         senses: whether the model has towers for images or sound, which are not measured.
     """
     names = list(names)
-    ahead = {found[1] for name in names if (found := _BLOCK.search(name)) and ".eh_proj." in name}
+    ahead = {match[1] for name in names if (match := _BLOCK.search(name)) and ".eh_proj." in name}
     within = [pattern for pattern in ignored if not re.search(r"\d", pattern)]
 
     def harmless(name: str) -> bool:
-        found = _BLOCK.search(name)
+        match = _BLOCK.search(name)
         if _BUFFERS.search(name):
             return True
-        if found is None and (is_head(name) or (senses and _SENSES.search(name))):
+        if match is None and (is_head(name) or (senses and _SENSES.search(name))):
             return True
-        measured = found is not None and int(found[1]) < blocks
-        if found is not None and not measured and found[1] in ahead:
+        measured = match is not None and int(match[1]) < blocks
+        if match is not None and not measured and match[1] in ahead:
             return True  # a head that predicts further tokens
-        if senses and _SENSES.search(name[: found.start()] if found else name):
+        if senses and _SENSES.search(name[: match.start()] if match else name):
             return True
         if _MASK.search(name):
             return len(shape(name)) == 4
@@ -120,7 +120,7 @@ def refuse(left: Collection[str], family: str, blocks: int | None = None) -> Non
             f"{held}; {wrapped} is a wrapper's, and not all names begin with it: save the model "
             "that it wraps"
         )
-    numbers = [int(found[1]) for name in left if (found := _BLOCK.search(name))]
+    numbers = [int(match[1]) for name in left if (match := _BLOCK.search(name))]
     if blocks is not None and (more := [number for number in numbers if number >= blocks]):
         raise ArchiveError(
             f"{held}; the configuration has {blocks} blocks, the checkpoint block "

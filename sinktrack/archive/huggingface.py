@@ -89,14 +89,14 @@ def load(
     source = open(checkpoint)
     where = checkpoint.files.location
     try:
-        found = empty(source, dtype, head=head)
-        largest = max(weight.numel() for weight in found.model.state_dict().values())
+        made = empty(source, dtype, head=head)
+        largest = max(weight.numel() for weight in made.model.state_dict().values())
         weights = {name: fitting(source, name, largest) for name in source.names()}
-        model, info = type(found.model).from_pretrained(
+        model, info = type(made.model).from_pretrained(
             None,
-            config=found.model.config,
+            config=made.model.config,
             state_dict=weights,
-            dtype=found.model.dtype,
+            dtype=made.model.dtype,
             output_loading_info=True,
         )
     except ArchiveError:
@@ -106,7 +106,7 @@ def load(
     for kind in ("missing_keys", "mismatched_keys"):
         names = sorted(map(str, info[kind]))
         if kind == "missing_keys" and not head:
-            names = [name for name in names if name.startswith(found.prefix)]
+            names = [name for name in names if name.startswith(made.prefix)]
         if names:
             raise ArchiveError(
                 f"{where}: {len(names)} weights {kind.removesuffix('_keys')} "
@@ -143,21 +143,21 @@ def empty(source: Source, dtype: str | None = None, *, head: bool = False) -> Em
     wide = getattr(torch, dtype) if dtype else _promoted(stored.values())
     model = built(config, wide)
     names, left = _places(model, stored)
-    found = Empty(model, names, _text(model))
+    made = Empty(model, names, _text(model))
     try:
-        _refuse_quantized(found, stored)
+        _refuse_quantized(made, stored)
         _refuse_foreign(source, model, left)
     except ArchiveError as error:
         raise ArchiveError(f"{source.files.location}: {error}") from error
-    if dtype is None and (narrow := _narrowest(found, stored, head)) != wide:
+    if dtype is None and (narrow := _narrowest(made, stored, head)) != wide:
         model = built(config, narrow)
-        found = Empty(model, names, _text(model))
-    return found
+        made = Empty(model, names, _text(model))
+    return made
 
 
 def prefix_of(model: nn.Module, module: nn.Module) -> str:
     """What the names of the module's weights begin with in the model."""
-    path = next(path for path, found in model.named_modules() if found is module)
+    path = next(path for path, submodule in model.named_modules() if submodule is module)
     return f"{path}." if path else ""
 
 
@@ -200,10 +200,10 @@ def _text(model: Any) -> Any:
     """The decoder that reads text, without its language head."""
     if model.config.get_text_config(decoder=True) is model.config:
         return model.base_model
-    found = model.get_decoder()
-    while (inner := found.base_model) is not found:
-        found = inner
-    return found
+    decoder = model.get_decoder()
+    while (inner := decoder.base_model) is not decoder:
+        decoder = inner
+    return decoder
 
 
 def _places(
@@ -218,17 +218,17 @@ def _places(
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = model.base_model_prefix
-    found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
+    sources: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
     left: dict[str, list[str]] = defaultdict(list)
     for name in sorted(stored, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, targets)
         if target not in targets and name in targets:
             target, pattern = rename_source_key(name, [], [], prefix, targets)
         if target in targets:
-            found[target][pattern].append(name)
+            sources[target][pattern].append(name)
         else:
             left[target].append(name)
-    names = {target: list(by_pattern.values()) for target, by_pattern in found.items()}
+    names = {target: list(by_pattern.values()) for target, by_pattern in sources.items()}
     for target, source in model.all_tied_weights_keys.items():
         for one, other in ((target, source), (source, target)):
             if one not in names and other in names:
@@ -275,8 +275,8 @@ def _refuse_quantized(found: Empty, stored: Mapping[str, str]) -> None:
 
 def _promoted(dtypes: Iterable[str]) -> torch.dtype:
     """The narrowest dtype that holds all numbers of these."""
-    found = [DTYPES[name] for name in set(dtypes) if name in _FLOATS]
-    return reduce(torch.promote_types, found) if found else torch.float32
+    floats = [DTYPES[name] for name in set(dtypes) if name in _FLOATS]
+    return reduce(torch.promote_types, floats) if floats else torch.float32
 
 
 def _narrowest(found: Empty, stored: Mapping[str, str], head: bool) -> torch.dtype:
@@ -400,9 +400,9 @@ def tokenizer(files: Files) -> Any | None:
 def other_tokenizer(files: Files) -> str | None:
     """What stands in the place of a tokenizer that is read, and what makes one of it."""
     for place in (files, files.at("tokenizer")):
-        if found := [name for name in _OTHER_TOKENIZERS if place.exists(name)]:
+        if tokenizers := [name for name in _OTHER_TOKENIZERS if place.exists(name)]:
             return (
-                f"{', '.join(found)} without the tokenizer.json that is read: "
+                f"{', '.join(tokenizers)} without the tokenizer.json that is read: "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) of transformers writes it"
             )
     return None

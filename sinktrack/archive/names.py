@@ -90,10 +90,10 @@ class Pattern:
         Raises:
             ArchiveError: it matches, but a group is no count.
         """
-        found = self._compiled.fullmatch(name)
-        if found is None:
+        match = self._compiled.fullmatch(name)
+        if match is None:
             return None
-        groups = found.groupdict()
+        groups = match.groupdict()
         step = self._count(name, "step", groups["step"] or "")
         tokens = groups.get("tokens")
         return Named(step, self._count(name, "tokens", tokens) if tokens else None)

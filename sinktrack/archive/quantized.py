@@ -57,12 +57,12 @@ def applied(source: Source) -> Source:
             "here; scan the model before quantization"
         )
     if method == "mxfp4":
-        found, kind = _mxfp4(source), "mxfp4"
+        slices, kind = _mxfp4(source), "mxfp4"
     elif (blocks := _said(source, settings)) is not None:
-        found, kind = _fp8(source, blocks)
+        slices, kind = _fp8(source, blocks)
     else:
         return source
-    return _Dequantized(source, found, kind) if any(found.values()) else source
+    return _Dequantized(source, slices, kind) if any(slices.values()) else source
 
 
 def _holds_eight(source: Source) -> bool:
@@ -120,20 +120,20 @@ class _Scaled:
     def __getitem__(self, index: Index) -> Tensor:
         """A part of it, or with ``...`` all, in float32; of a leading slice only its rows."""
         rows, rest = _rows(index, self.get_shape()[0])
-        found = self.values[rows].to(torch.float32)
+        values = self.values[rows].to(torch.float32)
         scales = self.scales[...].reshape(self.grid)
         scales = _exponents(scales) if scales.dtype == torch.uint8 else scales.to(torch.float32)
         (tall, wide), start = self.blocks, 0
-        if found.ndim > 2:
+        if values.ndim > 2:
             scales = scales[rows]
         elif isinstance(rows, slice):
             start = rows.start
-        height, width = found.shape[-2:]
+        height, width = values.shape[-2:]
         for row in range(start // tall, -(-(start + height) // tall)):
             low, high = max(row * tall - start, 0), min((row + 1) * tall - start, height)
             factors = scales[..., row, :].repeat_interleave(wide, -1)[..., :width]
-            found[..., low:high, :] *= factors[..., None, :]
-        return found[rest]
+            values[..., low:high, :] *= factors[..., None, :]
+        return values[rest]
 
 
 @dataclass(frozen=True)
@@ -226,11 +226,11 @@ def _blocks(settings: Mapping[str, Any]) -> Blocks | str | None:
 def _fp8(source: Source, blocks: Blocks | str) -> tuple[dict[str, Slice | None], str]:
     """Of all FP8 weights the numbers, and what they are stored as."""
     stored = {name: source.slice(name) for name in source.names()}
-    found: dict[str, Slice | None] = {}
+    slices: dict[str, Slice | None] = {}
     kinds = set()
     for name, values in stored.items():
         if name.endswith(_ACTIVATIONS):
-            found[name] = None
+            slices[name] = None
         if values.get_dtype() not in _EIGHT or "scale" in name.rpartition(".")[2]:
             continue
         stem = name.removesuffix("weight")
@@ -243,12 +243,12 @@ def _fp8(source: Source, blocks: Blocks | str) -> tuple[dict[str, Slice | None],
                 "were cast without scales, save them in bfloat16 and remove quantization_config "
                 "from config.json"
             )
-        found[name] = _scaled(source, name, values, stored[scale], blocks)
-        found[scale] = None
+        slices[name] = _scaled(source, name, values, stored[scale], blocks)
+        slices[scale] = None
         kinds.add(str(DTYPES[values.get_dtype()]).removeprefix("torch."))
     if alone := [
         name for name in stored
-        if name.endswith(("weight_scale_inv", "weight_scale")) and name not in found
+        if name.endswith(("weight_scale_inv", "weight_scale")) and name not in slices
     ]:  # fmt: skip
         raise ArchiveError(
             f"{source.files.location}: {some(alone)} has no weight of 8 bits beside it; copy the "
@@ -259,7 +259,7 @@ def _fp8(source: Source, blocks: Blocks | str) -> tuple[dict[str, Slice | None],
             f"{source.files.location}: no 8-bit weight is there, though config.json says so: "
             "remove quantization_config"
         )
-    return found, " and ".join(sorted(kinds))
+    return slices, " and ".join(sorted(kinds))
 
 
 def _scaled(source: Source, name: str, values: Slice, scales: Slice, blocks: Blocks | str) -> Slice:
@@ -288,7 +288,7 @@ def _scaled(source: Source, name: str, values: Slice, scales: Slice, blocks: Blo
 def _mxfp4(source: Source) -> dict[str, Slice | None]:
     """Of all experts the matrices that their blocks and scales are."""
     stored = set(source.names())
-    found: dict[str, Slice | None] = {}
+    slices: dict[str, Slice | None] = {}
     for name in sorted(stored):
         own, _, part = name.rpartition("_")
         if part not in ("blocks", "scales"):
@@ -310,9 +310,9 @@ def _mxfp4(source: Source) -> dict[str, Slice | None]:
                 f"{grid}, {' and '.join(sorted(kinds))}; wanted U8 [experts, rows, groups, 16] and "
                 "the same without the last"
             )
-        found[own] = _Packed(blocks, scales, _dtype(source))
-        found[name] = None
-    return found
+        slices[own] = _Packed(blocks, scales, _dtype(source))
+        slices[name] = None
+    return slices
 
 
 def _dtype(source: Source) -> str:

@@ -195,8 +195,8 @@ def of(files: Files) -> str:
     Raises:
         ArchiveError: it is not a directory, or cannot be read.
     """
-    if (found := known(files)) is not None:
-        return found
+    if (kind := known(files)) is not None:
+        return kind
     there = names(files)
     if not there:
         return f"{files.location} is empty; is the checkpoint still being written?"
@@ -225,24 +225,24 @@ def known(files: Files) -> str | None:
             "checkpoint still being written?"
         )
     if _ADAPTER not in there and (
-        found := [name for name in there if re.fullmatch(r"adapter_model.*\.[a-z]+", name)]
+        matching := [name for name in there if re.fullmatch(r"adapter_model.*\.[a-z]+", name)]
     ):
         return (
-            f"{files.location} holds an adapter's weights ({few(found)}) without {_ADAPTER}, which "
-            "says how they are merged; copy it from where they come from"
+            f"{files.location} holds an adapter's weights ({few(matching)}) without {_ADAPTER}, "
+            "which says how they are merged; copy it from where they come from"
         )
     below = [name for name in there if name.endswith("/") and not step_of(name[:-1])][:_LOOKED]
     if _ADAPTER not in there and (
-        found := [name for name in below if files.at(name[:-1]).exists(_ADAPTER)]
+        matching := [name for name in below if files.at(name[:-1]).exists(_ADAPTER)]
     ):
         return (
-            f"{files.location} holds adapters by name ({few(found)}); choose one with --pattern, "
-            f"such as '.*-(?P<step>[0-9]+)/{re.escape(found[0][:-1])}'"
+            f"{files.location} holds adapters by name ({few(matching)}); choose one with "
+            f"--pattern, such as '.*-(?P<step>[0-9]+)/{re.escape(matching[0][:-1])}'"
         )
     for pattern, said in _KINDS:
-        found = [name for name in there if re.fullmatch(pattern, name, re.IGNORECASE)]
-        if found and (found != ["context/"] or "weights/" in there):
-            return f"{files.location} holds {said.format(found=few(found))}"
+        matching = [name for name in there if re.fullmatch(pattern, name, re.IGNORECASE)]
+        if matching and (matching != ["context/"] or "weights/" in there):
+            return f"{files.location} holds {said.format(found=few(matching))}"
     return None
 
 
@@ -263,9 +263,9 @@ def few(found: Sequence[str]) -> str:
 
 def names(files: Files) -> list[str]:
     """What a directory holds; directories with a slash behind their names."""
-    found = islice(files.entries(), _MOST)
+    listed = islice(files.entries(), _MOST)
     return sorted(
         entry.name + ("/" if entry.directory else "")
-        for entry in found
+        for entry in listed
         if not entry.name.startswith("._")  # macOS's notes on a file of that name
     )

@@ -124,12 +124,12 @@ def unwrapped(names: Iterable[str], base: str = "") -> dict[str, str]:
     }
     while prefix := _before_all(bare.values(), base):
         bare = {name: own.removeprefix(prefix) for name, own in bare.items()}
-    found: dict[str, str] = {}
+    renamed: dict[str, str] = {}
     for name, own in bare.items():
-        if own in found:
-            raise ArchiveError(f"{found[own]} and {name} are both {own} without their wrappers")
-        found[own] = name
-    return found
+        if own in renamed:
+            raise ArchiveError(f"{renamed[own]} and {name} are both {own} without their wrappers")
+        renamed[own] = name
+    return renamed
 
 
 def _before_all(names: Iterable[str], base: str) -> str | None:
@@ -149,11 +149,11 @@ def fitting(source: Source, name: str, largest: int) -> Slice:
     Raises:
         ArchiveError: it is far larger, which is not worth the memory to find out by reading.
     """
-    found = source.slice(name)
-    shape = found.get_shape()
+    tensor = source.slice(name)
+    shape = tensor.get_shape()
     if math.prod(shape) > 8 * largest:  # several weights of the model may be one on disk
         raise ArchiveError(
             f"{source.files.location}: {name} has shape {shape}, the model's largest weight "
             f"{largest} elements; the checkpoint does not fit its config.json"
         )
-    return found
+    return tensor

@@ -30,10 +30,10 @@ def _read(files: Files) -> tuple[int | None, int | None]:
     try:
         if not files.exists(FILE):
             return None, None
-        found = _around_the_log(files, files.size(FILE)) or files.read_json(FILE)
+        state = _around_the_log(files, files.size(FILE)) or files.read_json(FILE)
     except ArchiveError:
         return None, None
-    step, tokens = found.get("global_step"), found.get("num_input_tokens_seen")
+    step, tokens = state.get("global_step"), state.get("num_input_tokens_seen")
     return (
         step if type(step) is int and step >= 0 else None,
         tokens if type(tokens) is int and tokens > 0 else None,

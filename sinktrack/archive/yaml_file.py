@@ -20,9 +20,9 @@ def read(files: Files, name: str) -> dict[str, Any]:
     yaml = require("yaml", "scan")
     data = files.whole(name, _LARGEST)
     try:
-        found = yaml.safe_load(data)
+        parsed = yaml.safe_load(data)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ArchiveError(f"{files.path(name)} is damaged ({one_line(error)})") from error
-    if not isinstance(found, dict):
+    if not isinstance(parsed, dict):
         raise ArchiveError(f"{files.path(name)} holds no mapping; the checkpoint is damaged")
-    return found
+    return parsed

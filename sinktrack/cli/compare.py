@@ -42,7 +42,7 @@ def command(
     if loss and len(loss) != len(paths):
         raise typer.BadParameter(f"--loss {len(loss)} times for {len(paths)} runs")
     settings, scores = read_table(table) if table else ({}, {})
-    found = compare(
+    comparison = compare(
         {name: Run.read(path) for name, path in paths.items()},
         settings=settings,
         scores=scores,
@@ -50,6 +50,6 @@ def command(
         axis=by,
     )
     if as_json:
-        print(json.dumps(found.to_json()))
+        print(json.dumps(comparison.to_json()))
     else:
-        show_comparison(found, OUT)
+        show_comparison(comparison, OUT)

@@ -34,10 +34,10 @@ def command(
     records = Run.read(run).records
     if not records:
         raise RecordError(f"{run} holds no records yet: train with a callback, or scan an archive")
-    found = practice(records[-1], least)
+    advice = practice(records[-1], least)
     if as_json:
-        print(json.dumps(found.to_json()))
+        print(json.dumps(advice.to_json()))
         return
-    OUT.print(Text(f"Step {found.step:,}, as measured on its probe; none of it is tested"))
-    for line in found.lines():
+    OUT.print(Text(f"Step {advice.step:,}, as measured on its probe; none of it is tested"))
+    for line in advice.lines():
         OUT.print(Text(f"  {line}"))

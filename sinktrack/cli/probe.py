@@ -63,10 +63,12 @@ def _card(location: str, probe: Probe) -> None:
 
     require("transformers", "scan")
     quiet()
-    found = discover(location)
-    if len(found) != 1:
-        raise ArchiveError(f"{location} holds {len(found)} checkpoints; give --card one of them")
-    record = Job(probe, card=True)(found[0])
+    checkpoints = discover(location)
+    if len(checkpoints) != 1:
+        raise ArchiveError(
+            f"{location} holds {len(checkpoints)} checkpoints; give --card one of them"
+        )
+    record = Job(probe, card=True)(checkpoints[0])
     show_card(record, OUT)
     for sentence in carded(record["position_card"]):
         OUT.print(sentence, markup=False, highlight=False)
@@ -95,8 +97,8 @@ def _make(
         from sinktrack.archive.huggingface import tokenizer as load_tokenizer
         from sinktrack.archive.storage.files import Files
 
-        found = load_tokenizer(Files(tokenizer))
-        if found is None:
+        tokenizer_there = load_tokenizer(Files(tokenizer))
+        if tokenizer_there is None:
             other = other_tokenizer(Files(tokenizer))
             raise ProbeError(
                 f"{tokenizer} holds {other}" if other else f"no tokenizer.json in {tokenizer}"
@@ -111,7 +113,7 @@ def _make(
             raise ProbeError(f"{texts} holds no text")
         if first_token is not None:
             raise ProbeError("--first-token is of random tokens; texts begin as the tokenizer does")
-        made = Probe.from_texts(found, lines, length, sequences=len(lines))
+        made = Probe.from_texts(tokenizer_there, lines, length, sequences=len(lines))
         if made.sequences < len(lines):
             left_out = f"; {len(lines) - made.sequences} of {len(lines)} lines are shorter"
         if sequences is None and made.sequences > MOST_TEXTS:

@@ -125,7 +125,9 @@ def command(
 
     one = _One(job, probe, engine, workers, as_json, follow, blocks)
     try:
-        found = Checkpoints(archives, pattern, hf_config, poll if follow else None, share, base)
+        checkpoints = Checkpoints(
+            archives, pattern, hf_config, poll if follow else None, share, base
+        )
     except NoCheckpoint:
         below = archives_below(archives[0], pattern, hf_config, base) if len(archives) == 1 else {}
         if len(below) < 2:
@@ -143,7 +145,7 @@ def command(
         there = "://" in archives[0] or Path(archives[0]).is_dir()
         said = f"following {archives[0]}, {'' if there else 'which is not there yet, '}"
         ERR.print(f"{said}a look every {poll:g} s (Ctrl-C ends it)", markup=False)
-    raise typer.Exit(1 if one.scan(found, run) else 0)
+    raise typer.Exit(1 if one.scan(checkpoints, run) else 0)
 
 
 @contextmanager
@@ -180,10 +182,10 @@ class _One:
         from sinktrack.records.run import Run
         from sinktrack.scan import NoExample, Scan, choose_probe, renamed
 
-        for found in checkpoints.by_archive:
-            if [checkpoint.step for checkpoint in found] == [0] and found[0].reason is None:
+        for listed in checkpoints.by_archive:
+            if [checkpoint.step for checkpoint in listed] == [0] and listed[0].reason is None:
                 said = "is recorded as step 0; nothing that is known tells another"
-                ERR.print(f"{found[0].name} {said}", markup=False)
+                ERR.print(f"{listed[0].name} {said}", markup=False)
         opened = Run.open(run)
         try:
             batch, note = choose_probe(checkpoints.examples(), opened, self.probe)

@@ -37,13 +37,13 @@ class Ablation:
                 self._ablate([("embedding", [Term("state", 0)])]),
             ]
         )
-        found = [self._rows(trials, phase) for phase in phases]
-        rest = self._rest(found)
+        rows_of = [self._rows(trials, phase) for phase in phases]
+        rest = self._rest(rows_of)
         if rest:  # the screen missed who writes what is read
             self.bench.replay.plain({term.block for term in rest})
             trials += yield from self._ablate([("", [term]) for term in rest])
-            found = [self._rows(trials, phase) for phase in phases]
-        named = {(row["kind"], row["block"]) for rows in found for row in rows if row["verdict"]}
+            rows_of = [self._rows(trials, phase) for phase in phases]
+        named = {(row["kind"], row["block"]) for rows in rows_of for row in rows if row["verdict"]}
         parts: dict[Term, list[Term]] = {}
         for term in [trial.terms[0] for trial in trials]:
             if (term.kind, term.block) in named:
@@ -56,7 +56,7 @@ class Ablation:
                 and (trial.terms[0] in self.bench.candidates[place] or trial.terms[0] in rest)
                 and trial.terms[0].block < phase.first_block
             ]
-            for place, (phase, rows) in enumerate(zip(phases, found, strict=True))
+            for place, (phase, rows) in enumerate(zip(phases, rows_of, strict=True))
         ]
         several: list[Plan[Any]] = [
             self._ablate([("", [part]) for own in parts.values() for part in own]),
@@ -77,7 +77,7 @@ class Ablation:
                 by_part.append((rows, left, phase))
         whole = [
             self._redundant(own, rows, phase)
-            for own, rows, phase in zip(spared, found, phases, strict=True)
+            for own, rows, phase in zip(spared, rows_of, phases, strict=True)
         ]
 
         def of_parts() -> Plan[list[list[Necessity]]]:
@@ -100,7 +100,7 @@ class Ablation:
         }
         result, each = [], iter(zip(by_part, joint_parts, strict=True))
         for place, phase in enumerate(phases):
-            rows = found[place] + of_whole[place]
+            rows = rows_of[place] + of_whole[place]
             rows += [{**row, "block": None} for row in self._rows(embedding, phase)]
             for _ in parts:
                 (of_part, _, _), joint = next(each)
@@ -145,7 +145,7 @@ class Ablation:
 
     def _parts(self, sublayer: Term) -> list[Term]:
         """The parts that carry most of one sublayer's share, in any phase."""
-        found: dict[Term, None] = {}
+        parts: dict[Term, None] = {}
         for phase, shares in zip(self.bench.phases, self.bench.shares, strict=True):
             if Term(f"{sublayer.kind}_norm", sublayer.block) in shares:
                 return []  # behind an output norm the parts are no terms of a sum
@@ -156,8 +156,8 @@ class Ablation:
                 if term_of(part).within(sublayer)
             ]
             kinds = ("head", "expert", "shared_expert")
-            found |= dict.fromkeys(term_of(part) for part in screen(own, kinds)[:MOST])
-        return sorted(found, key=order)
+            parts |= dict.fromkeys(term_of(part) for part in screen(own, kinds)[:MOST])
+        return sorted(parts, key=order)
 
     def _ablate(self, jobs: Sequence[tuple[str, Sequence[Term]]]) -> Plan[list[Trial]]:
         """Ablate terms at P0; the controls only where they could matter."""
@@ -260,8 +260,8 @@ class Ablation:
         """Ablate together what each of these removes, where that has not been done."""
         keys = dict.fromkeys(_terms(trials) for trials in several if len(trials) > 1)
         new = [key for key in keys if key not in self._joint]
-        found = yield from in_lockstep([self._ablate([("joint", key)]) for key in new])
-        self._joint |= {key: trial for key, (trial,) in zip(new, found, strict=True)}
+        removed = yield from in_lockstep([self._ablate([("joint", key)]) for key in new])
+        self._joint |= {key: trial for key, (trial,) in zip(new, removed, strict=True)}
 
     def _redundant(
         self, trials: Sequence[Trial], rows: Sequence[Necessity], phase: Sink

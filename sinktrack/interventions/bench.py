@@ -255,14 +255,14 @@ class Plain(Edit):
 
 def windows(phases: Sequence[Sink]) -> list[Window]:
     """Who attends to what else, in the blocks from one on and before another."""
-    found = [("other_position_alone", *FIRST_TWO)]
+    spans = [("other_position_alone", *FIRST_TWO)]
     for place, phase in enumerate(phases):
-        found += [(kind, 0, phase.first_block) for kind in ("other_position_alone", "p0_mixed")]
+        spans += [(kind, 0, phase.first_block) for kind in ("other_position_alone", "p0_mixed")]
         before = phases[place - 1] if place else None
         for since in (before.first_block, before.last_block + 1) if before else ():
             if 0 < since < phase.first_block:
-                found.append(("other_position_alone", since, phase.first_block))
-    return sorted(dict.fromkeys(found), key=lambda window: window[1:])
+                spans.append(("other_position_alone", since, phase.first_block))
+    return sorted(dict.fromkeys(spans), key=lambda window: window[1:])
 
 
 def seed_of(*key: object) -> int:

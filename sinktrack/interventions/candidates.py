@@ -33,21 +33,21 @@ def screen(components: Sequence[Component], kinds: Sequence[str]) -> list[Compon
 
 def candidates(phase: Sink) -> list[Term]:
     """Sublayers of a large share or total effect, and who writes where the state steps up."""
-    found = [term_of(part) for part in screen(phase.shares, SUBLAYERS)]
+    terms = [term_of(part) for part in screen(phase.shares, SUBLAYERS)]
     large = [
         Term(effect.kind, effect.block)
         for effect in phase.total_effects or ()
         if effect.kind in SUBLAYERS and abs(effect.effect) >= MATTERS
     ]
-    found += large[:MOST]
+    terms += large[:MOST]
     stepping = [
         part
         for part in phase.shares
         if part.kind in SUBLAYERS and part.block == phase.step_up_block
     ]
     if stepping:
-        found.append(term_of(max(stepping, key=lambda part: abs(part.share))))
-    return sorted(dict.fromkeys(found), key=order)
+        terms.append(term_of(max(stepping, key=lambda part: abs(part.share))))
+    return sorted(dict.fromkeys(terms), key=order)
 
 
 def order(term: Term) -> tuple[int, str, int]:

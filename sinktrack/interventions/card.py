@@ -129,7 +129,7 @@ def card(
     answer, why = _answer(rates, measured)
     if why is not None:
         missing["answer"] = why
-    found: PositionCard = {
+    filled: PositionCard = {
         "start_token": None if start is None else {"id": start.token, "of": start.of},
         "as_is": rates["as_is"],
         "without_start": rates.get("without_start"),
@@ -139,8 +139,8 @@ def card(
         "answer": answer,
     }
     if missing:
-        found["missing"] = missing
-    return found
+        filled["missing"] = missing
+    return filled
 
 
 _FROM: dict[Literal["sink_rate", "sink_rate_from_2"], int] = {
@@ -233,14 +233,14 @@ def _rates(measured: Measurement, at: Tensor | None = None) -> Rates:
     over = torch.where(alpha.isnan(), torch.nan, (alpha > EPSILON).double())
     weight = weights(len(alpha))
     concentration = [number(value) for value in attention.mean(0).nanmean(-1)]
-    found: Rates = {
+    rates: Rates = {
         "concentration": concentration, "intervals": {}, "sink_rate": None, "sink_rate_from_2": None
     }  # fmt: skip
     for name, first in _FROM.items():
         value = rate(alpha[:, first:], EPSILON)
-        found[name] = None if math.isnan(value) else value
-        found["intervals"][name] = interval(weight @ over[:, first:].nanmean((1, 2)))
-    return found
+        rates[name] = None if math.isnan(value) else value
+        rates["intervals"][name] = interval(weight @ over[:, first:].nanmean((1, 2)))
+    return rates
 
 
 def _answer(found: Mapping[str, Rates], measured: Measurement) -> tuple[str | None, str | None]:

@@ -96,12 +96,12 @@ def table(
     """
     extreme = set() if profile.hidden else super_experts(profile.largest, blocks)
     tests = {(row["block"], row["index"]): row for row in necessity if row["kind"] == "expert"}
-    found: list[ExpertRow] = []
+    rows: list[ExpertRow] = []
     for expert in sorted(extreme | shares.keys()):
         block, index = expert
         gates, norms = profile.gates[expert], profile.norms[expert]
         test = tests.get(expert)
-        found.append(
+        rows.append(
             {
                 "block": block,
                 "index": index,
@@ -116,7 +116,7 @@ def table(
                 "super_expert": None if profile.hidden else expert in extreme,
             }
         )
-    return found
+    return rows
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -127,11 +127,11 @@ def first_tokens(probe: Probe) -> tuple[Tensor, int | None]:
 
 def _beginnings(probe: Probe) -> Tensor:
     """``[B, T]`` bool: where sequences, or packed documents, begin."""
-    found = torch.zeros_like(probe.tokens, dtype=torch.bool)
-    found[:, 0] = True
+    first = torch.zeros_like(probe.tokens, dtype=torch.bool)
+    first[:, 0] = True
     if probe.documents is not None:
-        found[:, 1:] = probe.documents.diff(dim=1) != 0
-    return found
+        first[:, 1:] = probe.documents.diff(dim=1) != 0
+    return first
 
 
 def first_token_dependence(

@@ -56,12 +56,12 @@ class Patch(Edit):
 
     def state(self, block: int, stream: Tensor, rows: Tensor) -> Tensor | None:
         """Patch the state, where that is a term."""
-        found = {
+        replaced = {
             place: stream
             for place, term in enumerate(self.terms)
             if term.kind == "state" and term.block == block
         }
-        return self._patched(stream, found, rows)
+        return self._patched(stream, replaced, rows)
 
     def unmet(self, last: int) -> str | None:
         """A term that no pass has shown."""
@@ -73,13 +73,13 @@ class Patch(Edit):
 
     def write(self, block: int, write: Write, rows: Tensor) -> Tensor | None:
         """Patch the terms of this write."""
-        found = {}
+        replaced = {}
         for place, term in enumerate(self.terms):
             if term.block == block and term.sublayer == write.sublayer:
                 value = write.part(term.kind, term.index)
                 if value is not None:
-                    found[place] = value
-        return self._patched(write.added, found, rows)
+                    replaced[place] = value
+        return self._patched(write.added, replaced, rows)
 
     def _patched(self, whole: Tensor, found: dict[int, Tensor], rows: Tensor) -> Tensor | None:
         if not found:

@@ -29,7 +29,7 @@ def ask(jobs: Sequence[Job]) -> Plan[list[Any]]:
 
 def side_by_side(plans: Sequence[Plan[_Result]]) -> Plan[list[_Result | Uneditable]]:
     """The results of several plans, or what one of them raised in its place."""
-    found: dict[int, _Result | Uneditable] = {}
+    results: dict[int, _Result | Uneditable] = {}
     asked: dict[int, Sequence[Job]] = {}
 
     def go_on(place: int, answers: list[Any] | None) -> None:
@@ -38,9 +38,9 @@ def side_by_side(plans: Sequence[Plan[_Result]]) -> Plan[list[_Result | Uneditab
             plan = plans[place]
             asked[place] = next(plan) if answers is None else plan.send(answers)
         except StopIteration as end:
-            found[place] = end.value
+            results[place] = end.value
         except Uneditable as error:
-            found[place] = error
+            results[place] = error
 
     for place in range(len(plans)):
         go_on(place, None)
@@ -48,7 +48,7 @@ def side_by_side(plans: Sequence[Plan[_Result]]) -> Plan[list[_Result | Uneditab
         answers = iter((yield [job for jobs in asked.values() for job in jobs]))
         for place, jobs in list(asked.items()):
             go_on(place, [next(answers) for _ in jobs])
-    return [found[place] for place in range(len(plans))]
+    return [results[place] for place in range(len(plans))]
 
 
 def in_lockstep(plans: Sequence[Plan[_Result]]) -> Plan[list[_Result]]:
@@ -57,9 +57,9 @@ def in_lockstep(plans: Sequence[Plan[_Result]]) -> Plan[list[_Result]]:
     Raises:
         Uneditable: of the first that did.
     """
-    found = yield from side_by_side(plans)
+    outcomes = yield from side_by_side(plans)
     results = []
-    for result in found:
+    for result in outcomes:
         if isinstance(result, Uneditable):
             raise result
         results.append(result)

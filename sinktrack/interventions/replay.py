@@ -285,10 +285,10 @@ class Replay:
         Raises:
             Uneditable: a pass cannot be changed so.
         """
-        (found,) = self.answer([Edits(edits, loss=loss, until=until)])
-        if isinstance(found, Uneditable):
-            raise found
-        outcomes: list[Outcome] = found
+        (answer,) = self.answer([Edits(edits, loss=loss, until=until)])
+        if isinstance(answer, Uneditable):
+            raise answer
+        outcomes: list[Outcome] = answer
         return outcomes
 
     def stacked(self, rows: int, loss: bool) -> int:
@@ -491,13 +491,15 @@ class _Watched(Observer):
 
     def outcomes(self, losses: tuple[Tensor, Tensor]) -> list[Outcome]:
         shape = len(self._rows) * self._copies, self._blocks
-        found = []
+        tables = []
         for of in self._seen.values():
             table = torch.full(shape, torch.nan, dtype=torch.float64)
             for block, parts in of.items():
                 table[:, block] = torch.stack(parts).double().mean(0).cpu()
-            found.append(table)
-        return [Outcome(*(value[at].clone() for value in (*found, *losses))) for at in self._slices]
+            tables.append(table)
+        return [
+            Outcome(*(value[at].clone() for value in (*tables, *losses))) for at in self._slices
+        ]
 
 
 class _Edited(Editor):
@@ -580,13 +582,13 @@ def _losses(logits: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
         nothing = torch.full((len(tokens),), torch.nan, dtype=torch.float64)
         return nothing, nothing
     wanted = tokens[:, 1:].to(logits.device)
-    found = torch.stack(
+    losses = torch.stack(
         [
             nn.functional.cross_entropy(own[:-1].float(), following, reduction="none")
             for own, following in zip(logits, wanted, strict=True)
         ]
     ).double()
-    return found[:, 1:].mean(1).cpu(), found[:, 0].cpu()
+    return losses[:, 1:].mean(1).cpu(), losses[:, 0].cpu()
 
 
 @contextmanager

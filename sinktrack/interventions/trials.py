@@ -67,7 +67,7 @@ def run_causal_tests(
         ProbeError, MeasurementError: as `sinktrack.measure` does.
     """
     started = time.perf_counter()
-    found: CausalTests = {  # type: ignore[typeddict-item]  # the rest comes below
+    tests: CausalTests = {  # type: ignore[typeddict-item]  # the rest comes below
         "formed": bool(measured.sinks),
         "reference_block": measured.reference_block,
         "least_effect": LEAST_EFFECT,
@@ -80,16 +80,16 @@ def run_causal_tests(
         "forwards": 0.0,
     }
     if is_testable(measured):
-        adapt(model).all_or_none(lambda: _examine(found, model, probe, measured, batch_size))
+        adapt(model).all_or_none(lambda: _examine(tests, model, probe, measured, batch_size))
     start = start or start_of(probe, getattr(model, "config", None))
     if beside is None:
         beside = measured_beside(model, probe, start, batch_size)
     made = card(probe, measured, start, beside)
-    found["position_card"] = made
-    if found["meaning"] is not None:
-        found["meaning"] |= {"as_is": made["as_is"], "random_first": made["random_first"]}
-    found["seconds"] = time.perf_counter() - started
-    return found
+    tests["position_card"] = made
+    if tests["meaning"] is not None:
+        tests["meaning"] |= {"as_is": made["as_is"], "random_first": made["random_first"]}
+    tests["seconds"] = time.perf_counter() - started
+    return tests
 
 
 def _examine(

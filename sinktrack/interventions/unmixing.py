@@ -80,7 +80,7 @@ def _positioned(bench: Bench, trial: Trial, window: Window, phase: Sink) -> Knoc
         kind = f"{kind}_since_last_sink{'_began' if began else ''}"
     mixed = trial.kind == "p0_mixed"
     verdict = "unmixed" if mixed else "follows"
-    found: Knockout = {
+    row: Knockout = {
         "kind": kind,
         "block": None,
         "index": None,
@@ -91,8 +91,8 @@ def _positioned(bench: Bench, trial: Trial, window: Window, phase: Sink) -> Knoc
         "verdict": verdict if effect.holds else None,
     }
     if mixed:
-        found |= bench.fate(trial, phase, effect)  # type: ignore[typeddict-item]
-    return found
+        row |= bench.fate(trial, phase, effect)  # type: ignore[typeddict-item]
+    return row
 
 
 def _only_itself(row: int, at: int, length: int) -> Tensor:

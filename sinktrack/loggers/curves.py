@@ -28,20 +28,20 @@ def blockwise() -> list[Field]:
 
 def metrics(record: Mapping[str, Any]) -> dict[str, float]:
     """The record's curves by key, ``sinktrack/...``; what was not measured is left out."""
-    found: dict[str, Any] = {
+    curves: dict[str, Any] = {
         f"sinktrack/{name}": record.get(name)
         for name in ("step", "tokens", *(field.name for field in scalars()))
     }
     for field in blockwise():
         inputs = by_block(record, field)[: record["model"]["blocks"]]  # of boundaries too
         for block, value in enumerate(inputs):
-            found[f"sinktrack/{field.name}/block_{block:02d}"] = value
+            curves[f"sinktrack/{field.name}/block_{block:02d}"] = value
     for test in TESTS:
         for row in record.get("causal", {}).get(test, ()):
             if row["index"] is None and "components" not in row:  # those go into the table
                 where = "" if row["block"] is None else f"_{row['block']:02d}"
-                found[f"sinktrack/causal/{test}/{row['kind']}{where}"] = row["effect"]
-    return {key: value for key, value in found.items() if value is not None}
+                curves[f"sinktrack/causal/{test}/{row['kind']}{where}"] = row["effect"]
+    return {key: value for key, value in curves.items() if value is not None}
 
 
 def components(record: Mapping[str, Any]) -> list[list[Any]]:
@@ -68,14 +68,14 @@ def gone(records: Sequence[Mapping[str, Any]]) -> dict[str, None]:
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a run comes to so far, by key: its last curves, and when its sink formed."""
     last = records[-1]
-    found: dict[str, Any] = metrics(last)
-    found["sinktrack/probes"] = len(records)
-    found["sinktrack/formed"] = last["formed"]
-    found["sinktrack/first_formed_at_step"] = next(
+    told: dict[str, Any] = metrics(last)
+    told["sinktrack/probes"] = len(records)
+    told["sinktrack/formed"] = last["formed"]
+    told["sinktrack/first_formed_at_step"] = next(
         (record["step"] for record in records if record["formed"]), None
     )
     for top in (last["top_components"] or ())[:1]:
         where = [f"block {top['block']}"] if top["block"] is not None else []
         index = [str(top["index"])] if top["index"] is not None else []
-        found["sinktrack/largest_component"] = " ".join([*where, top["kind"], *index])
-    return {key: value for key, value in found.items() if value is not None}
+        told["sinktrack/largest_component"] = " ".join([*where, top["kind"], *index])
+    return {key: value for key, value in told.items() if value is not None}

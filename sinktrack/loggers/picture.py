@@ -102,5 +102,5 @@ def _coloured(values: Any) -> NDArray[np.uint8]:
     part = (place - low)[..., None]
     colours = _STOPS[low] * (1 - part) + _STOPS[low + 1] * part
     colours[gaps] = _GAP
-    found: NDArray[np.uint8] = colours.round().astype(np.uint8)
-    return found
+    pixels: NDArray[np.uint8] = colours.round().astype(np.uint8)
+    return pixels

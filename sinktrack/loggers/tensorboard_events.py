@@ -134,11 +134,11 @@ def _steps(directory: Path) -> set[int]:
         return set()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-    found.Reload()
-    if _ALWAYS not in found.Tags()["scalars"]:
+    events = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    events.Reload()
+    if _ALWAYS not in events.Tags()["scalars"]:
         return set()
-    return {event.step for event in found.Scalars(_ALWAYS)}
+    return {event.step for event in events.Scalars(_ALWAYS)}
 
 
 def _table(record: Mapping[str, Any]) -> str:

@@ -69,10 +69,10 @@ class Past(list[Mapping[str, Any]]):
     @classmethod
     def of(cls, records: Iterable[Mapping[str, Any]]) -> Past:
         """Of records in the order in which they were written."""
-        found = cls()
+        past = cls()
         for record in records:
-            found.append(record)
-        return found
+            past.append(record)
+        return past
 
 
 def log(
@@ -311,11 +311,11 @@ def _refuse_lost(active: Any, directory: Path) -> None:
 
 def _signal(run: Run) -> dict[str, Any]:
     """Stage and onset for the summary, where they can be told."""
-    found = analyze(run)
-    told: dict[str, Any] = {} if found.stage is None else {"sinktrack/stage": found.stage}
-    if found.onset is not None:
+    analysis = analyze(run)
+    told: dict[str, Any] = {} if analysis.stage is None else {"sinktrack/stage": analysis.stage}
+    if analysis.onset is not None:
         for name in ("value", "low", "high"):
-            told[f"sinktrack/onset_step/{name}"] = getattr(found.onset, name)
+            told[f"sinktrack/onset_step/{name}"] = getattr(analysis.onset, name)
     return told
 
 
@@ -334,15 +334,15 @@ def _define(active: Any, names: Iterable[str]) -> None:
 
 
 def _tables(wandb: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    found = {}
+    tables = {}
     for name, columns, of in (
         ("top_components", COMPONENT, components),
         ("causal_tests", CAUSAL, causal),
     ):
         rows = [[record["step"], *row] for record in records for row in of(record)]
         if rows:
-            found[f"sinktrack/{name}"] = wandb.Table(columns=["step", *columns], data=rows)
-    return found
+            tables[f"sinktrack/{name}"] = wandb.Table(columns=["step", *columns], data=rows)
+    return tables
 
 
 def _pictures(
@@ -351,36 +351,36 @@ def _pictures(
     """Heat maps: block by head of one record, block by step of several."""
     if importlib.util.find_spec("PIL") is None:  # wandb.Image needs it and does not bring it
         return {}
-    found = {}
+    pictures = {}
     if one is not None:
-        found["sinktrack/heads"] = wandb.Image(picture.heads(one), caption="block by head")
+        pictures["sinktrack/heads"] = wandb.Image(picture.heads(one), caption="block by head")
     if several is not None:
-        found["sinktrack/blocks"] = wandb.Image(
+        pictures["sinktrack/blocks"] = wandb.Image(
             picture.blocks(several),
             caption=f"block by record, steps {several[0]['step']} to {several[-1]['step']}",
         )
-    return found
+    return pictures
 
 
 def _charts(wandb: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All blocks in one chart; names of equal length, so that the legend sorts."""
     blocks = range(records[-1]["model"]["blocks"])
     drawn = [records[i] for i in evenly(len(records), max(2, _MOST_POINTS // len(blocks)))]
-    found = {}
+    charts = {}
     for field in blockwise():
         rows = [(record["step"], by_block(record, field)) for record in drawn]
         lines = [
             [(step, row[block]) for step, row in rows if row and row[block] is not None]
             for block in blocks
         ]
-        found[f"sinktrack/{field.name}_by_block"] = wandb.plot.line_series(
+        charts[f"sinktrack/{field.name}_by_block"] = wandb.plot.line_series(
             xs=[[step for step, _ in line] for line in lines],
             ys=[[value for _, value in line] for line in lines],
             keys=[f"block {block:02d}" for block in blocks],
             title=f"{field.title} by block",
             xname="step",
         )
-    return found
+    return charts
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ class Component:
 
     def to_record(self) -> dict[str, Any]:
         """As it stands in a record."""
-        found = {"kind": self.kind, "block": self.block, "index": self.index, "share": self.share}
-        return found if self.gate is None else found | {"gate": self.gate}
+        record = {"kind": self.kind, "block": self.block, "index": self.index, "share": self.share}
+        return record if self.gate is None else record | {"gate": self.gate}
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ class Sink(Phase):
             "erasers": self.erasers,
             "top_components": self.parts[:_TOP],
         }
-        found = super().to_record() | {
+        record = super().to_record() | {
             name: [part.to_record() for part in parts] for name, parts in several.items()
         }
         if self.total_effects is not None:
-            found["total_effects"] = [effect.to_record() for effect in self.total_effects[:_TOP]]
-        return found
+            record["total_effects"] = [effect.to_record() for effect in self.total_effects[:_TOP]]
+        return record
 
 
 class Localize(Metric):

@@ -107,19 +107,19 @@ def stretches(concentration: Sequence[float | None]) -> list[tuple[int, int]]:
     A phase begins at `EPSILON`, goes on over `GOES_ON` and over blocks without softmax attention
     (None), which neither begin nor end one, and ends before the first block below.
     """
-    found: list[tuple[int, int]] = []
+    spans: list[tuple[int, int]] = []
     begun = False
     for block, value in enumerate(concentration):
         if value is None:
             continue
         if begun and value >= GOES_ON:
-            found[-1] = found[-1][0], block
+            spans[-1] = spans[-1][0], block
         elif value >= EPSILON:
-            found.append((block, block))
+            spans.append((block, block))
             begun = True
         else:
             begun = False
-    return found
+    return spans
 
 
 def phases_of(concentration: Tensor, norm_ratio: Tensor) -> tuple[Phase, ...]:
@@ -133,12 +133,12 @@ def phases_of(concentration: Tensor, norm_ratio: Tensor) -> tuple[Phase, ...]:
     gain = norm_ratio.double().log().diff()
     spans = stretches(values)
     peaks = [first + int(norm_ratio[first : last + 1].argmax()) for first, last in spans]
-    found = []
+    phases = []
     for place, ((first, last), peak) in enumerate(zip(spans, peaks, strict=True)):
         start = spans[place - 1][1] if place else 0
         end = spans[place + 1][0] if place + 1 < len(spans) else len(gain)
         up, down = gain[start:peak], gain[peak:end]
-        found.append(
+        phases.append(
             Phase(
                 first,
                 last,
@@ -148,7 +148,7 @@ def phases_of(concentration: Tensor, norm_ratio: Tensor) -> tuple[Phase, ...]:
                 peak + int(down.argmin()) if len(down) and float(down.min()) < 0 else None,
             )
         )
-    return tuple(found)
+    return tuple(phases)
 
 
 def amplification(norm_ratio: Tensor) -> tuple[Tensor, int, float | None]:

@@ -173,7 +173,7 @@ class Ablations:
     def components(self, write: Write) -> list[tuple[str, int | None]]:
         """The sublayer, and the largest of the parts that carry its write at P0."""
         own = slice(0, len(self.tokens))
-        found: list[tuple[str, int | None]] = [(write.sublayer, None)]
+        components: list[tuple[str, int | None]] = [(write.sublayer, None)]
         whole = float(write.added[own].float().norm(dim=-1).mean())
         sizes = {}
         for name, index in write.parts():
@@ -182,8 +182,8 @@ class Ablations:
                 sizes[name, index] = float(part[own].float().norm(dim=-1).mean())
         if len(sizes) > 1 and whole > 0:
             large = [key for key in sizes if sizes[key] >= CARRIES * whole]
-            found += sorted(large, key=lambda key: -sizes[key])[:PARTS]
-        return found
+            components += sorted(large, key=lambda key: -sizes[key])[:PARTS]
+        return components
 
     def leave(self) -> int:
         """The fresh copies that the block used; the rest are of no use."""
@@ -196,11 +196,11 @@ class Ablations:
         if not abs(float(projected[0])) > 0:
             return []
         left = (projected[1:] / projected[0]).tolist()
-        found = [
+        effects = [
             TotalEffect(*component, 1 - value)
             for component, value in zip(self._ablated, left, strict=False)
         ]
-        return sorted(found, key=lambda effect: -abs(effect.effect))
+        return sorted(effects, key=lambda effect: -abs(effect.effect))
 
 
 class TotalEffects(Metric):

@@ -110,11 +110,11 @@ class Gathered:
         """Compare the copy with the model: modules, attributes, and what was changed by hand."""
         copied = dict(self.model.named_modules(remove_duplicate=False))
         wanted = {path: type(module) for path, module in copied.items()}
-        found = {path: _class(module) for path, (module, _) in self._live.items()}
-        for path in sorted(wanted.keys() | found.keys()):
-            if wanted.get(path) is not found.get(path):
+        classes = {path: _class(module) for path, (module, _) in self._live.items()}
+        for path in sorted(wanted.keys() | classes.keys()):
+            if wanted.get(path) is not classes.get(path):
                 raise MeasurementError(
-                    f"{path or 'the model'} is {_name(found.get(path))}, by its configuration "
+                    f"{path or 'the model'} is {_name(classes.get(path))}, by its configuration "
                     f"{_name(wanted.get(path))}: {_ADVICE}"
                 )
         for path, module in copied.items():
@@ -159,8 +159,8 @@ class Gathered:
             with _whole(unit):
                 for name in of:
                     path, _, own = name.rpartition(".")
-                    found = self._live[path][0]._parameters.get(own)
-                    value = self._compare(name, found, self._targets[name]).detach()
+                    parameter = self._live[path][0]._parameters.get(own)
+                    value = self._compare(name, parameter, self._targets[name]).detach()
                     if isinstance(value, DTensor):
                         value = value.full_tensor()
                     self._put(name, value if unit is None else value.clone())
@@ -223,16 +223,16 @@ def _bare(model: nn.Module) -> PreTrainedModel:
     for module in model.modules():
         if hasattr(module, "peft_config"):
             raise MeasurementError(f"adapters of PEFT are not measured here: {_ADVICE}")
-    found: list[PreTrainedModel] = []
+    models: list[PreTrainedModel] = []
     for module in model.modules():
-        within = any(module in outer.modules() for outer in found)
+        within = any(module in outer.modules() for outer in models)
         if isinstance(module, PreTrainedModel) and not within:
-            found.append(module)
-    if len(found) != 1:
+            models.append(module)
+    if len(models) != 1:
         raise MeasurementError(
-            f"{type(model).__name__} holds {len(found)} transformers models, wanted one"
+            f"{type(model).__name__} holds {len(models)} transformers models, wanted one"
         )
-    return found[0]
+    return models[0]
 
 
 def _empty(model: PreTrainedModel) -> PreTrainedModel:

@@ -61,28 +61,28 @@ class Decoder:
     @property
     def experts(self) -> int | None:
         """Routed experts per block, None for a dense model; where blocks differ, the most."""
-        found = [self.experts_of(index) for index in self.blocks]
-        return max((count for count in found if count is not None), default=None)
+        counts = [self.experts_of(index) for index in self.blocks]
+        return max((count for count in counts if count is not None), default=None)
 
     def experts_of(self, block: int) -> int | None:
         """Routed experts that a block would have, None for a dense model."""
         names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-        found = [self.number(name, of, block) for of in ("", "ffn_config") for name in names]
-        return next((count for count in found if count is not None and count > 1), None)
+        counts = [self.number(name, of, block) for of in ("", "ffn_config") for name in names]
+        return next((count for count in counts if count is not None and count > 1), None)
 
     @property
     def most_heads(self) -> int | None:
         """Query heads per block; where blocks differ, the most."""
-        found = [self.heads(index) for index in self.blocks]
-        return max((count for count in found if count is not None), default=None)
+        counts = [self.heads(index) for index in self.blocks]
+        return max((count for count in counts if count is not None), default=None)
 
     def heads(self, block: int) -> int | None:
         """Query heads of a block's attention."""
         names = ["num_attention_heads_per_layer", "num_attention_heads"]
         if self.kinds[block] == "sliding":
             names.insert(0, "swa_num_attention_heads")
-        found = [self.number(name, block=block) for name in names]
-        return next((count for count in found if count is not None), None)
+        counts = [self.number(name, block=block) for name in names]
+        return next((count for count in counts if count is not None), None)
 
     def number(self, name: str, within: str = "", block: int = 0) -> int | None:
         """What the configuration says for a block, in lists and overrides by block too.
@@ -149,28 +149,28 @@ def _unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def _only(outer: nn.Module) -> PreTrainedModel:
-    found: list[PreTrainedModel] = []
+    models: list[PreTrainedModel] = []
     for module in outer.modules():  # the outer one of two comes first
-        within = any(module in other.modules() for other in found)
+        within = any(module in other.modules() for other in models)
         if isinstance(module, PreTrainedModel) and not within:
-            found.append(module)
+            models.append(module)
     name = type(outer).__name__
-    if not found:
+    if not models:
         raise MeasurementError(
             f"{name} is not a transformers model; sinktrack measures "
             "transformers decoders (AutoModelForCausalLM and the like)"
         )
-    if len(found) > 1:
+    if len(models) > 1:
         raise MeasurementError(
-            f"{name} holds {len(found)} transformers models; give the one that is to be measured"
+            f"{name} holds {len(models)} transformers models; give the one that is to be measured"
         )
-    return found[0]
+    return models[0]
 
 
 def _text(model: PreTrainedModel) -> PreTrainedModel:
     """The part of a model that reads text; the model itself where it reads nothing else."""
-    found: Any = model.get_decoder()
-    return found if isinstance(found, PreTrainedModel) else model
+    decoder: Any = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model
 
 
 def _refuse_shared(blocks: Mapping[int, nn.Module]) -> None:
@@ -192,12 +192,12 @@ def _blocks(model: PreTrainedModel, config: Any) -> nn.ModuleList:
     named = _recorded(model, "hidden_states")
     count = getattr(config, "num_hidden_layers", None)
     lists = [module for module in _text(model).modules() if isinstance(module, nn.ModuleList)]
-    for found in lists:
-        if len(found) and named and all(isinstance(block, named) for block in found):
-            return found
-    for found in lists:
-        if len(found) and len(found) == count:
-            return found
+    for blocks in lists:
+        if len(blocks) and named and all(isinstance(block, named) for block in blocks):
+            return blocks
+    for blocks in lists:
+        if len(blocks) and len(blocks) == count:
+            return blocks
     raise MeasurementError(
         f"unknown architecture {type(model).__name__}: no list of {count} blocks found in it"
     )
@@ -205,15 +205,15 @@ def _blocks(model: PreTrainedModel, config: Any) -> nn.ModuleList:
 
 def _recorded(model: nn.Module, what: str) -> tuple[type, ...]:
     """The classes of modules that transformers names as the source of an output."""
-    found: set[type] = set()
+    classes: set[type] = set()
     for module in model.modules():
         recorded = getattr(type(module), "_can_record_outputs", None) or {}
         named = recorded.get(what, ()) if isinstance(recorded, dict) else ()
         for entry in named if isinstance(named, list | tuple) else (named,):
             target = getattr(entry, "target_class", entry)
             if isinstance(target, type):
-                found.add(target)
-    return tuple(found)
+                classes.add(target)
+    return tuple(classes)
 
 
 def _kinds(
@@ -406,12 +406,12 @@ def foreign(function: Any) -> str | None:
 
 def configs(model: nn.Module) -> list[Any]:
     """Every distinct configuration object that a module of the model reads."""
-    found = {}
+    distinct = {}
     for module in model.modules():
         config = getattr(module, "config", None)
         if hasattr(config, "_attn_implementation_internal"):
-            found[id(config)] = config
-    return list(found.values())
+            distinct[id(config)] = config
+    return list(distinct.values())
 
 
 def experts_held(block: nn.Module) -> list[int]:
@@ -489,8 +489,8 @@ class _Tap:
             self.lineage.forget()
             self.routed = None
             stream = output[0] if isinstance(output, tuple | list) else output
-            found = mark_of(stream)
-            if found is None or found.origin != "stream":
+            mark = mark_of(stream)
+            if mark is None or mark.origin != "stream":
                 self._untold(
                     "its output is not its input plus writes, so what writes the P0 state cannot "
                     "be told"

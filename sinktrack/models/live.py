@@ -23,10 +23,10 @@ def readable(model: nn.Module, probe: Probe) -> Decoder:
     Raises:
         ProbeError, MeasurementError: as of `sinktrack.measure`.
     """
-    found = decoder(model)
-    refuse_unreadable(found.model)
-    check(probe, found)
-    return found
+    decoded = decoder(model)
+    refuse_unreadable(decoded.model)
+    check(probe, decoded)
+    return decoded
 
 
 def check(probe: Probe, found: Decoder) -> None:
@@ -124,8 +124,8 @@ def editable(model: nn.Module, probe: Probe, batch_size: int | None) -> Iterator
     Raises:
         ProbeError, MeasurementError: as of `sinktrack.measure`.
     """
-    found = readable(model, probe)
-    refuse_another_model(found, probe)
-    size = at_once(found.config.vocab_size, probe, batch_size)
-    with probe_context(found.model, size, probe):
-        yield _Passes(found)
+    decoded = readable(model, probe)
+    refuse_another_model(decoded, probe)
+    size = at_once(decoded.config.vocab_size, probe, batch_size)
+    with probe_context(decoded.model, size, probe):
+        yield _Passes(decoded)

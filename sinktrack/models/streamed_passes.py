@@ -31,17 +31,17 @@ def editable(streamed: Streamed, probe: Probe, batch_size: int | None) -> Iterat
         ArchiveError: a weight is missing or damaged.
         ProbeError, MeasurementError: as of `sinktrack.measure`.
     """
-    found = streamed.decoder
-    check(probe, found)
+    decoder = streamed.decoder
+    check(probe, decoder)
     streamed.load_surroundings(probe.tokens)
     embedding = streamed.base.get_input_embeddings()
-    size = at_once(found.config.vocab_size, probe, batch_size)
+    size = at_once(decoder.config.vocab_size, probe, batch_size)
     with out_of_memory(size, probe), preserve_state(embedding):
         passes = _Passes(streamed)
         walk = passes.walk(probe.batches(1)[0][:, :2])
         if walk.shared is not None:
             raise BlockwiseUnsupported(
-                f"the blocks of {type(found.model).__name__} cannot be run one by one: they hand "
+                f"the blocks of {type(decoder.model).__name__} cannot be run one by one: they hand "
                 f"each other more than the stream ({walk.shared})"
             )
         yield passes

@@ -76,9 +76,9 @@ class Streamed:
         self._ahead: Future[dict[str, Tensor]] | None = None
         self.reader = ThreadPoolExecutor(1)
         """Reads while others convert or compute."""
-        found = empty(source, dtype, head=head)
-        self.model, self._names, self._text = found.model, found.names, found.prefix
-        self.decoder: Decoder = replace(decoder(found.text), model=self.model)
+        skeleton = empty(source, dtype, head=head)
+        self.model, self._names, self._text = skeleton.model, skeleton.names, skeleton.prefix
+        self.decoder: Decoder = replace(decoder(skeleton.text), model=self.model)
         self._targets = dict(self.model.state_dict())
         if head:
             lacking = [name for name in self._behind() if not self._names.get(name)]
@@ -290,9 +290,9 @@ class Streamed:
             errors = [*map(str, info.conversion_errors.values()), *info.error_msgs]
             raise ArchiveError(f"{some(list(tensors))} cannot be converted: {errors[0]}")
         if info.mismatched_keys:
-            name, found, wanted = min(info.mismatched_keys)
+            name, given, wanted = min(info.mismatched_keys)
             raise ArchiveError(
-                f"{len(info.mismatched_keys)} weights mismatched ({name} is {tuple(found)}, wanted "
+                f"{len(info.mismatched_keys)} weights mismatched ({name} is {tuple(given)}, wanted "
                 f"{tuple(wanted)}); the checkpoint does not fit its config.json"
             )
 
@@ -368,16 +368,16 @@ class _Experts:
 
     def _fetch(self, experts: list[int]) -> dict[str, Tensor]:
         """From the checkpoint, what makes these experts."""
-        found: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
         for target in self.targets:
             for names in self._streamed._names[target]:
                 if self._fused(names):
                     whole = self._streamed._source.slice(names[0])
-                    found[names[0]] = torch.cat([whole[row : row + 1] for row in experts])
+                    weights[names[0]] = torch.cat([whole[row : row + 1] for row in experts])
                 else:
                     for expert in experts:
-                        found[names[expert]] = self._streamed._slice(names[expert])[...]
-        return found
+                        weights[names[expert]] = self._streamed._slice(names[expert])[...]
+        return weights
 
     def _convert(self, experts: list[int], tensors: Mapping[str, Tensor]) -> None:
         """Through transformers' conversion, as if the block had these experts alone."""

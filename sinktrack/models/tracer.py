@@ -119,7 +119,7 @@ class ResidualTracer(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "scaled_dot_product_attention":
             return self._watcher.scaled_dot_product_attention(*args, **kwargs)
-        marks = [found for value in _tensors(args, kwargs) if (found := mark_of(value))]
+        marks = [carried for value in _tensors(args, kwargs) if (carried := mark_of(value))]
         if not marks and name != "softmax":
             return func(*args, **kwargs)
         if name in _ADD and len(args) > 1 and isinstance(args[1], Tensor):
@@ -178,10 +178,10 @@ class ResidualTracer(TorchFunctionMode):
             return _biased(a, right) if a else b
         if a and b and (joined := _joined(a, b)):
             return joined
-        if {found.origin for found in (a, b) if found} <= {"experts"}:
+        if {mark.origin for mark in (a, b) if mark} <= {"experts"}:
             return a or b  # a shared expert joins the routed ones
-        if any(found and found.origin in ("weights", "mixed") for found in (a, b)):
-            if any(found and found.origin == "mixed" for found in (a, b)):
+        if any(mark and mark.origin in ("weights", "mixed") for mark in (a, b)):
+            if any(mark and mark.origin == "mixed" for mark in (a, b)):
                 self._watcher.joined()
             return a or b
         # Sublayers side by side: keep the terms, which an addition in place would overwrite.
@@ -192,7 +192,7 @@ class ResidualTracer(TorchFunctionMode):
         self, name: str, args: tuple[Any, ...], kwargs: Any, marks: list[Mark]
     ) -> Mark | None:
         first = mark_of(args[0]) if args else None
-        if any(found.origin == "stream" for found in marks):
+        if any(mark.origin == "stream" for mark in marks):
             same = name in _SAME and first is not None and first.origin == "stream"
             return first if same else None
         if name == "linear" and first and first.origin == "mixed":
@@ -205,32 +205,32 @@ class ResidualTracer(TorchFunctionMode):
             return Mark("attention", operands=(args[1], mixed.heads, args[2].T, args[0]))
         if name in _PRODUCT and first and first.origin == "mixed" and args[1].ndim == 2:
             return Mark("attention", operands=(args[0], first.heads, args[1].T, None))
-        found = first or marks[0]
-        if found.origin == "weights":
+        mark = first or marks[0]
+        if mark.origin == "weights":
             if name not in _PRODUCT:
-                return found
-            weights = next(v for v in _tensors(args, kwargs) if mark_of(v) is found)
+                return mark
+            weights = next(v for v in _tensors(args, kwargs) if mark_of(v) is mark)
             if not _over_keys(name, args, weights) or not self._is_softmax(weights):
                 self._watcher.reweighted()
-            return replace(found, origin="mixed")
-        if found.origin == "mixed" and name in _JOIN:
+            return replace(mark, origin="mixed")
+        if mark.origin == "mixed" and name in _JOIN:
             self._watcher.joined()
-        if found.origin == "mixed" and name in _MULTIPLY:
+        if mark.origin == "mixed" and name in _MULTIPLY:
             for mixed, gate in (args[:2], args[1::-1]):
                 if _is_gate(gate) and mark_of(mixed):
-                    self._watcher.gate(mixed, gate, found.heads)
-        if found.origin == "mixed" or name in _SAME:
-            return found
-        if name in _MULTIPLY and found.raw is None and not found.parts:
+                    self._watcher.gate(mixed, gate, mark.heads)
+        if mark.origin == "mixed" or name in _SAME:
+            return mark
+        if name in _MULTIPLY and mark.raw is None and not mark.parts:
             number = [value for value in args[:2] if isinstance(value, int | float)]
             if number:
-                return replace(found, factor=found.factor * number[0])
-        if found.origin == "sum":
+                return replace(mark, factor=mark.factor * number[0])
+        if mark.origin == "sum":
             return None
-        if found.raw is None:
-            marked = (value for value in _tensors(args, kwargs) if mark_of(value) is found)
-            return replace(found, raw=next(marked))
-        return found
+        if mark.raw is None:
+            marked = (value for value in _tensors(args, kwargs) if mark_of(value) is mark)
+            return replace(mark, raw=next(marked))
+        return mark
 
     def _is_softmax(self, weights: Tensor) -> bool:
         """Are these the probabilities that the softmax gave, perhaps of another shape or dtype?"""

@@ -38,15 +38,15 @@ def read(directory: Path) -> tuple[Mark, ...]:
         return ()
     except (OSError, ValueError) as error:
         raise RecordError(f"cannot read {path}: {error}") from error
-    found = []
+    marks = []
     for number, line in enumerate(lines, 1):
         if line:
             try:
                 held = json.loads(line)
-                found.append(checked(held["step"], held["what"]))
+                marks.append(checked(held["step"], held["what"]))
             except (ValueError, KeyError, TypeError) as error:
                 raise RecordError(f"{path}, line {number} is no mark: {error}") from error
-    return tuple(sorted(set(found)))
+    return tuple(sorted(set(marks)))
 
 
 def append(directory: Path, marks: Iterable[Mark]) -> None:

@@ -28,9 +28,9 @@ def _measured(record: Mapping[str, Any]) -> Iterator[Row]:
         value = record.get(name)
         if nothing(value):
             continue
-        found = field.rows(value) if field.rows else _along(field.axes, value, {})
+        rows = field.rows(value) if field.rows else _along(field.axes, value, {})
         bounds = record["intervals"].get(name)
-        for row in found:
+        for row in rows:
             low_high = bounds[row["block"]] if bounds and "block" in row else bounds
             low, high = low_high or (None, None)
             yield row | {"metric": name + row.get("metric", ""), "low": low, "high": high}

@@ -36,7 +36,7 @@ _ABOUT = ("tokens", "source", "seconds", "dtype", "weights", "probe")
 def versions(*more: str) -> dict[str, str]:
     """Of the packages that the numbers depend on, and of some more."""
     names = ("sinktrack", "torch", "transformers", *more)
-    return {name: found for name in names if (found := _installed(name)) is not None}
+    return {name: version for name in names if (version := _installed(name)) is not None}
 
 
 @cache
@@ -346,7 +346,7 @@ class Run:
             )
 
     def _parse(self, data: bytes) -> list[dict[str, Any]]:
-        found = []
+        records = []
         lines = data.split(b"\n")[:-1]  # what follows the last newline is torn
         for number, line in enumerate(lines, 1):
             try:
@@ -362,8 +362,8 @@ class Run:
                     f"{self._file}, line {number} has schema {schema}, this version reads "
                     f"{READABLE[0]} and {SCHEMA}; it was written by a newer one"
                 )
-            found.append(record)
-        return found
+            records.append(record)
+        return records
 
     def adopt(self, probe: Probe) -> None:
         """Take a probe, where the run has none yet.

@@ -195,7 +195,9 @@ class Scan:
         """
         part, written = self.checkpoints.part, False
         with self.run.claimed(part and f"{part[0]}-of-{part[1]}"):
-            rounds = (self.job.pending(found, self.run) for found in self.checkpoints.rounds)
+            rounds = (
+                self.job.pending(checkpoints, self.run) for checkpoints in self.checkpoints.rounds
+            )
             for checkpoint, outcome in _outcomes(rounds, self.job, self.engine, self.workers):
                 if isinstance(outcome, dict):
                     try:
@@ -243,18 +245,18 @@ def check_device(device: str, engine: Engine | None = None) -> None:
         MeasurementError: there is no such device.
     """
     try:
-        found = torch.device(device)
+        checked = torch.device(device)
     except RuntimeError as error:
         raise MeasurementError(f"device {device!r}: {one_line(error)}") from error
     if engine == "ray":
         return
-    if found.type == "mps" and not torch.backends.mps.is_available():
+    if checked.type == "mps" and not torch.backends.mps.is_available():
         raise MeasurementError(f"device {device!r} is not here: this torch computes without it")
-    if found.type != "cuda":
-        if found.type not in ("cpu", "mps") and not hasattr(torch, found.type):
+    if checked.type != "cuda":
+        if checked.type not in ("cpu", "mps") and not hasattr(torch, checked.type):
             raise MeasurementError(f"device {device!r} is not here: this torch knows none of it")
         return
-    if (found.index or 0) >= (count := torch.cuda.device_count()):
+    if (checked.index or 0) >= (count := torch.cuda.device_count()):
         raise MeasurementError(f"device {device!r} is not here: torch sees {count} CUDA devices")
 
 
@@ -352,7 +354,7 @@ class Job:
         if self.causal:
             from sinktrack.interventions import run_causal_tests
 
-            found = run_causal_tests(
+            tests = run_causal_tests(
                 model,
                 self.probe,
                 measured,
@@ -360,7 +362,7 @@ class Job:
                 start=start,
                 beside=seen,
             )
-            return {"position_card": found.pop("position_card"), "causal": found}
+            return {"position_card": tests.pop("position_card"), "causal": tests}
         if self.card:
             from sinktrack.interventions.card import card
 
@@ -435,9 +437,9 @@ def _probe_for(checkpoint: Checkpoint) -> tuple[Probe, str]:
         raise ArchiveError(checkpoint.reason)
     base = checkpoint.base.files if checkpoint.base else None
     places = [files for files in (checkpoint.files, checkpoint.config, base) if files is not None]
-    found = next((one for files in places if (one := tokenizer(files)) is not None), None)
-    if found is not None:
-        made = Probe.from_texts(found, passages())
+    encoder = next((one for files in places if (one := tokenizer(files)) is not None), None)
+    if encoder is not None:
+        made = Probe.from_texts(encoder, passages())
         return made, f"no probe given: {made} from built-in prose and the checkpoint's tokenizer"
     made = Probe.random(vocabulary(checkpoint))
     other = next(filter(None, map(other_tokenizer, places)), None)

@@ -133,15 +133,15 @@ class Analysis:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON; intervals as objects of ``value``, ``low`` and ``high``."""
-        found: dict[str, Any] = _plain({"stage": self.stage} | asdict(self))
-        return found
+        plain: dict[str, Any] = _plain({"stage": self.stage} | asdict(self))
+        return plain
 
     def __str__(self) -> str:
         return "\n".join([*self.lines(), *(f"not claimed: {reason}" for reason in self.missing)])
 
     def lines(self) -> list[str]:
         """What was found, in words."""
-        found = []
+        lines = []
         if self.stage is not None:
             since = next(
                 step
@@ -150,35 +150,35 @@ class Analysis:
                 )
                 if stage != before
             )
-            found.append(f"candidate stage: {self.stage}, as could be told from step {since:,} on")
+            lines.append(f"candidate stage: {self.stage}, as could be told from step {since:,} on")
         else:
-            found += self.shows
+            lines += self.shows
         if self.onset is not None:
-            found.append(f"candidate onset: the {self.rate} left its floor {self._when()}")
+            lines.append(f"candidate onset: the {self.rate} left its floor {self._when()}")
         if self.sensitivity is not None and self.sensitivity.onsets:
-            found.append(str(self.sensitivity))
+            lines.append(str(self.sensitivity))
         if self.plateau is not None:
             level = self.plateau.level
             sure = text.interval(level[1:], ".1%", "every sequence and record gives the same")
-            found.append(
+            lines.append(
                 f"candidate plateau: {level.value:.1%} ({sure}) since step "
                 f"{self.plateau.since.value:,.0f}; {_over_window(self.plateau.change)}"
             )
-        found += [f"marked at step {mark.step:,}: {mark.what}" for mark in self.marks]
-        found += _events(self.phases)
-        found += _first_blocks(self.first_sink_block)
-        found += [_moved(migration) for migration in self.migration]
-        found += [described(regression, self.rate) for regression in self.regressions]
+        lines += [f"marked at step {mark.step:,}: {mark.what}" for mark in self.marks]
+        lines += _events(self.phases)
+        lines += _first_blocks(self.first_sink_block)
+        lines += [_moved(migration) for migration in self.migration]
+        lines += [described(regression, self.rate) for regression in self.regressions]
         if self.stage == "settled":
-            found.append(SATURATED)
+            lines.append(SATURATED)
         if self.loss is not None:
-            found += self.loss.lines()
+            lines += self.loss.lines()
         if self.abandoned:
-            found.append(
+            lines.append(
                 f"left out: {len(self.abandoned)} records up to step {self.abandoned[-1]:,}, which "
                 "training has left behind: it went on from before them"
             )
-        return [*found, *self.notes]
+        return [*lines, *self.notes]
 
     def _when(self) -> str:
         """The onset in words: one that may lie anywhere before its end is no date."""
@@ -211,7 +211,7 @@ def analyze(
     if marks is None:
         marks = run.marks if isinstance(run, Run) else ()
     stages = Stages.of(written, [mark.step for mark in marks])
-    found, left = stages.found, current(written)
+    findings, left = stages.found, current(written)
     onset = stages.onset()
     missing, relation = _missing(stages), None
     if losses is not None:
@@ -222,13 +222,13 @@ def analyze(
         else:
             relation = related
     return Analysis(
-        steps=tuple(one.step for one in found),
-        stages=tuple(one.stage for one in found),
-        because=tuple(one.because for one in found),
+        steps=tuple(one.step for one in findings),
+        stages=tuple(one.stage for one in findings),
+        because=tuple(one.because for one in findings),
         onset=onset,
         onset_tokens=_tokens(stages, onset),
         plateau=_plateau(stages),
-        regressions=tuple(one.regression for one in found if one.regression is not None),
+        regressions=tuple(one.regression for one in findings if one.regression is not None),
         migration=tuple(_migration(stages)),
         missing=tuple(missing),
         abandoned=tuple(sorted(stages.abandoned)),
@@ -254,22 +254,22 @@ def shown(record: Mapping[str, Any]) -> list[str]:
         words = f"{at} the first {blocks} blocks alone"
     else:
         words = f"{at} no sink rate"
-    found = [words]
+    sentences = [words]
     phases = spans(record)
     if phases:
         main = main_of(phases)
         told = [f"{one} (main)" if one is main and len(phases) > 1 else str(one) for one in phases]
-        found.append(f"{at} sink phases: {', '.join(told)}" if told[1:] else f"{at} a sink phase: "
-                     f"{told[0]}")  # fmt: skip
-        found += _main_writer(record, at)
+        what = f"sink phases: {', '.join(told)}" if told[1:] else f"a sink phase: {told[0]}"
+        sentences.append(f"{at} {what}")
+        sentences += _main_writer(record, at)
     elif phases is not None:
-        found.append(f"{at} no block that rests on P0")
+        sentences.append(f"{at} no block that rests on P0")
     if counts_heads(record):
         first = record["first_sink_block"]
-        found.append(
+        sentences.append(
             f"{at} no sink head" if first is None else f"{at} its first sink head in block {first}"
         )
-    return found
+    return sentences
 
 
 def _main_writer(record: Mapping[str, Any], at: str) -> list[str]:
@@ -289,35 +289,35 @@ def _rate(stages: Stages) -> str:
 
 
 def _notes(stages: Stages) -> list[str]:
-    found = []
+    notes = []
     if stages.older:
-        found.append(
+        notes.append(
             f"depth and first-two share of the {stages.older} records of an older schema than "
             f"{stages.schema} are other quantities: they count as missing"
         )
-    told = {one.quantity for found in stages.found if (one := found.regression) is not None}
+    told = {one.quantity for notes in stages.found if (one := notes.regression) is not None}
     if stages.schema == 1 and (stages.left is not None or told & set(MIN_MOVE)):
-        found.append(
+        notes.append(
             "records of schema 1 take depth and first-two share at one block that a threshold "
             "chose: where the first sink phase begins elsewhere, they jump by that alone"
         )
     if stages.points and stages.points[-1].of_heads:
-        found.append(
+        notes.append(
             "no record has a sink rate: the share of sink heads stands in for it, without an "
             "interval over sequences"
         )
-    return found
+    return notes
 
 
 def _first_sink_block(records: Sequence[Mapping[str, Any]]) -> list[FirstBlock]:
-    found: list[FirstBlock] = []
+    blocks: list[FirstBlock] = []
     for record in records:
         if not counts_heads(record) or record.get("measured_blocks") is not None:
             continue
         block = record["first_sink_block"]
-        if not found or found[-1].block != block:
-            found.append(FirstBlock(record["step"], record.get("tokens"), block))
-    return found
+        if not blocks or blocks[-1].block != block:
+            blocks.append(FirstBlock(record["step"], record.get("tokens"), block))
+    return blocks
 
 
 def counts_heads(record: Mapping[str, Any]) -> bool:
@@ -456,7 +456,7 @@ def _tokens(stages: Stages, at: Interval | None) -> Interval | None:
 def _migration(stages: Stages) -> list[Migration]:
     if stages.left is None:
         return []
-    found = []
+    moves = []
     since = max(stages.left, stages.broke)
     step = stages.points[since].step if since > stages.left and since < len(stages.points) else None
     for name in ("first_two_share", "depth"):
@@ -467,10 +467,10 @@ def _migration(stages: Stages) -> list[Migration]:
         counts = np.array([tokens[int(step)] or np.nan for step in x], dtype=np.float64)
         growing = bool((np.diff(counts) > 0).all())  # false for nan as well
         per_doubling = _slope(np.log2(counts), y) if growing else None
-        found.append(
+        moves.append(
             Migration(name, len(y), _slope(x / 1000, y), per_doubling, robust.change(x, y), step),
         )
-    return found
+    return moves
 
 
 def _slope(x: robust.Curve, y: robust.Curve) -> Interval:
@@ -479,30 +479,32 @@ def _slope(x: robust.Curve, y: robust.Curve) -> Interval:
 
 def _missing(stages: Stages) -> list[str]:
     count = len(stages.points)
-    found = []
+    sentences = []
     marked = stages.marked() if stages.points else 0
     if stages.left is not None and marked > stages.left and count - marked < MIN_RECORDS:
-        found.append(f"trends: {_more(count - marked, MIN_RECORDS)} since the last mark")
+        sentences.append(f"trends: {_more(count - marked, MIN_RECORDS)} since the last mark")
     if stages.partial:
-        found.append(f"records of the first blocks alone have no sink rate ({stages.partial})")
+        sentences.append(f"records of the first blocks alone have no sink rate ({stages.partial})")
     if stages.left is None:
         if count <= CONSECUTIVE:
-            return [*found, f"stage and onset: {_more(count, CONSECUTIVE + 1)}"]
+            return [*sentences, f"stage and onset: {_more(count, CONSECUTIVE + 1)}"]
         return [
-            *found,
+            *sentences,
             f"onset: the rate has not left its floor by {100 * MIN_RISE:.0f} points for "
             f"{CONSECUTIVE} records in a row ({count} records so far)",
         ]
     since = count - stages.left
     if stages.left == 0:
-        found.append("onset: the sink was there at the first records; measure earlier checkpoints")
+        sentences.append(
+            "onset: the sink was there at the first records; measure earlier checkpoints"
+        )
     elif stages.floor_records < CONSECUTIVE:
-        found.append(f"onset: {_more(stages.floor_records, CONSECUTIVE)} from before the rise")
+        sentences.append(f"onset: {_more(stages.floor_records, CONSECUTIVE)} from before the rise")
     if stages.lost:
-        found.append("plateau: the sink is lost")
+        sentences.append("plateau: the sink is lost")
     elif since < MIN_RECORDS:
-        found.append(f"plateau: {_more(since, MIN_RECORDS)} since the rise")
-        found.append(f"regression: {_more(since, MIN_RECORDS)} since the rise")
+        sentences.append(f"plateau: {_more(since, MIN_RECORDS)} since the rise")
+        sentences.append(f"regression: {_more(since, MIN_RECORDS)} since the rise")
     elif (
         stages.stage in ("emerging", "migrating", "settled")
         and _plateau(stages) is None
@@ -515,15 +517,15 @@ def _missing(stages: Stages) -> list[str]:
             else f"the change over the last window lies between {100 * trend.low:+.1f} and "
             f"{100 * trend.high:+.1f} points"
         )
-        found.append(f"plateau: {window}; flat is 0 within {100 * most:.1f} points")
+        sentences.append(f"plateau: {window}; flat is 0 within {100 * most:.1f} points")
     _, depth = stages.curve("depth", max(stages.left, stages.broke))
     if len(depth) < MIN_RECORDS and not stages.lost and not stages.points[-1].of_heads:
         words = f"migration: {_more(len(depth), MIN_RECORDS)} of a formed sink"
         if stages.left < stages.broke < count:
             step = stages.points[stages.broke].step
             words += f" since step {step:,}, where the sink phases last changed"
-        found.append(words)
-    return found
+        sentences.append(words)
+    return sentences
 
 
 def _more(have: int, need: int) -> str:

@@ -76,8 +76,8 @@ class RunSummary:
         """One of `QUANTITIES`."""
         if quantity == "onset":
             return None if self.onset is None else self.onset.value
-        found: float | None = getattr(self, quantity)
-        return found
+        value: float | None = getattr(self, quantity)
+        return value
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,10 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        found = asdict(self)
-        for one, own in zip(found["differences"], self.differences, strict=True):
+        plain = asdict(self)
+        for one, own in zip(plain["differences"], self.differences, strict=True):
             one["claimed"] = own.claimed
-        return found
+        return plain
 
     def __str__(self) -> str:
         titles = [tuple(title.split("\n")) for title in self.columns()]
@@ -168,7 +168,7 @@ class Comparison:
 
     def columns(self) -> dict[str, list[str]]:
         """A table of one line a run, by title; a title may have two lines."""
-        found = {
+        columns = {
             "run": [one.name for one in self.runs],
             "setting": [one.setting for one in self.runs],
             "stage": [one.stage or "-" for one in self.runs],
@@ -184,9 +184,9 @@ class Comparison:
                 for one in self.runs
             ],
         }
-        if len(set(found["setting"])) < 2:
-            del found["setting"]
-        return found
+        if len(set(columns["setting"])) < 2:
+            del columns["setting"]
+        return columns
 
     def verdict(self) -> list[str]:
         """What matters most: do settings differ, and when did the sink begin in each?"""
@@ -224,13 +224,13 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """What was found, in words."""
-        found = [f"Mind: {note}." for note in self.notes]
+        lines = [f"Mind: {note}." for note in self.notes]
         if self.at is not None:
-            found.append(
+            lines.append(
                 f"Numbers but onset and migration are at {self.axis} {_axis(self.at, self.axis)}, "
                 f"the furthest that all runs have reached{self._held_back()}."
             )
-        found += [self._spread(one) for one in self.spreads]
+        lines += [self._spread(one) for one in self.spreads]
         for one in self.differences:
             name = QUANTITIES[one.quantity]
             of = f"{one.settings[1]} less {one.settings[0]}"
@@ -239,7 +239,7 @@ class Comparison:
             if one.value.low == one.value.high:
                 sure = "no spread within either"
             verdict = "beyond" if one.claimed else "within"
-            found.append(
+            lines.append(
                 f"{name}, {of}: {value} ({sure}), {verdict} what seeds explain "
                 f"(permutation test, p = {one.p:.3f} after Holm)"
             )
@@ -249,8 +249,8 @@ class Comparison:
             told += f"{_signed(row.correlation)}, {row.runs} runs"
             if row.beyond_loss is not None:
                 told += f"; beyond the loss there {_signed(row.beyond_loss)}"
-            found.append(told)
-        return found
+            lines.append(told)
+        return lines
 
     def _held_back(self) -> str:
         """The run that ends long before the others, where there is one."""
@@ -356,7 +356,7 @@ def _notes(
 ) -> tuple[str, ...]:
     """What makes runs less comparable than they look."""
     lasts = {name: records[-1] for name, records in runs.items() if records}
-    found = []
+    notes = []
     models: dict[str, list[str]] = {}
     for name, record in lasts.items():
         model = record.get("model") or {}
@@ -364,25 +364,25 @@ def _notes(
         models.setdefault(", ".join([str(model.get("type", "a model")), *size]), []).append(name)
     if len(models) > 1:
         kinds = "; ".join(f"{names[0]} is {model}" for model, names in models.items())
-        found.append(f"the runs are of different models, so a block is not the same place: {kinds}")
+        notes.append(f"the runs are of different models, so a block is not the same place: {kinds}")
     twins: dict[Any, list[str]] = {}
     for name, record in lasts.items():
         if record.get("weights") is not None:
             twins.setdefault((record["step"], record["weights"]), []).append(name)
-    found += [
+    notes += [
         f"{', '.join(names)} end on the same weights: one run, counted {len(names)} times"
         for names in twins.values() if len(names) > 1
     ]  # fmt: skip
     if heads and lasts:
-        found.append("no record has a sink rate: stage and onset are of the share of sink heads")
+        notes.append("no record has a sink rate: stage and onset are of the share of sink heads")
     old = [name for name, records in runs.items()
            if any(record.get("schema", SCHEMA) < schema for record in records)]  # fmt: skip
     if old:
-        found.append(
+        notes.append(
             f"{', '.join(old)} hold{'s' if len(old) == 1 else ''} records of an older schema, "
             "whose first-two share and depth are other quantities: they count as missing"
         )
-    return tuple(found)
+    return tuple(notes)
 
 
 def read_table(path: str | Path) -> tuple[dict[str, str], dict[str, float]]:
@@ -433,12 +433,12 @@ def read_table(path: str | Path) -> tuple[dict[str, str], dict[str, float]]:
 
 def _score(cell: str, of: str) -> float:
     try:
-        found = float(cell)
+        score = float(cell)
     except ValueError as error:
         raise RecordError(f"{of} is no number: {cell}") from error
-    if not math.isfinite(found):
+    if not math.isfinite(score):
         raise RecordError(f"{of} is {cell}; leave the cell empty where there is none")
-    return found
+    return score
 
 
 class _Line:
@@ -538,21 +538,21 @@ def _summary(
     score: float | None,
     schema: int,
 ) -> RunSummary:
-    found = analyze(records, marks=marks)
+    analysis = analyze(records, marks=marks)
     onset = None
-    if found.onset is not None:
-        ends = [line.place(step) for step in found.onset]
+    if analysis.onset is not None:
+        ends = [line.place(step) for step in analysis.onset]
         if None not in ends:
             value, low, high = (float(end) for end in ends if end is not None)
             onset = Interval(value, min(low, high), max(low, high))
     record = (line.at(at) if at is not None else None) or {}
     interval = (record.get("intervals") or {}).get("sink_rate")
     formed = bool(record.get("formed")) and record.get("schema", SCHEMA) == schema
-    moved = next((one for one in found.migration if one.quantity == "depth"), None)
+    moved = next((one for one in analysis.migration if one.quantity == "depth"), None)
     return RunSummary(
         name=name,
         setting=setting,
-        stage=found.stage,
+        stage=analysis.stage,
         reached=line.end,
         onset=onset,
         sink_rate=record.get("sink_rate"),
@@ -571,14 +571,14 @@ def _values(runs: Sequence[RunSummary], quantity: str) -> list[float]:
 
 
 def _by_setting(runs: Sequence[RunSummary]) -> dict[str, list[RunSummary]]:
-    found: dict[str, list[RunSummary]] = {}
+    by_setting: dict[str, list[RunSummary]] = {}
     for run in runs:
-        found.setdefault(run.setting, []).append(run)
-    return found
+        by_setting.setdefault(run.setting, []).append(run)
+    return by_setting
 
 
 def _spreads(runs: Sequence[RunSummary]) -> tuple[SeedSpread, ...]:
-    found = []
+    spreads = []
     for setting, members in _by_setting(runs).items():
         for quantity in QUANTITIES:
             values = np.array(_values(members, quantity))
@@ -593,12 +593,12 @@ def _spreads(runs: Sequence[RunSummary]) -> tuple[SeedSpread, ...]:
                 )
                 interval = Interval(mean, mean - half, mean + half)
             probes = [run.probe for run in members if run.probe is not None]
-            found.append(SeedSpread(
+            spreads.append(SeedSpread(
                 setting, quantity, len(values), len(members) - len(values), mean,
                 float(values.min()), float(values.max()), interval,
                 float(np.mean(probes)) if probes and quantity == "sink_rate" else None,
             ))  # fmt: skip
-    return tuple(found)
+    return tuple(spreads)
 
 
 def _differences(runs: Sequence[RunSummary], missing: list[str]) -> tuple[Difference, ...]:
@@ -654,11 +654,11 @@ def _permuted(ones: robust.Curve, others: robust.Curve) -> float:
 
 def _holm(p: Sequence[float]) -> list[float]:
     order = np.argsort(p, kind="stable")
-    found, least = [1.0] * len(p), 0.0
+    adjusted, least = [1.0] * len(p), 0.0
     for rank, index in enumerate(order):
         least = max(least, min(1.0, (len(p) - rank) * p[index]))
-        found[index] = least
-    return found
+        adjusted[index] = least
+    return adjusted
 
 
 def _predictions(
@@ -672,7 +672,7 @@ def _predictions(
     if len(scored) < LEAST_RUNS:
         missing.append(f"outcomes: {len(scored)} runs have one, {LEAST_RUNS} are wanted")
         return ()
-    found = []
+    predictions = []
     starts = [x for run in scored if (x := lines[run.name].start) is not None]
     if at is not None:
         start = min(starts) if axis == "loss" else max(starts)
@@ -684,16 +684,16 @@ def _predictions(
                 if record is not None and record.get("sink_rate") is not None:
                     loss = lines[run.name].loss_at(record["step"])
                     rows.append((float(record["sink_rate"]), run.score, loss))
-            found += _predicted("sink_rate", place, rows)
+            predictions += _predicted("sink_rate", place, rows)
     rows = [(run.onset.value, run.score, None) for run in scored if run.onset is not None]
-    found += _predicted("onset", None, rows)
+    predictions += _predicted("onset", None, rows)
     for name, one in (("sink rate", "sink_rate"), ("onset", "onset")):
-        if not any(row.quantity == one for row in found):
+        if not any(row.quantity == one for row in predictions):
             missing.append(
                 f"outcomes: {name}, which {LEAST_RUNS} runs with an outcome have to have, and not "
                 "all the same"
             )
-    return tuple(found)
+    return tuple(predictions)
 
 
 def _predicted(

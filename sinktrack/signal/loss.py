@@ -89,18 +89,18 @@ def read_losses(path: str | Path) -> dict[int, float]:
         reason = getattr(error, "strerror", None) or error
         raise RecordError(f"cannot read losses from {path}: {reason}") from error
     rows = _from_json(path, content) if path.suffix == ".json" else _from_csv(path, content)
-    found = {}
+    losses = {}
     for row in rows:
         step, loss = _first(row, _STEP), _first(row, _LOSS)
         if step is not None and loss is not None:
-            found[int(step)] = loss
-    if not found:
+            losses[int(step)] = loss
+    if not losses:
         there = ", ".join(map(str, rows[0])) if rows and isinstance(rows[0], Mapping) else "nothing"
         raise RecordError(
             f"no loss in {path}: looked for numbers under {', '.join(_STEP)}, and under "
             f"{', '.join(_LOSS)}; its first row holds {there[:200]}"
         )
-    return found
+    return losses
 
 
 def relate(steps: Sequence[int], rates: Sequence[float], losses: Losses) -> Relation | str:
@@ -200,10 +200,10 @@ def _first(row: Mapping[str, Any], names: Sequence[str]) -> float | None:
 
 def _from_json(path: Path, content: str) -> list[Mapping[str, Any]]:
     try:
-        found = json.loads(content)["log_history"]
+        history = json.loads(content)["log_history"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise RecordError(f"{path} is no trainer_state.json: no log_history in it") from error
-    return found if isinstance(found, list) else []
+    return history if isinstance(history, list) else []
 
 
 def _from_csv(path: Path, content: str) -> list[dict[str, Any]]:

@@ -168,11 +168,11 @@ class Story:
                 if track.span.shared(span)
             ),
         )
-        found: dict[int, _Track] = {}
+        matched: dict[int, _Track] = {}
         taken: set[int] = set()
         for *_, place, number in pairs:
-            if place not in found and number not in taken:
-                found[place] = self._tracks[number]
+            if place not in matched and number not in taken:
+                matched[place] = self._tracks[number]
                 taken.add(number)
         held = [track.span for track in self._tracks if track.number is not None]
         for number, track in enumerate(self._tracks):
@@ -181,15 +181,15 @@ class Story:
                 track.missed += 1
                 track.recent = []
         for place, span in enumerate(phases):
-            if place in found:
-                track = found[place]
+            if place in matched:
+                track = matched[place]
                 track.span, track.missed = span, 0
                 track.recent = [*track.recent, span][-CONSECUTIVE:]
             else:
                 parent = next((one for one in held if span.inside(one)), None)
-                found[place] = _Track(span, at, parent, [span])
-                self._tracks.append(found[place])
-        return {span: found[place] for place, span in enumerate(phases)}
+                matched[place] = _Track(span, at, parent, [span])
+                self._tracks.append(matched[place])
+        return {span: matched[place] for place, span in enumerate(phases)}
 
     def _tell(
         self, what: What, track: _Track, at: tuple[int, int | None], before: Span | None, told: int

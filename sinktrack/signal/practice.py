@@ -102,7 +102,7 @@ class Practice:
         for one in few:
             by_block.setdefault(one.block, []).append(one.kv_head)
         named = "; ".join(
-            f"block {block}: {', '.join(map(str, found))}" for block, found in by_block.items()
+            f"block {block}: {', '.join(map(str, heads))}" for block, heads in by_block.items()
         )
         text += f" They are {named}."
         return [
@@ -115,23 +115,27 @@ class Practice:
         return "" if self.blocks is None else f" of the first {self.blocks} blocks"
 
     def _first(self) -> list[str]:
-        found = []
+        sentences = []
         if self.first_key is None:
-            found.append(f"First key: {self.missing['first_key']}.")
+            sentences.append(f"First key: {self.missing['first_key']}.")
         elif not self.first_key:
-            found.append("First key: no block rests on it, so nothing here asks to keep it.")
+            sentences.append("First key: no block rests on it, so nothing here asks to keep it.")
         else:
-            found.append(
+            sentences.append(
                 "First key: keep it: blocks rest on position 0, and what they would do without it "
                 "was not measured."
             )
             if self.start_token is None:
-                found.append(f"[BOS]: {self.missing['start_token']}.")
+                sentences.append(f"[BOS]: {self.missing['start_token']}.")
             elif self.start_token:
-                found.append("[BOS]: keep it; with other first tokens the sink is gone or smaller.")
+                sentences.append(
+                    "[BOS]: keep it; with other first tokens the sink is gone or smaller."
+                )
             else:
-                found.append("[BOS]: not needed for the sink; what stands first takes its part.")
-        return found
+                sentences.append(
+                    "[BOS]: not needed for the sink; what stands first takes its part."
+                )
+        return sentences
 
     def _outliers(self) -> list[str]:
         if self.largest is None:
@@ -203,7 +207,7 @@ def practice(record: Mapping[str, Any], least: float = LEAST) -> Practice:
 def _keys(record: Mapping[str, Any], least: float, missing: dict[str, str]) -> tuple[KVHead, ...]:
     """Key heads of the blocks with softmax attention, by block."""
     attention = record.get("p0_attention") or ()
-    found = []
+    kv_heads = []
     lacking = [name for name in ("block_kinds", "sink_sequences") if not record.get(name)]
     if lacking:
         reasons = record.get("missing") or {}
@@ -224,18 +228,18 @@ def _keys(record: Mapping[str, Any], least: float, missing: dict[str, str]) -> t
             rests = [None if row[h] is None else 1 - row[h] - (logits[h] or 0.0) for h in heads]
             known = [rest for rest in rests if rest is not None]
             if len(known) < len(rests) or kind == "sliding":  # a window drops P0 by itself
-                found.append(KVHead(block, number, heads, max(known, default=None), None))
+                kv_heads.append(KVHead(block, number, heads, max(known, default=None), None))
                 continue
             if any(always[h] is None for h in heads):
-                found.append(KVHead(block, number, heads, max(known), None))
+                kv_heads.append(KVHead(block, number, heads, max(known), None))
                 continue
             few = max(known) <= 1 - least and all(always[h] == 1 for h in heads)
-            found.append(
+            kv_heads.append(
                 KVHead(block, number, heads, max(known), "p0_and_recent" if few else "all")
             )
-    if not any(one.keep for one in found):
+    if not any(one.keep for one in kv_heads):
         missing["keys"] = "no block's full attention was measured head by head"
-    return tuple(found)
+    return tuple(kv_heads)
 
 
 def _groups(record: Mapping[str, Any], block: int, heads: int) -> list[tuple[int, ...]] | None:
@@ -249,8 +253,8 @@ def _groups(record: Mapping[str, Any], block: int, heads: int) -> list[tuple[int
 
 def _of(record: Mapping[str, Any], name: str, block: int) -> Sequence[Any] | None:
     rows = record.get(name)
-    found: Sequence[Any] | None = rows[block] if rows else None
-    return found
+    row: Sequence[Any] | None = rows[block] if rows else None
+    return row
 
 
 def _first(record: Mapping[str, Any], missing: dict[str, str]) -> tuple[bool | None, bool | None]:

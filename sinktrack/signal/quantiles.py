@@ -23,15 +23,15 @@ def student_t(tail: float, free: int) -> float:
         tail: above 0.
         free: degrees of freedom, 1 or more.
     """
-    found = NormalDist().inv_cdf(1 - tail)
+    quantile = NormalDist().inv_cdf(1 - tail)
     log_scale = math.lgamma((free + 1) / 2) - math.lgamma(free / 2)
     scale = math.exp(log_scale) / math.sqrt(free * math.pi)
     while True:
-        density = scale * math.exp(-(free + 1) / 2 * math.log1p(found**2 / free))
-        step = (_upper_tail(found, free) - tail) / density
-        found += step
-        if step <= 1e-12 * found:
-            return found
+        density = scale * math.exp(-(free + 1) / 2 * math.log1p(quantile**2 / free))
+        step = (_upper_tail(quantile, free) - tail) / density
+        quantile += step
+        if step <= 1e-12 * quantile:
+            return quantile
 
 
 def _upper_tail(t: float, free: int) -> float:

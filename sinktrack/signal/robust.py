@@ -47,15 +47,15 @@ def noise(x: Curve, y: Curve) -> float:
     Each record is compared with the line between those 1, 2 and 4 places before and after it; the
     largest of the three counts, so that noise which lasts over several records is seen as well.
     """
-    found = 0.0
+    largest = 0.0
     for lag in _LAGS:
         if len(y) < (2 * lag + 3 if lag > 1 else 3):
             break
         before, here, after = slice(None, -2 * lag), slice(lag, -lag), slice(2 * lag, None)
         part = (x[here] - x[before]) / (x[after] - x[before])
         off = y[here] - (1 - part) * y[before] - part * y[after]
-        found = max(found, float(np.sqrt(np.mean(off**2 / (1 + part**2 + (1 - part) ** 2)))))
-    return found
+        largest = max(largest, float(np.sqrt(np.mean(off**2 / (1 + part**2 + (1 - part) ** 2)))))
+    return largest
 
 
 def change(x: Curve, y: Curve) -> Interval:

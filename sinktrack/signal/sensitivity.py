@@ -82,16 +82,16 @@ def sensitivity(records: Sequence[Mapping[str, Any]]) -> Sensitivity:
     Args:
         records: the current ones, in step order.
     """
-    found = []
+    onsets = []
     for over, field in (("mean", "sink_rate_by_block"), ("heads", "sink_heads")):
         levels: dict[str, None] = {}
         for record in records:
             levels.update(dict.fromkeys(record.get(field) or {}))
         for level in sorted(levels, key=float):
             x, y = _curve(records, field, level)
-            found += [OnsetBy(over, float(level), method, step)
+            onsets += [OnsetBy(over, float(level), method, step)
                       for method, step in zip(METHODS, _onsets(x, y), strict=True)]  # fmt: skip
-    return Sensitivity(tuple(found))
+    return Sensitivity(tuple(onsets))
 
 
 def _curve(records: Sequence[Mapping[str, Any]], field: str, level: str) -> tuple[Curve, Curve]:

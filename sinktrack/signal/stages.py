@@ -307,8 +307,8 @@ class Stages:
             if standing is not None:
                 if y[-CONSECUTIVE:].min() > highest(y) - standing.size.value / 2:
                     del self.standing[name]
-            elif found := self._fall(name, x, y, MIN_MOVE[name]):
-                return found
+            elif fall := self._fall(name, x, y, MIN_MOVE[name]):
+                return fall
         return None
 
     def _fall(self, name: str, x: Curve, y: Curve, least: float) -> Regression | None:
@@ -325,9 +325,9 @@ class Stages:
         if before.max() - medians[-1] < needed:
             return None
         place, size = robust.steps_down(x[-_BESIDE_A_DROP:], y[-_BESIDE_A_DROP:], probe)
-        found = Regression(name, int(x[-1]), place, size, spread, needed)
-        self.standing[name] = found
-        return found
+        fall = Regression(name, int(x[-1]), place, size, spread, needed)
+        self.standing[name] = fall
+        return fall
 
     def window(self) -> int:
         """Index at which the trailing window begins: a third of the steps, 8 records at least."""

@@ -40,9 +40,9 @@ def export(
     try:
         with path.open("wb") as file, _writer(file, schema, form) as writer:
             for record in records:
-                found = list(rows(record))
-                writer.write_batch(arrow.RecordBatch.from_pylist(found, schema=schema))
-                count += len(found)
+                long_rows = list(rows(record))
+                writer.write_batch(arrow.RecordBatch.from_pylist(long_rows, schema=schema))
+                count += len(long_rows)
     except OSError as error:
         raise RecordError(f"cannot write {path}: {error.strerror or error}") from error
     return count

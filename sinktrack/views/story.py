@@ -113,16 +113,16 @@ def _unseen(record: Record) -> list[int]:
 
 def circuit(record: Record) -> list[str]:
     """Who writes the state of each phase, who erases it, and what a share does not say."""
-    found = []
+    sentences = []
     phases = by_mass(sinks(record))
     why = (record.get("missing") or {}).get("shares")
     if phases and why is not None:
-        found.append(f"Who writes the P0 state cannot be told: {why}.")
+        sentences.append(f"Who writes the P0 state cannot be told: {why}.")
     for phase in phases:
         of = "the main sink" if phase is phases[0] else f"the sink of {_span(phase)}"
         of = "the sink" if len(phases) == 1 else of
         if phase["first_block"] == 0:
-            found.append(
+            sentences.append(
                 f"{of[0].upper()}{of[1:]} stands from block 0 on, before anything is written."
             )
         elif writers := main_writers(phase):
@@ -132,7 +132,7 @@ def circuit(record: Record) -> list[str]:
             text = f"The P0 state of {of} is written by {named}{beyond}."
             if erasers := phase.get("erasers"):
                 text += f" Erased by {_listed(spelled(part) for part in erasers[:4])}."
-            found.append(text)
+            sentences.append(text)
         shares = {
             (part["kind"], part["block"]): part["share"] for part in phase.get("writers") or ()
         }
@@ -149,29 +149,29 @@ def circuit(record: Record) -> list[str]:
                 f"by {row['effect']:.0%} without {spelled(row)}"
                 for row in sorted(hidden, key=lambda row: -row["effect"])[:3]
             )
-            found.append(f"Small in share, large in effect: that state falls {falls}.")
-    return found
+            sentences.append(f"Small in share, large in effect: that state falls {falls}.")
+    return sentences
 
 
 def decided(record: Record) -> list[str]:
     """Does position or a token decide, and is P0 alone?"""
-    found = []
+    sentences = []
     share = record.get("position_share")
     if share is not None:
         of = record["first_token"]["tokens"]
         tried = f"{share:.0%} of {of} single first tokens make a P0 state of half that size or more"
         if share >= _POSITION:
-            found.append(f"Position decides, whatever token stands first: {tried}.")
+            sentences.append(f"Position decides, whatever token stands first: {tried}.")
         elif share <= _TOKEN:
-            found.append(f"A token decides, not the position alone: {tried}.")
+            sentences.append(f"A token decides, not the position alone: {tried}.")
         else:
-            found.append(f"Position and token decide together: {tried}.")
-    found += carded(record.get("position_card"))
+            sentences.append(f"Position and token decide together: {tried}.")
+    sentences += carded(record.get("position_card"))
     rivals = record.get("rivals") or []
     for phase in by_mass(sinks(record)) if rivals else ():
         there = rivals[phase["peak_block"]]
         if there is not None and there >= _FEW:
-            found.append(
+            sentences.append(
                 f"P0 has rivals at block {phase['peak_block']}: {there:.1%} of the other positions "
                 "have at least half its norm."
             )
@@ -181,8 +181,8 @@ def decided(record: Record) -> list[str]:
     ):
         values = [v for row in record.get(field) or () for v in row or () if v is not None]
         if values:
-            found.append(says.format(sum(values) / len(values)))
-    return found
+            sentences.append(says.format(sum(values) / len(values)))
+    return sentences
 
 
 def carded(card: Mapping[str, Any] | None) -> list[str]:
@@ -242,12 +242,12 @@ def by_mass(phases: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def main_writers(phase: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The largest writers, up to those that carry three quarters together; three at most."""
-    found: list[Mapping[str, Any]] = []
+    writers: list[Mapping[str, Any]] = []
     for part in phase.get("writers") or ():
-        if len(found) == 3 or sum(one["share"] for one in found) >= 0.75:
+        if len(writers) == 3 or sum(one["share"] for one in writers) >= 0.75:
             break
-        found.append(part)
-    return found
+        writers.append(part)
+    return writers
 
 
 def _since(records: Sequence[Record], signal: Analysis) -> list[str]:
@@ -284,12 +284,14 @@ def _since(records: Sequence[Record], signal: Analysis) -> list[str]:
 
 def _changed(records: Sequence[Record], signal: Analysis) -> list[str]:
     """The last change of the sink phases, and of the signal's stage."""
-    found = [f"Last change, {event}." for event in signal.phases[-1:]] if len(records) > 1 else []
+    sentences = (
+        [f"Last change, {event}." for event in signal.phases[-1:]] if len(records) > 1 else []
+    )
     moves = signal.first_sink_block
     if untold(records[-1]) is not None and len(moves) > 1:
         blocks = ["none" if one.block is None else str(one.block) for one in moves]
         turn = " in turn" if len(moves) > 2 else ""
-        found.append(
+        sentences.append(
             f"The first block with a sink head was {_few(blocks[:-1])}{turn} from step "
             f"{moves[0].step:,} on; since step {moves[-1].step:,} it is {blocks[-1]}."
         )
@@ -298,11 +300,11 @@ def _changed(records: Sequence[Record], signal: Analysis) -> list[str]:
         since = len(stages) - 1
         while since and stages[since - 1] == signal.stage:
             since -= 1
-        found.append(
+        sentences.append(
             f"Stage: {signal.stage}, as could be told from step {signal.steps[since]:,} on; a "
             "candidate signal of convergence, not an established one."
         )
-    return found
+    return sentences
 
 
 def _attention(record: Record, phase: Mapping[str, Any]) -> float:

@@ -258,7 +258,7 @@ def _meaning(tests: Mapping[str, Any], console: Console) -> None:
 
 def _more(record: Mapping[str, Any]) -> list[str]:
     """A line for each further curve by block: its range, and where it is highest."""
-    found = []
+    lines = []
     for field in FIELDS.values():
         if not (field.curve and is_by_block(field)) or field.name in _IN_THE_TABLE:
             continue
@@ -271,8 +271,8 @@ def _more(record: Mapping[str, Any]) -> list[str]:
             (low, _), (high, block) = min(known), max(known)
             span = f"{low:{field.form}} to {high:{field.form}}"
             title = field.title[0].upper() + field.title[1:]
-            found.append(f"{title} by block: {span}, highest in block {block}")
-    return found
+            lines.append(f"{title} by block: {span}, highest in block {block}")
+    return lines
 
 
 def _blocks(records: Sequence[Mapping[str, Any]], console: Console) -> Table:

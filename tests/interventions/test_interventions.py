@@ -364,7 +364,7 @@ def test_batches_do_not_change_effects() -> None:
         assert (one["zero"] is None) == (other["zero"] is None)
     zeros = [[row["zero"]["interval"] for row in rows if row["zero"]] for rows in (whole, parts)]
     assert zeros[0]
-    np.testing.assert_allclose(*zeros, atol=1e-5)
+    np.testing.assert_allclose(zeros[0], zeros[1], atol=1e-5)
 
 
 def test_half_precision_names_the_same() -> None:

@@ -104,8 +104,8 @@ class MergedSource:
         self.files, self.config, self._base = files, base.config, base
         self.quantized = getattr(base, "quantized", None)
         """What the base is stored as, where that is of few bits."""
-        found = empty(base)
-        places = _Places(base, found.model, found.names)
+        base_model = empty(base)
+        places = _Places(base, base_model.model, base_model.names)
         self._changes = _Adapter(files, settings, stored).on(places)
         self._untied = {}
         """A head that is the embedding's tensor in the base, but not once one of both changes."""
@@ -118,9 +118,9 @@ class MergedSource:
 
     def slice(self, name: str) -> Slice:
         """One tensor, merged where the adapter changes it."""
-        found = self._base.slice(self._untied.get(name, name))
+        stored = self._base.slice(self._untied.get(name, name))
         change = self._changes.get(name)
-        return found if change is None else _Merged(found, change)
+        return stored if change is None else _Merged(stored, change)
 
 
 @dataclass
@@ -166,20 +166,20 @@ class _Merged:
             rest = (slice(None), *others)
         alone = isinstance(first, slice) and first.step in (None, 1)
         rows: Index = first if alone and "magnitude" not in change.parts else ...
-        found = _wide((change.instead or self.base)[rows])
+        merged = _wide((change.instead or self.base)[rows])
         if change.bias is not None:
-            found = found + _wide(change.bias[rows]) * change.scaling
+            merged = merged + _wide(change.bias[rows]) * change.scaling
         if "A" in change.parts:
             a, b = self._parts
             if rows is not ...:
                 a, b = (a[:, rows], b) if change.turned else (a, b[rows])
             delta = (b @ a).T if change.turned else b @ a
-            found = found + delta * change.scaling
+            merged = merged + delta * change.scaling
             if "magnitude" in change.parts:
-                length = torch.linalg.norm(found, dim=0 if change.turned else 1)
+                length = torch.linalg.norm(merged, dim=0 if change.turned else 1)
                 factor = _wide(change.parts["magnitude"][...]) / length
-                found = found * (factor if change.turned else factor[:, None])
-        return found[index] if rows is ... else found[rest or ...]
+                merged = merged * (factor if change.turned else factor[:, None])
+        return merged[index] if rows is ... else merged[rest or ...]
 
     @cached_property
     def _parts(self) -> tuple[Tensor, Tensor]:
@@ -209,20 +209,20 @@ class _Adapter:
                     f"holds {name} as {dtype}, which is not merged here: save it in float32"
                 )
             own = name.removeprefix("base_model.model.")
-            if found := _PART.fullmatch(own):
-                part, bias = found["part"], found["kind"] == "bias"
+            if match := _PART.fullmatch(own):
+                part, bias = match["part"], match["kind"] == "bias"
                 key = "bias" if bias else "magnitude" if "magnitude" in part else part[-1]
                 if bias and part != "lora_B":
                     raise self._error(f"holds {name}, which is not known here")
-                if key in self._low[found["module"]]:
+                if key in self._low[match["module"]]:
                     raise self._error(f"holds {name} under another name, too: which one counts?")
-                self._low[found["module"]][key] = stored[name]
+                self._low[match["module"]][key] = stored[name]
                 if "embedding" in part:
-                    self._low[found["module"]]["embedding"] = stored[name]
-            elif (found := _WHOLE.fullmatch(own)) and not re.search(
+                    self._low[match["module"]]["embedding"] = stored[name]
+            elif (match := _WHOLE.fullmatch(own)) and not re.search(
                 r"lora_|token_adapter|trainable_tokens", own
             ):
-                own = f"{found['module']}.{found['kind']}"
+                own = f"{match['module']}.{match['kind']}"
                 if own in self._whole:
                     raise self._error(f"holds {name} under another name, too: which one counts?")
                 self._whole[own] = stored[name]
@@ -262,8 +262,8 @@ class _Adapter:
             rank = parts["A"].get_shape()[0]
             wanted = {"A": [rank, into], "B": [out, rank], "magnitude": [out]}
             change.parts = {part: parts[part] for part in wanted if part in parts}
-            for part, found in change.parts.items():
-                self._same(f"{module}.lora_{part}", found.get_shape(), wanted[part])
+            for part, stored in change.parts.items():
+                self._same(f"{module}.lora_{part}", stored.get_shape(), wanted[part])
             if "bias" in parts:
                 own = self._at(places, f"{module}.bias").name
                 self._same(f"{module}.lora_B.bias", parts["bias"].get_shape(), [out])
@@ -321,8 +321,8 @@ class _Adapter:
         patterns = settings.get("layers_pattern") or [r"[^.]*"]
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             start = r".*?\." if pattern == r"[^.]*" else r"(?:^|.*?\.)"
-            if found := self._matches(rf"{start}{pattern}\.(?P<index>\d+)\..*", name):
-                return int(found["index"]) in (layers if isinstance(layers, list) else [layers])
+            if match := self._matches(rf"{start}{pattern}\.(?P<index>\d+)\..*", name):
+                return int(match["index"]) in (layers if isinstance(layers, list) else [layers])
         return False
 
     def _matches(self, pattern: str, name: str) -> Any:
@@ -339,23 +339,23 @@ class _Adapter:
 
     def _listed(self, name: str) -> list[str]:
         """A setting that is a list of names, or none."""
-        found = self._settings.get(name) or []
-        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
-            raise self._error(f"has {name} {str(found)[:80]}, which is no list of names")
-        return found
+        listed = self._settings.get(name) or []
+        if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
+            raise self._error(f"has {name} {str(listed)[:80]}, which is no list of names")
+        return listed
 
     def _once(self, name: str, before: object) -> None:
         if before:
             raise self._error(f"changes {name} under two names: which one counts?")
 
     def _at(self, places: _Places, name: str) -> _Place:
-        found = places.of(name)
-        if found is None:
+        place = places.of(name)
+        if place is None:
             raise self._error(
                 f"changes {name}, of which the base {places.where} has no tensor of its own; give "
                 "the model that it was trained on with --base"
             )
-        return found
+        return place
 
     def _scaling(self, module: str, parts: Mapping[str, Slice]) -> float:
         """What B A is multiplied with."""
@@ -384,7 +384,7 @@ class _Adapter:
         given = self._settings.get(patterns) or {}
         if not isinstance(given, Mapping):
             raise self._error(f"has no names and numbers for {patterns}")
-        found = self._settings.get(name, 8)
+        setting = self._settings.get(name, 8)
         for pattern, value in given.items():
             if not _SIMPLE.fullmatch(pattern) or _NESTED.search(pattern) or (
                 pattern.count("*") + pattern.count("+") > 3
@@ -398,11 +398,11 @@ class _Adapter:
             except re.error as error:
                 raise self._error(f"{patterns} {pattern[:80]!r}: {error}") from error
             if matched:
-                found = value
+                setting = value
                 break
-        if type(found) not in (int, float) or not 0 <= found < math.inf:
-            raise self._error(f"has {name} {str(found)[:80]} of {module}")
-        return float(found)
+        if type(setting) not in (int, float) or not 0 <= setting < math.inf:
+            raise self._error(f"has {name} {str(setting)[:80]} of {module}")
+        return float(setting)
 
     def _same(self, name: str, shape: list[int], wanted: list[int]) -> None:
         if shape != wanted:
@@ -474,12 +474,12 @@ class _Places:
             if name.startswith(prefix)
         }  # fmt: skip
         longer = {prefix + name: module for name, module in own.items()}
-        found = max((own, bare, longer), key=lambda names: len(stored & names.keys()))
+        best = max((own, bare, longer), key=lambda names: len(stored & names.keys()))
         parts = {
             name.removesuffix(".weight") for name in self._own
             if name.endswith(".weight") and len(self.shape(name)) == 2
         } - {*own, *bare, *longer}  # fmt: skip
-        return found | (dict.fromkeys(parts) if stored & parts else {})
+        return best | (dict.fromkeys(parts) if stored & parts else {})
 
     def stored(self, name: str) -> str:
         """Under which name on disk."""

@@ -28,7 +28,7 @@ _MAGIC = b"GGUF"
 def find(files: Files) -> list[Checkpoint]:
     """The one file of that format in a directory; of several one must be named."""
     there = [entry.name for entry in files.entries() if entry.name.endswith(".gguf")]
-    return [found for name in there if len(there) == 1 and (found := alone(files, name))]
+    return [checkpoint for name in there if len(there) == 1 and (checkpoint := alone(files, name))]
 
 
 def alone(files: Files, name: str) -> Checkpoint | None:

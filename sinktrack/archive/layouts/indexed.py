@@ -71,8 +71,8 @@ class Indexed(ABC, Generic[T]):
     @cached_property
     def _files(self) -> dict[str, str]:
         """The file of each tensor: of several the last, which transformers takes."""
-        found = {name: shard for shard in self._shards for name in self._in(shard)}
-        if self._map and (wrong := [n for n, f in found.items() if self._map.get(n) != f]):
+        shard_of = {name: shard for shard in self._shards for name in self._in(shard)}
+        if self._map and (wrong := [n for n, f in shard_of.items() if self._map.get(n) != f]):
             _log.warning(
                 "%s does not list %s as the files hold them (%s); they are read as transformers "
                 "reads them",
@@ -80,7 +80,7 @@ class Indexed(ABC, Generic[T]):
                 count(len(wrong), "tensor"),
                 some(wrong),
             )
-        return self._map | found
+        return self._map | shard_of
 
     @cached_property
     def _stored(self) -> dict[str, str]:
@@ -98,10 +98,10 @@ class Indexed(ABC, Generic[T]):
         """
         stored = self._stored.get(name, name)
         file = self._files.get(stored)
-        found = self._in(file).get(stored) if file is not None else None
-        if file is None or found is None:
+        tensor = self._in(file).get(stored) if file is not None else None
+        if file is None or tensor is None:
             raise ArchiveError(f"{self.files.path(file or self.name)} holds no tensor {stored!r}")
-        return self._slice(file, found)
+        return self._slice(file, tensor)
 
     def _in(self, file: str) -> dict[str, T]:
         with self._lock:
@@ -127,12 +127,12 @@ def weight_map(files: Files, index: str, suffix: str) -> dict[str, str]:
     Raises:
         ArchiveError: the index is damaged, or names what is not a file of its directory.
     """
-    found = files.read_json(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
+    mapped = files.read_json(index).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped:
         raise ArchiveError(f"{files.path(index)} has no weight_map; the checkpoint is damaged")
-    for shard in set(map(str, found.values())):
+    for shard in set(map(str, mapped.values())):
         _inside(files, index, shard, (suffix,))
-    return {str(name): str(shard) for name, shard in found.items()}
+    return {str(name): str(shard) for name, shard in mapped.items()}
 
 
 def _inside(files: Files, by: str, name: object, suffixes: tuple[str, ...]) -> str:

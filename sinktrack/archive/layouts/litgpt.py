@@ -50,8 +50,8 @@ def find(files: Files) -> list[Checkpoint]:
 
 def _step(files: Files) -> int:
     tree = torch_file.read(files, _FILE)
-    found = [tree.get(key) for key in _STEPS] if isinstance(tree, Mapping) else []
-    return next((step for step in found if type(step) is int and step > 0), 0)
+    steps = [tree.get(key) for key in _STEPS] if isinstance(tree, Mapping) else []
+    return next((step for step in steps if type(step) is int and step > 0), 0)
 
 
 def open(checkpoint: Checkpoint) -> PieceSource:
@@ -144,16 +144,16 @@ class _Names:
             there = next((n for n in names if n in self.stored), None)
             if there is None and kind == "bias":
                 return
-            found = self.finder.take(*names, shape=shape)
+            fused = self.finder.take(*names, shape=shape)
             grouped = there == names[1]
             if self.neox:
                 yield (
                     f"{name}.query_key_value.{kind}",
-                    Piece(found, turned=None if grouped else self._by_head),
+                    Piece(fused, turned=None if grouped else self._by_head),
                 )
                 continue
             for letter in "qkv":
-                yield f"{name}.{letter}_proj.{kind}", Piece(found, rows=self._rows(letter, grouped))
+                yield f"{name}.{letter}_proj.{kind}", Piece(fused, rows=self._rows(letter, grouped))
 
     def _rows(self, letter: str, grouped: bool) -> tuple[Span, ...]:
         """Of the stacked matrix, those of queries, keys or values."""

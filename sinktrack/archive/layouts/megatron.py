@@ -102,10 +102,10 @@ def open(checkpoint: Checkpoint) -> PieceSource:
     try:
         seen = _seen(stored)
         config = _configuration(files, given, arguments, seen)
-        found = pieces(stored, config)
+        by_name = pieces(stored, config)
     except (ArchiveError, TypeError, ValueError, KeyError) as error:
         raise ArchiveError(f"{files.location}: {error}") from error
-    return PieceSource(files, config, files, found, _count(arguments))
+    return PieceSource(files, config, files, by_name, _count(arguments))
 
 
 def _configuration(files: Files, given: Any, arguments: dict[str, Any], seen: Any) -> Any:
@@ -185,8 +185,8 @@ def _arguments(files: Files) -> dict[str, Any]:
         path = files.path("run_config.yaml")
         yaml = require("yaml", "scan")
         try:
-            found = yaml.safe_load(files.whole("run_config.yaml", _LARGEST_YAML))
-            return dict(found["model"])
+            settings = yaml.safe_load(files.whole("run_config.yaml", _LARGEST_YAML))
+            return dict(settings["model"])
         except ArchiveError:
             raise
         except Exception as error:

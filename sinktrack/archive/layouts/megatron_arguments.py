@@ -384,10 +384,10 @@ def vocabulary(arguments: Mapping[str, Any], rows: int) -> int:
 
 def on(arguments: Mapping[str, Any], features: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
     """Those of the features that are on, with their values."""
-    found = {name: arguments.get(name) for name in features}
+    given = {name: arguments.get(name) for name in features}
     return {
         name: value
-        for name, value in found.items()
+        for name, value in given.items()
         if value is not None
         and not (isinstance(value, bool | int | float | str) and value in features[name])
     }

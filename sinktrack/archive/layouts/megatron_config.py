@@ -541,10 +541,12 @@ def _turns(arguments: Arguments, positions: str) -> dict[str, Any]:
         "rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
         "mscale", "mscale_all_dim", "correction_range_round_to_int",
     )  # fmt: skip
-    found = {name: arguments.get(f"yarn_{name}") for name in names}
+    scaling = {name: arguments.get(f"yarn_{name}") for name in names}
     base = arguments.get("rotary_base")
-    whole = found["correction_range_round_to_int"]
-    missing = [f"yarn_{name}" for name, value in found.items() if value is None and name[0] != "m"]
+    whole = scaling["correction_range_round_to_int"]
+    missing = [
+        f"yarn_{name}" for name, value in scaling.items() if value is None and name[0] != "m"
+    ]
     plain = part == 1 and _first(
         arguments, "rotary_seq_len_interpolation_factor", "seq_len_interpolation_factor"
     ) in (None, 1)
@@ -553,18 +555,18 @@ def _turns(arguments: Arguments, positions: str) -> dict[str, Any]:
             f"YaRN of which {', '.join(missing) or 'rotary_base'} was not saved, of a part of a "
             "head, or with interpolated positions: not read"
         )
-    factor = float(found["rotary_scaling_factor"])  # type: ignore[arg-type]
+    factor = float(scaling["rotary_scaling_factor"])  # type: ignore[arg-type]
 
     def scale(by: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
 
-    one, other = found["mscale"], found["mscale_all_dim"]
+    one, other = scaling["mscale"], scaling["mscale_all_dim"]
     attention = scale(1.0) if one is None or other is None else scale(one) / scale(other)
     return {
         "rope_type": "yarn", "rope_theta": float(base), "factor": factor,
-        "original_max_position_embeddings": found["original_max_position_embeddings"],
-        "beta_fast": float(found["beta_fast"]),  # type: ignore[arg-type]
-        "beta_slow": float(found["beta_slow"]),  # type: ignore[arg-type]
+        "original_max_position_embeddings": scaling["original_max_position_embeddings"],
+        "beta_fast": float(scaling["beta_fast"]),  # type: ignore[arg-type]
+        "beta_slow": float(scaling["beta_slow"]),  # type: ignore[arg-type]
         "truncate": whole is True,
         "attention_factor": attention,
     }  # fmt: skip
@@ -620,21 +622,21 @@ def _rope(arguments: Arguments) -> dict[str, Any]:
     base = _first(arguments, "rotary_base")
     if not isinstance(base, int | float):
         raise ArchiveError(f"the saved arguments say rotary_base={short(base)}")
-    found: dict[str, Any] = {"rope_type": "default", "rope_theta": float(base)}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": float(base)}
     if arguments.get("multi_latent_attention") is True:
-        return found | _yarn(arguments)
+        return rope | _yarn(arguments)
     factor = arguments.get("scale_factor")  # Megatron Bridge's Llama 3.1
     if _first(arguments, "use_rope_scaling", "rope_scaling") is True:
         factor = _given(arguments, "rope_scaling_factor", 8.0)
     if factor is not None:
-        found |= {
+        rope |= {
             "rope_type": "llama3",
             "factor": float(factor),
             "low_freq_factor": _given(arguments, "low_freq_factor", 1.0),
             "high_freq_factor": _given(arguments, "high_freq_factor", 4.0),
             "original_max_position_embeddings": _given(arguments, "old_context_len", 8192),
         }
-    return found
+    return rope
 
 
 def _yarn(arguments: Arguments) -> dict[str, Any]:
@@ -698,10 +700,10 @@ def _given(arguments: Arguments, name: str, default: Any) -> Any:
 
 
 def _number(arguments: Arguments, *names: str, most: int = 2**31) -> int:
-    found = _first(arguments, *names)
-    if type(found) is not int or not 0 < found <= most:
+    value = _first(arguments, *names)
+    if type(value) is not int or not 0 < value <= most:
         raise ArchiveError(
-            f"the saved arguments say {names[0]}={short(found)}; give the configuration of the "
+            f"the saved arguments say {names[0]}={short(value)}; give the configuration of the "
             "Hugging Face model with --hf-config"
         )
-    return found
+    return value

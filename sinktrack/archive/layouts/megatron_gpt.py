@@ -249,9 +249,9 @@ class MegatronGptDeltaNet(nn.Module):
             missed = v[:, t] - (k[:, t, :, None] @ state)[:, :, 0]
             state = state + k[:, t, ..., None] * (rate[:, t, :, None] * missed)[:, :, None]
             read.append((q[:, t, :, None] * k.shape[-1] ** -0.5 @ state)[:, :, 0])
-        found = torch.stack(read, 1).to(stream.dtype)
-        gate = F.silu(self.z_proj(stream).view_as(found).float())
-        result: Tensor = self.o_proj((self.norm(found) * gate).to(stream.dtype).flatten(2))
+        mixed = torch.stack(read, 1).to(stream.dtype)
+        gate = F.silu(self.z_proj(stream).view_as(mixed).float())
+        result: Tensor = self.o_proj((self.norm(mixed) * gate).to(stream.dtype).flatten(2))
         return result
 
     def _mixed(self, name: str, stream: Tensor) -> Tensor:

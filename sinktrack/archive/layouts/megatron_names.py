@@ -31,15 +31,15 @@ def pieces(stored: Mapping[str, Stored], config: Any) -> dict[str, Piece]:
         ArchiveError: a tensor is missing, has another shape than the configuration says, or the
             checkpoint holds one that this architecture has no place for.
     """
-    found = dict(_Finder(stored, config).all())
-    used = {piece.stored.name for piece in found.values() if isinstance(piece.stored, Stored)}
+    by_name = dict(_Finder(stored, config).all())
+    used = {piece.stored.name for piece in by_name.values() if isinstance(piece.stored, Stored)}
     left = {
         name
         for name in set(stored) - used
         if name.startswith(_MODEL) and not name.endswith("_extra_state")
     }
     foreign.refuse(left, config.model_type)
-    return found
+    return by_name
 
 
 def dense_blocks(config: Any) -> set[int]:
@@ -114,8 +114,8 @@ class _Finder:
             ("b", "beta", heads), ("a", "alpha", heads),
         ):  # fmt: skip
             for made, of in (("proj", "in_proj"), ("conv", "conv1d"))[: 1 + (name in "qkv")]:
-                found = self._of(block, f"{at}.{of}.weight.{stored}", height=height)
-                yield f"delta_net.{name}_{made}.weight", found
+                piece = self._of(block, f"{at}.{of}.weight.{stored}", height=height)
+                yield f"delta_net.{name}_{made}.weight", piece
         for name in ("dt_bias", "A_log"):
             yield f"delta_net.{name}", self._of(block, f"{at}.{name}", height=heads)
         yield from self._norm(block, "delta_net.norm", f"{at}.out_norm.")
@@ -293,25 +293,25 @@ class _Finder:
         height: int | None = None,
     ) -> Piece:
         """A part of the first of these tensors that is there, of one block."""
-        found = next(filter(None, (self._has(block, name) for name in names)), None)
-        if found is None:
+        tensor = next(filter(None, (self._has(block, name) for name in names)), None)
+        if tensor is None:
             raise ArchiveError(f"block {block} has no {' nor '.join(names)}")
-        if not found.name.startswith(f"decoder.layers.{block}."):
+        if not tensor.name.startswith(f"decoder.layers.{block}."):
             lead = (block, *lead)
-            if found.shape[:1] != (self.config.num_hidden_layers,):
+            if tensor.shape[:1] != (self.config.num_hidden_layers,):
                 raise ArchiveError(
-                    f"{found.name} has shape {list(found.shape)}, the configuration has "
+                    f"{tensor.name} has shape {list(tensor.shape)}, the configuration has "
                     f"{self.config.num_hidden_layers} blocks"
                 )
-        if lead and len(found.shape) <= len(lead):
-            raise ArchiveError(f"{found.name} has shape {list(found.shape)}, too few dimensions")
-        return self._piece(found, lead, rows, height)
+        if lead and len(tensor.shape) <= len(lead):
+            raise ArchiveError(f"{tensor.name} has shape {list(tensor.shape)}, too few dimensions")
+        return self._piece(tensor, lead, rows, height)
 
     def _top(self, name: str, rows: tuple[Span, ...] = ()) -> Piece:
-        found = self.stored.get(name)
-        if found is None:
+        tensor = self.stored.get(name)
+        if tensor is None:
             raise ArchiveError(f"the checkpoint has no {name}")
-        return self._piece(found, (), rows, None)
+        return self._piece(tensor, (), rows, None)
 
     def _piece(
         self, found: Stored, lead: tuple[int, ...], rows: tuple[Span, ...], height: int | None

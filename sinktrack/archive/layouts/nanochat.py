@@ -33,9 +33,9 @@ def find(files: Files) -> list[Checkpoint]:
     """One for each file of weights that has its ``meta_`` beside it."""
     there = {entry.name for entry in files.entries() if not entry.directory}
     return [
-        file_checkpoint(files, "nanochat", name, int(found[1]))
+        file_checkpoint(files, "nanochat", name, int(match[1]))
         for name in sorted(there)
-        if (found := _FILE.fullmatch(name)) and f"meta_{found[1]}.json" in there
+        if (match := _FILE.fullmatch(name)) and f"meta_{match[1]}.json" in there
     ]
 
 
@@ -46,8 +46,8 @@ def open(checkpoint: Checkpoint) -> PieceSource:
         ArchiveError: a file is damaged, or the model is of a later release.
     """
     files, name = checkpoint.files, checkpoint.file or ""
-    found = _FILE.fullmatch(name)
-    meta = files.read_json(f"meta_{found[1] if found else ''}.json")
+    match = _FILE.fullmatch(name)
+    meta = files.read_json(f"meta_{match[1] if match else ''}.json")
     tree = torch_file.tensors(torch_file.read(files, name))
     stored: dict[str, Stored] = {own: tree[name] for own, name in unwrapped(tree).items()}
     finder = Finder(stored)
@@ -105,8 +105,8 @@ def _padded(
     finder: Finder[Any], stored: Mapping[str, Stored], name: str, own: str, rows: int, hidden: int
 ) -> tuple[str, Piece]:
     """A table of which the rows behind the vocabulary are padding."""
-    found = stored.get(f"{own}.weight")
-    there = found.shape[0] if found is not None and len(found.shape) == 2 else rows
+    tensor = stored.get(f"{own}.weight")
+    there = tensor.shape[0] if tensor is not None and len(tensor.shape) == 2 else rows
     table = finder.take(f"{own}.weight", shape=(max(rows, there), hidden))
     return f"{name}.weight", Piece(table, rows=((0, rows),))
 

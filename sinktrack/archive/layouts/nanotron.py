@@ -69,10 +69,10 @@ def _checkpoint(files: Files) -> Checkpoint:
 
 def _progress(files: Files) -> tuple[int | None, int | None]:
     """The step and the tokens seen, None where they are not told."""
-    found: Any = None
+    metadata: Any = None
     with suppress(ArchiveError):
-        found = files.read_json(_METADATA).get("metas")
-    told = found if isinstance(found, Mapping) else {}
+        metadata = files.read_json(_METADATA).get("metas")
+    told = metadata if isinstance(metadata, Mapping) else {}
     step, tokens = told.get("last_train_step"), told.get("consumed_tokens_total")
     return (
         step if type(step) is int and step >= 0 else None,
@@ -143,12 +143,12 @@ def _initial(training: Mapping[str, Any]) -> Any:
 def _stored(weights: Files, where: str) -> dict[str, Stored]:
     """Each parameter by its name, put together of all processes' files."""
     parts: dict[str, list[tuple[str, re.Match[str]]]] = {}
-    for path, found in _walk(weights, "", 0):
-        name = f"{path.rpartition('/')[0].replace('/', '.')}.{found['kind']}"
-        parts.setdefault(name.removeprefix("model."), []).append((path, found))
+    for path, files_of in _walk(weights, "", 0):
+        name = f"{path.rpartition('/')[0].replace('/', '.')}.{files_of['kind']}"
+        parts.setdefault(name.removeprefix("model."), []).append((path, files_of))
     if not parts:
         raise ArchiveError(f"{where} holds no parameter as nanotron writes them")
-    return {name: _whole(weights, name, found) for name, found in parts.items()}
+    return {name: _whole(weights, name, files_of) for name, files_of in parts.items()}
 
 
 def _walk(files: Files, at: str, depth: int) -> Iterator[tuple[str, re.Match[str]]]:
@@ -156,8 +156,8 @@ def _walk(files: Files, at: str, depth: int) -> Iterator[tuple[str, re.Match[str
         path = f"{at}{entry.name}"
         if entry.directory:
             yield from _walk(files.at(entry.name), f"{path}/", depth + 1)
-        elif found := _FILE.fullmatch(entry.name):
-            yield path, found
+        elif match := _FILE.fullmatch(entry.name):
+            yield path, match
 
 
 def _whole(weights: Files, name: str, found: list[tuple[str, re.Match[str]]]) -> Stored:
@@ -252,12 +252,12 @@ class _Names:
         if self.config.model_type == "qwen2":
             kinds["bias"] = ()
         for kind, rest in kinds.items():
-            found = self.finder.take(f"{own}.{kind}", shape=(ends[-1] * self.width, *rest))
+            fused = self.finder.take(f"{own}.{kind}", shape=(ends[-1] * self.width, *rest))
             for letter, first, last in zip("qkv", ends, ends[1:], strict=False):
                 yield (
                     f"{at}.{letter}_proj.{kind}",
                     Piece(
-                        found,
+                        fused,
                         rows=((first * self.width, last * self.width),),
                         turned=self._apart if self.pairs and letter != "v" else None,
                     ),

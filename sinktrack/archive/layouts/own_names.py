@@ -58,8 +58,8 @@ def bare(names: Iterable[str], base: str, where: str) -> dict[str, str]:
     Raises:
         ArchiveError: no blocks are among them, or those of several models.
     """
-    found = unwrapped(names)
-    roots = {match[1] for name in found if (match := _BLOCK.match(name))}
+    unwrapped_names = unwrapped(names)
+    roots = {match[1] for name in unwrapped_names if (match := _BLOCK.match(name))}
     before = {_before(root, base) for root in roots}
     if len(before) != 1:
         said = "no blocks of a decoder are among its tensors" if not before else (
@@ -69,7 +69,9 @@ def bare(names: Iterable[str], base: str, where: str) -> dict[str, str]:
         raise ArchiveError(f"{where}: {said}")
     (prefix,) = before
     return {
-        name.removeprefix(prefix): own for name, own in found.items() if name.startswith(prefix)
+        name.removeprefix(prefix): own
+        for name, own in unwrapped_names.items()
+        if name.startswith(prefix)
     }
 
 

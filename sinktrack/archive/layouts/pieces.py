@@ -55,8 +55,8 @@ class Zeros:
         self, fetch: dcp.Fetch, lead: tuple[int, ...] = (), rows: Sequence[dcp.Span] = ()
     ) -> Tensor:
         """As many zeros."""
-        found = torch.zeros(self.shape, dtype=self.dtype)[lead]
-        return torch.cat([found[a:b] for a, b in rows]) if rows else found
+        zeros = torch.zeros(self.shape, dtype=self.dtype)[lead]
+        return torch.cat([zeros[a:b] for a, b in rows]) if rows else zeros
 
 
 @dataclass(frozen=True)
@@ -105,13 +105,13 @@ class Finder(Generic[S]):
         name = next((name for name in names if name in self._stored), None)
         if name is None:
             raise ArchiveError(f"the checkpoint has no {' nor '.join(names)}")
-        found = self._stored[name]
-        if found.shape != tuple(shape):
+        tensor = self._stored[name]
+        if tensor.shape != tuple(shape):
             raise ArchiveError(
-                f"{name} has shape {list(found.shape)}, the configuration says {list(shape)}"
+                f"{name} has shape {list(tensor.shape)}, the configuration says {list(shape)}"
             )
         self._taken.add(name)
-        return found
+        return tensor
 
     def renamed(self, name: str, own: str, *shape: int) -> tuple[str, Piece]:
         """A weight that is the same tensor for Hugging Face, whose module of this name has it."""
@@ -200,8 +200,8 @@ class PieceSlice:
             rows, index = _cut(rows, low, high), (slice(None), *index[1:])
             if not rows:
                 return torch.empty(0, *self.get_shape()[1:], dtype=self.piece.stored.dtype)[index]
-        found = self.piece.stored.read(self._fetch, self.piece.lead, rows)
-        return (self.piece.turned(found) if self.piece.turned else found)[index]
+        rows_read = self.piece.stored.read(self._fetch, self.piece.lead, rows)
+        return (self.piece.turned(rows_read) if self.piece.turned else rows_read)[index]
 
     def _fetch(self, file: str, start: int, length: int) -> memoryview:
         return self.files.read(file, start, start + length)
@@ -214,20 +214,20 @@ def metadata(files: Files, prefix: str = "") -> dict[str, dcp.Stored]:
         ArchiveError: it is missing, damaged, or imports what it has no need of.
     """
     data = files.whole(".metadata", dcp.LARGEST_METADATA)
-    found = dcp.read_metadata(data, files.path(".metadata"))
+    tensors = dcp.read_metadata(data, files.path(".metadata"))
     return {
         name.removeprefix(prefix): stored
-        for name, stored in found.items()
+        for name, stored in tensors.items()
         if name.startswith(prefix)
     }
 
 
 def _cut(rows: list[dcp.Span], low: int, high: int) -> list[dcp.Span]:
     """The spans that hold the rows ``low`` to ``high`` of what ``rows`` hold one after another."""
-    found, done = [], 0
+    spans, done = [], 0
     for first, last in rows:
         a, b = max(low - done, 0), min(high - done, last - first)
         if a < b:
-            found.append((first + a, first + b))
+            spans.append((first + a, first + b))
         done += last - first
-    return found
+    return spans

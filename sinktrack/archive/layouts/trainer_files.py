@@ -48,10 +48,10 @@ def find(files: Files) -> list[Checkpoint]:
         entry.name for entry in files.entries()
         if not entry.directory and _FILE.fullmatch(entry.name) and not _OTHER.match(entry.name)
     )  # fmt: skip
-    found = {name: made for name in there if (made := alone(files, name)) is not None}
-    steps = {made.step for name, made in found.items() if not _NEWEST.fullmatch(name)}
+    made_of = {name: made for name in there if (made := alone(files, name)) is not None}
+    steps = {made.step for name, made in made_of.items() if not _NEWEST.fullmatch(name)}
     return [
-        made for name, made in found.items()
+        made for name, made in made_of.items()
         if not (_NEWEST.fullmatch(name) and (made.step in steps or (made.reason and steps)))
     ]  # fmt: skip
 
@@ -96,17 +96,17 @@ def open(checkpoint: Checkpoint) -> PieceSource:
 def _weights(tree: Any) -> Any:
     """The dictionary that holds them."""
     for path in _WEIGHTS:
-        found = _at(tree, path)
-        if isinstance(found, Mapping) and torch_file.tensors(found):
-            return found
+        weights = _at(tree, path)
+        if isinstance(weights, Mapping) and torch_file.tensors(weights):
+            return weights
     return {}
 
 
 def _count(tree: Any, paths: tuple[tuple[str, ...], ...]) -> int | None:
     for path in paths:
-        found = _at(tree, path)
-        if type(found) is int and 0 < found < 2**63:
-            return found
+        count = _at(tree, path)
+        if type(count) is int and 0 < count < 2**63:
+            return count
     return None
 
 

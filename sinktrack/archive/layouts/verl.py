@@ -44,18 +44,18 @@ def open(checkpoint: Checkpoint) -> PieceSource:
             dimension.
     """
     files = checkpoint.files
-    found = {
+    by_name = {
         int(match[2]): (entry.name, int(match[1]))
         for entry in files.entries()
         if (match := _FILE.fullmatch(entry.name))
     }
-    count = max((count for _, count in found.values()), default=0)
-    if sorted(found) != list(range(count)):
+    count = max((count for _, count in by_name.values()), default=0)
+    if sorted(by_name) != list(range(count)):
         raise ArchiveError(
-            f"{files.location} was written by {count} processes, {len(found)} of whose files "
+            f"{files.location} was written by {count} processes, {len(by_name)} of whose files "
             "are here; copy all of them"
         )
-    trees = [torch_file.read(files, found[rank][0]) for rank in range(count)]
+    trees = [torch_file.read(files, by_name[rank][0]) for rank in range(count)]
     if not all(isinstance(tree, Mapping) and set(tree) == set(trees[0]) for tree in trees):
         raise ArchiveError(f"{files.location}: its files do not hold the same tensors")
     stored = {

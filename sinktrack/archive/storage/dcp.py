@@ -101,13 +101,13 @@ class Stored:
     @cached_property
     def _by_lead(self) -> dict[tuple[int, ...], list[Chunk]]:
         """Chunks of one block, or of one expert of a block, by that index; the others under ()."""
-        found: dict[tuple[int, ...], list[Chunk]] = {}
+        by_lead: dict[tuple[int, ...], list[Chunk]] = {}
         for chunk in self.chunks:
             ones = 0
             while ones < len(chunk.sizes) and chunk.sizes[ones] == 1 and ones < 2:
                 ones += 1
-            found.setdefault(chunk.offsets[:ones], []).append(chunk)
-        return found
+            by_lead.setdefault(chunk.offsets[:ones], []).append(chunk)
+        return by_lead
 
     def ends(self, lead: tuple[int, ...]) -> Iterator[tuple[str, int]]:
         """The files with parts below a leading index, and how long each must be."""
@@ -121,15 +121,15 @@ class Stored:
     def near(self, lead: tuple[int, ...]) -> list[Chunk]:
         """The chunks that may hold something below the leading index ``lead``."""
         keys = {lead[:count] for count in range(len(lead) + 1)}
-        found = [chunk for key in keys for chunk in self._by_lead.get(key, ())]
+        near = [chunk for key in keys for chunk in self._by_lead.get(key, ())]
         if len(lead) < 2:
-            found += [
+            near += [
                 chunk
                 for key, chunks in self._by_lead.items()
                 if len(key) > len(lead) and key[: len(lead)] == lead
                 for chunk in chunks
             ]
-        return found
+        return near
 
 
 @dataclass(frozen=True)

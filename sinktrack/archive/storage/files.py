@@ -102,9 +102,9 @@ class Files:
 
     def at(self, name: str) -> Files:
         """The directory ``name`` below this one."""
-        found = Files(self.path(name), self.boundary)
-        found._meter = self._meter
-        return found
+        below = Files(self.path(name), self.boundary)
+        below._meter = self._meter
+        return below
 
     def path(self, name: str) -> str:
         """The full path or URL of a file; for messages, too."""
@@ -122,8 +122,8 @@ class Files:
                 yield Entry(name, info.get("type") == "directory")
             return
         try:
-            with os.scandir(self.location) as found:
-                for entry in found:
+            with os.scandir(self.location) as scanned:
+                for entry in scanned:
                     dangling = entry.is_symlink() and not os.path.exists(entry.path)
                     yield Entry(entry.name, not dangling and entry.is_dir(), dangling)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -199,8 +199,8 @@ class Files:
             _READ[key] = kept = stamps, read(self)
             while len(_READ) > _MOST_READ:
                 _READ.pop(next(iter(_READ)), None)
-        found: T = kept[1]
-        return found
+        value: T = kept[1]
+        return value
 
     def stamps(self) -> dict[str, tuple[Any, ...]]:
         """Of each file here, what changes when it does: size, and when or as what it was written.
@@ -209,12 +209,12 @@ class Files:
             ArchiveError: it is not a directory, cannot be read, or holds too much.
         """
         if self.local:
-            found: dict[str, tuple[Any, ...]] = {}
+            stamps: dict[str, tuple[Any, ...]] = {}
             for entry in self.entries():
-                if not entry.directory and len(found) < _MOST_STAMPS:
+                if not entry.directory and len(stamps) < _MOST_STAMPS:
                     with suppress(OSError):  # deleted meanwhile
-                        found[entry.name] = _stamp(os.stat(self.path(entry.name)))
-            return found
+                        stamps[entry.name] = _stamp(os.stat(self.path(entry.name)))
+            return stamps
         return {str(info["name"]): _remote_stamp(info) for info in self._listed()}
 
     def read(self, name: str, start: int, stop: int) -> memoryview:
@@ -255,16 +255,16 @@ class Files:
         """
         data = self.whole(name, _LARGEST_JSON)
         try:
-            found = parse_json(data)
+            parsed = parse_json(data)
         except ValueError as error:
             raise ArchiveError(
                 f"{self.path(name)} is not valid JSON ({error}); the checkpoint is damaged"
             ) from error
-        if not isinstance(found, dict):
+        if not isinstance(parsed, dict):
             raise ArchiveError(
                 f"{self.path(name)} does not hold a JSON object; the checkpoint is damaged"
             )
-        return found
+        return parsed
 
     def refresh(self) -> None:
         """Forget what a remote directory was seen to hold."""
@@ -369,14 +369,14 @@ class Files:
     def _listed(self) -> list[dict[str, Any]]:
         system = _filesystem(self.location)
         try:
-            found: list[dict[str, Any]] = self._retried(
+            listed: list[dict[str, Any]] = self._retried(
                 "", lambda: system.ls(self.location, detail=True)
             )
         except _Missing as error:
             raise _Missing(self._nothing_here()) from error
-        if len(found) > _MOST_REMOTE_ENTRIES:
-            raise ArchiveError(f"{self.location} holds {len(found)} entries; name a part of it")
-        return found
+        if len(listed) > _MOST_REMOTE_ENTRIES:
+            raise ArchiveError(f"{self.location} holds {len(listed)} entries; name a part of it")
+        return listed
 
     def _nothing_here(self) -> str:
         """What is said of a remote directory that is not there: what stands beside it."""
@@ -393,11 +393,13 @@ class Files:
                 continue
             except Exception:  # the place that was asked for is told, whatever this one answers
                 return said
-            found = {str(one["name"]).rstrip("/").rsplit("/", 1)[-1]: one for one in listed}
-            if name in found and found[name].get("type") == "file":
+            neighbours = {str(one["name"]).rstrip("/").rsplit("/", 1)[-1]: one for one in listed}
+            if name in neighbours and neighbours[name].get("type") == "file":
                 return f"{above}/{name} is a file; name the directory that it is in: {above}"
-            shown = ", ".join(sorted(found)[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
-            near = difflib.get_close_matches(name, found, n=1)
+            shown = ", ".join(sorted(neighbours)[:_SHOWN]) + (
+                ", ..." if len(neighbours) > _SHOWN else ""
+            )
+            near = difflib.get_close_matches(name, neighbours, n=1)
             return f"{said}: {above} holds {shown}" + (
                 f"; there is {above}/{near[0]}" if near else ""
             )
@@ -519,7 +521,7 @@ def _told(error: BaseException) -> str:
     said = str(error).partition("Debug source:")[0].strip()
     code, text = (re.search(rf"<{tag}>(.*?)</{tag}>", said, re.S) for tag in ("Code", "Message"))
     if code or text:
-        return ": ".join(" ".join(found[1].split()) for found in (code, text) if found)
+        return ": ".join(" ".join(word[1].split()) for word in (code, text) if word)
     return one_line(Exception(said)) if said else one_line(error)
 
 

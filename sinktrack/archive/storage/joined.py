@@ -55,15 +55,15 @@ class Joined:
         spans = list(rows) or [(0, self.shape[0])]
         if self.dim:
             return torch.cat([part.read(fetch, (), spans) for part in self.parts], self.dim)
-        found, begin = [], 0
+        parts, begin = [], 0
         for part in self.parts:
             end = begin + part.shape[0]
-            found.append([(max(a, begin) - begin, min(b, end) - begin) for a, b in spans])
+            parts.append([(max(a, begin) - begin, min(b, end) - begin) for a, b in spans])
             begin = end
         read = [
             part.read(fetch, (), [span])
             for number in range(len(spans))
-            for part, own in zip(self.parts, found, strict=True)
+            for part, own in zip(self.parts, parts, strict=True)
             for span in [own[number]]
             if span[0] < span[1]
         ]
@@ -102,18 +102,18 @@ class Flat:
             return _below(self.read(fetch, (), [(lead[0], lead[0] + 1)]), lead, rows)
         width = math.prod(self.shape[1:])
         spans = list(rows) or [(0, self.shape[0] if self.shape else 1)]
-        found = [self._values(fetch, first * width, last * width) for first, last in spans]
+        parts = [self._values(fetch, first * width, last * width) for first, last in spans]
         count = sum(last - first for first, last in spans)
-        return torch.cat(found).view(count, *self.shape[1:]) if self.shape else found[0].view(())
+        return torch.cat(parts).view(count, *self.shape[1:]) if self.shape else parts[0].view(())
 
     def _values(self, fetch: Fetch, low: int, high: int) -> Tensor:
-        found, begin = [], 0
+        parts, begin = [], 0
         for row, first, count in self.parts:
             a, b = max(low, begin) - begin, min(high, begin + count) - begin
             if a < b:
-                found.append(row.read(fetch, (), [(first + a, first + b)]))
+                parts.append(row.read(fetch, (), [(first + a, first + b)]))
             begin += count
-        return torch.cat(found) if found else torch.empty(0, dtype=self.dtype)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Patchwork:
         Raises:
             ArchiveError: they do not fit together.
         """
-        found = []
+        parts = []
         for patch in patches:
             sizes = patch.saved.shape
             if not (len(sizes) == len(patch.local) == len(patch.whole) and len(sizes) in (1, 2)):
@@ -156,20 +156,20 @@ class Patchwork:
             inside = all(0 <= a <= b <= n for (a, b), n in zip(local, sizes, strict=True))
             if extents[0] != extents[1] or not inside:
                 raise ArchiveError(f"{patch.saved.file}: what it says of {name} does not fit it")
-            found.append((patch.saved, local, whole))
+            parts.append((patch.saved, local, whole))
         shape = tuple(
-            max(ends) for ends in zip(*[[b for _, b in w] for *_, w in found], strict=True)
+            max(ends) for ends in zip(*[[b for _, b in w] for *_, w in parts], strict=True)
         )
-        sides = [whole for *_, whole in found]
+        sides = [whole for *_, whole in parts]
         filled = sum(math.prod(b - a for a, b in side) for side in sides)
         twice = any(
             all(max(a, c) < min(b, d) for (a, b), (c, d) in zip(one, other, strict=True))
             for one, other in combinations(sides, 2)
         )
-        dtypes = {saved.dtype for saved, *_ in found}
+        dtypes = {saved.dtype for saved, *_ in parts}
         if filled != math.prod(shape) or twice or len(dtypes) != 1:
             raise ArchiveError(f"the files of {name} do not make one tensor of shape {list(shape)}")
-        return cls(tuple(found), shape)
+        return cls(tuple(parts), shape)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,8 +186,8 @@ class Patchwork:
         if lead:
             return _below(self._rows(fetch, lead[0], lead[0] + 1), lead, rows)
         spans = list(rows) or [(0, self.shape[0])]
-        found = [self._rows(fetch, first, last) for first, last in spans]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        parts = [self._rows(fetch, first, last) for first, last in spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _rows(self, fetch: Fetch, first: int, last: int) -> Tensor:
         made = torch.empty(last - first, *self.shape[1:], dtype=self.dtype)
@@ -204,5 +204,5 @@ class Patchwork:
 
 def _below(first: Tensor, lead: Sequence[int], rows: Sequence[Span]) -> Tensor:
     """Of one row what lies below the rest of a leading index."""
-    found = first[(0, *lead[1:])]
-    return torch.cat([found[a:b] for a, b in rows]) if rows else found
+    inner = first[(0, *lead[1:])]
+    return torch.cat([inner[a:b] for a, b in rows]) if rows else inner

@@ -46,7 +46,7 @@ def load_tensors(files: Files, name: str, path: str) -> dict[str, Tensor]:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             _check_zip(path)
-        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         raise ArchiveError(
             f"{files.path(name)} is damaged, or asks for more than tensors when it is unpickled, "
@@ -57,18 +57,18 @@ def load_tensors(files: Files, name: str, path: str) -> dict[str, Tensor]:
             f"{files.path(name)} is truncated or damaged ({type(error).__name__}); copy the "
             "checkpoint again"
         ) from error
-    values = found.items() if isinstance(found, dict) else ()
+    values = loaded.items() if isinstance(loaded, dict) else ()
     if packed := {key: v for key, v in values if isinstance(v, Tensor) and _is_packed(v)}:
         key, value = min(packed.items(), key=lambda item: str(item[0]))
         raise ArchiveError(
             f"quantized weights are not supported: {files.path(name)} holds {key} as "
             f"{value.dtype}; scan the model before quantization"
         )
-    if not isinstance(found, dict) or not all(
-        isinstance(key, str) and _is_plain(value) for key, value in found.items()
+    if not isinstance(loaded, dict) or not all(
+        isinstance(key, str) and _is_plain(value) for key, value in loaded.items()
     ):
         raise ArchiveError(f"{files.path(name)} does not hold tensors by name, and nothing else")
-    return found
+    return loaded
 
 
 def _is_packed(value: Tensor) -> bool:

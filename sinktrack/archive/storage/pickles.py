@@ -105,9 +105,9 @@ class _Unpickler(_Interpreter):  # type: ignore[misc]
     def find_class(self, module: str, name: str) -> Any:
         module = _MOVED.get(module, module)
         full = f"{module}.{name}"
-        found = getattr(torch, name, None) if module == "torch" else None
-        if full in self.admitted and isinstance(found, torch.dtype):
-            return found
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if full in self.admitted and isinstance(dtype, torch.dtype):
+            return dtype
         if full in self.admitted or f"{module.split('.')[0]}.*" in self.admitted or self.any:
             return Global(full)
         raise ArchiveError(

@@ -160,10 +160,10 @@ def _parsed(header: bytes, room: int) -> tuple[dict[str, Place], dict[str, str]]
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise _Damage("a name stands there twice")
-    return found
+    return entries
 
 
 def _place(name: str, entry: Any, base: int) -> tuple[Place, int]:

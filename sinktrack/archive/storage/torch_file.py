@@ -100,15 +100,15 @@ def read(files: Files, name: str) -> Any:
 
 def tensors(tree: Any, depth: int = _DEEPEST) -> dict[str, Any]:
     """Of nested dictionaries all that is a `Saved`, by its keys with dots between."""
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     if isinstance(tree, Mapping) and depth:
         for key, value in tree.items():
             if isinstance(value, Saved):
-                found[str(key)] = value
+                by_name[str(key)] = value
             elif isinstance(value, Mapping):
                 inner = tensors(value, depth - 1)
-                found |= {f"{key}.{below}": saved for below, saved in inner.items()}
-    return found
+                by_name |= {f"{key}.{below}": saved for below, saved in inner.items()}
+    return by_name
 
 
 class _Places:

@@ -99,15 +99,15 @@ class Decoder:
         assert self.model is not None
         bare = _unwrap(self.model)
         if self._blocks is None:
-            found: Any = _evident(bare)
+            listed: Any = _evident(bare)
         elif callable(self._blocks) and not isinstance(self._blocks, nn.Module):
             try:
-                found = self._blocks(bare)
+                listed = self._blocks(bare)
             except AttributeError as error:
                 raise MeasurementError(f"blocks= of sinktrack.Decoder: {error}") from error
         else:
-            found = self._blocks
-        values = list(found.values()) if isinstance(found, nn.ModuleDict) else list(found)
+            listed = self._blocks
+        values = list(listed.values()) if isinstance(listed, nn.ModuleDict) else list(listed)
         values = [_joined(value) for value in values]
         if not values or not all(isinstance(value, nn.Module) for value in values):
             raise MeasurementError(
@@ -178,9 +178,9 @@ def _evident(model: nn.Module) -> list[nn.Module]:
     Raises:
         MeasurementError: there is none, or more than one.
     """
-    found: dict[str, list[nn.Module]] = {}
+    lists: dict[str, list[nn.Module]] = {}
     for path, module in model.named_modules():
-        inside = any(path == other or path.startswith(f"{other}.") for other in found)
+        inside = any(path == other or path.startswith(f"{other}.") for other in lists)
         if inside or not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
             continue
         items = [item for item in module._modules.values() if item is not None]
@@ -189,14 +189,14 @@ def _evident(model: nn.Module) -> list[nn.Module]:
         alike = len({_kind(item) for item in items}) == 1  # every other one may be checkpointed
         alike = alike and _runs(items[0])
         if alike and all(next(_unwrap(item).children(), None) is not None for item in items):
-            found[path] = items
-    if len(found) == 1:
-        return next(iter(found.values()))
-    seen = " and ".join(f"model.{path} of {len(items)}" for path, items in found.items())
-    path = max(found, key=lambda path: len(found[path]), default="layers")
+            lists[path] = items
+    if len(lists) == 1:
+        return next(iter(lists.values()))
+    seen = " and ".join(f"model.{path} of {len(items)}" for path, items in lists.items())
+    path = max(lists, key=lambda path: len(lists[path]), default="layers")
     raise MeasurementError(
         f"{type(model).__name__} is not a transformers model, and which modules are its blocks "
-        f"cannot be told ({'lists: ' + seen if found else 'no list of like modules found'}); name "
+        f"cannot be told ({'lists: ' + seen if lists else 'no list of like modules found'}); name "
         f"them: {_WRITE.format(path=path)}, for measure sinktrack.Decoder(model, "
         f"blocks=model.{path})"
     )

@@ -403,20 +403,22 @@ def everywhere(call: Expert, output: Tensor, layout: Layout) -> Routed:
         return told(expert)[0]
 
     def gates() -> Tensor:
-        found = torch.full(chosen.shape, torch.nan, device=chosen.device)
+        gates = torch.full(chosen.shape, torch.nan, device=chosen.device)
         for expert in chosen.unique().tolist():
-            found = torch.where(chosen == expert, told(expert)[1][..., None], found)
-        return found
+            gates = torch.where(chosen == expert, told(expert)[1][..., None], gates)
+        return gates
 
     def total() -> Tensor:
         return sum((of(expert) for expert in chosen.unique().tolist()), torch.zeros(()))
 
     def outputs(position: int) -> Tensor:
         own = chosen[:, position]
-        found = torch.zeros(*own.shape, layout.width, device=chosen.device)
+        outputs = torch.zeros(*own.shape, layout.width, device=chosen.device)
         for expert in own.unique().tolist():
-            found = torch.where((own == expert)[..., None], of(expert)[:, position, None], found)
-        return found
+            outputs = torch.where(
+                (own == expert)[..., None], of(expert)[:, position, None], outputs
+            )
+        return outputs
 
     return Routed(chosen, gates, outputs, of, total, 1.0, lambda expert: told(expert)[2])
 
@@ -425,10 +427,10 @@ def _rows(value: Any, at: Tensor, layout: Layout) -> Any:
     """Of a tensor of all positions some rows by number, in as many dimensions."""
     if not isinstance(value, Tensor) or not value.ndim:
         return value
-    found = layout.rows(value, value.shape[-1])
-    if found is None:
+    rows = layout.rows(value, value.shape[-1])
+    if rows is None:
         return value
-    chosen = found.flatten(0, 1)[at]
+    chosen = rows.flatten(0, 1)[at]
     if value.ndim == 2:
         return chosen
     return chosen[None] if layout.time_first else chosen[:, None]

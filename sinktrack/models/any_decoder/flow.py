@@ -135,8 +135,8 @@ class Flow(LinearForm):
             return self._on_stream(name, func, args, kwargs)
         if name in _READS:
             return func(*args, **kwargs)
-        marks = [found for value in values if (found := mark_of(value))]
-        if any(found.origin == "mixed" for found in marks) and any(map(self._scored, values)):
+        marks = [carried for value in values if (carried := mark_of(value))]
+        if any(carried.origin == "mixed" for carried in marks) and any(map(self._scored, values)):
             raise tap.refuse(
                 "what its heads attend to is changed by what their scores add up to (a sink's "
                 "logit, softmax1), so it is not softmax attention over its keys alone; not "
@@ -148,7 +148,7 @@ class Flow(LinearForm):
             result = func(*args, **kwargs)
             mark(result, combined)
             return result
-        if name in _BLENDS and tap.inside and any(found.origin in _PARTS for found in marks):
+        if name in _BLENDS and tap.inside and any(carried.origin in _PARTS for carried in marks):
             beside = [value for value in values if mark_of(value) is None]
             if any(self.derived(value) and value.is_floating_point() for value in beside):
                 tap.lose(f"{name} joins its attention or experts with something else it computes")
@@ -161,7 +161,7 @@ class Flow(LinearForm):
         if name in CHOOSES and args and (isinstance(result, tuple) or name not in PAIRS):
             with self.paused():
                 tap.chose(name, args[0], result)
-        if any(found.origin == "weights" for found in marks) and name in _MAPS:
+        if any(carried.origin == "weights" for carried in marks) and name in _MAPS:
             tap.yields(self._mixed(result), result)
             tap.unmixed = False
         if _is_opaque(func, name):
@@ -176,15 +176,15 @@ class Flow(LinearForm):
 
     def _mixed(self, result: Any) -> Tensor | None:
         """float32 ``[B, H * Dv]``: P0's rows of what probabilities and values make."""
-        found = mark_of(result)
-        if found is None or found.origin != "mixed" or result.ndim not in (4, 5):
+        known = mark_of(result)
+        if known is None or known.origin != "mixed" or result.ndim not in (4, 5):
             return None
         with self.paused():
             batch, length = self.tap.batch, self.tap.length
             by_head = result.flatten(1, -3)
             by_position = result.flatten(2, -2)
-            first = tuple(by_head.shape[:3]) == (batch, found.heads, length)
-            second = tuple(by_position.shape[:3]) == (batch, length, found.heads)
+            first = tuple(by_head.shape[:3]) == (batch, known.heads, length)
+            second = tuple(by_position.shape[:3]) == (batch, length, known.heads)
             if first == second:
                 return None
             rows: Tensor = by_head[:, :, 0] if first else by_position[:, 0]
@@ -346,10 +346,10 @@ class Flow(LinearForm):
         again = func(*args, **kwargs)
         ((edited, whole, _),) = tap.changes
         for old, new in zip(_tensors((result,), {}), _tensors((again,), {}), strict=True):
-            found = mark_of(old)
-            if not isinstance(found, Stream):
+            before = mark_of(old)
+            if not isinstance(before, Stream):
                 continue
-            mark(new, found)
+            mark(new, before)
             stream = next(one for one, other, _ in sums if other is edited)
             left, right = tap.rows(stream), tap.rows(new)
             if left is None or right is None:

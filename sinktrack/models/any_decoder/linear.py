@@ -65,13 +65,13 @@ class LinearForm(ResidualTracer):
         """
         left, right = (*args, None, None)[:2] if args else (None, None)
         a, b = mark_of(left), mark_of(right)
-        marks = [found for found in (a, b) if found is not None]
-        if not any(found.origin in ("sum", "attention", "experts") for found in marks):
+        marks = [known for known in (a, b) if known is not None]
+        if not any(known.origin in ("sum", "attention", "experts") for known in marks):
             return None
         if name in _MULTIPLY or name in DIVIDE:
             value, factor = (left, right) if a is not None else (right, left)
-            found = mark_of(value)
-            fits = found is not None and found.origin == "sum" and isinstance(value, Tensor)
+            known = mark_of(value)
+            fits = known is not None and known.origin == "sum" and isinstance(value, Tensor)
             if not fits or (name in DIVIDE and value is not left) or kwargs:
                 return None
             if isinstance(factor, Tensor):
@@ -82,7 +82,7 @@ class LinearForm(ResidualTracer):
                 factor = float(factor) if factor.numel() == 1 else factor
             elif not isinstance(factor, int | float):
                 return None
-            return self._scaled(found, value, 1 / factor if name in DIVIDE else factor)
+            return self._scaled(known, value, 1 / factor if name in DIVIDE else factor)
         if name in ("neg", "__neg__") and a is not None and a.origin == "sum":
             return self._scaled(a, left, -1.0)
         if not isinstance(left, Tensor) or not isinstance(right, Tensor):
@@ -126,15 +126,15 @@ class LinearForm(ResidualTracer):
         """A stream, another value, and their sum ``[B, T, D]``."""
         like = [value for value in distinct(values) if self.tap.rows(value) is not None]
         streams = [value for value in like if isinstance(mark_of(value), Stream)]
-        found = []
+        sums = []
         for stream in streams:
             for other in like:
                 if other is not stream:
                     left, right = self.tap.rows(stream), self.tap.rows(other)
                     assert left is not None
                     assert right is not None
-                    found.append((stream, other, left + right))
-        return found
+                    sums.append((stream, other, left + right))
+        return sums
 
     def _by_value(self, value: Tensor, sums: list[tuple[Tensor, Tensor, Tensor]]) -> Stream | None:
         """The form of an operator's output that is a sum of what went in."""
@@ -176,11 +176,11 @@ class LinearForm(ResidualTracer):
         if name in ("addcmul", "addcmul_") and isinstance(a, Stream) and len(args) > 2:
             scaled = args[1] * args[2] * kwargs.get("value", 1)
             marked = next((v for v in args[1:3] if mark_of(v)), None)
-            found = None if marked is None else replace(_known(marked), raw=marked)
-            if isinstance(found, Stream) or self.tap.rows(scaled) is None:
+            known = None if marked is None else replace(_known(marked), raw=marked)
+            if isinstance(known, Stream) or self.tap.rows(scaled) is None:
                 return None
             self.derive(scaled)
-            term = self.tap.write_of(found, scaled)
+            term = self.tap.write_of(known, scaled)
             if term is None:
                 return None
             if term[1] is not None:
@@ -194,8 +194,8 @@ class LinearForm(ResidualTracer):
     def _sum_of(self, left: Any, right: Any, factor: float) -> Stream | None:
         if not isinstance(left, Tensor) or not isinstance(right, Tensor):
             number = right if isinstance(left, Tensor) else left
-            found = mark_of(left) or mark_of(right)
-            return found if number == 0 and factor == 1 else None  # type: ignore[return-value]
+            known = mark_of(left) or mark_of(right)
+            return known if number == 0 and factor == 1 else None  # type: ignore[return-value]
         if self.tap.rows(left) is None or self.tap.rows(right) is None:
             return None
         one, two = self._term(left), self._term(right, factor)
@@ -235,6 +235,6 @@ class LinearForm(ResidualTracer):
 
 
 def _known(value: Tensor) -> Mark:
-    found = mark_of(value)
-    assert found is not None
-    return found
+    mark = mark_of(value)
+    assert mark is not None
+    return mark

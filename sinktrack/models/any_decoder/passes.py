@@ -30,48 +30,48 @@ def measure_decoder(
     decoder: Decoder, probe: Probe, batch_size: int | None, in_training: bool = False
 ) -> Measurement:
     """`sinktrack.measure` for any PyTorch decoder; errors are the same."""
-    found = found_in(decoder)
+    tried = found_in(decoder)
     passes = Passes(probe, batch_size)
     (collected, batches), (singles, firsts) = passes.both
-    with probe_context(found.model, passes.size, probe):
-        wholes = [_show(decoder, found, collected, tokens) for tokens in batches]
-        alone = [_show(decoder, found, singles, _alone(tokens), parts=False) for tokens in firsts]
-        _check_p0(found, wholes[0], alone[0])
-        passes.ablate_whole(_Passes(decoder, found), in_training)
+    with probe_context(tried.model, passes.size, probe):
+        wholes = [_show(decoder, tried, collected, tokens) for tokens in batches]
+        alone = [_show(decoder, tried, singles, _alone(tokens), parts=False) for tokens in firsts]
+        _check_p0(tried, wholes[0], alone[0])
+        passes.ablate_whole(_Passes(decoder, tried), in_training)
     seen = collected.of("attention", "visible")
     length = probe.length - 1
-    found.kinds = tuple(
+    tried.kinds = tuple(
         "full" if all(bool((rows == length).all()) for rows in seen[block]) else "sliding"
-        for block in found.blocks
+        for block in tried.blocks
     )
     weights = None
-    if found.embedding is not None:
-        digest = Digest(found.model.get_parameter(found.embedding), passes.first)
-        for block in found.blocks.values():
+    if tried.embedding is not None:
+        digest = Digest(tried.model.get_parameter(tried.embedding), passes.first)
+        for block in tried.blocks.values():
             digest.add(block)
         weights = digest.hex()
-    measured = passes.measurement(found, weights)
-    if found.notes:
-        told = {"parts": "; ".join(dict.fromkeys(found.notes))}
+    measured = passes.measurement(tried, weights)
+    if tried.notes:
+        told = {"parts": "; ".join(dict.fromkeys(tried.notes))}
         measured = replace(measured, missing=measured.missing | told)
     return measured
 
 
 def check(decoder: Decoder, probe: Probe) -> str:
     """Try a model on a few tokens of the probe, and say what was found; errors as of `measure`."""
-    found = found_in(decoder)
+    tried = found_in(decoder)
     few = probe.tokens[:2, :8]
     collected = Collector({})
-    with probe_context(found.model, len(few), probe):
-        whole = _show(decoder, found, collected, few)
+    with probe_context(tried.model, len(few), probe):
+        whole = _show(decoder, tried, collected, few)
         first = _alone(few[:, :1].unique(dim=0))  # alike, they do not tell the order of tensors
-        _check_p0(found, whole, _show(decoder, found, Collector({}), first, parts=False))
-    blocks, how = len(found.blocks), " and ".join(found.how)
-    experts = f", {found.experts} experts" if found.experts else ""
-    experts += " told apart" if experts and found.told else ""
+        _check_p0(tried, whole, _show(decoder, tried, Collector({}), first, parts=False))
+    blocks, how = len(tried.blocks), " and ".join(tried.how)
+    experts = f", {tried.experts} experts" if tried.experts else ""
+    experts += " told apart" if experts and tried.told else ""
     lost = [collected.lost] if collected.lost else []
-    said = f"{found.type}: {blocks} of {blocks} blocks, {how}, {found.most_heads} heads{experts}"
-    return "; ".join([said, *lost, *dict.fromkeys(found.notes)])
+    said = f"{tried.type}: {blocks} of {blocks} blocks, {how}, {tried.most_heads} heads{experts}"
+    return "; ".join([said, *lost, *dict.fromkeys(tried.notes)])
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,11 @@ def _decide(like: Tap, count: int) -> None:
     Raises:
         MeasurementError: none, or more than one.
     """
-    found, came = like.found, {}
+    tried, came = like.found, {}
     errors: list[MeasurementError] = []
     for place in range(count):
-        found.start = place
-        tap = Tap(like.decoder, found, Collector({}), like.tokens, None)
+        tried.start = place
+        tap = Tap(like.decoder, tried, Collector({}), like.tokens, None)
         tap.deciding = True
         try:
             _run(tap)
@@ -141,7 +141,7 @@ def _decide(like: Tap, count: int) -> None:
                 came[place] = decided.places
         except MeasurementError as error:
             errors.append(error)
-    found.start = min(came, default=0)
+    tried.start = min(came, default=0)
     if not came and len(errors) == count:
         raise errors[0]
     if len(set(came.values())) != 1:
@@ -153,7 +153,7 @@ def _decide(like: Tap, count: int) -> None:
             "its only tensor of that shape, or return it plus what it writes"
         )
         raise MeasurementError(
-            f"block 0 ({class_of(found.blocks[0])}): {count} tensors of the stream's shape come "
+            f"block 0 ({class_of(tried.blocks[0])}): {count} tensors of the stream's shape come "
             f"in, and which is the residual stream cannot be told: {what}"
         )
 
@@ -243,11 +243,11 @@ class _Passes(InMemory):
 
     def restarts(self, block: int) -> bool:
         """Do all blocks before it return the stream alone, in a shape that is known?"""
-        found = self._found
-        if found.carries or self._dims not in (2, 3):
+        tried = self._found
+        if tried.carries or self._dims not in (2, 3):
             return False
         return all(
-            before in found.forms and not isinstance(found.blocks[before], Several)
+            before in tried.forms and not isinstance(tried.blocks[before], Several)
             for before in range(block)
         )
 
@@ -332,11 +332,11 @@ def editable(decoder: Decoder, probe: Probe, batch_size: int | None) -> Iterator
         ProbeError, MeasurementError: as of `sinktrack.measure`; or what writes to its stream cannot
             be told.
     """
-    found = found_in(decoder)
+    tried = found_in(decoder)
     few = probe.tokens[: _FEW[0], : _FEW[1]]
-    passes = _Passes(decoder, found)
-    with probe_context(found.model, len(few), probe):
+    passes = _Passes(decoder, tried)
+    with probe_context(tried.model, len(few), probe):
         passes.look(few)
     size = at_once(passes.vocabulary, probe, batch_size)
-    with probe_context(found.model, size, probe):
+    with probe_context(tried.model, size, probe):
         yield passes

@@ -37,8 +37,8 @@ class Routers(Watched):
         values = [v for v in _tensors((output,), {}) if self.rows(v) is not None]
         if not values or self.flow.replaying or self.parts is None or call.told:
             return
-        found = call.chosen or call.ranked
-        count = found[0] if found else call.unseen(self.batch * self.length)
+        picked = call.chosen or call.ranked
+        count = picked[0] if picked else call.unseen(self.batch * self.length)
         if count is None or self.attended > call.attended:
             return
         for outer in self.experts:
@@ -46,7 +46,7 @@ class Routers(Watched):
         kind = type(module).__name__
         with self.flow.paused():
             try:
-                if not found:
+                if not picked:
                     raise NotTold(
                         f"{kind} holds {count} modules alike, of which some run on some tokens "
                         "alone, and by what function of torch it chooses was not seen"

@@ -147,11 +147,11 @@ class Watched:
 
     def wrote_last(self, value: Tensor) -> bool:
         """Is a write of the present block in a stream?"""
-        found = mark_of(value)
-        return isinstance(found, Stream) and any(term[0] == self.block for term in found.form)
+        known = mark_of(value)
+        return isinstance(known, Stream) and any(term[0] == self.block for term in known.form)
 
     def p0(self, value: Tensor, width: int | None = None) -> Tensor:
         """P0's rows of a tensor of that size."""
-        found = self.rows(value, width)
-        assert found is not None
-        return found[:, 0].detach()
+        rows = self.rows(value, width)
+        assert rows is not None
+        return rows[:, 0].detach()

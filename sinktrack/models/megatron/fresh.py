@@ -85,7 +85,7 @@ def _different(groups: dict[Holders, list[Tensor]], all_of: Processes) -> set[Ho
     for reply in all_of.gather(digests):
         for holders, digest in reply.items():
             seen[holders].add(digest)
-    return {holders for holders, found in seen.items() if len(found) > 1}
+    return {holders for holders, values in seen.items() if len(values) > 1}
 
 
 def _digest(parameters: list[Tensor]) -> str:

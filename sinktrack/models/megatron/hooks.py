@@ -142,8 +142,8 @@ def sublayers(layer: nn.Module) -> tuple[Any, Any]:
     A block of HybridModel is one sublayer: an attention, an MLP, experts, or a Mamba mixer.
     """
     mixer = getattr(layer, "self_attention", None) or getattr(layer, "mixer", None)
-    found = mixer, getattr(layer, "mlp", None)
-    mixer, mlp = (None if type(of).__name__ == "IdentityOp" else of for of in found)
+    both = mixer, getattr(layer, "mlp", None)
+    mixer, mlp = (None if type(of).__name__ == "IdentityOp" else of for of in both)
     return mixer, mlp
 
 
@@ -261,9 +261,9 @@ class Tap:
             raise MeasurementError(
                 f"{self.name(number)}: an attention mask of type {kind} is not supported"
             )
-        found = [tensor[:length].permute(1, 2, 0, 3) for tensor in tensors]
-        self.heads = found[0].shape[1]
-        return found
+        by_head = [tensor[:length].permute(1, 2, 0, 3) for tensor in tensors]
+        self.heads = by_head[0].shape[1]
+        return by_head
 
     def leave(self, number: int, module: Any, args: Any, output: Any) -> None:
         """After a block, whose terms are checked."""

@@ -44,30 +44,30 @@ def measure_chunks(
     all_of = processes()
 
     def prepare() -> megatron.Chunks:
-        found = megatron.chunks(model)
-        probe.check(_vocabulary(found), getattr(found.bare[0], "max_sequence_length", None))
-        return found
+        parts = megatron.chunks(model)
+        probe.check(_vocabulary(parts), getattr(parts.bare[0], "max_sequence_length", None))
+        return parts
 
-    found = all_of.all_or_none(prepare)
-    layout, bare, config = found.layout, nn.ModuleList(found.bare), found.config
-    replies = all_of.gather((probe.digest, layout.dense or layout.experts, dict(found.kinds)))
+    parts = all_of.all_or_none(prepare)
+    layout, bare, config = parts.layout, nn.ModuleList(parts.bare), parts.config
+    replies = all_of.gather((probe.digest, layout.dense or layout.experts, dict(parts.kinds)))
     if len({each for each, _, _ in replies}) > 1:
         raise MeasurementError("the processes hold different probes; give each the same one")
     some = tuple(rank for rank, (_, reports, _) in enumerate(replies) if reports)
     kinds: dict[int, str] = {}
     for _, _, held in replies:
         kinds |= held
-    if kinds.keys() != set(range(found.count)):
+    if kinds.keys() != set(range(parts.count)):
         raise MeasurementError(
-            f"the processes hold blocks {sorted(kinds)} of a model of {found.count}; not supported"
+            f"the processes hold blocks {sorted(kinds)} of a model of {parts.count}; not supported"
         )
 
     size = batch_size or probe.sequences
     batches = probe.batches(size)
     first = list(probe.first_tokens()[:, None].split(max(size, 256)))
-    planned = _schedule(found, batches), _schedule(found, first)
+    planned = _schedule(parts, batches), _schedule(parts, first)
     collected, singles = (
-        Shard(layout, [length for _, length in plan], found.count, metrics)
+        Shard(layout, [length for _, length in plan], parts.count, metrics)
         for plan, metrics in zip(planned, (METRICS, ALONE), strict=True)
     )
 
@@ -75,14 +75,14 @@ def measure_chunks(
 
     def passes() -> None:
         taps = []
-        with synced(found), probe_context(bare, size, probe), ready(found):
-            fresh(found, all_of)
+        with synced(parts), probe_context(bare, size, probe), ready(parts):
+            fresh(parts, all_of)
             for shard, plan in zip((collected, singles), planned, strict=True):
-                with megatron.watch(found, shard) as tap:
-                    _forward(found, plan)
+                with megatron.watch(parts, shard) as tap:
+                    _forward(parts, plan)
                 taps.append(tap)
             if layout.dense:
-                own.append(vectors(found, probe.first_tokens()))
+                own.append(vectors(parts, probe.first_tokens()))
         for tap in taps:  # not before: the others are in all passes
             if tap.failure is not None:
                 raise tap.failure
@@ -90,7 +90,7 @@ def measure_chunks(
     def experts() -> None:
         with probe_context(bare, size, probe):
             for (block, number), routing in collected.routed.items():
-                layer = found.blocks[block]
+                layer = parts.blocks[block]
                 if isinstance(layer, FSDPModule):
                     layer.unshard()
                 if layout.experts:
@@ -101,14 +101,14 @@ def measure_chunks(
     def ablated(merged: Collector, alone: Collector) -> Ablations | str:
         """The total effects, on this process alone, or why they cannot be had."""
         tokens = probe.tokens.numel()
-        if in_training and not is_affordable(found.count, tokens, whole=True):
+        if in_training and not is_affordable(parts.count, tokens, whole=True):
             return dear(tokens)
         if reason := why_not(model):
             return reason.replace("causal tests", "total effects")
         effects = Ablations(probe.first_tokens())
         try:
-            with probe_context(bare, size, probe), ready(found):
-                ablate(Passes(found), effects, merged, alone, size * probe.length)
+            with probe_context(bare, size, probe), ready(parts):
+                ablate(Passes(parts), effects, merged, alone, size * probe.length)
         except (MemoryError, RuntimeError, SinktrackError) as error:
             return str(error) or type(error).__name__
         return effects
@@ -121,18 +121,18 @@ def measure_chunks(
             merged,
             alone,
             torch.cat([batch[:, 0] for batch in batches]),
-            [kinds[block] for block in range(found.count)],
+            [kinds[block] for block in range(parts.count)],
             {value.dtype for value in bare.parameters() if value.is_floating_point()},
             ablated(merged, alone),
             model={
-                "type": type(found.bare[0]).__name__.removeprefix("FSDP"),
-                "blocks": found.count,
-                "heads": found.config.num_attention_heads,
-                "experts": found.config.num_moe_experts,
+                "type": type(parts.bare[0]).__name__.removeprefix("FSDP"),
+                "blocks": parts.count,
+                "heads": parts.config.num_attention_heads,
+                "experts": parts.config.num_moe_experts,
             },
             probe=probe.digest,
             weights=digest(
-                [one for *_, of in shares for one in of], probe.first_tokens(), found.count, config
+                [one for *_, of in shares for one in of], probe.first_tokens(), parts.count, config
             ),
             seconds=time.perf_counter() - started,
         )
@@ -141,7 +141,7 @@ def measure_chunks(
     _share_inputs(collected)
     all_of.all_or_none(experts)
     shares = all_of.gather_to_rank0((collected, singles, own), some)
-    with synced(found):  # process 0 runs more passes
+    with synced(parts):  # process 0 runs more passes
         measured = all_of.all_or_none(lambda: whole(shares))
     result: Measurement = all_of.from_first(measured)
     return result

@@ -75,15 +75,15 @@ def editable(model: Any, probe: Probe, batch_size: int | None) -> Iterator[Passe
     all_of: Processes = processes()
 
     def prepare() -> Passes:
-        found = chunks(model)
-        passes = Passes(found)
-        probe.check(passes.vocabulary, getattr(found.bare[0], "max_sequence_length", None))
+        parts = chunks(model)
+        passes = Passes(parts)
+        probe.check(passes.vocabulary, getattr(parts.bare[0], "max_sequence_length", None))
         return passes
 
     passes = all_of.all_or_none(prepare)
-    found, size = passes.found, at_once(passes.vocabulary, probe, batch_size)
-    with synced(found), probe_context(nn.ModuleList(found.bare), size, probe), ready(found):
-        fresh(found, all_of)
+    parts, size = passes.found, at_once(passes.vocabulary, probe, batch_size)
+    with synced(parts), probe_context(nn.ModuleList(parts.bare), size, probe), ready(parts):
+        fresh(parts, all_of)
         yield passes
 
 
@@ -290,15 +290,15 @@ def _routed(mlp: Any, inputs: Tensor, gates: Tensor, chosen: Tensor) -> Routed:
 
     @cache
     def of(expert: int) -> Tensor:
-        found = torch.zeros_like(inputs)
+        outputs = torch.zeros_like(inputs)
         at = chosen[..., expert]
         count = int(at.sum())
         if count:
             counts = torch.zeros(chosen.shape[-1], dtype=torch.int64)
             counts[expert] = count
             output, _ = mlp.experts(inputs[at].to(dtype), counts, gates[at][:, expert])
-            found[at] = output.to(found.dtype)
-        return found
+            outputs[at] = output.to(outputs.dtype)
+        return outputs
 
     def outputs(position: int) -> Tensor:
         return torch.stack(

@@ -67,15 +67,15 @@ class Processes:
 
     def _round(self, value: Any, failure: str | None = None) -> list[Any]:
         """Each process gives a value, or says why it fails; then all fail."""
-        found: list[Any] = [(value, failure)] * self.size
+        answers: list[Any] = [(value, failure)] * self.size
         if self.size > 1:
-            dist.all_gather_object(found, (value, failure), group=self.group)
-        for rank, (_, reason) in enumerate(found):
+            dist.all_gather_object(answers, (value, failure), group=self.group)
+        for rank, (_, reason) in enumerate(answers):
             if failure is None and reason is not None:
                 error = MeasurementError(f"process {rank} failed: {reason}")
                 self._tell(error)
                 raise error
-        return [value for value, _ in found]
+        return [value for value, _ in answers]
 
     def gather_to_rank0(self, value: Any, some: tuple[int, ...]) -> list[Any]:
         """The values of some processes, process 0 among them, on process 0; none on others."""
@@ -85,10 +85,10 @@ class Processes:
             self._some[some] = dist.new_group(list(some), backend="gloo")
         if self.rank not in some:
             return []
-        found: list[Any] = [None] * len(some)
-        into = found if self.rank == 0 else None
+        gathered: list[Any] = [None] * len(some)
+        into = gathered if self.rank == 0 else None
         dist.gather_object(value, into, dst=0, group=self._some[some])
-        return found if self.rank == 0 else []
+        return gathered if self.rank == 0 else []
 
     def from_first(self, value: Any) -> Any:
         """Process 0's value on all."""

@@ -39,8 +39,8 @@ def footprint(checkpoint: Checkpoint) -> int:
             weight = source.slice(name)
             bits = _BITS.search(weight.get_dtype())
             size = int(torch.Size(weight.get_shape()).numel()) * (int(bits[0]) if bits else 8) // 8
-            if found := _BLOCK.search(name):
-                inside[found[1]] = inside.get(found[1], 0) + size
+            if match := _BLOCK.search(name):
+                inside[match[1]] = inside.get(match[1], 0) + size
             else:
                 outside += size
     return _PROCESS + outside + 2 * max(inside.values(), default=0)

@@ -141,10 +141,14 @@ def _compared(
     """What the runs say together, in words, and what they do not say."""
     try:
         known = {name: losses[name] for name in runs if name in losses}
-        found = compare(runs, settings=settings, losses=known)
+        comparison = compare(runs, settings=settings, losses=known)
     except RecordError as error:  # other probes
         return {"verdict": [], "lines": [], "missing": [str(error)]}
-    return {"verdict": found.verdict(), "lines": found.lines(), "missing": list(found.missing)}
+    return {
+        "verdict": comparison.verdict(),
+        "lines": comparison.lines(),
+        "missing": list(comparison.missing),
+    }
 
 
 def _described(field: Field) -> dict[str, Any]:
@@ -165,16 +169,16 @@ def _run(
     stride: int,
     room: int,
 ) -> dict[str, Any]:
-    found = analyze(written, losses, marks)
-    stages = dict(zip(found.steps, found.stages, strict=True))
+    analysis = analyze(written, losses, marks)
+    stages = dict(zip(analysis.steps, analysis.stages, strict=True))
     records = current(written)
     last = records[-1]
     kept = evenly(len(records), math.ceil(len(records) / stride))
     more = [_thinned(records, kept, of, room) for of in (_by_block, _by_head)]
     stages = stages if len(records) > 1 else {}  # one record is a state, not a course
-    told_of = story(records, found)
+    told_of = story(records, analysis)
     loss = _loss_at([record["step"] for record in records], losses)
-    onset = {"step": found.onset, "tokens": found.onset_tokens}
+    onset = {"step": analysis.onset, "tokens": analysis.onset_tokens}
     return {
         "name": name,
         "model": last["model"],
@@ -186,10 +190,10 @@ def _run(
         "same_weights": [told(steps) for steps in equal_weights(records)],
         "story": told_of,
         "asides": asides(told_of),
-        "signal": found.lines() if len(records) > 1 else [],
-        "missing": found.missing,
-        "rate": found.rate,
-        "onsets": _onsets(found),
+        "signal": analysis.lines() if len(records) > 1 else [],
+        "missing": analysis.missing,
+        "rate": analysis.rate,
+        "onsets": _onsets(analysis),
         "onset": {axis: at and _rounded([at.value, at.low, at.high]) for axis, at in onset.items()},
         "lives": _lives(written),
         "marks": [_placed(mark, records, losses) for mark in marks],
@@ -222,21 +226,21 @@ def _lives(written: Records) -> dict[str, Any] | None:
     By block and head the step ``since`` which it is one, and at which it ``ceased``, null where it
     did not, and ``births``, of heads that are measured.
     """
-    found = timeline(written)
-    if len(found.moments) < 2:
+    lives = timeline(written)
+    if len(lives.moments) < 2:
         return None
-    shape = [max(one.block for one in found.heads) + 1, max(one.head for one in found.heads) + 1]
+    shape = [max(one.block for one in lives.heads) + 1, max(one.head for one in lives.heads) + 1]
     grids: dict[str, list[list[int | None]]] = {
         name: [[None] * shape[1] for _ in range(shape[0])] for name in ("since", "ceased", "births")
     }
-    for one in found.heads:
+    for one in lives.heads:
         grids["since"][one.block][one.head] = None if one.since is None else one.since.step
         grids["ceased"][one.block][one.head] = None if one.ceased is None else one.ceased.step
         grids["births"][one.block][one.head] = one.births
     return grids | {
-        "told": str(found), "steps": [moment.step for moment in found.moments],
-        "tokens": [moment.tokens for moment in found.moments], "count": list(found.sink_heads),
-        "born": list(found.births), "died": list(found.deaths),
+        "told": str(lives), "steps": [moment.step for moment in lives.moments],
+        "tokens": [moment.tokens for moment in lives.moments], "count": list(lives.sink_heads),
+        "born": list(lives.births), "died": list(lives.deaths),
     }  # fmt: skip
 
 
@@ -304,12 +308,12 @@ def _phase(phase: Mapping[str, Any]) -> dict[str, Any]:
 
 def _by_block(record: Mapping[str, Any]) -> dict[str, Any]:
     """Its further fields along the blocks, those by head as means."""
-    found = {
+    further = {
         field.name: _rounded(by_block(record, field), 4)
         for field in FIELDS.values()
         if is_by_block(field) and field.name not in (*_WHOLE, _HEADS)
     }
-    return {name: values for name, values in found.items() if any(v is not None for v in values)}
+    return {name: values for name, values in further.items() if any(v is not None for v in values)}
 
 
 def _by_head(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -344,8 +348,8 @@ def _loss_at(steps: Sequence[int], losses: Losses | None) -> list[float | None]:
     if not losses:
         return [None] * len(steps)
     logged = sorted(losses)
-    found = np.interp(steps, logged, [losses[step] for step in logged], math.nan, math.nan)
-    return [None if math.isnan(value) else value for value in found.tolist()]
+    losses_there = np.interp(steps, logged, [losses[step] for step in logged], math.nan, math.nan)
+    return [None if math.isnan(value) else value for value in losses_there.tolist()]
 
 
 def _sample(records: Records) -> Records:

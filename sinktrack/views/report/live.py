@@ -117,18 +117,18 @@ class _Watched:
 
     def page(self) -> str:
         with self._lock:
-            found = self._found()
-        if not found:
+            runs = self._found()
+        if not runs:
             return _WAITING
-        return page(found, self.losses, self._marks(), live=True, settings=self._of(found))
+        return page(runs, self.losses, self._marks(), live=True, settings=self._of(runs))
 
     def data(self) -> tuple[str, str]:
         """What the page draws, and a name for its version."""
         with self._lock:
             version = f'"{"-".join(map(_changed, self.runs.values()))}"'
             if version != self._version:
-                found = self._found()
-                self._data = embedded(found, self.losses, self._marks(), True, self._of(found))
+                runs = self._found()
+                self._data = embedded(runs, self.losses, self._marks(), True, self._of(runs))
                 self._version = version
             return self._version, self._data
 
@@ -141,12 +141,12 @@ class _Watched:
 
 def _changed(run: Run) -> str:
     """Differs whenever the records or the marks do."""
-    found = []
+    changed = []
     for name in ("records.jsonl", "marks.jsonl"):
         try:
             status = (run.directory / name).stat()
         except FileNotFoundError:
-            found.append("0")
+            changed.append("0")
         else:
-            found.append(f"{status.st_size:x}.{status.st_mtime_ns:x}")
-    return ".".join(found)
+            changed.append(f"{status.st_size:x}.{status.st_mtime_ns:x}")
+    return ".".join(changed)
