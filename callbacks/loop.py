@@ -76,7 +76,7 @@ class SinkTracker:
         self._main: bool | None = None
         self._run: Run | None = None
         self._silent = False
-        self._reported: set[str] = set()
+        self._reported: set[str | tuple[str, int]] = set()
         self._stages: Stages | None = None
         self._past: wandb.Past | None = None
         known = _joined() is not None or not any(_number(name) for name in _RANKS)
@@ -372,8 +372,9 @@ class SinkTracker:
         if everywhere and self._run is None:  # process 0 says the same
             return
         if reason not in self._reported:
-            self._reported.add(reason)
-            _log.warning("the %s at step %d failed, training goes on: %s", what, step, reason)
+            if (what, step) not in self._reported:  # of several reasons the first
+                _log.warning("the %s at step %d failed, training goes on: %s", what, step, reason)
+            self._reported |= {reason, (what, step)}
 
 
 class DirectoryLater(SinkTracker):
