@@ -163,7 +163,7 @@ def worker(arguments: argparse.Namespace) -> None:
 
     def run() -> None:
         if arguments.worker == "measure":
-            sinktrack.measure(model, probe, in_training=arguments.decoder)
+            sinktrack.measure(model, probe, in_training=True)
         else:
             eager = arguments.worker == "output_attentions"
             with torch.no_grad():
