@@ -153,7 +153,7 @@ def archives_below(
         child = files.at(name)
         if dangling:
             continue
-        below = _Below.of(child).first
+        below = next((label for label, told, _ in _kinds_below(child) if told is None), None)
         for place in [child.location, below and child.path(below)]:
             with suppress(ArchiveError):
                 inner = discover(place, pattern, hf_config) if place else []
@@ -571,22 +571,31 @@ class _Below:
     def of(cls, files: Files) -> _Below:
         """Two levels deep; a hub cache by its models."""
         below = cls([], [], [])
-        places = _below(files, "", _directories(files), 2) if files.local else iter(())
-        for place in islice(places, _LOOKED_INTO):
-            with suppress(ArchiveError):
-                inner = _directories(place.files)
-                held = _read_by_a_format(place.files)
-                if {"refs", "snapshots"} <= set(inner) or any(map(names.known, inner)):
-                    below.archives.append(place.label)
-                elif any(one.reason is None or one.format == "adapters" for one in held):
-                    below.checkpoints.append(place.label)
-                elif told := remains.known(place.files):
-                    below.others.append(told)
-                    continue
-                else:
-                    continue
-                below.first = below.first or place.label
+        for label, told, whole in _kinds_below(files):
+            if told is not None:
+                below.others.append(told)
+                continue
+            (below.checkpoints if whole else below.archives).append(label)
+            below.first = below.first or label
         return below
+
+
+def _kinds_below(files: Files) -> Iterator[tuple[str, str | None, bool]]:
+    """Path, what is said of a kind that is not read, and whether it is a checkpoint itself.
+
+    Of each directory below that holds something; none is looked into before it is asked for.
+    """
+    places = _below(files, "", _directories(files), 2) if files.local else iter(())
+    for place in islice(places, _LOOKED_INTO):
+        with suppress(ArchiveError):
+            inner = _directories(place.files)
+            held = _read_by_a_format(place.files)
+            if {"refs", "snapshots"} <= set(inner) or any(map(names.known, inner)):
+                yield place.label, None, False
+            elif any(one.reason is None or one.format == "adapters" for one in held):
+                yield place.label, None, True
+            elif told := remains.known(place.files):
+                yield place.label, told, False
 
 
 def _meant(given: str, files: Files) -> str:

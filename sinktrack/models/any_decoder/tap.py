@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sinktrack.errors import MeasurementError
-from sinktrack.events import Editor, Observer
 from sinktrack.models.any_decoder.by_value import distinct
-from sinktrack.models.any_decoder.decoder import Decoder, Found, Several, class_of
+from sinktrack.models.any_decoder.decoder import Several, class_of
 from sinktrack.models.any_decoder.flow import Flow, swapped
 from sinktrack.models.any_decoder.routers import Routers, may_route
 from sinktrack.models.any_decoder.stream import (
     EMBEDDING,
     Decided,
     Reached,
-    Restart,
     Stream,
     Undecided,
 )
@@ -32,18 +31,10 @@ from sinktrack.probe import Probe
 class Tap(UnknownOperators, Writes, Routers):
     """Hooks on the blocks of a pass."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        found: Found,
-        observer: Observer,
-        tokens: Tensor,
-        parts: Literal["p0", "all"] | None,
-        editor: Editor | None = None,
-        start: Restart | None = None,
-    ) -> None:
-        super().__init__(decoder, found, observer, tokens, parts, editor, start)
-        self.flow = Flow(self)
+    @cached_property
+    def flow(self) -> Flow:  # type: ignore[override]
+        """Of the functions that the pass calls."""
+        return Flow(self)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
