@@ -401,8 +401,9 @@ class _Again(Job):
     def shows(self, whole: Outcome) -> bool:
         """Is it the same, to rounding?"""
         for again in self._one.outcomes:
-            block = self.block
-            shown = (again.p0[:, block:], again.loss), (whole.p0[:1, block:], whole.loss[:1])
+            shown = (
+                (one.p0[:1, self.block :], one.loss[:1], one.p0_loss[:1]) for one in (again, whole)
+            )
             return all(
                 torch.allclose(one, other, rtol=_SAME, atol=_SAME, equal_nan=True)
                 for one, other in zip(*shown, strict=True)
