@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of child processes, too: tests share the cores
 
+import gc
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,13 @@ settings.load_profile("repeatable" if "CI" in os.environ else "sinktrack")
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Draw torch's weights by the seed of pytest-randomly."""
     torch.manual_seed(item.config.getoption("randomly_seed", 0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Keep what is imported out of garbage collections, which frameworks ask for in each training."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -19,9 +21,33 @@ COMMAND = (sys.executable, "-c", "from sinktrack.cli import main; main()")
 
 
 def sinktrack(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=120
-    )
+    """The command in a process of its own, forked from one that has imported what it needs."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sinktrack.cli", "sinktrack.scan", "transformers.modeling_utils"])
+    with tempfile.TemporaryDirectory() as directory:
+        said = [Path(directory) / "stdout", Path(directory) / "stderr"]
+        command = ["sinktrack", *map(str, arguments)]
+        process = context.Process(target=_run, args=(command, cwd, dict(os.environ), said))
+        process.start()
+        process.join(120)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired(command, 120)
+        out, err = (path.read_text() for path in said)
+        return subprocess.CompletedProcess(command, process.exitcode, out, err)
+
+
+def _run(
+    command: list[str], cwd: Path | None, environment: dict[str, str], said: list[Path]
+) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream, path in zip((sys.stdout, sys.stderr), said, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
+    if cwd is not None:
+        os.chdir(cwd)
+    sys.argv = command
+    main()
 
 
 def child(code: str, *arguments: object) -> list[str]:
