@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of child processes, too: tests share the cores
 
 import gc
+import io
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def imported() -> None:
-    """Keep what is imported out of garbage collections, which frameworks ask for in each training."""
+    """Keep what is imported out of garbage collections, which each training asks for."""
     gc.collect()
     gc.freeze()
 
@@ -92,15 +93,21 @@ def pretrained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def demo(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
     """A finished demo, shorter than the real one: its directory and what it printed."""
-    import io
-
     from rich.console import Console
 
     from sinktrack.demo import run_demo
 
-    out = tmp_path_factory.mktemp("demo")
-    text = io.StringIO()
-    run_demo(out, Console(file=text, width=100), steps=400)
-    return out, text.getvalue()
+    base = tmp_path_factory.getbasetemp()
+    if hasattr(request.config, "workerinput"):  # one for the processes of pytest-xdist together
+        base = base.parent
+    out, text = base / "demo", base / "demo.txt"
+    with FileLock(base / "demo.lock"):
+        if not text.exists():
+            said = io.StringIO()
+            run_demo(out, Console(file=said, width=100), steps=400)
+            text.write_text(said.getvalue())
+    return out, text.read_text()

@@ -23,7 +23,7 @@ COMMAND = (sys.executable, "-c", "from sinktrack.cli import main; main()")
 def sinktrack(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, forked from one that has imported what it needs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sinktrack.cli", "sinktrack.scan", "transformers.modeling_utils"])
+    context.set_forkserver_preload(["sinktrack.scan", "transformers.modeling_utils"])
     with tempfile.TemporaryDirectory() as directory:
         said = [Path(directory) / "stdout", Path(directory) / "stderr"]
         command = ["sinktrack", *map(str, arguments)]
