@@ -27,8 +27,8 @@ TWO = ["deepseek:", "deepseek:ep2", "qwen:pp2", "deepseek:pp2 vp2", "llama:tp2",
        "mla:tp2 sp", "gpt:cp2", "deepseek:cp2 ep2", "gate:cp2", "mla:cp2", "mtp:pp2",
        "llama:pp2 first3", "llama:pp2 ends", "deepseek:pp2 E|ttttL", "qwen:pp2 Etttt|L",
        "llama:fsdp", "deepseek:fsdp"]  # fmt: skip
-LONG = ["deepseek:", "qwen:tp2 sp etp2", "deepseek:tp2 ep2", "gate:tp2", "learnable:tp2", "gate:cp2",
-        "gpt:cp2", "llama:pp2 first3", "llama:pp2 ends", "deepseek:pp2 E|ttttL",
+LONG = ["deepseek:", "qwen:tp2 sp etp2", "deepseek:tp2 ep2", "gate:tp2", "learnable:tp2",
+        "gate:cp2", "gpt:cp2", "llama:pp2 first3", "llama:pp2 ends", "deepseek:pp2 E|ttttL",
         "llama:fsdp"]  # fmt: skip
 """Those of two processes that others come near to."""
 FOUR = ["qwen:tp2 pp2", "qwen:pp2 ep2", "gpt:tp2 sp pp2 vp2", "deepseek:tp2 sp ep4",
