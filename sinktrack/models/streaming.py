@@ -70,9 +70,9 @@ class Streamed:
         head: bool = False,
     ) -> None:
         self._source, self._device = source, device
-        self.read_ahead = torch.device(device).type != "cpu"
-        """Read the following block's weights, but for routed experts, while this one computes. On
-        the CPU they would wait in the very memory that is to be saved."""
+        self.read_ahead = torch.device(device).type != "cpu" or not source.files.local
+        """Read the following block's weights, but for routed experts, while this one computes. From
+        a disk to the CPU they would wait in the very memory that is to be saved."""
         self._ahead: Future[dict[str, Tensor]] | None = None
         self.reader = ThreadPoolExecutor(1)
         """Reads while others convert or compute."""

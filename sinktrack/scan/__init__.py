@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, tee
+from itertools import chain, tee, zip_longest
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -380,8 +382,20 @@ def _outcomes(
         elif engine == "local" or workers is not None:
             yield from local.distribute(job, checkpoints, workers)
         else:
-            for checkpoint in checkpoints:
+            reader: Thread | None = None
+            for checkpoint, following in zip_longest(checkpoints, checkpoints[1:]):
+                if reader is not None:
+                    reader.join()
+                if following is not None and not following.files.local:
+                    reader = Thread(target=_read_header, args=(following,), daemon=True)
+                    reader.start()
                 yield checkpoint, attempt(job, checkpoint)
+
+
+def _read_header(checkpoint: Checkpoint) -> None:
+    """Have what every measurement of a remote checkpoint begins with; it keeps what it has read."""
+    with suppress(Exception):  # told when it is measured
+        open(checkpoint).names()
 
 
 def renamed(checkpoints: Sequence[Checkpoint], run: Run) -> list[str]:

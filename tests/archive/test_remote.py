@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ class Counting:
         self.application = application
         self.client: Any = None
         self.sent = 0
+        self.asked: list[str] = []
         self.failures = 0
         self.forbidden = False
 
@@ -56,6 +58,7 @@ class Counting:
         body = list(self.application(environ, start))
         if environ["REQUEST_METHOD"] == "GET":
             self.sent += sum(map(len, body))
+            self.asked.append(environ["PATH_INFO"])
         return body
 
 
@@ -100,6 +103,22 @@ def test_a_scan_of_a_bucket_equals_a_local_one(
     here = list(scan(local, probe=PROBE, run=tmp_path / "local"))
     assert [record["step"] for record in there] == [3, 12]
     assert [record | {"seconds": 0} for record in there] == [r | {"seconds": 0} for r in here]
+
+
+def test_the_next_checkpoint_is_begun_while_one_is_measured(
+    counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    for name in ("ahead", "not"):
+        counting.asked.clear()
+        assert len(list(scan("s3://runs/one", probe=PROBE, run=tmp_path / name))) == 2
+        asked.append([path for path in counting.asked if "checkpoint-" in path])
+        module = sys.modules["sinktrack.scan"]  # whose name in the package is the function's
+        monkeypatch.setattr(module, "_read_header", lambda checkpoint: None)
+    assert sorted(asked[0]) == sorted(asked[1])  # nothing is asked for twice
+    first, second = ("/runs/one/checkpoint-3/", "/runs/one/checkpoint-12/")
+    last = max(at for at, path in enumerate(asked[0]) if path.startswith(first))
+    assert any(path.startswith(second) for path in asked[0][:last])
 
 
 def test_bytes_are_read_by_range_and_counted(local: Path, counting: Counting) -> None:
