@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON312 ?= python3.12
+BOTH := -n 2 --dist loadfile --no-loadscope-reorder  # two cores, each file's tests on one
 MEGATRON := 0.16.1 0.17.1 0.18.2 0.19.2
 BRIDGE := megatron-bridge==0.6.2 omegaconf hydra-core antlr4-python3-runtime==4.9.3 einops six datasets \
 	dill multiprocess xxhash mistral-common sentencepiece tiktoken  # what it imports of its requirements on a CPU
@@ -15,7 +16,7 @@ demo: $(VENV)/ready  ## train a tiny MoE, scan its checkpoints, draw demo/report
 	$(BIN)/sinktrack demo --out demo
 
 test: $(VENV)-test/ready  ## run the tests
-	$(VENV)-test/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)-test/bin/python -m pytest $(BOTH)
 
 slow: $(VENV)-test/ready  ## run the tests that take minutes or packages of their own
 	$(VENV)-test/bin/python -m pytest -m slow
@@ -25,11 +26,11 @@ check: $(VENV)-test/ready  ## what must hold before a change goes in: style, str
 	$(VENV)-test/bin/ruff format --check .
 	$(VENV)-test/bin/codespell sinktrack callbacks tests scripts docs examples *.md
 	$(VENV)-test/bin/lint-imports
-	$(VENV)-test/bin/mypy
+	$(VENV)-test/bin/mypy -n 2
 	$(MAKE) test
 
 coverage: $(VENV)-test/ready  ## run the tests and list the branches that none of them takes
-	$(VENV)-test/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term-missing
+	$(VENV)-test/bin/python -m pytest $(BOTH) --cov --cov-report=term-missing
 
 lowest:  ## run the tests with the oldest versions that pyproject.toml admits
 	$(PYTHON) -m venv $(VENV)-lowest
@@ -37,7 +38,7 @@ lowest:  ## run the tests with the oldest versions that pyproject.toml admits
 		> $(VENV)-lowest/constraints.txt
 	$(VENV)-lowest/bin/pip install -q -c $(VENV)-lowest/constraints.txt torch==2.9.0
 	$(VENV)-lowest/bin/pip install -q -c $(VENV)-lowest/constraints.txt -e '.[all,dev]'
-	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)-lowest/bin/python -m pytest $(BOTH)
 
 megatron: export OMP_NUM_THREADS := 1
 megatron:  ## run Megatron's tests with each megatron-core that is known; from 0.17 on it wants Python 3.12
@@ -46,7 +47,7 @@ megatron:  ## run Megatron's tests with each megatron-core that is known; from 0
 	$(VENV)-megatron/bin/pip install -q -c constraints.txt -e '.[all,dev]'
 	for version in $(MEGATRON); do \
 		$(VENV)-megatron/bin/pip install -q --no-deps megatron-core==$$version && \
-		$(VENV)-megatron/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" tests/*/test_megatron*.py || exit 1; \
+		$(VENV)-megatron/bin/python -m pytest $(BOTH) -m "slow or not slow" tests/*/test_megatron*.py || exit 1; \
 	done
 	$(VENV)-megatron/bin/pip install -q --no-deps $(BRIDGE)
 	$(VENV)-megatron/bin/python -m pytest -m slow -k bridge tests/callbacks/test_megatron_pretrain.py

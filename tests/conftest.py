@@ -45,13 +45,20 @@ def imported() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what opens a browser, or starts Megatron's processes, by its fixtures."""
+    """Mark what opens a browser, or starts Megatron's processes, by its fixtures.
+
+    Files that take minutes come first, which leaves none to wait for at the end.
+    """
+    long = set()
     for item in items:
         fixtures = set(getattr(item, "fixturenames", ()))
         if "browser" in fixtures:
             item.add_marker("browser")
         if "saved" in fixtures and "megatron" in item.nodeid:
             item.add_marker("distributed")
+        if "demo" in fixtures or item.get_closest_marker("distributed"):
+            long.add(item.path)
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.fixture
