@@ -35,6 +35,8 @@ from sinktrack.models.huggingface import Decoder, decoder, is_experts
 
 _AT_ONCE = 32 * 2**20
 """Bytes of routed experts that are converted at a time: few enough for memory to be reused."""
+_READERS = 8
+"""Weights that are read ahead at the same time: a server answers each after a while."""
 _BETWEEN = 64 * 2**10
 """Bytes between two rows that are read with them: less than another request to a server costs."""
 _NO_PLAN: dict[str, Any] = (
@@ -228,8 +230,10 @@ class Streamed:
         }
 
     def _read(self, index: int) -> dict[str, Tensor]:
-        targets = self._own(index) - _later(self._experts(index))
-        return {name: self._slice(name)[...] for name in self._sources(targets)}
+        names = self._sources(self._own(index) - _later(self._experts(index)))
+        with ThreadPoolExecutor(_READERS) as readers:
+            read = readers.map(lambda name: self._slice(name)[...], names)
+            return dict(zip(names, read, strict=True))
 
     def _slice(self, name: str) -> Slice:
         return fitting(self._source, name, self._largest)
