@@ -181,7 +181,9 @@ class MegatronGptAttention(nn.Module):
         if config.sinks is not None:
             zero = torch.zeros(config.num_attention_heads, dtype=q.dtype, device=q.device)
             given["s_aux"] = self.sinks if config.sinks == "learned" else zero
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, _attend)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            config._attn_implementation, eager_attention_forward
+        )
         mixed, _ = attend(self, q, k, v, mask, scaling=config.head_dim**-0.5, **given)
         mixed = mixed.reshape(*stream.shape[:2], -1)
         if config.attention_gate:
@@ -190,10 +192,13 @@ class MegatronGptAttention(nn.Module):
         return result
 
 
-def _attend(
+def eager_attention_forward(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, s_aux: Any = None
 ) -> tuple[Tensor, None]:
-    """Attention written out; with sink logits as one more key, of value zero."""
+    """Attention written out; with sink logits as one more key, of value zero.
+
+    Named so that transformers 5.12, which looks for the word, lets it be replaced.
+    """
     groups = module.num_key_value_groups
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * scaling
