@@ -10,7 +10,7 @@ import pytest
 
 from sinktrack import Run
 from sinktrack.loggers.curves import metrics
-from tests.helpers.commands import launch
+from tests.helpers.commands import asked_cases, launch
 from tests.helpers.wandb_files import read_back, read_summary
 
 pytestmark = pytest.mark.distributed
@@ -56,11 +56,7 @@ def where(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 def failures(where: dict[int, Path], request: pytest.FixtureRequest) -> dict[str, list[Any]]:
     """By case, what failed on each process; of those that are asked for."""
     found: dict[str, list[Any]] = {}
-    asked = {"logged"} | {
-        item.callspec.params.get("case")
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-    }
+    asked = {"logged"} | asked_cases(request)
     for processes, cases in ((1, ALONE), (2, TWO)):
         wanted = [case for case in cases if case in asked]
         out = where[processes]

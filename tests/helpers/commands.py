@@ -117,6 +117,15 @@ def launch(processes: int, script: str, *arguments: str) -> str:
     return done.stdout
 
 
+def asked_cases(request: pytest.FixtureRequest) -> set[object]:
+    """The parameters called ``case`` of the tests that will run: a fixture launches no others."""
+    return {
+        item.callspec.params.get("case")
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+    }
+
+
 def sinktrack_here(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
     """The command in this process: its exit code and what it says on stderr."""
     with pytest.MonkeyPatch.context() as patch:

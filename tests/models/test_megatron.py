@@ -11,7 +11,7 @@ import torch
 from sinktrack import Probe
 from sinktrack.metrics import FIELDS
 from sinktrack.records.run import to_json
-from tests.helpers.commands import launch
+from tests.helpers.commands import asked_cases, launch
 from tests.helpers.reference import check_matrices, check_states
 
 pytestmark = pytest.mark.distributed
@@ -49,11 +49,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Any]:
-    asked = {
-        item.callspec.params.get("case")
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-    }
+    asked = asked_cases(request)
     return cases(tmp_path_factory, 2, [case for case in TWO if case in asked])
 
 
