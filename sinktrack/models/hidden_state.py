@@ -2,7 +2,8 @@
 
 Walked is all that hangs on the attributes of its modules, their hooks and their classes:
 containers, plain objects, what functions enclose, tensors, arrays, generators of random numbers.
-Objects of torch and of the frameworks around it are theirs and left alone.
+Objects of torch and of the frameworks around it are theirs and left alone, but for trackers of
+random states: Transformer Engine's fused attention takes of them even where nothing is dropped.
 """
 
 from __future__ import annotations
@@ -32,6 +33,13 @@ _FRAMEWORKS = {
 }  # fmt: skip
 _NOT_THE_USERS = _FRAMEWORKS | {"numpy", "peft", "transformers"} | sys.stdlib_module_names
 """Classes of which no attribute is looked at."""
+_TRACKER = "CudaRNGStatesTracker"
+"""What Megatron-Core, Transformer Engine and DeepSpeed call the class of their random states."""
+_TRACKERS = (
+    "megatron.core.tensor_parallel.random",
+    "deepspeed.runtime.activation_checkpointing.checkpointing",
+)
+"""Modules that hold the one of the process."""
 _INTERNAL = {
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training",
 }  # fmt: skip
@@ -71,6 +79,8 @@ class Kept:
         for name, module in model.named_modules():
             self._seen[id(module)] = module
             self._module(name, module)
+        for name in _TRACKERS:
+            self._walk(name, getattr(sys.modules.get(name), "_CUDA_RNG_STATE_TRACKER", None))
         while self._todo:
             self._take(*self._todo.pop())
 
@@ -154,7 +164,9 @@ class Kept:
                 self._walk(f"{name}.{key}", buffer)
             for key, parameter in value.named_parameters(recurse=False):
                 self._watch(f"{name}.{key}", parameter)
-        elif not any(_root(kind) in _FRAMEWORKS for kind in type(value).__mro__):
+        elif not any(_root(kind) in _FRAMEWORKS for kind in type(value).__mro__) or any(
+            kind.__name__ == _TRACKER for kind in type(value).__mro__
+        ):
             self._members(name, value)
 
     def _module(self, name: str, module: nn.Module) -> None:

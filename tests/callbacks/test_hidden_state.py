@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -225,7 +226,39 @@ def in_buffers_and_modules_that_come_and_go(module: Any) -> Step:
     return step
 
 
+def tracker_of_states(graph_safe: bool) -> Any:
+    """Megatron-Core's tracker of random states."""
+    random_states = pytest.importorskip("megatron.core.tensor_parallel.random")
+    generator = torch.Generator().manual_seed(7)
+    tracker = random_states.CudaRNGStatesTracker()
+    tracker.set_states({"model-parallel-rng": generator if graph_safe else generator.get_state()})
+    return tracker
+
+
+def forked(tracker: Any) -> Tensor:
+    """Draw as in its ``fork`` on a GPU."""
+    state = tracker.states_["model-parallel-rng"]
+    if isinstance(state, torch.Generator):
+        return torch.rand(1, generator=state)
+    generator = torch.Generator()
+    generator.set_state(state)
+    drawn = torch.rand(1, generator=generator)
+    tracker.states_["model-parallel-rng"] = generator.get_state()
+    return drawn
+
+
+def in_a_tracker_of_random_states(module: Any) -> Step:
+    module.rng_states_tracker = tracker_of_states(graph_safe=False)
+    return lambda: 1e-3 * forked(module.rng_states_tracker)
+
+
+def in_a_tracker_that_graphs_may_record(module: Any) -> Step:
+    module.rng_states_tracker = tracker_of_states(graph_safe=True)
+    return lambda: 1e-3 * forked(module.rng_states_tracker)
+
+
 KINDS = [
+    in_a_tracker_of_random_states, in_a_tracker_that_graphs_may_record,
     in_a_dict, in_a_list, in_a_tensor, by_generators, in_objects, in_dictionaries_of_all_kinds,
     in_a_closure, on_a_class, in_a_module_that_is_none_of_its_own, in_a_cache,
     by_what_holds_others, in_buffers_and_modules_that_come_and_go,
@@ -265,6 +298,23 @@ def test_bit_identical(kind: Any, tmp_path: Path) -> None:
     tracked = train(stateful(kind), tracker)
     assert_identical(plain, tracked)
     assert Run.read(tmp_path).steps == [3, 6]
+
+
+@pytest.mark.parametrize("graph_safe", [False, True])
+def test_the_tracker_of_the_process(graph_safe: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of the model leads to it: what a forward pass takes of it is put back."""
+    wanted = [forked(tracker) for tracker in [tracker_of_states(graph_safe)] for _ in range(3)]
+    home = "megatron.core.tensor_parallel.random"
+    monkeypatch.setattr(f"{home}._CUDA_RNG_STATE_TRACKER", tracker_of_states(graph_safe))
+    model = models.llama()
+    model.register_forward_hook(
+        lambda *_: forked(sys.modules[home]._CUDA_RNG_STATE_TRACKER) and None
+    )
+    drawn = []
+    for _ in range(3):
+        drawn.append(forked(sys.modules[home]._CUDA_RNG_STATE_TRACKER))
+        measure(model, PROBE)
+    assert drawn == wanted
 
 
 @pytest.mark.parametrize("kind", KINDS)
