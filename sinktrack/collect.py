@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from sinktrack.metrics.localization import WriteAtP0, Writes
 
 _CHUNK = 4 * 2**20
 """Bytes that are mapped at a time."""
+_HELD = 32 * 2**20
+"""Bytes on a device that may wait to be copied."""
 
 
 class Arena:
@@ -41,6 +43,51 @@ class Arena:
         return room.view(value.dtype).view(value.shape).copy_(value)
 
 
+class Copies:
+    """Copies on the CPU of what a pass shows; those from another device travel together.
+
+    Whoever copies from a device waits for all that it was asked to compute before.
+    """
+
+    def __init__(self) -> None:
+        self._arena = Arena()
+        self._waiting: list[tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], None]]] = []
+        self._bytes = 0
+
+    def keep(
+        self, values: Mapping[str, Tensor], use: Callable[[dict[str, Tensor]], None]
+    ) -> None:
+        """Hand copies to ``use``: at once, or by the next `settle`; always in order."""
+        if not self._waiting and all(value.device.type == "cpu" for value in values.values()):
+            use({name: self._arena.keep(value) for name, value in values.items()})
+            return
+        self._waiting.append(({name: value.clone() for name, value in values.items()}, use))
+        self._bytes += sum(value.numel() * value.element_size() for value in values.values())
+        if self._bytes > _HELD:
+            self.settle()
+
+    def settle(self) -> None:
+        """Hand over what waits."""
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        alike: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for values, _ in waiting:
+            for value in values.values():
+                alike[value.device, value.dtype].append(value)
+        copied = {
+            key: iter(
+                self._arena.keep(torch.cat([value.flatten() for value in values])).split(
+                    [value.numel() for value in values]
+                )
+            )
+            for key, values in alike.items()
+        }
+        for values, use in waiting:
+            use({
+                name: next(copied[value.device, value.dtype]).view(value.shape)
+                for name, value in values.items()
+            })  # fmt: skip
+
+
 class Collector(Observer):
     """What the metrics keep of one pass.
 
@@ -52,35 +99,45 @@ class Collector(Observer):
     def __init__(self, metrics: dict[str, Metric], shard: PositionShard = WHOLE) -> None:
         self._metrics, self.shard = metrics, shard
         self._kept: defaultdict[tuple[str, str], dict[int, list[Tensor]]] = defaultdict(dict)
-        self._arena = Arena()
-        self.writes = Writes()
+        self._copies = Copies()
+        self._writes = Writes()
         self.dtype = torch.float32
         self.lost: str | None = None
         """Why what writes the P0 state cannot be told, where that is so."""
         self._attended: dict[int, int] = {}
 
+    @property
+    def writes(self) -> Writes:
+        """What was written at P0."""
+        self._copies.settle()
+        return self._writes
+
     def of(self, metric: str, state: str) -> dict[int, list[Tensor]]:
         """By block or boundary, what was kept of each batch ``[b, ...]``."""
+        self._copies.settle()
         return self._kept.get((metric, state), {})
 
     def keep(self, metric: str, block: int, kept: PartialStates) -> None:
         """Keep the states of a batch."""
-        for name, value in kept.items():
-            if value is not None:
-                rows = self._kept[metric, name].setdefault(block, [])
-                rows.append(self._arena.keep(value))
+
+        def put(copies: dict[str, Tensor]) -> None:
+            for name, value in copies.items():
+                self._kept[metric, name].setdefault(block, []).append(value)
+
+        self._copies.keep({name: x for name, x in kept.items() if x is not None}, put)
 
     def state(self, block: int, stream: Tensor) -> None:
         """A batch enters a block, or leaves the last one."""
         self.dtype = stream.dtype
         self._attended[block] = 0
-        self.writes.begin(block, len(stream))
+        sequences = len(stream)
+        self._copies.keep({}, lambda _: self._writes.begin(block, sequences))
         for name, metric in self._metrics.items():
             self.keep(name, block, metric.on_state(stream, self.shard))
 
     def factors(self, block: int, factors: Mapping[tuple[int, int], float]) -> None:
         """What each term of the stream at a boundary is multiplied with."""
-        known = self.writes.factors.setdefault(block, dict(factors))
+        known = self._writes.factors.setdefault(block, dict(factors))
         alike = known.keys() == factors.keys() and all(
             math.isclose(known[term], factors[term], rel_tol=1e-4, abs_tol=1e-5) for term in known
         )
@@ -117,7 +174,8 @@ class Collector(Observer):
         for name, metric in self._metrics.items():
             self.keep(name, block, metric.on_write(write, self.shard))
         if self._metrics:
-            self.writes.add(block, at_p0(write, self._arena))
+            rows, terms = at_p0(write)
+            self._copies.keep(rows, lambda copies: self._writes.add(block, terms(copies)))
 
     def untold(self, block: int, reason: str) -> None:
         """What writes the P0 state cannot be told; the rest stands."""
@@ -146,39 +204,60 @@ class Collector(Observer):
         raise MeasurementError(f"{what}: NaN or infinite weights, or an overflow in {self.dtype}")
 
 
-def at_p0(write: Write, arena: Arena, first_head: int = 0) -> WriteAtP0:
+def at_p0(write: Write) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], WriteAtP0]]:
     """P0's row of a write, and its parts summed over the sequences.
 
     Args:
         write: of a sublayer, ``[b, t, D]`` with position zero first.
-        arena: where the rows are kept.
-        first_head: the number of the first head that is here.
+
+    Returns:
+        Tensors where the write is, and what they are made of once they are on the CPU.
     """
-    raw = None if write.raw is None else arena.keep(write.raw[:, 0].float())
-    terms = WriteAtP0(
-        write.sublayer, arena.keep(write.added[:, 0].float()), raw, write.added.dtype, {}
-    )
+    rows = {"added": write.added[:, 0].float()}
+    if write.raw is not None:
+        rows["raw"] = write.raw[:, 0].float()
     if write.projection is not None:
-        terms.parts |= head_parts(write.projection, first_head)
+        rows |= head_writes(write.projection)
     if write.routed is not None:
-        routed, terms.gates = write.routed, {}
-        outputs = (routed.outputs(0).float() * routed.factor).cpu()
-        index, gate = routed.index[:, 0].cpu(), routed.gate()[:, 0].cpu()
-        for expert in index.unique().tolist():
-            chosen = index == expert
-            terms.parts["expert", expert] = outputs[chosen].sum(0)
-            terms.gates[expert] = gate[chosen].tolist()
-    return terms
+        rows["outputs"] = write.routed.outputs(0).float() * write.routed.factor
+        rows["index"], rows["gate"] = write.routed.index[:, 0], write.routed.gate()[:, 0]
+    sublayer, dtype = write.sublayer, write.added.dtype
+
+    def terms(copies: dict[str, Tensor]) -> WriteAtP0:
+        made = WriteAtP0(sublayer, copies["added"], copies.get("raw"), dtype, head_parts(copies))
+        if "index" in copies:
+            made.gates = {}
+            for expert in copies["index"].unique().tolist():
+                chosen = copies["index"] == expert
+                made.parts["expert", expert] = copies["outputs"][chosen].sum(0)
+                made.gates[expert] = copies["gate"][chosen].tolist()
+        return made
+
+    return rows, terms
 
 
-def head_parts(of: Projection, first: int = 0) -> dict[tuple[str, int], Tensor]:
-    """What each head writes at P0 and the bias, ``[D]`` summed over the sequences, on the CPU."""
+def head_writes(of: Projection) -> dict[str, Tensor]:
+    """What each head writes at P0, ``[H, D]``, and the bias, ``[D]``: sums over the sequences."""
     mixed = of.mixed[:, 0].float().sum(0).view(of.heads, -1)
     weight = of.weight.float().unflatten(1, (of.heads, -1))
-    written = (torch.einsum("hv,dhv->hd", mixed, weight) * of.factor).cpu()
-    parts = {("head", first + head): part for head, part in enumerate(written)}
+    written = {"heads": torch.einsum("hv,dhv->hd", mixed, weight) * of.factor}
     if of.bias is not None:
-        parts["attention_bias", -1] = (of.bias.float() * (of.factor * len(of.mixed))).cpu()
+        written["bias"] = of.bias.float() * (of.factor * len(of.mixed))
+    return written
+
+
+def head_parts(copies: Mapping[str, Tensor], first: int = 0) -> dict[tuple[str, int], Tensor]:
+    """The parts of a write that `head_writes` gave, ``[D]`` each.
+
+    Args:
+        copies: on the CPU.
+        first: the number of the first head that is here.
+    """
+    parts = {
+        ("head", first + head): part for head, part in enumerate(copies.get("heads", ()))
+    }
+    if "bias" in copies:
+        parts["attention_bias", -1] = copies["bias"]
     return parts
 
 

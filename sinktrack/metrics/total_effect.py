@@ -158,32 +158,20 @@ class Ablations:
             return None
         count = len(self.tokens)
         result = write.added.clone()
-        for name, index in self.components(write):
+        parts = _Parts(write)
+        for name, index in parts.largest(count):
             component = (name, self._block, index)
             if component not in self._fresh:
                 self._fresh.append(component)
-            part = write.part(name, index)
-            assert part is not None
             start = count * (1 + self._fresh.index(component))
             rows = slice(start, start + count)
-            left = write.added[rows].float() - part[rows].float()
-            result[rows] = left.to(result.dtype)
+            left = write.added[rows, 0].float() - parts.of(name, index, rows)
+            result[rows, 0] = left.to(result.dtype)
         return result
 
     def components(self, write: Write) -> list[tuple[str, int | None]]:
         """The sublayer, and the largest of the parts that carry its write at P0."""
-        own = slice(0, len(self.tokens))
-        components: list[tuple[str, int | None]] = [(write.sublayer, None)]
-        whole = float(write.added[own].float().norm(dim=-1).mean())
-        sizes = {}
-        for name, index in write.parts():
-            part = write.part(name, index)
-            if part is not None:
-                sizes[name, index] = float(part[own].float().norm(dim=-1).mean())
-        if len(sizes) > 1 and whole > 0:
-            large = [key for key in sizes if sizes[key] >= CARRIES * whole]
-            components += sorted(large, key=lambda key: -sizes[key])[:PARTS]
-        return components
+        return _Parts(write).largest(len(self.tokens))
 
     def leave(self) -> int:
         """The fresh copies that the block used; the rest are of no use."""
@@ -201,6 +189,64 @@ class Ablations:
             for component, value in zip(self._ablated, left, strict=False)
         ]
         return sorted(effects, key=lambda effect: -abs(effect.effect))
+
+
+class _Parts:
+    """What a write at P0 is made of: of many parts few tensors, as a GPU waits for each."""
+
+    def __init__(self, write: Write) -> None:
+        self._write, self._routed, self._projection = write, write.routed, write.projection
+        if write.raw is not None and write.raw is not write.added:  # a norm stands between
+            self._routed = self._projection = None
+        if self._routed is not None:
+            self._chosen = self._routed.index[:, 0]
+            self._outputs = self._routed.outputs(0).float() * self._routed.factor
+            total = self._routed.total()[:, 0].float() * self._routed.factor
+            self._shared = write.added[:, 0].float() - total
+
+    def of(self, kind: str, index: int | None, rows: slice) -> Tensor:
+        """float32 ``[n, D]``: what a part writes in some sequences."""
+        if kind == "head" and self._projection is not None and index is not None:
+            of = self._projection
+            mixed = of.mixed[rows, 0].unflatten(-1, (of.heads, -1))[:, index]
+            weight = of.weight.unflatten(1, (of.heads, -1))[:, index]
+            return (mixed.to(weight.dtype) @ weight.T * of.factor).float()
+        if kind == "expert":
+            chosen = self._chosen[rows] == index
+            return (self._outputs[rows] * chosen[..., None]).sum(1)
+        if kind == "shared_expert":
+            return self._shared[rows]
+        return self._write.added[rows, 0].float()
+
+    def largest(self, count: int) -> list[tuple[str, int | None]]:
+        """The sublayer, and the largest of the parts that carry its write in ``count`` sequences.
+
+        Args:
+            count: sequences, the first.
+        """
+        whole = self._write.added[:count, 0].float().norm(dim=-1).mean()
+        sizes: dict[tuple[str, int | None], float] = {}
+        if self._projection is not None:
+            of = self._projection
+            mixed = of.mixed[:count, 0].unflatten(-1, (of.heads, -1))
+            weight = of.weight.unflatten(1, (of.heads, -1))
+            written = torch.einsum("nhv,dhv->hnd", mixed.to(weight.dtype), weight) * of.factor
+            own = written.float().norm(dim=-1).mean(1)
+            size, *found = torch.cat([whole[None], own]).tolist()
+            sizes = {("head", head): norm for head, norm in enumerate(found)}
+        elif self._routed is not None:
+            own = self._outputs[:count].norm(dim=-1)
+            shared = self._shared[:count].norm(dim=-1).mean()
+            size, sizes["shared_expert", None], *found = torch.cat(
+                [whole[None], shared[None], own.flatten() / count]
+            ).tolist()
+            for expert, norm in zip(self._chosen[:count].flatten().tolist(), found, strict=True):
+                sizes["expert", expert] = sizes.get(("expert", expert), 0.0) + norm
+        components: list[tuple[str, int | None]] = [(self._write.sublayer, None)]
+        if len(sizes) > 1 and size > 0:
+            large = [key for key in sizes if sizes[key] >= CARRIES * size]
+            components += sorted(large, key=lambda key: -sizes[key])[:PARTS]
+        return components
 
 
 class TotalEffects(Metric):

@@ -127,7 +127,8 @@ class AblatedForward:
         self._most = max(1, most // self._count) * self._count
         device = base.get_input_embeddings().weight.device  # type: ignore[operator]
         self._tokens = ablations.tokens.to(device)
-        self._stream = self._walk(self._count).stream
+        self._fresh = self._walk(self._count * (1 + SLOTS))
+        self._stream = self._fresh.stream[: self._count]
 
     def _walk(self, rows: int) -> BlockwiseForward:
         tokens = self._tokens.repeat(rows // self._count)[:, None]
@@ -148,20 +149,19 @@ class AblatedForward:
         ablations, count = self.ablations, self._count
         ablations.enter(index, self._stream, collected, alone)
         begun = self._stream[:count].repeat(1 + SLOTS, 1, 1)
-        begun = self._through(index, begun, fresh=True)
+        begun = self._through(index, begun, self._fresh)
         used = count * (1 + ablations.leave())
         older = [
-            self._through(index, rows, fresh=False)
+            self._through(index, rows, self._walk(len(rows)))
             for rows in self._stream[count:].split(self._most)
             if len(rows)
         ]
         self._stream = torch.cat([begun[:count], *older, begun[count:used]])
 
-    def _through(self, index: int, stream: Tensor, fresh: bool) -> Tensor:
-        walk = self._walk(len(stream))
+    def _through(self, index: int, stream: Tensor, walk: BlockwiseForward) -> Tensor:
         walk.stream = stream
         one = replace(self._found, blocks={index: self._found.blocks[index]})
-        self.ablations.open = fresh
+        self.ablations.open = walk is self._fresh
         with watch(one, Observer(), _Ablating(self.ablations)):
             walk.step(index)
         return walk.stream

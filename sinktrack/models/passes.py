@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from sinktrack.collect import Collector
+from sinktrack.collect import Collector, Copies
 from sinktrack.errors import SinktrackError
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.metrics import ALONE, METRICS
@@ -161,23 +161,26 @@ class Digest:
     """Of the probe's embedding rows and the blocks' vectors (norms, biases): cheap to compare."""
 
     def __init__(self, weight: Tensor, tokens: Tensor) -> None:
-        self._hasher = hashlib.blake2b(digest_size=16)
+        self._hasher, self._copies = hashlib.blake2b(digest_size=16), Copies()
         embedding = _whole(weight)
-        self._update(embedding[tokens.to(embedding.device)])
+        self._keep(embedding[tokens.to(embedding.device)])
 
     def add(self, block: nn.Module) -> None:
         """The vectors of the next block."""
         for value in block.parameters():
             if value.ndim == 1:
-                self._update(_whole(value))
+                self._keep(_whole(value))
 
-    def _update(self, value: Tensor) -> None:
-        data = value.cpu().contiguous()
+    def _keep(self, value: Tensor) -> None:
+        self._copies.keep({"value": value}, lambda copies: self._update(copies["value"]))
+
+    def _update(self, data: Tensor) -> None:
         self._hasher.update(f"{data.dtype}{tuple(data.shape)}".encode())
         self._hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
 
     def hex(self) -> str:
         """The digest of what was added."""
+        self._copies.settle()
         return self._hasher.hexdigest()
 
 

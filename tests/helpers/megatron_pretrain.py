@@ -1,8 +1,8 @@
-"""Runs `megatron.training.pretrain` itself, as Megatron-LM's scripts do, over gloo on CPUs.
+"""Runs `megatron.training.pretrain` itself, as Megatron-LM's scripts do.
 
 A script to run under torchrun: ``megatron_pretrain.py OUT RUN ARGUMENT...`` trains a tiny model
 with Megatron-LM's command line, with the callback writing to the directory RUN, or without where
-that is "-". Only CUDA and the data are stand-ins.
+that is "-". Only the data are stand-ins, and CUDA where there is none: then it runs over gloo.
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ ARGUMENTS = f"""
     --micro-batch-size 2 --global-batch-size 8 --train-iters 8 --lr-decay-iters 8
     --lr 0.01 --lr-decay-style cosine --min-lr 0.001 --attention-dropout 0.1 --hidden-dropout 0.1
     --eval-iters 1 --eval-interval 2 --save-interval 4 --log-interval 1 --num-workers 0
-    --transformer-impl local --distributed-backend gloo --ckpt-format torch_dist
+    --transformer-impl local --ckpt-format torch_dist
     --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion
     --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
 """
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKEND = "nccl" if DEVICE == "cuda" else "gloo"
 
 
 def stand_in() -> None:
@@ -115,7 +119,12 @@ def model(*_: Any, pre_process: bool = True, post_process: bool = True, **given:
         )
     return GPTModel(
         config,
-        get_gpt_decoder_block_spec(config, False, normalization=args.normalization, vp_stage=stage),
+        get_gpt_decoder_block_spec(
+            config,
+            args.transformer_impl == "transformer_engine",
+            normalization=args.normalization,
+            vp_stage=stage,
+        ),
         args.padded_vocab_size,
         args.max_position_embeddings,
         pre_process=pre_process,
@@ -128,27 +137,31 @@ def model(*_: Any, pre_process: bool = True, post_process: bool = True, **given:
 
 
 def loss(mask: Any, output: Any, **_: Any) -> Any:
-    total, count = output.float().sum(), torch.tensor(output.numel(), dtype=torch.int)
+    total = output.float().sum()
+    count = torch.tensor(output.numel(), dtype=torch.int, device=DEVICE)
     return total, count, {"lm loss": torch.stack((total.detach(), count.float()))}
 
 
 def step(iterator: Any, chunk: Any, *_: Any) -> Any:
-    tokens = next(iterator)["tokens"]
-    positions = torch.arange(LENGTH).expand(len(tokens), -1)
+    tokens = next(iterator)["tokens"].to(DEVICE)
+    positions = torch.arange(LENGTH, device=DEVICE).expand(len(tokens), -1)
     output = chunk(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
     return output, functools.partial(loss, None)
 
 
 def main(out: str, run: str, *more: str) -> None:
     """Train; exits as Megatron does."""
-    stand_in()
-    torch.distributed.init_process_group("gloo")
+    if DEVICE == "cpu":
+        stand_in()
+        torch.distributed.init_process_group(BACKEND)
     from megatron.core.enums import ModelType
     from megatron.training import initialize, training
 
     initialize._compile_dependencies = lambda: None
-    initialize._warmup_jit_function = lambda *_, **__: None
-    sys.argv = ["pretrain", *ARGUMENTS.split(), "--save", out, "--load", out, *more]
+    if DEVICE == "cpu":
+        initialize._warmup_jit_function = lambda *_, **__: None
+    arguments = [*ARGUMENTS.split(), "--distributed-backend", BACKEND]
+    sys.argv = ["pretrain", *arguments, "--save", out, "--load", out, *more]
     given: dict[str, Any] = {}
     if run != "-":
         tracker = SinkTrackMegatron(PROBE, run, every=2, on_error="raise")

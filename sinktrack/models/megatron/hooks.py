@@ -79,7 +79,7 @@ def chunks(model: Any) -> Chunks:
     blocks = {layer.layer_number - 1: layer for layer in layers}
     kinds = {number: _kind(number, layer, config) for number, layer in blocks.items()}
     layout = _layout(config)
-    if layout.multiple > 1 and getattr(config, "moe_expert_capacity_factor", None) is not None:
+    if layout.length(1) > 1 and getattr(config, "moe_expert_capacity_factor", None) is not None:
         raise MeasurementError(
             "moe_expert_capacity_factor where sequences are spread: what is dropped depends on "
             "what each process holds; not supported"
@@ -197,6 +197,8 @@ def _layout(config: Any) -> Layout:
         sequence_parallel=bool(config.sequence_parallel),
         dense=state.get_data_parallel_rank() == 0,
         experts=state.get_expert_data_parallel_rank() == 0,
+        # cuDNN, below Transformer Engine, has no sink logits for a single token
+        shortest=1 if getattr(config, "softmax_type", "vanilla") == "vanilla" else 2,
     )
 
 
@@ -282,7 +284,7 @@ class Tap:
         """Is it the attention we take it for? Scale, mask and sinks could all be others."""
         sequences, heads, length, _ = ours.shape
         theirs = output.reshape(len(output), sequences, heads, -1)
-        positions = self.layout.queries(length + -length % self.layout.multiple)
+        positions = self.layout.queries(self.layout.length(length))
         held = positions < length
         if not bool(held.any()):
             return

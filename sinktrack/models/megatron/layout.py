@@ -26,6 +26,8 @@ class Layout:
     """Of all replicas, is this the one that reports attention, states and dense parts?"""
     experts: bool = True
     """The same for the routed experts that this process holds."""
+    shortest: int = 1
+    """Sequences must be so long at least, as for kernels that take one token for decoding."""
 
     @property
     def multiple(self) -> int:
@@ -33,10 +35,15 @@ class Layout:
         chunks = 2 * self.cp_size if self.cp_size > 1 else 1
         return chunks * (self.tp_size if self.sequence_parallel else 1)
 
+    def length(self, tokens: int) -> int:
+        """Of a sequence of so many tokens with what is added."""
+        least = max(tokens, self.shortest)
+        return least + -least % self.multiple
+
     def padded(self, tokens: Tensor) -> Tensor:
         """Tokens ``[B, T]`` lengthened by token 0, which no earlier position sees."""
-        missing = -tokens.shape[1] % self.multiple
-        return torch.nn.functional.pad(tokens, (0, missing))
+        own = tokens.shape[1]
+        return torch.nn.functional.pad(tokens, (0, self.length(own) - own))
 
     def queries(self, padded: int) -> Tensor:
         """int64 ``[t]``: the positions of this process' queries, ascending within a chunk."""

@@ -80,6 +80,7 @@ def measure_chunks(
             for shard, plan in zip((collected, singles), planned, strict=True):
                 with megatron.watch(parts, shard) as tap:
                     _forward(parts, plan)
+                shard.settle()
                 taps.append(tap)
             if layout.dense:
                 own.append(vectors(parts, probe.first_tokens()))

@@ -114,8 +114,8 @@ class Passes(InMemory):
         logits: bool = False,
     ) -> Tensor | None:
         """As of `Editable`."""
+        tokens = self.found.layout.padded(tokens).to(self.device)
         tap = _Tap(self.found, observer or Observer(), editor or Editor(), tokens.shape[1])
-        tokens = tokens.to(self.device)
         ids = torch.arange(tokens.shape[1], device=self.device).expand(len(tokens), -1)
         if getattr(self.found.config, "mtp_num_layers", None) is not None:
             logits = False  # the head reads them behind blocks that see further tokens

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sinktrack.attention import Attended
-from sinktrack.collect import Collector, head_parts
+from sinktrack.collect import Collector, Copies, head_parts, head_writes
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Observer, Write
 from sinktrack.metrics.base import Metric, PartialStates, PositionShard, State
@@ -45,6 +45,7 @@ class Shard(Observer):
         self.dtype = torch.float32
         self._seen: defaultdict[int, int] = defaultdict(int)
         self._attended: set[tuple[int, int]] = set()
+        self._copies = Copies()
 
     def batch(self, block: int) -> int | None:
         """Which batch is in the block; None for one that only fills a schedule."""
@@ -106,13 +107,23 @@ class Shard(Observer):
                 self._keep(block, number, name, metric.on_write(write, shard))
         if not self.layout.dense or self.layout.cp:
             return
-        row = _kept(write.added[:, 0]) if self.layout.holds_p0 else torch.zeros(0)
-        terms = WriteAtP0(write.sublayer, row, None, write.added.dtype, {})
+        rows = {}
+        if self.layout.holds_p0:
+            rows["added"] = write.added[:, 0].float()
+        first = 0
         if write.projection is not None:
-            terms.parts |= head_parts(write.projection, self.layout.tp * write.projection.heads)
+            rows |= head_writes(write.projection)
+            first = self.layout.tp * write.projection.heads
             if self.layout.tp:  # the bias is the same on each
-                terms.parts.pop(("attention_bias", -1), None)
-        self.terms[block, number][write.sublayer] = terms
+                rows.pop("bias", None)
+        sublayer, dtype = write.sublayer, write.added.dtype
+
+        def put(copies: dict[str, Tensor]) -> None:
+            row = copies.get("added", torch.zeros(0)).clone()  # whole storages are sent
+            parts = {name: part.clone() for name, part in head_parts(copies, first).items()}
+            self.terms[block, number][sublayer] = WriteAtP0(sublayer, row, None, dtype, parts)
+
+        self._copies.keep(rows, put)
 
     def untold(self, block: int, reason: str) -> None:
         """What writes the P0 state in a block cannot be told; the rest stands."""
@@ -148,9 +159,22 @@ class Shard(Observer):
     ) -> None:
         """Keep partial states; of the ``same`` positions on all heads' processes those of one."""
         states = self.metrics[name].states
-        for state, value in kept.items():
-            if value is not None and (states[state].heads or not (same and self.layout.tp)):
-                self.kept[block, number][name, state] = value.cpu()
+        values = {
+            state: value
+            for state, value in kept.items()
+            if value is not None and (states[state].heads or not (same and self.layout.tp))
+        }
+
+        def put(copies: dict[str, Tensor]) -> None:
+            for state, value in copies.items():
+                self.kept[block, number][name, state] = value.clone()
+
+        self._copies.keep(values, put)
+
+    def settle(self) -> None:
+        """A pass is over: what was kept is on the CPU, and nothing but that is sent."""
+        self._copies.settle()
+        self._copies = Copies()
 
     def _shard(self, block: int, number: int, stream: Tensor) -> PositionShard:
         positions = self.layout.stream(self._padded(number))
@@ -165,8 +189,7 @@ class Shard(Observer):
         return (positions > 0) & (positions < self.lengths[number])
 
     def _padded(self, number: int) -> int:
-        length = self.lengths[number]
-        return length + -length % self.layout.multiple
+        return self.layout.length(self.lengths[number])
 
 
 def merge(shards: Sequence[Shard]) -> Collector:
@@ -234,8 +257,3 @@ def _writes(shares: Sequence[dict[str, WriteAtP0]]) -> list[WriteAtP0]:
             if terms.gates is not None:
                 into.gates = (into.gates or {}) | terms.gates
     return sorted(whole.values(), key=lambda terms: terms.sublayer == "mlp")
-
-
-def _kept(row: Tensor) -> Tensor:
-    """A copy on the CPU: a view would keep the whole stream alive."""
-    return row.to("cpu", torch.float32, copy=True)
