@@ -346,27 +346,108 @@ def sharded(device: str) -> Iterator[Row]:
     yield Row("FSDP2, one process", float((found - wanted).abs().max()), 1e-6)
 
 
+_ENGINE: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "grouped experts": {
+        "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 128,
+        "moe_grouped_gemm": True, "moe_token_dispatcher_type": "alltoall",
+    },
+    "window": {"window_size": (16, 0)},
+    "sink logits": {"softmax_type": "learnable"},
+}  # fmt: skip
+"""Megatron-Core models of Transformer Engine's layers."""
+
+
 def transformer_engine(device: str) -> Iterator[Row]:
-    """Is a Megatron-Core model of Transformer Engine's layers measured, twice alike?"""
+    """Megatron-Core with Transformer Engine: attention of what its core gets, in float64; norms;
+    and the random states, of which its fused attention takes."""
     try:
         import transformer_engine  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
         yield Row("Megatron-Core with Transformer Engine", None, None, "not installed")
         return
-    import megatron_cpu
-    from megatron.core.models.gpt.gpt_layer_specs import (
-        get_gpt_layer_with_transformer_engine_spec,
-    )
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.tensor_parallel import random as states
+    from megatron.core.transformer.module import Float16Module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    megatron_cpu.start()
-    config = TransformerConfig(num_layers=2, hidden_size=256, num_attention_heads=4)
-    layers = get_gpt_layer_with_transformer_engine_spec()
-    own = GPTModel(config, layers, VOCABULARY, 64, position_embedding_type="rope").to(device)
-    probe = st.Probe.random(VOCABULARY, 2, 64)
-    one, other = (st.measure([own], probe).p0_attention for _ in range(2))
-    yield Row("Megatron-Core with Transformer Engine", float((one - other).abs().max()), 0.0)
+    alone = torch._C._distributed_c10d.HashStore()
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=alone, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    states.model_parallel_cuda_manual_seed(1)
+    probe = st.Probe.random(VOCABULARY, 4, 64)
+    for name, changes in _ENGINE.items():
+        torch.manual_seed(0)
+        config = TransformerConfig(
+            num_layers=3, hidden_size=256, num_attention_heads=4, num_query_groups=2,
+            ffn_hidden_size=512, normalization="RMSNorm", attention_dropout=0.1,
+            bf16=True, params_dtype=torch.bfloat16, add_bias_linear=False, **changes,
+        )  # fmt: skip
+        layers = get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+        own = GPTModel(config, layers, VOCABULARY, 64, position_embedding_type="rope").to(device)
+        whole = Float16Module(config, own)
+        seen: list[tuple[Any, ...]] = []
+        hidden: list[Tensor] = []
+        handles = []
+        for layer in own.decoder.layers:
+            core = layer.self_attention.core_attention
+            torch.nn.init.normal_(layer.self_attention.linear_qkv.weight, std=0.3)
+            handles += [
+                core.register_forward_pre_hook(
+                    lambda core, given, more, seen=seen: seen.append((core, *given[:2], more)),
+                    with_kwargs=True,
+                ),
+                layer.register_forward_pre_hook(
+                    lambda _, given, more, hidden=hidden: hidden.append(
+                        given[0] if given else more["hidden_states"]
+                    ),
+                    with_kwargs=True,
+                ),
+            ]
+        positions = torch.arange(64, device=device).expand(4, -1)
+        with torch.no_grad():
+            whole.eval()(probe.tokens.to(device), positions, None)
+        whole.train()
+        for handle in handles:
+            handle.remove()
+        before = _states(states.get_cuda_rng_tracker())
+        found = st.measure([whole], probe)
+        moved = float(before != _states(states.get_cuda_rng_tracker()))
+        wanted = torch.stack([_engine(config, *each) for each in seen])
+        norms = torch.stack([stream[0].float().norm(dim=-1).mean() for stream in hidden]).cpu()
+        yield Row(
+            f"Transformer Engine, {name}: attention to P0",
+            float((found.p0_attention.double() - wanted).abs().max()), 2**-13,
+        )  # fmt: skip
+        apart = (found.p0_norm[: len(norms)] - norms).abs() / norms
+        yield Row(f"Transformer Engine, {name}: norms of P0", float(apart.max()), 1e-6)
+        yield Row(f"Transformer Engine, {name}: random states that moved", moved, 0.0)
+    dist.destroy_process_group()
+
+
+def _states(tracker: Any) -> dict[str, bytes]:
+    return {
+        name: (state.get_state() if isinstance(state, torch.Generator) else state).numpy().tobytes()
+        for name, state in tracker.get_states().items()
+    }
+
+
+def _engine(config: Any, core: Any, query: Tensor, key: Tensor, more: Any) -> Tensor:
+    """float64 ``[H]``: mean attention to P0 of ``[T, B, H, D]``."""
+    length, heads = len(query), query.shape[2]
+    queries, keys = (x.permute(1, 2, 0, 3).cpu() for x in (query, key))
+    places = torch.arange(length)
+    apart = places[:, None] - places
+    window = config.window_size[0] if config.window_size else length
+    seen = ((apart >= 0) & (apart <= window))[None, None]
+    sinks = getattr(core, "softmax_offset", None)
+    p0 = _in_float64(
+        queries, keys, queries.shape[-1] ** -0.5, seen, None,
+        None if sinks is None else sinks.detach().cpu().reshape(heads),
+    )  # fmt: skip
+    return p0[..., 1 : window + 1].mean((0, 2))
 
 
 def cost(device: str, lengths: tuple[int, ...], width: int, blocks: int) -> Iterator[Row]:

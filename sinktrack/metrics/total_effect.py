@@ -210,10 +210,11 @@ class _Parts:
             of = self._projection
             mixed = of.mixed[rows, 0].unflatten(-1, (of.heads, -1))[:, index]
             weight = of.weight.unflatten(1, (of.heads, -1))[:, index]
-            return (mixed.to(weight.dtype) @ weight.T * of.factor).float()
-        if kind == "expert":
-            chosen = self._chosen[rows] == index
-            return (self._outputs[rows] * chosen[..., None]).sum(1)
+            written: Tensor = mixed.to(weight.dtype) @ weight.T * of.factor
+            return written.float()
+        if kind == "expert" and index is not None:
+            chosen = self._chosen[rows].eq(index)[..., None]
+            return torch.where(chosen, self._outputs[rows], 0.0).sum(1)
         if kind == "shared_expert":
             return self._shared[rows]
         return self._write.added[rows, 0].float()
