@@ -54,9 +54,7 @@ class Copies:
         self._waiting: list[tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], None]]] = []
         self._bytes = 0
 
-    def keep(
-        self, values: Mapping[str, Tensor], use: Callable[[dict[str, Tensor]], None]
-    ) -> None:
+    def keep(self, values: Mapping[str, Tensor], use: Callable[[dict[str, Tensor]], None]) -> None:
         """Hand copies to ``use``: at once, or by the next `settle`; always in order."""
         if not self._waiting and all(value.device.type == "cpu" for value in values.values()):
             use({name: self._arena.keep(value) for name, value in values.items()})
@@ -75,7 +73,7 @@ class Copies:
                 alike[value.device, value.dtype].append(value)
         copied = {
             key: iter(
-                self._arena.keep(torch.cat([value.flatten() for value in values])).split(
+                self._arena.keep(_staged(torch.cat([value.flatten() for value in values]))).split(
                     [value.numel() for value in values]
                 )
             )
@@ -86,6 +84,13 @@ class Copies:
                 name: next(copied[value.device, value.dtype]).view(value.shape)
                 for name, value in values.items()
             })  # fmt: skip
+
+
+def _staged(value: Tensor) -> Tensor:
+    """In page-locked memory, where a GPU's copies are over ten times faster; torch reuses it."""
+    if value.device.type != "cuda" or not torch.cuda.is_available():
+        return value
+    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
 
 
 class Collector(Observer):
@@ -152,17 +157,13 @@ class Collector(Observer):
         """A softmax attention of a block.
 
         Raises:
-            MeasurementError: P0 is masked from itself, or a block attends a second time.
+            MeasurementError: a block attends a second time.
         """
         self._attended[block] = self._attended.get(block, 0) + 1
         if self._attended[block] > 1:
             raise MeasurementError(f"block {block} attends more than once; not supported")
         for name, metric in self._metrics.items():
-            try:
-                kept = metric.on_attention(attended)
-            except MeasurementError as error:
-                raise MeasurementError(f"block {block}: {error}") from error
-            self.keep(name, block, kept)
+            self.keep(name, block, metric.on_attention(attended))
 
     def gate(self, block: int, gate: Tensor) -> None:
         """A gate ``[b, t, H]`` on the heads' outputs."""
@@ -185,7 +186,8 @@ class Collector(Observer):
         """Refuse what is no number.
 
         Raises:
-            MeasurementError: states or attention are not finite; names the first block of them.
+            MeasurementError: states or attention are not finite, or P0 is masked from itself; names
+                the first block of them.
         """
         last = max(self.of("state", "row"))
         for block in sorted(self.of("state", "row")):
@@ -195,6 +197,11 @@ class Collector(Observer):
                     self._refuse(f"the residual stream is not finite at the {where}")
             counts = self.of("attention", "visible").get(block, ())
             for p0, count in zip(self.of("attention", "p0").get(block, ()), counts, strict=True):
+                if bool(count.isnan().any()):
+                    raise MeasurementError(
+                        f"block {block}: P0 does not see itself; sequences padded on the left have "
+                        "no P0"
+                    )
                 bad = (~p0.isfinite() & (count > 0)).any(0)
                 if bool(bad.any()):
                     head = int(bad.nonzero()[0])
@@ -253,9 +260,7 @@ def head_parts(copies: Mapping[str, Tensor], first: int = 0) -> dict[tuple[str, 
         copies: on the CPU.
         first: the number of the first head that is here.
     """
-    parts = {
-        ("head", first + head): part for head, part in enumerate(copies.get("heads", ()))
-    }
+    parts = {("head", first + head): part for head, part in enumerate(copies.get("heads", ()))}
     if "bias" in copies:
         parts["attention_bias", -1] = copies["bias"]
     return parts

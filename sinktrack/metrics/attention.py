@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from sinktrack.errors import MeasurementError
 from sinktrack.lazy import torch
 from sinktrack.metrics.base import Field, Metric, PartialStates, PositionShard, Seen, State
 
@@ -60,21 +59,13 @@ class Attention(Metric):
     }
 
     def on_attention(self, attended: Attended) -> PartialStates:
-        """Average over the queries that see P0.
-
-        Raises:
-            MeasurementError: P0 is masked from itself.
-        """
+        """Average over the queries that see P0; ``visible`` is nan where P0 sees not itself."""
         sequences = len(attended.p0)
         seen = attended.visible.expand(sequences, -1)
-        if not bool(seen[:, 0].all()):
-            raise MeasurementError(
-                "P0 does not see itself; sequences padded on the left have no P0"
-            )
         counts = seen[:, 1:].sum(-1, keepdim=True)
         even = (seen[:, 1:] / attended.keys[..., 1:]).sum(-1, keepdim=True) / counts
         return {
-            "visible": counts.float(),
+            "visible": counts.float().where(seen[:, :1], torch.nan),  # no GPU is waited for
             "uniform": even.float(),
             "p0": attended.p0[..., 1:].sum(-1) / counts,
             "own": attended.p0[..., 0].clone(),

@@ -10,13 +10,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from sinktrack import MeasurementError
 from sinktrack.attention import attend
-from sinktrack.collect import Arena
+from sinktrack.collect import Arena, Collector, Copies
 from sinktrack.events import Write
 from sinktrack.metrics import FIELDS, METRICS
 from sinktrack.metrics.base import PositionShard, State
 from sinktrack.models.megatron.shards import join
+from tests.helpers.elsewhere import DEVICE, elsewhere
 from tests.helpers.paths import DOCS
 
 SEQUENCES, LENGTH, WIDTH, HEADS = 3, 12, 8, 4
@@ -126,3 +129,41 @@ def test_an_arena_keeps_what_it_is_given(sizes: list[int]) -> None:
         value.zero_()
     for before, after in zip(given_values, kept_values, strict=True):
         assert torch.equal(before, after) and before.dtype == after.dtype
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9)), max_size=30), st.integers(0, 999))
+def test_copies_come_in_order_whatever_device_they_are_from(
+    kinds: list[tuple[bool, int]], held: int
+) -> None:
+    """And are of the values at the time: the next pass may write over them."""
+    copies = Copies()
+    wanted: list[Tensor] = []
+    found: list[dict[str, Tensor]] = []
+    with pytest.MonkeyPatch.context() as patch, elsewhere():
+        patch.setattr("sinktrack.collect._HELD", held)
+        for number, (away, size) in enumerate(kinds):
+            value = torch.full((size, 2), float(number))
+            wanted.append(value.clone())
+            here = value.to(DEVICE) if away else value
+            copies.keep({"values": here, "flags": here > 3}, found.append)
+            here.zero_()
+        copies.settle()
+    assert len(found) == len(wanted)
+    for got, value in zip(found, wanted, strict=True):
+        assert torch.equal(got["values"], value) and torch.equal(got["flags"], value > 3)
+
+
+def test_p0_that_does_not_see_itself_is_refused_by_its_block() -> None:
+    """As in a batch that is padded on the left."""
+    query = torch.randn(2, HEADS, LENGTH, WIDTH)
+    mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    for hidden in (False, True):
+        mask[1, :, :, 0] = not hidden
+        collected = Collector(METRICS)
+        collected.state(0, torch.randn(2, LENGTH, WIDTH))
+        collected.attention(0, attend(query, query, query, scale=1.0, mask=mask)[1])
+        if hidden:
+            with pytest.raises(MeasurementError, match=r"^block 0: P0 does not see itself"):
+                collected.check()
+        else:
+            collected.check()
