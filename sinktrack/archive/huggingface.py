@@ -184,9 +184,28 @@ def built(config: Any, dtype: torch.dtype) -> Any:
     except (ValueError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         reason = one_line(error)
         raise ArchiveError(f"a {config.model_type} cannot be built: {reason}") from error
+    _refuse_unread_rotations(model)
     for value in model.parameters():  # come from the checkpoint: drawing them costs time alone
         value._is_hf_initialized = True
     return model.eval()
+
+
+def _refuse_unread_rotations(model: Any) -> None:
+    """Refuse rotary embeddings by kind of block where the class knows but one for all blocks.
+
+    Raises:
+        ArchiveError: so it is, as where a newer transformers has saved the checkpoint.
+    """
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None)
+    kinds = [k for k, value in rope.items() if isinstance(value, dict)] if rope else []
+    tables = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    if kinds and "inv_freq" in tables and not any(f"{kind}_inv_freq" in tables for kind in kinds):
+        raise ArchiveError(
+            f"a {config.model_type} cannot be built: its configuration gives rope_parameters by "
+            f"kind of block ({', '.join(kinds)}), and {type(model).__name__} of transformers "
+            f"{transformers.__version__} reads one for all blocks; install a newer transformers"
+        )
 
 
 def _sees(config: Any) -> bool:

@@ -355,6 +355,17 @@ def edited(path: Path, **changes: object) -> Path:
             "a clip cannot be built: transformers has no language model of this kind (saved as "
             "CLIPModel), whose blocks could be measured",
         ),
+        (
+            {
+                "rope_parameters": {
+                    kind: {"rope_type": "default", "rope_theta": 5e5}
+                    for kind in ("sliding_attention", "full_attention")
+                }
+            },
+            "a llama cannot be built: its configuration gives rope_parameters by kind of block "
+            "(sliding_attention, full_attention), and LlamaForCausalLM of transformers "
+            f"{transformers.__version__} reads one for all blocks; install a newer transformers",
+        ),
     ],
 )
 def test_configurations_that_no_decoder_is_built_of(

@@ -155,7 +155,6 @@ def _fields(model: dict[str, Any]) -> dict[str, Any]:
         fields["norm_topk_prob"] = f"{_ROUTER}.normalize_expert_weights" in model
     elif windows is not None:
         kind, fields = "olmo3", fields | _windows(model, windows, layers)
-        rope = {"sliding_attention": rope, "full_attention": dict(rope)}
     return fields | {
         "model_type": kind,
         "rms_norm_eps": epsilons.pop(),
