@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,8 @@ def cli_page() -> str:
 
 
 def test_the_page_of_the_command_line_is_that_of_its_help() -> None:
+    if tuple(map(int, version("typer").split(".")[:2])) < (0, 26):
+        pytest.skip("this typer writes `FILE` where later ones write `{FILE}`")
     assert CLI_PAGE.read_text() == cli_page(), RENEW
 
 

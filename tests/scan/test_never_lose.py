@@ -76,7 +76,7 @@ def test_killed_at_random_moments_and_started_again(
     last = scanner(tmp_path / f"run-{finished}")
     last.join()
     check(tmp_path / f"run-{finished}", wanted)
-    assert len(held) > 3  # killed early, midway and late
+    assert len(held) > 2  # killed early, midway and late
 
 
 @pytest.mark.slow
