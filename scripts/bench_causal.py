@@ -232,8 +232,9 @@ def stream(directory: Path, depth: int, tokens: int) -> None:
     for way in ("plain", "causal"):
         command = [sys.executable, __file__, "--stream", str(directory), "--worker", way]
         done = subprocess.run(
-            [*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, text=True, check=True
-        )
+            [*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, text=True, check=True,
+            env=os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"},  # as of `sinktrack`
+        )  # fmt: skip
         results[way] = json.loads(done.stdout.splitlines()[-1])
         print(way, results[way], file=sys.stderr)
     plain, causal = results["plain"], results["causal"]

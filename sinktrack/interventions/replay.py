@@ -332,6 +332,8 @@ class _Stacked(Pass):
         )
         self._replay, self._job, self._edits = replay, job, edits
         self._number, self._rows = number, len(rows)
+        nothing = torch.full((len(self.tokens),), torch.nan, dtype=torch.float64)
+        self._losses = nothing, nothing.clone()
         self.outcomes: list[Outcome] = []
 
     @property
@@ -349,14 +351,19 @@ class _Stacked(Pass):
             return None
         return self.kept()[self._number][: self._rows].repeat(len(self._edits), 1, 1)
 
-    def done(self, logits: Tensor | None) -> None:
+    def head(self, rows: slice, logits: Tensor) -> None:
+        """Note the losses."""
+        for kept, losses in zip(self._losses, _losses(logits, self.tokens[rows]), strict=True):
+            kept[rows] = losses
+
+    def done(self) -> None:
         """Note the outcomes."""
         for edit in self._edits:
             if (unmet := edit.unmet(self._last)) is not None:
                 raise Uneditable(unmet)
         blocks = min(self._last + 1, self._replay.blocks) - self.start
         self._replay.blocks_run += len(self._edits) * self._rows * blocks
-        self.outcomes = self._watched.outcomes(_losses(logits, self.tokens))
+        self.outcomes = self._watched.outcomes(self._losses)
 
     def failed(self, error: Exception) -> None:
         """Then the job has."""
@@ -578,10 +585,8 @@ def _received(attended: Attended, position: Tensor) -> Tensor:
     return total / seen.sum(-1).clamp(min=1)
 
 
-def _losses(logits: Tensor | None, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    if logits is None:
-        nothing = torch.full((len(tokens),), torch.nan, dtype=torch.float64)
-        return nothing, nothing
+def _losses(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """``[b]`` each: over positions from 1 on, and of the token after P0."""
     wanted = tokens[:, 1:].to(logits.device)
     losses = torch.stack(
         [

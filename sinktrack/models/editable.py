@@ -54,11 +54,14 @@ class Pass:
         """``[B, T, D]`` at the input of block ``start``, when the pass begins; None for 0."""
         return None
 
-    def done(self, logits: Tensor | None) -> None:
-        """The pass is over, with its logits ``[B, T, V]`` where they are wanted and shown."""
+    def head(self, rows: slice, logits: Tensor) -> None:
+        """Logits ``[b, T, V]`` of some sequences, where they are wanted and shown; then `done`."""
+
+    def done(self) -> None:
+        """The pass is over."""
 
     def failed(self, error: Exception) -> None:
-        """The pass, or `done`, has raised."""
+        """The pass, `head` or `done`, has raised."""
         raise error
 
 
@@ -149,7 +152,9 @@ class InMemory:
                         stream=each.stream(),
                         logits=each.logits,
                     )
-                each.done(logits)
+                if logits is not None:
+                    each.head(slice(0, len(logits)), logits)
+                each.done()
             except Exception as error:  # whose it is decides
                 each.failed(error)
 

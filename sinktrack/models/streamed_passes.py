@@ -20,6 +20,8 @@ from sinktrack.probe import Probe
 WAITING = 2**29
 """Bytes of residual streams that wait between two blocks, at most, but for those of one pass; or
 half of the weights of the largest block, if that is more."""
+_LOGITS = 2**25
+"""Bytes of float32 logits held at a time: the head's weights are in memory beside them."""
 
 
 @contextmanager
@@ -91,18 +93,17 @@ class _Passes:
     ) -> Tensor | None:
         """As of `Editable`."""
 
-        class Single(Pass):
-            shown: Tensor | None = None
+        shown: list[Tensor] = []
 
+        class Single(Pass):
             def stream(self) -> Tensor | None:
                 return stream
 
-            def done(self, logits: Tensor | None) -> None:
-                self.shown = logits
+            def head(self, rows: slice, logits: Tensor) -> None:
+                shown.append(logits)
 
-        single = Single(tokens, observer, editor, start=start, logits=logits)
-        self.run_together([single])
-        return single.shown
+        self.run_together([Single(tokens, observer, editor, start=start, logits=logits)])
+        return torch.cat(shown) if shown else None
 
     def run_together(self, passes: Sequence[Pass]) -> None:
         """As of `Editable`: each block is read once for as many passes as may wait for it."""
@@ -163,7 +164,7 @@ class _Passes:
                 walk.step(index)
                 over = index == self._last(of) and not of.logits
             if over:
-                of.done(None)
+                of.done()
             else:
                 going.stream = walk.stream.cpu()
         except Exception as error:  # whose it is decides
@@ -172,12 +173,20 @@ class _Passes:
         return not over
 
     def _head(self, going: _Going) -> None:
-        """From the last block's output to the logits."""
-        stream, going.stream = going.stream, None
+        """From the last block's output to the logits, by a few sequences at a time."""
+        of, stream, going.stream = going.of, going.stream, None
         assert stream is not None
+        each = max(1, _LOGITS // (4 * stream.shape[1] * self.vocabulary))
         try:
-            with resume(self._found, self.blocks, stream.to(self.device), self._forms):
-                output = forward(self._found.model, going.of.tokens.to(self.device), logits=True)
-            going.of.done(getattr(output, "logits", None))
+            for first in range(0, len(stream), each):
+                rows = slice(first, first + each)
+                part = stream[rows].to(self.device)
+                with resume(self._found, self.blocks, part, self._forms):
+                    tokens = of.tokens[rows].to(self.device)
+                    output = forward(self._found.model, tokens, logits=True)
+                logits = getattr(output, "logits", None)
+                if logits is not None:
+                    of.head(rows, logits)
+            of.done()
         except Exception as error:  # whose it is decides
-            going.of.failed(error)
+            of.failed(error)

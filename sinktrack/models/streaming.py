@@ -7,6 +7,7 @@ token is routed to, of the embedding only the rows of the probe's tokens.
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import math
 import mmap
@@ -179,6 +180,7 @@ class Streamed:
         finally:
             for name, value in before.items():
                 self._put(name, value)
+            _give_back()
 
     def _behind(self) -> set[str]:
         """The weights that the `base` does not hold."""
@@ -217,6 +219,7 @@ class Streamed:
                 self._kept.pop(index, None)
                 for name in own:
                     self._put(name, self._targets[name])
+                _give_back()
 
     def _own(self, index: int) -> set[str]:
         prefix = self._prefixes[index]
@@ -442,3 +445,10 @@ def _later(experts: Mapping[nn.Module, _Experts]) -> set[str]:
 
 def _matches(patterns: Collection[str] | None, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns or ())
+
+
+def _give_back() -> None:
+    """What freed weights leave goes back to the system, which glibc by itself does at the top of
+    its heap alone."""
+    with suppress(AttributeError, OSError, TypeError):  # elsewhere than on Linux
+        ctypes.CDLL(None).malloc_trim(0)
