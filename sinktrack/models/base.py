@@ -22,8 +22,8 @@ from sinktrack.probe import Probe
 
 _Result = TypeVar("_Result")
 _APART = (
-    "causal tests do not run on a model that no process holds whole (FSDP1, tensor parallelism); "
-    "run them on the checkpoints"
+    "causal tests do not run on a model that no process holds whole (FSDP1, ZeRO-3, tensor "
+    "parallelism); run them on the checkpoints"
 )
 
 

@@ -1,16 +1,17 @@
 """A live model that several processes hold in parts, put together one block at a time.
 
 transformers' tensor and expert parallelism leave each process a part of the heads, widths or
-experts, and ``FullyShardedDataParallel`` (FSDP1) leaves it a piece of one long vector. What such a
-process computes is a part of the truth, and FSDP1 keeps state of the training in the very modules
-that a probe would run. So no module of the training runs: each block's weights are gathered into a
-copy of the model, made from its configuration, which is measured as a checkpoint is.
+experts, ``FullyShardedDataParallel`` (FSDP1) leaves it a piece of one long vector, and DeepSpeed's
+ZeRO-3 of each weight. What such a process computes is a part of the truth, and FSDP1 and ZeRO-3
+keep state of the training in the very modules that a probe would run. So no module of the training
+runs: each block's weights are gathered into a copy of the model, made from its configuration, which
+is measured as a checkpoint is.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -26,7 +27,9 @@ from sinktrack.models.huggingface import Decoder, decoder
 
 _TRANSPARENT = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 """The one child of a wrapper that stands in a module's place; it adds nothing to its function."""
-_KNOWN = ("torch.", "transformers.", "accelerate.", "lightning.", "wandb.", "sinktrack.")
+_KNOWN = (
+    "torch.", "transformers.", "accelerate.", "deepspeed.", "lightning.", "wandb.", "sinktrack.",
+)  # fmt: skip
 """Whose hooks and forwards serve the training, and are no part of the model."""
 _OF_THE_TRAINING = {"training", "gradient_checkpointing", "num_experts", "max_seq_len_cached"}
 """Plain attributes of modules that differ without another function; expert parallelism sets
@@ -142,8 +145,8 @@ class Gathered:
                         self._compare(f"{path}.{name}", live._parameters.get(name), parameter)
 
     def _compare(self, name: str, found: Tensor | None, wanted: Tensor) -> Tensor:
-        if found is None or found.shape != wanted.shape:
-            shape = None if found is None else tuple(found.shape)
+        shape = None if found is None else tuple(getattr(found, "ds_shape", found.shape))
+        if found is None or shape != tuple(wanted.shape):
             raise MeasurementError(
                 f"{name} has shape {shape}, by its configuration {tuple(wanted.shape)}: give the "
                 f"model as it is wrapped for training, with its outermost FSDP unit, or {_SCAN}"
@@ -157,13 +160,18 @@ class Gathered:
             units.setdefault(self._live[name.rpartition(".")[0]][1], []).append(name)
         for unit, of in units.items():
             with _whole(unit):
-                for name in of:
-                    path, _, own = name.rpartition(".")
-                    parameter = self._live[path][0]._parameters.get(own)
-                    value = self._compare(name, parameter, self._targets[name]).detach()
-                    if isinstance(value, DTensor):
-                        value = value.full_tensor()
-                    self._put(name, value if unit is None else value.clone())
+                found = {name: self._found(name) for name in of}
+                with _joined(found.values()) as joined:
+                    for name, parameter in found.items():
+                        value = parameter.detach()
+                        if isinstance(value, DTensor):
+                            value = value.full_tensor()
+                        passing = unit is not None or parameter in joined
+                        self._put(name, value.clone() if passing else value)
+
+    def _found(self, name: str) -> Tensor:
+        path, _, own = name.rpartition(".")
+        return self._compare(name, self._live[path][0]._parameters.get(own), self._targets[name])
 
     def _put(self, name: str, value: Tensor) -> None:
         path, _, own = name.rpartition(".")
@@ -250,6 +258,36 @@ def _whole(unit: FullyShardedDataParallel | None) -> Iterator[None]:
         context = FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False)
     with context:
         yield
+
+
+@contextmanager
+def _joined(parameters: Iterable[Tensor]) -> Iterator[_Same]:
+    """Inside, weights that DeepSpeed has partitioned are whole; every process must be here.
+
+    Those that it keeps whole are left alone: it would partition them afterwards.
+    """
+    parted = [
+        each
+        for each in parameters
+        if hasattr(each, "ds_status") and each.ds_status.name == "NOT_AVAILABLE"
+    ]
+    if not parted:
+        yield _Same([])
+        return
+    import deepspeed  # type: ignore[import-not-found]
+
+    with deepspeed.zero.GatheredParameters(parted):
+        yield _Same(parted)
+
+
+class _Same:
+    """Which tensors these are, whatever their values."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._ids = {id(tensor) for tensor in tensors}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._ids
 
 
 def _class(module: nn.Module) -> type:

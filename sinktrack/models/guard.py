@@ -46,11 +46,6 @@ def refuse_unreadable(model: nn.Module) -> None:
             raise MeasurementError(
                 f"{name} is on the meta device and has no values; load the weights first"
             )
-        if hasattr(parameter, "ds_id"):
-            raise MeasurementError(
-                f"{name} is partitioned by DeepSpeed ZeRO-3, so no process holds the model; "
-                "measure the saved checkpoints with `sinktrack scan`, or train with ZeRO-2 or FSDP2"
-            )
         if not parameter.is_floating_point() or parameter.element_size() < 2:
             raise MeasurementError(
                 f"{name} is stored as {parameter.dtype}: quantized weights are not supported; "

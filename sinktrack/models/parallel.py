@@ -10,17 +10,18 @@ from torch.distributed.tensor import DTensor, Shard
 def takes_every_process(model: nn.Module) -> bool:
     """Must every process call `sinktrack.measure`, since none holds the whole model?"""
     return is_apart(model) or any(
-        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
-        for parameter in model.parameters()
+        isinstance(parameter, DTensor) for parameter in model.parameters()
     )
 
 
 def is_apart(model: nn.Module) -> bool:
     """Is the model in parts that its own forward pass does not show whole?
 
-    True for FSDP1, tensor, expert and pipeline parallelism. Not for FSDP2 alone: its forward passes
-    gather whole weights.
+    True for FSDP1, ZeRO-3, tensor, expert and pipeline parallelism. Not for FSDP2 alone: its
+    forward passes gather whole weights.
     """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return True
     for module in model.modules():
         if isinstance(module, FullyShardedDataParallel) or hasattr(module, "_pp_stage"):
             return True

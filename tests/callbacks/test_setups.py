@@ -21,7 +21,7 @@ from sinktrack.collect import Collector
 from sinktrack.interventions.replay import replaying
 from sinktrack.metrics import METRICS
 from sinktrack.models.huggingface import decoder, watch
-from tests.helpers import models
+from tests.helpers import models, torch_models
 from tests.helpers.commands import two_processes
 from tests.helpers.paths import ROOT
 from tests.helpers.reference import check_exact
@@ -273,13 +273,12 @@ def test_bitsandbytes_is_refused() -> None:
         measure(model, PROBE)
 
 
-def test_partitioned_parameters_are_refused() -> None:
-    """ZeRO-3 leaves placeholders with a `ds_id`; DeepSpeed itself does not run here."""
-    model = models.llama()
-    weight = model.model.layers[0].mlp.up_proj.weight
-    weight.data = torch.empty(0)
-    weight.ds_id = 7
-    with pytest.raises(MeasurementError, match="partitioned by DeepSpeed ZeRO-3"):
+def test_partitioned_parameters_of_no_model_of_transformers_are_refused() -> None:
+    """ZeRO-3 leaves placeholders with a `ds_id`."""
+    model = torch_models.Net(torch_models.KINDS["plain"])
+    weight: Any = next(model.parameters())
+    weight.data, weight.ds_id = torch.empty(0), 7
+    with pytest.raises(MeasurementError, match=r"no process holds the whole of .*ZeRO-3"):
         measure(model, PROBE)
 
 

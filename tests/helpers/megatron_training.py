@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import itertools
 import json
 import logging
@@ -557,7 +558,15 @@ def ramped(out: Path) -> None:
     try:
         loop = MegatronLM(0)
         calculator.unset_num_microbatches_calculator()
-        calculator.init_num_microbatches_calculator(0, [4, 4, 16], 8, 2, 1)
+        if (
+            "step_batch_size_schedule"
+            in inspect.signature(calculator.init_num_microbatches_calculator).parameters
+        ):  # since 0.19, in place of the other
+            calculator.init_num_microbatches_calculator(
+                0, None, None, 2, 1, step_batch_size_schedule="0:4 8:8 24:16"
+            )
+        else:
+            calculator.init_num_microbatches_calculator(0, [4, 4, 16], 8, 2, 1)
         context, saved = SimpleNamespace(model=loop.chunks, user_state={}), []
         before = calculator.get_num_microbatches()
         for iteration in range(7):

@@ -252,7 +252,7 @@ def found_in(decoder: Decoder) -> Found:
             )
     if is_apart(model):
         raise MeasurementError(
-            f"no process holds the whole of {class_of(model)} (FSDP1, tensor, expert "
+            f"no process holds the whole of {class_of(model)} (FSDP1, ZeRO-3, tensor, expert "
             "or pipeline parallelism); of models that are not transformers only whole ones, DDP "
             "and FSDP2 are supported: measure the saved checkpoints with `sinktrack scan`"
         )
