@@ -686,10 +686,18 @@ def refusals(out: Path) -> None:
         assert not any(module._forward_hooks for chunk in chunks for module in chunk.modules())
 
     for name, value, match in (
-        ("fp8", "hybrid", "fp8=hybrid: its scaling state"),
+        (
+            "fp8",
+            "hybrid",
+            "fp8=hybrid is not supported in training: its scaling state .*; scan the checkpoints",
+        ),
         ("moe_latent_size", 8, "latent space"),
         ("cuda_graph_impl", "local", "replayed graph"),
-        ("moe_router_force_biased", -0.5, "moe_router_force_biased=-0.5: routing by chance"),
+        (
+            "moe_router_force_biased",
+            -0.5,
+            "force_biased=-0.5 is not supported in training: routing by chance",
+        ),
         ("moe_expert_rank_capacity_factor", 1.0, "what is dropped depends on"),
         ("enable_mhc_connections", True, "several residual streams"),
         ("experimental_attention_variant", "dsa", "variant=dsa: attention that is not causal"),

@@ -28,6 +28,7 @@ _KERNELS = ("unfused_attention", "flash_attention", "fused_attention")
 """Where Transformer Engine keeps the factor on the scores."""
 _LINEAR = ("gated_delta_net", "gdn", "gdn2")
 """Variants of attention that no block is measured in, but all around them."""
+_SCANNED = "scan the checkpoints, which are measured in the dtype of their weights"
 _TOLERANCE = 1e-3
 _HALF_TOLERANCE = 0.1
 """How far an attention may be from ours in relative norm, before it is said to be another."""
@@ -107,8 +108,8 @@ def _unwrap(model: Any) -> Any:
 def _refuse(config: Any, bare: Sequence[nn.Module]) -> None:
     """Refuse by name what would be measured wrongly."""
     reasons = {
-        "fp8": "its scaling state is part of the forward pass",
-        "fp4": "its scaling state is part of the forward pass",
+        "fp8": f"its scaling state is part of the forward pass; {_SCANNED}",
+        "fp4": f"its scaling state is part of the forward pass; {_SCANNED}",
         "moe_latent_size": "experts that work in a latent space",
         "moe_router_force_load_balancing": "routing by chance",
         "moe_router_force_biased": "routing by chance",
@@ -120,7 +121,9 @@ def _refuse(config: Any, bare: Sequence[nn.Module]) -> None:
     }
     for name, reason in reasons.items():
         if getattr(config, name, None):
-            raise MeasurementError(f"{name}={getattr(config, name)}: {reason}; not supported")
+            raise MeasurementError(
+                f"{name}={getattr(config, name)} is not supported in training: {reason}"
+            )
     variant = getattr(config, "experimental_attention_variant", None)
     if variant is not None and variant not in _LINEAR:
         raise MeasurementError(
