@@ -87,7 +87,7 @@ class Copies:
 
 
 def _staged(value: Tensor) -> Tensor:
-    """In page-locked memory, where a GPU's copies are over ten times faster; torch reuses it."""
+    """In page-locked memory, which a GPU copies to by itself; torch uses it again."""
     if value.device.type != "cuda" or not torch.cuda.is_available():
         return value
     return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
