@@ -6,6 +6,7 @@ import math
 import mmap
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -44,20 +45,22 @@ class Arena:
 
 
 class Copies:
-    """Copies on the CPU of what a pass shows; those from another device travel together.
+    """What a pass shows, on the CPU; what comes from another device travels together.
 
     Whoever copies from a device waits for all that it was asked to compute before.
     """
 
     def __init__(self) -> None:
-        self._arena = Arena()
         self._waiting: list[tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], None]]] = []
         self._bytes = 0
 
     def keep(self, values: Mapping[str, Tensor], use: Callable[[dict[str, Tensor]], None]) -> None:
-        """Hand copies to ``use``: at once, or by the next `settle`; always in order."""
+        """Hand values to ``use``: at once, or copies by the next `settle`; always in order.
+
+        What is to outlast the call must be copied there.
+        """
         if not self._waiting and all(value.device.type == "cpu" for value in values.values()):
-            use({name: self._arena.keep(value) for name, value in values.items()})
+            use(dict(values))
             return
         self._waiting.append(({name: value.clone() for name, value in values.items()}, use))
         self._bytes += sum(value.numel() * value.element_size() for value in values.values())
@@ -65,20 +68,20 @@ class Copies:
             self.settle()
 
     def settle(self) -> None:
-        """Hand over what waits."""
-        waiting, self._waiting, self._bytes = self._waiting, [], 0
+        """Hand over what waits; all of it waits on where memory ends."""
         alike: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-        for values, _ in waiting:
+        for values, _ in self._waiting:
             for value in values.values():
                 alike[value.device, value.dtype].append(value)
         copied = {
             key: iter(
-                self._arena.keep(_staged(torch.cat([value.flatten() for value in values]))).split(
+                _on_cpu(torch.cat([value.flatten() for value in values])).split(
                     [value.numel() for value in values]
                 )
             )
             for key, values in alike.items()
         }
+        waiting, self._waiting, self._bytes = self._waiting, [], 0
         for values, use in waiting:
             use({
                 name: next(copied[value.device, value.dtype]).view(value.shape)
@@ -86,11 +89,13 @@ class Copies:
             })  # fmt: skip
 
 
-def _staged(value: Tensor) -> Tensor:
-    """In page-locked memory, which a GPU copies to by itself; torch uses it again."""
-    if value.device.type != "cuda" or not torch.cuda.is_available():
-        return value
-    return torch.empty(value.shape, dtype=value.dtype, pin_memory=True).copy_(value)
+def _on_cpu(value: Tensor) -> Tensor:
+    """In page-locked memory where it can be, which a GPU copies to by itself; torch reuses it."""
+    if value.device.type == "cuda" and torch.cuda.is_available():
+        with suppress(RuntimeError):
+            room = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=True)
+            return room.copy_(value)
+    return value.cpu()
 
 
 class Collector(Observer):
@@ -104,7 +109,7 @@ class Collector(Observer):
     def __init__(self, metrics: dict[str, Metric], shard: PositionShard = WHOLE) -> None:
         self._metrics, self.shard = metrics, shard
         self._kept: defaultdict[tuple[str, str], dict[int, list[Tensor]]] = defaultdict(dict)
-        self._copies = Copies()
+        self._copies, self._arena = Copies(), Arena()
         self._writes = Writes()
         self.dtype = torch.float32
         self.lost: str | None = None
@@ -127,7 +132,8 @@ class Collector(Observer):
 
         def put(copies: dict[str, Tensor]) -> None:
             for name, value in copies.items():
-                self._kept[metric, name].setdefault(block, []).append(value)
+                rows = self._kept[metric, name].setdefault(block, [])
+                rows.append(self._arena.keep(value))
 
         self._copies.keep({name: x for name, x in kept.items() if x is not None}, put)
 
@@ -175,7 +181,7 @@ class Collector(Observer):
         for name, metric in self._metrics.items():
             self.keep(name, block, metric.on_write(write, self.shard))
         if self._metrics:
-            rows, terms = at_p0(write)
+            rows, terms = at_p0(write, self._arena)
             self._copies.keep(rows, lambda copies: self._writes.add(block, terms(copies)))
 
     def untold(self, block: int, reason: str) -> None:
@@ -211,11 +217,14 @@ class Collector(Observer):
         raise MeasurementError(f"{what}: NaN or infinite weights, or an overflow in {self.dtype}")
 
 
-def at_p0(write: Write) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], WriteAtP0]]:
+def at_p0(
+    write: Write, arena: Arena
+) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], WriteAtP0]]:
     """P0's row of a write, and its parts summed over the sequences.
 
     Args:
         write: of a sublayer, ``[b, t, D]`` with position zero first.
+        arena: where the rows are kept.
 
     Returns:
         Tensors where the write is, and what they are made of once they are on the CPU.
@@ -231,7 +240,11 @@ def at_p0(write: Write) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]]
     sublayer, dtype = write.sublayer, write.added.dtype
 
     def terms(copies: dict[str, Tensor]) -> WriteAtP0:
-        made = WriteAtP0(sublayer, copies["added"], copies.get("raw"), dtype, head_parts(copies))
+        added, raw = (
+            arena.keep(copies[name]) if name in copies else None for name in ("added", "raw")
+        )
+        assert added is not None
+        made = WriteAtP0(sublayer, added, raw, dtype, head_parts(copies))
         if "index" in copies:
             made.gates = {}
             for expert in copies["index"].unique().tolist():

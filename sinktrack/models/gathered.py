@@ -145,6 +145,8 @@ class Gathered:
                         self._compare(f"{path}.{name}", live._parameters.get(name), parameter)
 
     def _compare(self, name: str, found: Tensor | None, wanted: Tensor) -> Tensor:
+        if getattr(getattr(found, "ds_status", None), "name", "") == "INFLIGHT":
+            raise MeasurementError(f"{name} is being gathered by DeepSpeed; probe between steps")
         shape = None if found is None else tuple(getattr(found, "ds_shape", found.shape))
         if found is None or shape != tuple(wanted.shape):
             raise MeasurementError(

@@ -174,7 +174,8 @@ class Digest:
     def _keep(self, value: Tensor) -> None:
         self._copies.keep({"value": value}, lambda copies: self._update(copies["value"]))
 
-    def _update(self, data: Tensor) -> None:
+    def _update(self, value: Tensor) -> None:
+        data = value.contiguous()
         self._hasher.update(f"{data.dtype}{tuple(data.shape)}".encode())
         self._hasher.update(data.reshape(-1).view(torch.uint8).numpy().tobytes())
 

@@ -38,13 +38,19 @@ def olmo2(**changes: Any) -> Any:
     return models.build(Olmo2Config(**models.small() | changes))
 
 
-def olmo3() -> Any:
-    return models.build(Olmo3Config(**models.small(sliding_window=5, layer_types=WINDOWS)))
+def olmo3(base: float = 5e5) -> Any:
+    shared = models.small(sliding_window=5, layer_types=WINDOWS)
+    rope = {"rope_type": "default", "rope_theta": base}
+    config = Olmo3Config(**shared, rope_parameters={kind: dict(rope) for kind in set(WINDOWS)})
+    if "rope_theta" in config.rope_parameters:  # transformers 5.12 has one for all blocks
+        config = Olmo3Config(**shared, rope_parameters=rope)
+    return models.build(config)
 
 
 FAMILIES: dict[str, Callable[..., Any]] = {
     "olmo2": olmo2,
     "olmo3": olmo3,
+    "olmo3 of another base": lambda: olmo3(12345.0),
     "flex_olmo": flex_olmo,
     "flex_olmo with normalized scores": lambda: flex_olmo(norm_topk_prob=True),
 }

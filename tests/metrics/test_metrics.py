@@ -135,7 +135,7 @@ def test_an_arena_keeps_what_it_is_given(sizes: list[int]) -> None:
 def test_copies_come_in_order_whatever_device_they_are_from(
     kinds: list[tuple[bool, int]], held: int
 ) -> None:
-    """And are of the values at the time: the next pass may write over them."""
+    """Those of a device are of the values at the time: the next pass may write over them."""
     copies = Copies()
     wanted: list[Tensor] = []
     found: list[dict[str, Tensor]] = []
@@ -145,12 +145,31 @@ def test_copies_come_in_order_whatever_device_they_are_from(
             value = torch.full((size, 2), float(number))
             wanted.append(value.clone())
             here = value.to(DEVICE) if away else value
-            copies.keep({"values": here, "flags": here > 3}, found.append)
+            copies.keep(
+                {"values": here, "flags": here > 3},
+                lambda got: found.append({name: value.clone() for name, value in got.items()}),
+            )
             here.zero_()
         copies.settle()
     assert len(found) == len(wanted)
     for got, value in zip(found, wanted, strict=True):
         assert torch.equal(got["values"], value) and torch.equal(got["flags"], value > 3)
+
+
+def test_copies_that_found_no_memory_still_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who goes on after the error finds all of them."""
+    copies = Copies()
+    found: list[dict[str, Tensor]] = []
+    with elsewhere():
+        for number in range(3):
+            copies.keep({"value": torch.full((2,), float(number)).to(DEVICE)}, found.append)
+        with monkeypatch.context() as patch:
+            patch.setattr("sinktrack.collect._on_cpu", lambda _: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                copies.settle()
+        assert not found
+        copies.settle()
+    assert [got["value"].tolist() for got in found] == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
 
 
 def test_p0_that_does_not_see_itself_is_refused_by_its_block() -> None:

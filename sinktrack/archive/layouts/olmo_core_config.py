@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from reprlib import repr as short
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import AutoConfig, Olmo3Config
 
 from sinktrack.archive.storage.files import Files
 from sinktrack.errors import ArchiveError, one_line
@@ -155,6 +155,9 @@ def _fields(model: dict[str, Any]) -> dict[str, Any]:
         fields["norm_topk_prob"] = f"{_ROUTER}.normalize_expert_weights" in model
     elif windows is not None:
         kind, fields = "olmo3", fields | _windows(model, windows, layers)
+        by_kind = {"sliding_attention": rope, "full_attention": dict(rope)}
+        if "rope_theta" not in Olmo3Config(rope_parameters=by_kind).rope_parameters:
+            rope = by_kind  # else one for all blocks is read: in 5.12
     return fields | {
         "model_type": kind,
         "rms_norm_eps": epsilons.pop(),

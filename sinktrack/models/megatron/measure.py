@@ -80,13 +80,14 @@ def measure_chunks(
             for shard, plan in zip((collected, singles), planned, strict=True):
                 with megatron.watch(parts, shard) as tap:
                     _forward(parts, plan)
-                shard.settle()
                 taps.append(tap)
             if layout.dense:
                 own.append(vectors(parts, probe.first_tokens()))
         for tap in taps:  # not before: the others are in all passes
             if tap.failure is not None:
                 raise tap.failure
+        for shard in (collected, singles):
+            shard.settle()
 
     def experts() -> None:
         with probe_context(bare, size, probe):
