@@ -59,19 +59,22 @@ def test_a_lock_that_cannot_be_taken_leaves_nothing_open(tmp_path: Path) -> None
 def test_a_lock_ends_with_its_process_whoever_it_forked(tmp_path: Path) -> None:
     path = tmp_path / "train.lock"
     reading, writing = os.pipe()
+    asked, asking = os.pipe()
     keeper = os.fork()
     if not keeper:
         nobody = locks.keep(path)
         if not os.fork():  # a data loader's worker, which outlives its trainer
             mine = locks.keep(path)
+            os.write(asking, b"x")
             os.read(reading, 1)
             os._exit(mine is not None)
+        os.read(asked, 1)  # else the worker may come when there is no trainer, and take it
         os._exit(nobody is not None)
     assert os.waitpid(keeper, 0)[1] == 0
     free, nobody = locks.take(path)
     os.write(writing, b"x")
     assert nobody is None
-    for descriptor in (free, reading, writing):
+    for descriptor in (free, reading, writing, asked, asking):
         os.close(descriptor)
 
 
