@@ -168,7 +168,7 @@ class Gathered:
                         value = parameter.detach()
                         if isinstance(value, DTensor):
                             value = value.full_tensor()
-                        passing = unit is not None or parameter in joined
+                        passing = unit is not None or id(parameter) in joined
                         self._put(name, value.clone() if passing else value)
 
     def _found(self, name: str) -> Tensor:
@@ -263,10 +263,11 @@ def _whole(unit: FullyShardedDataParallel | None) -> Iterator[None]:
 
 
 @contextmanager
-def _joined(parameters: Iterable[Tensor]) -> Iterator[_Same]:
+def _joined(parameters: Iterable[Tensor]) -> Iterator[set[int]]:
     """Inside, weights that DeepSpeed has partitioned are whole; every process must be here.
 
-    Those that it keeps whole are left alone: it would partition them afterwards.
+    Yields the ids of these. Those that it keeps whole are left alone: it would partition them
+    afterwards.
     """
     parted = [
         each
@@ -274,22 +275,12 @@ def _joined(parameters: Iterable[Tensor]) -> Iterator[_Same]:
         if hasattr(each, "ds_status") and each.ds_status.name == "NOT_AVAILABLE"
     ]
     if not parted:
-        yield _Same([])
+        yield set()
         return
     import deepspeed  # type: ignore[import-not-found]
 
     with deepspeed.zero.GatheredParameters(parted):
-        yield _Same(parted)
-
-
-class _Same:
-    """Which tensors these are, whatever their values."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._ids = {id(tensor) for tensor in tensors}
-
-    def __contains__(self, tensor: Tensor) -> bool:
-        return id(tensor) in self._ids
+        yield {id(each) for each in parted}
 
 
 def _class(module: nn.Module) -> type:

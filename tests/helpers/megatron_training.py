@@ -696,7 +696,7 @@ def refusals(out: Path) -> None:
         (
             "moe_router_force_biased",
             -0.5,
-            "force_biased=-0.5 is not supported in training: routing by chance",
+            "moe_router_force_biased=-0.5 is not supported in training: routing by",
         ),
         ("moe_expert_rank_capacity_factor", 1.0, "what is dropped depends on"),
         ("enable_mhc_connections", True, "several residual streams"),

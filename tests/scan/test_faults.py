@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -89,7 +90,8 @@ def test_a_scan_on_a_disk_that_is_full(tmp_path: Path) -> None:
         """,
     )
     said = re.sub(r"\d+:\d\d:\d\d left", "time left", done.stderr)
-    assert [line for line in said.splitlines() if line] == [  # older rich leaves empty ones
+    older = int(version("rich").split(".")[0]) < 14  # leaves an empty line behind a bar
+    assert [line for line in said.splitlines() if line or not older] == [
         "sinktrack: cannot write to the run directory disk/run: No space left on device; give "
         "another",
         "exit 2",  # and it left nothing behind
