@@ -1,7 +1,8 @@
 """Exact attention to position zero (P0), without a ``T x T`` matrix.
 
 One fused attention call gives the block's output and the log-sum-exp of every query's scores; the
-probability on P0 is then ``exp(scale * q_i . k_0 - logsumexp_i)``.
+probability on P0 is then ``exp(scale * q_i . k_0 - logsumexp_i)``. Where no kernel gives these, or
+where squared probabilities are wanted too, scores are made for a few queries at a time.
 
 Accuracy against softmax in float64 of the same inputs, with ``s`` the largest of the scores' sums
 of absolute terms ``scale * sum_d |q_d k_d|``, which bounds what rounding can do to a score:
@@ -14,7 +15,7 @@ of absolute terms ``scale * sum_d |q_d k_d|``, which bounds what rounding can do
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -26,8 +27,8 @@ from sinktrack.errors import MeasurementError
 
 _CHUNK_SCORES = 2**22
 """Scores held at a time where no fused call returns a log-sum-exp (16 MiB in float32)."""
-_CACHED_SCORES = 2**18
-"""The same of a sum over the keys alone, which the cache of a core holds."""
+_CACHED_SCORES = 2**20
+"""The same on a CPU, whose caches hold them."""
 _NOTHING = -80.0
 """Log-probability of a masked key at most; float32 has no smaller normal ``exp``."""
 
@@ -70,6 +71,7 @@ def attend(
     sinks: Tensor | None = None,
     second_key: Tensor | None = None,
     allow_future_keys: bool = False,
+    with_mixing: bool = False,
 ) -> tuple[Tensor, Attended]:
     """Attend causally and return the exact probability on P0 beside the output.
 
@@ -84,6 +86,7 @@ def attend(
         sinks: ``[H]`` learned logits that join the denominator of every query (gpt-oss).
         second_key: ``[B]`` int64, a further key of each sequence to tell the attention to.
         allow_future_keys: may the mask let a query see later keys?
+        with_mixing: will `Attended.mixing` be asked for? Then it costs less.
 
     Returns:
         The output ``[B, H, T, Dv]`` in the dtype of the values, and the attention to P0; nan for a
@@ -101,58 +104,61 @@ def attend(
         )
     if mask is not None and not allow_future_keys and _sees_later(mask):
         raise MeasurementError("attention that is not causal has no P0 sink")
-    squares: Tensor | None
-    if softcap is not None:
-        output, lse, squares = _chunked(query, key, value, scale, mask, softcap, allow_future_keys)
+    of = _Scores(scale, mask, softcap, sinks, allow_future_keys)
+    wanted = [torch.zeros(1, dtype=torch.int64, device=key.device)]
+    if second_key is not None:
+        second_key = second_key.to(key.device)
+        wanted.append(second_key)
+    tiles = with_mixing and query.device.type == "cpu" and query.dtype == torch.float32
+    fused = None if tiles or softcap is not None else _fused(query, key, value, scale, mask)
+    if fused is None:
+        output, on, sink, squares = _tiled(query, key, value, of, second_key)
     else:
-        output, lse, squares = _fused(query, key, value, scale, mask, allow_future_keys)
-    own = lse
+        output, lse = fused
+        output, on, sink, lse = _from_kernel(query, key, output, lse, of, wanted)
 
     def mixing() -> Tensor:
-        squared = squares
-        if squared is None:
-            squared = _squares(query, key, value, own, scale, mask, allow_future_keys)
-        return squared * (own - lse).mul_(2).exp_()
+        if fused is None:
+            return squares
+        if query.device.type == "cpu" and query.dtype == torch.float32:
+            return _tiled(query, key, value, of)[3]
+        doubled = mask if mask is None or mask.dtype == torch.bool else mask * 2
+        again = _fused(query, key, value, 2 * scale, doubled)
+        assert again is not None
+        return (again[1] - 2 * lse).exp_().masked_fill_(lse == -torch.inf, 0.0)
 
     def onto(keys: Tensor) -> Tensor:
         marked = keys[:, None, :, None].float().expand(-1, key.shape[1], -1, 1)
-        wide = query.float(), key.float(), marked
-        if softcap is not None:
-            received, *_ = _chunked(*wide, scale, mask, softcap, allow_future_keys)
-        else:
-            received, *_ = _fused(*wide, scale, mask, allow_future_keys)
-        return received[..., 0] * (own - lse).exp()
+        return _tiled(query.float(), key.float(), marked, of)[0][..., 0]
 
-    sink = None
-    if sinks is not None:  # one more term of the denominator, after the fact
-        total = torch.logaddexp(lse, sinks.float()[:, None])
-        output = output * (lse - total).exp_().unsqueeze(-1).to(output.dtype)
-        sink = (sinks.float()[:, None] - total).exp_()
-        lse = total
-
-    def on(keys: Tensor, sink: Tensor | None = None) -> Attended:
-        rows = torch.arange(len(key), device=key.device)
-        chosen = key[rows, :, keys].float().repeat_interleave(heads // key.shape[1], dim=1)
-        score = torch.einsum("bhtd,bhd->bht", query.float(), chosen).mul_(scale)
-        if softcap is not None:
-            score = torch.tanh(score / softcap) * softcap
-        if mask is None:
-            visible = torch.arange(length, device=key.device) >= keys[:, None, None]
-        else:
-            rows = rows[: max(len(mask), len(keys))]
-            column = mask.expand(len(rows), -1, -1, -1)[rows, :, :, keys]
-            visible = column if column.dtype == torch.bool else _is_seen(column)
-            if column.dtype != torch.bool:
-                score = score + column
-        score = score.masked_fill(~visible, -torch.inf)
-        p0 = score.sub_(lse).exp_()
-        keys_seen = _visible_keys(mask if mask is None else _seen_of(mask), query)
-        return Attended(p0, visible[:, 0], sink, keys_seen, value, mixing, onto)
-
-    attended = on(torch.zeros(1, dtype=torch.int64, device=key.device), sink)
+    counts = _visible_keys(mask if mask is None else _seen_of(mask), query)
+    attended = []
+    for keys, probability in zip(wanted, on, strict=True):
+        visible = _visible(keys, mask, query)
+        probability.masked_fill_(~visible, 0.0)
+        attended.append(Attended(probability, visible[:, 0], sink, counts, value, mixing, onto))
     if second_key is not None:
-        attended = replace(attended, second_key=on(second_key.to(key.device)))
-    return output, attended
+        return output, replace(attended[0], second_key=replace(attended[1], sink=None))
+    return output, attended[0]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What becomes of the products of queries and keys, as `attend` takes it."""
+
+    scale: float
+    mask: Tensor | None
+    softcap: float | None
+    sinks: Tensor | None
+    allow_future_keys: bool
+
+
+def _visible(keys: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
+    """``[B or 1, H or 1, T]`` bool: which queries see a key of each sequence, ``[B or 1]``."""
+    if mask is None:
+        return torch.arange(like.shape[2], device=like.device) >= keys[:, None, None]
+    rows = torch.arange(max(len(mask), len(keys)), device=like.device)
+    return _seen_of(mask.expand(len(rows), -1, -1, -1)[rows, :, :, keys])
 
 
 def edit_mask(
@@ -246,16 +252,11 @@ def read_scores(
 
 
 def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    allow_future_keys: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
     """Output ``[B, H, T, Dv]`` and log-sum-exp ``[B, H, T]`` from the device's fused kernel.
 
-    Where it has none, as of `_chunked`.
+    None where it has none.
     """
     device, dtype, width = query.device.type, query.dtype, value.shape[-1]
     half = dtype in (torch.bfloat16, torch.float16)
@@ -263,7 +264,7 @@ def _fused(
     if width < query.shape[-1]:
         wide = pad(value, (0, query.shape[-1] - width))
     if width > query.shape[-1]:
-        return _chunked(query, key, value, scale, mask, None, allow_future_keys)
+        return None
     if device == "cpu" and (half or dtype == torch.float32):
         output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, wide, 0.0, mask is None, attn_mask=_additive(mask, dtype), scale=scale
@@ -273,103 +274,155 @@ def _fused(
             query, *_repeat(query, key, wide), 0.0, True, False, scale=scale
         )[:2]
     else:
-        return _chunked(query, key, value, scale, mask, None, allow_future_keys)
-    finite = _finite(query) & _finite(key).repeat_interleave(query.shape[1] // key.shape[1], 1)
-    lse = lse.masked_fill(~finite[..., None], torch.nan)  # the kernels make numbers of nan and inf
-    return output[..., :width], lse[..., : query.shape[2]], None
+        return None
+    lse = lse[..., : query.shape[2]]
+    if mask is not None:  # of a query that sees nothing the kernel says 0
+        lse = lse.masked_fill(~_seen_of(mask).any(-1), -torch.inf)
+    # the kernels make numbers of nan and inf
+    lse = lse.masked_fill(~_finite(query, key)[..., None], torch.nan)
+    return output[..., :width], lse
 
 
-def _squares(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lse: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    allow_future_keys: bool,
-) -> Tensor:
-    """``[B, H, T]``: the sum of squared probabilities, where a fused kernel gave ``lse``."""
-    if query.device.type != "cpu" or query.dtype != torch.float32:
-        if mask is not None and mask.dtype != torch.bool:
-            mask = mask * 2
-        _, doubled, _ = _fused(query, key, value, 2 * scale, mask, allow_future_keys)
-        return (doubled - 2 * lse).exp_()
-    batch, heads, length, _ = query.shape
-    groups = key.shape[1]
-    each = heads // groups
-    minus = torch.cat([query * (2 * scale), lse[..., None] * -2], -1)  # one product for both
-    key = torch.cat([key, key.new_ones(*key.shape[:3], 1)], -1)
-    result = torch.empty_like(lse)
-    rows = min(length, max(16, _CACHED_SCORES // (each * length)))
-    room = query.new_empty(each * rows * length)
-    for sequence, group, start in product(range(batch), range(groups), range(0, length, rows)):
-        stop = min(start + rows, length)
-        last = length if allow_future_keys else stop
-        own = slice(group * each, (group + 1) * each)
-        some = minus[sequence, own, start:stop].flatten(0, 1)
-        scores = room[: len(some) * last].view(len(some), last)
-        torch.mm(some, key[sequence, group, :last].mT, out=scores)
-        scores = scores.view(each, stop - start, last)
-        seen = None
-        if mask is not None:
-            seen = mask[min(sequence, len(mask) - 1), :, start:stop, :last]
-            seen = seen[own] if len(seen) > 1 else seen
-        if seen is None:
-            scores.exp_()[..., start:].tril_()
-        elif seen.dtype == torch.bool:
-            scores.masked_fill_(~seen, -torch.inf).exp_()
-        else:
-            scores.add_(seen, alpha=2).exp_()
-        result[sequence, own, start:stop] = scores.sum(-1)
-    return result
+def _from_kernel(
+    query: Tensor, key: Tensor, output: Tensor, lse: Tensor, of: _Scores, wanted: list[Tensor]
+) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor]:
+    """What a kernel's output and log-sum-exp tell, as of `_tiled`; and the whole log-sum-exp."""
+    sink = None
+    if of.sinks is not None:  # one more term of the denominator, after the fact
+        total = torch.logaddexp(lse, of.sinks.float()[:, None])
+        output = output * (lse - total).exp_().unsqueeze(-1).to(output.dtype)
+        sink = (of.sinks.float()[:, None] - total).exp_()
+        lse = total
+    rows = torch.arange(len(key), device=key.device)
+    on = []
+    for keys in wanted:
+        chosen = key[rows, :, keys].float().repeat_interleave(query.shape[1] // key.shape[1], 1)
+        score = torch.einsum("bhtd,bhd->bht", query.float(), chosen).mul_(of.scale)
+        if of.mask is not None and of.mask.dtype != torch.bool:
+            score = score + of.mask.expand(len(rows), -1, -1, -1)[rows, :, :, keys]
+        on.append(score.sub_(lse).exp_())
+    return output, on, sink, lse
 
 
-def _finite(value: Tensor) -> Tensor:
-    """bool ``[B, H]``; both extremes propagate nan, and need no copy."""
-    return value.amax((-2, -1)).isfinite() & value.amin((-2, -1)).isfinite()
+def _tiled(
+    query: Tensor, key: Tensor, value: Tensor, of: _Scores, second_key: Tensor | None = None
+) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor]:
+    """By a few queries of a few heads at a time, for any device, dtype and soft cap.
 
-
-def _chunked(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    softcap: float | None = None,
-    allow_future_keys: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """By a few queries at a time, for any device, dtype and soft cap.
+    Args:
+        query: and the others as `attend` takes them.
+        key: see above.
+        value: see above.
+        of: what becomes of their products.
+        second_key: of each sequence, ``[B]``.
 
     Returns:
-        Output ``[B, H, T, Dv]``; of ``[B, H, T]`` float32 the log-sum-exp, and the sum of squared
-        probabilities.
+        Output ``[B, H, T, Dv]``; float32 ``[B, H, T]`` the probability on P0, and on the second
+        key, that on a sink logit, and the sum of squared probabilities.
     """
-    key, value = _repeat(query, key, value)
     batch, heads, length, _ = query.shape
-    output = query.new_empty(batch, heads, length, value.shape[-1])
-    lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
-    squares = torch.empty_like(lse)
-    rows = max(1, _CHUNK_SCORES // (batch * heads * length))
+    each = heads // key.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
-    for start in range(0, length, rows):
-        stop = min(start + rows, length)
-        last = length if allow_future_keys else stop
-        scores = query[:, :, start:stop].to(wide) @ key[:, :, :last].to(wide).mT * scale
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        if mask is None:
-            seen = torch.ones(stop - start, stop, dtype=torch.bool, device=query.device)
-            scores = scores.masked_fill_(~seen.tril(start), -torch.inf)
-        elif mask.dtype == torch.bool:
-            scores = scores.masked_fill_(~mask[:, :, start:stop, :last], -torch.inf)
-        else:
-            scores = scores + mask[:, :, start:stop, :last]
-        total = scores.logsumexp(-1, keepdim=True)
-        lse[:, :, start:stop] = total[..., 0]
-        weights = (scores - total).exp_()
-        squares[:, :, start:stop] = torch.linalg.vector_norm(weights, dim=-1).square_()
-        output[:, :, start:stop] = weights.to(value.dtype) @ value[:, :, :last]
-    return output, lse, squares
+    scaled, value = (key.to(wide) * of.scale).contiguous(), value.contiguous()
+    output = value.new_empty(batch, heads, length, value.shape[-1])
+    squares = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
+    on = [torch.empty_like(squares) for _ in range(1 if second_key is None else 2)]
+    lse = None if of.sinks is None else torch.empty_like(squares)
+    tiles, most = _tiles(query, each)
+    room = torch.empty(most, dtype=wide, device=query.device)
+    with torch._C.DisableTorchFunction():  # who follows a model asks of every operation
+        for at, shared in tiles:
+            sequences, _, queries = at
+            last = length if of.allow_future_keys else queries.stop
+            keys = scaled[sequences, shared, :last].flatten(0, 1)
+            asks = query[at].to(wide)
+            flat = room[: asks[..., 0].numel() * last].view(len(keys), -1, last)
+            torch.bmm(asks.reshape(len(keys), -1, asks.shape[-1]), keys.mT, out=flat)
+            scores = flat.view(*asks.shape[:3], last)
+            _look(scores, of, at)
+            largest = scores.amax(-1) if of.mask is not None or lse is not None else None
+            torch.softmax(flat, -1, out=flat)
+            if largest is not None:
+                blind = largest == -torch.inf
+                scores.masked_fill_(blind[..., None], 0.0)
+                if lse is not None:
+                    lse[at] = torch.where(blind, largest, largest - scores.amax(-1).log_())
+            squares[at] = torch.linalg.vector_norm(scores, dim=-1)
+            on[0][at] = scores[..., 0]
+            if second_key is not None:
+                place = second_key[sequences, None, None, None]
+                found = scores.gather(-1, place.clamp(max=last - 1).expand(*asks.shape[:3], 1))
+                on[1][at] = found.masked_fill_(place >= last, 0.0)[..., 0]
+            values = value[sequences, shared, :last].flatten(0, 1)
+            output[at] = torch.bmm(flat.to(value.dtype), values).view(*asks.shape[:3], -1)
+    squares.square_()
+    finite = _finite(query, key)[..., None]
+    sink = None
+    if of.sinks is not None and lse is not None:
+        logits = of.sinks.float()[:, None]
+        kept, sink = (lse - logits).sigmoid_(), (logits - lse).sigmoid_()
+        output *= kept[..., None].to(output.dtype)
+        squares *= kept.square()
+        for told in on:
+            told *= kept
+        sink.masked_fill_(~finite, torch.nan)
+    for told in (squares, *on):
+        told.masked_fill_(~finite, torch.nan)
+    return output, on, sink, squares
+
+
+def _tiles(
+    query: Tensor, each: int
+) -> tuple[Iterator[tuple[tuple[slice, slice, slice], slice]], int]:
+    """Sequences, heads and queries of tiles, each with its key heads; and the largest's scores.
+
+    Args:
+        query: ``[B, H, T, D]``.
+        each: how many heads a key head serves.
+    """
+    batch, heads, length, _ = query.shape
+    groups = heads // each
+    held = _CACHED_SCORES if query.device.type == "cpu" else _CHUNK_SCORES
+    rows = min(length, max(16, min(256 // each, length // 8)), -(-_CHUNK_SCORES // (each * length)))
+    pairs = max(1, held // (each * rows * length))
+    some, share = (min(batch, pairs // groups), groups) if pairs >= groups else (1, pairs)
+
+    def parts(count: int, at_once: int) -> list[slice]:
+        return [slice(at, min(at + at_once, count)) for at in range(0, count, at_once)]
+
+    tiles = (
+        ((sequences, slice(shared.start * each, shared.stop * each), queries), shared)
+        for sequences, shared, queries in product(
+            parts(batch, some), parts(groups, share), parts(length, rows)
+        )
+    )
+    return tiles, some * share * each * rows * length
+
+
+def _look(scores: Tensor, of: _Scores, at: tuple[slice, slice, slice]) -> None:
+    """Turn a tile's products ``[b, h, t, keys]`` into what enters the softmax, in place."""
+    if of.softcap is not None:
+        scores.div_(of.softcap).tanh_().mul_(of.softcap)
+    sequences, heads, queries = at
+    count = queries.stop - queries.start
+    if of.mask is None:
+        later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu_(1)
+        scores[..., queries.start :].masked_fill_(later, -torch.inf)
+        return
+    mask = of.mask[sequences if len(of.mask) > 1 else slice(None)]
+    mask = mask[:, heads if mask.shape[1] > 1 else slice(None), queries, : scores.shape[-1]]
+    if mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -torch.inf)
+    else:
+        scores.add_(mask)
+
+
+def _finite(query: Tensor, key: Tensor) -> Tensor:
+    """bool ``[B, H]``: are queries and keys of a head numbers? Extremes propagate nan."""
+    ask, keys = (
+        x.amax(-2).amax(-1).isfinite() & x.amin(-2).amin(-1).isfinite() for x in (query, key)
+    )  # a dimension at a time is three times faster
+    return ask & keys.repeat_interleave(query.shape[1] // key.shape[1], 1)
 
 
 def _repeat(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

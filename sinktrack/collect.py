@@ -108,6 +108,8 @@ class Collector(Observer):
 
     def __init__(self, metrics: dict[str, Metric], shard: PositionShard = WHOLE) -> None:
         self._metrics, self.shard = metrics, shard
+        self.with_mixing = any(metric.reads_mixing for metric in metrics.values())
+        self._with_writes = any(metric.reads_writes for metric in metrics.values())
         self._kept: defaultdict[tuple[str, str], dict[int, list[Tensor]]] = defaultdict(dict)
         self._copies, self._arena = Copies(), Arena()
         self._writes = Writes()
@@ -180,7 +182,7 @@ class Collector(Observer):
         """What a sublayer adds to the stream."""
         for name, metric in self._metrics.items():
             self.keep(name, block, metric.on_write(write, self.shard))
-        if self._metrics:
+        if self._with_writes:
             rows, terms = at_p0(write, self._arena)
             self._copies.keep(rows, lambda copies: self._writes.add(block, terms(copies)))
 

@@ -115,6 +115,8 @@ class Observer:
 
     second_key: Tensor | None = None
     """``[B]`` int64: a position in each sequence, attention to which is shown beside P0's."""
+    with_mixing = False
+    """Will it ask every attention for `Attended.mixing`?"""
 
     def state(self, block: int, stream: Tensor) -> None:
         """Before block ``block`` runs: the residual stream ``[B, T, D]`` at its input.

@@ -115,6 +115,10 @@ class Metric:
 
     fields: ClassVar[tuple[Field, ...]] = ()
     states: ClassVar[Mapping[str, State]] = {}
+    reads_mixing: ClassVar[bool] = False
+    """Does it ask every attention for `Attended.mixing`? Said before, it costs less."""
+    reads_writes: ClassVar[bool] = False
+    """Does it use P0's row of every write, and its parts? Else none are made."""
 
     def on_state(self, stream: Tensor, shard: PositionShard) -> PartialStates:
         """The residual stream ``[b, t, D]`` at a block's input, and at the last one's output."""
@@ -219,18 +223,18 @@ def median(values: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(ordered[..., middle].sum(-1) / 2)).to(values.device)
 
 
-def lower_median(values: Tensor) -> Tensor:
-    """Median over the last dimension as torch takes it: the lower one of the middle two.
+def middle_size(values: Tensor) -> Tensor:
+    """Median of the absolute values over the last dimension, the lower one of the middle two.
 
     nan is the largest number here, on a CPU.
     """
-    if values.device.type != "cpu":
-        return values.median(-1).values
-    import numpy as np
-
-    place = (values.shape[-1] - 1) // 2
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))  # numpy has no bfloat16
-    return torch.from_numpy(np.partition(wide.numpy(), place, axis=-1)[..., place]).to(values.dtype)
+    size = values.abs()
+    if size.device.type != "cpu":
+        return size.median(-1).values
+    place = (size.shape[-1] - 1) // 2
+    wide = size.to(torch.promote_types(size.dtype, torch.float32))  # numpy has no bfloat16
+    wide.numpy().partition(place, axis=-1)  # no sort is needed, nor another copy
+    return wide[..., place].to(size.dtype)
 
 
 def number(value: Tensor) -> float | None:

@@ -138,6 +138,7 @@ class Localize(Metric):
         Field("top_components", "largest parts", "The 16 heads, experts and the like with the "
               "largest absolute share.", ("part",), "share", form="z.1%", rows=component_rows),
     )  # fmt: skip
+    reads_writes = True
 
     def compute(self, seen: Seen, found: Mapping[str, Any]) -> dict[str, Any]:
         """As the fields say; ``sinks`` anew, with their writers and erasers.

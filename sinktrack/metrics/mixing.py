@@ -36,6 +36,7 @@ class Mixing(Metric):
               ("block", "head"), "probability", form=".3f"),
     )  # fmt: skip
     states: ClassVar = {"squares": State("whole", heads=True)}
+    reads_mixing = True
 
     def on_attention(self, attended: Attended) -> PartialStates:
         """Average over the queries after the first."""

@@ -18,8 +18,8 @@ from sinktrack.metrics.base import (
     Row,
     Seen,
     State,
-    lower_median,
     median,
+    middle_size,
 )
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Outliers(Metric):
         kept: PartialStates = {"p0": _largest(stream[:, :1]) if shard.p0 else None}
         if rest.shape[1]:
             kept["others"] = _largest(rest)
-            kept["medians"] = lower_median(rest.abs()).float()
+            kept["medians"] = middle_size(rest).float()
         return kept
 
     def compute(self, seen: Seen, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -547,6 +547,7 @@ class _Tap:
             output, attended = attend(
                 query, key, value, scale=scale, mask=mask, softcap=softcap, sinks=s_aux,
                 second_key=self.observer.second_key, allow_future_keys=mask is not attention_mask,
+                with_mixing=self.observer.with_mixing,
             )  # fmt: skip
         self._attended(attended)
         output = output.transpose(1, 2).contiguous()

@@ -81,16 +81,24 @@ def draw(shape: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor, Ten
     return query, key, value, mask
 
 
-@given(shapes)
+def small_tiles(scores: int = 64) -> Any:
+    """Several tiles of sequences, heads and queries, as large models have them."""
+    return patch.multiple(attention, _CHUNK_SCORES=scores, _CACHED_SCORES=scores)
+
+
+@given(shapes, st.booleans(), st.sampled_from([64, 4096]))
 @settings(max_examples=150, deadline=None)
-def test_float32_equals_softmax(shape: dict[str, Any]) -> None:
+def test_float32_equals_softmax(shape: dict[str, Any], with_mixing: bool, scores: int) -> None:
     query, key, value, mask = draw(shape, torch.float32)
-    output, got = attend(query, key, value, scale=shape["scale"], mask=mask)
+    with small_tiles(scores):
+        output, got = attend(
+            query, key, value, scale=shape["scale"], mask=mask, with_mixing=with_mixing
+        )
     wanted, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask)
     bound = 1e-6 + 2**-22 * float(largest)
     assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
     torch.testing.assert_close(output.double(), wanted, atol=1e-4, rtol=1e-4)
-    with patch.object(attention, "_CACHED_SCORES", 64):  # several chunks of queries
+    with small_tiles(scores):
         assert (got.mixing().double() - probabilities.square().sum(-1)).abs().max() <= 4 * bound
 
 
@@ -114,10 +122,16 @@ def test_half_precision_is_within_its_bound(shape: dict[str, Any], dtype: torch.
     assert (got.p0.double() - probabilities[..., 0]).abs().max() <= bound
 
 
-@given(shapes, st.one_of(st.none(), st.floats(0.5, 50.0)), st.booleans(), st.booleans())
+@given(
+    shapes, st.one_of(st.none(), st.floats(0.5, 50.0)), st.booleans(), st.booleans(), st.booleans()
+)
 @settings(max_examples=100, deadline=None)
 def test_softcap_sinks_and_biases(
-    shape: dict[str, Any], softcap: float | None, has_sinks: bool, has_bias: bool
+    shape: dict[str, Any],
+    softcap: float | None,
+    has_sinks: bool,
+    has_bias: bool,
+    with_mixing: bool,
 ) -> None:
     query, key, value, mask = draw(shape, torch.float32)
     generator = torch.Generator().manual_seed(shape["seed"] + 1)
@@ -127,9 +141,11 @@ def test_softcap_sinks_and_biases(
         bias = torch.randn(1, query.shape[1], length, length, generator=generator)
         seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
         mask = bias.masked_fill(~seen, torch.finfo(torch.float32).min)
-    output, got = attend(
-        query, key, value, scale=shape["scale"], mask=mask, softcap=softcap, sinks=sinks
-    )
+    with small_tiles():
+        output, got = attend(
+            query, key, value, scale=shape["scale"], mask=mask, softcap=softcap, sinks=sinks,
+            with_mixing=with_mixing,
+        )  # fmt: skip
     wanted, probabilities, largest = softmax_reference(
         query, key, value, shape["scale"], mask, softcap, sinks
     )
@@ -149,14 +165,13 @@ def test_softcap_sinks_and_biases(
 @settings(max_examples=60, deadline=None)
 def test_chunks_equal_softmax(shape: dict[str, Any], dtype: torch.dtype) -> None:
     query, key, value, mask = draw(shape, dtype)
-    with patch.object(attention, "_CHUNK_SCORES", 64):
-        _, lse, _ = attention._chunked(query, key, value, shape["scale"], mask)
-    heads = query.shape[1] // key.shape[1]
-    score = (query.double() * key[:, :, :1].double().repeat_interleave(heads, 1)).sum(-1)
-    p0 = (score * shape["scale"] - lse.double()).exp()
+    of = attention._Scores(shape["scale"], mask, None, None, False)
+    with small_tiles():
+        _, (p0,), _, squares = attention._tiled(query, key, value, of)
     _, probabilities, largest = softmax_reference(query, key, value, shape["scale"], mask)
-    seen = probabilities[..., 0] > 0
-    assert ((p0 - probabilities[..., 0])[seen].abs() <= 1e-6 + 2**-21 * largest).all()
+    bound = 1e-6 + 2**-21 * float(largest)
+    assert (p0 - probabilities[..., 0]).abs().max() <= bound
+    assert (squares - probabilities.square().sum(-1)).abs().max() <= 4 * bound
 
 
 def test_visible_queries_of_a_window() -> None:
@@ -184,14 +199,16 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "softcap", "most"),
-    [(torch.float32, None, 4 * 2048 * 16), (torch.bfloat16, None, 4 * 2048 * 16),
-     (torch.float32, 9.0, 2**22)],
+    ("dtype", "options", "most"),
+    [(torch.float32, {}, 4 * 2048 * 16), (torch.bfloat16, {}, 4 * 2048 * 16),
+     (torch.float32, {"softcap": 9.0}, 2**20), (torch.float32, {"with_mixing": True}, 2**20)],
 )  # fmt: skip
-def test_no_quadratic_matrix_is_held(dtype: torch.dtype, softcap: float | None, most: int) -> None:
+def test_no_quadratic_matrix_is_held(
+    dtype: torch.dtype, options: dict[str, Any], most: int
+) -> None:
     """The largest tensor that any operation returns has far fewer than T * T numbers per head.
 
-    With a soft cap, which no fused kernel knows, it has 16 MiB at most.
+    With a soft cap, which no fused kernel knows, or squared probabilities, 4 MiB at most.
     """
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -210,14 +227,18 @@ def test_no_quadratic_matrix_is_held(dtype: torch.dtype, softcap: float | None, 
     query = torch.randn(1, 4, 2048, 16).to(dtype)
     key = torch.randn(1, 2, 2048, 16).to(dtype)
     with Largest() as largest:  # type: ignore[no-untyped-call]
-        attend(query, key, key, scale=0.25, softcap=softcap)
+        attend(query, key, key, scale=0.25, **options)
     assert largest.numbers <= most
 
 
-@given(shapes, st.booleans(), st.booleans(), st.sampled_from([None, 4.0]))
+@given(shapes, st.booleans(), st.booleans(), st.sampled_from([None, 4.0]), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_other_sight(
-    shape: dict[str, Any], additive: bool, allow_future_keys: bool, softcap: float | None
+    shape: dict[str, Any],
+    additive: bool,
+    allow_future_keys: bool,
+    softcap: float | None,
+    with_mixing: bool,
 ) -> None:
     """Hiding keys by `edit_mask`, or showing later ones, equals softmax over the others."""
     query, key, value, mask = draw(shape, torch.float32)
@@ -243,8 +264,9 @@ def test_other_sight(
         "mask": changed,
         "allow_future_keys": allow_future_keys,
         "softcap": softcap,
+        "with_mixing": with_mixing,
     }
-    with patch.object(attention, "_CHUNK_SCORES", 64):
+    with small_tiles():
         output, got = attend(query, key, value, scale=shape["scale"], **options)
     wanted_output, probabilities, largest = softmax_reference(
         query, key, value, shape["scale"], reference, softcap
@@ -255,10 +277,10 @@ def test_other_sight(
     assert edit_mask(mask, lambda _: None, query) is mask
 
 
-@given(shapes, st.booleans(), st.sampled_from([None, 4.0]))
+@given(shapes, st.booleans(), st.sampled_from([None, 4.0]), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_another_position_beside_p0(
-    shape: dict[str, Any], scored: bool, softcap: float | None
+    shape: dict[str, Any], scored: bool, softcap: float | None, with_mixing: bool
 ) -> None:
     """Told by `attend`, or read off the scores of a model that holds them."""
     query, key, value, mask = draw(shape, torch.float32)
@@ -273,7 +295,10 @@ def test_another_position_beside_p0(
         found = read_scores(scores.masked_fill(~seen, -torch.inf), second_key)
     else:
         options: dict[str, Any] = {"mask": mask, "softcap": softcap, "second_key": second_key}
-        _, found = attend(query, key, value, scale=shape["scale"], **options)
+        with small_tiles():
+            _, found = attend(
+                query, key, value, scale=shape["scale"], with_mixing=with_mixing, **options
+            )
     assert found.second_key is not None and found.sink is None
     bound = 2e-6 + 2**-21 * float(largest)
     for got, keys in ((found, torch.zeros_like(second_key)), (found.second_key, second_key)):
@@ -282,6 +307,29 @@ def test_another_position_beside_p0(
         distance = torch.arange(length) - keys[:, None]
         within = shape["window"] or length
         assert torch.equal(got.visible.expand(batch, -1), (distance >= 0) & (distance < within))
+
+
+@pytest.mark.parametrize("sinks", [None, torch.randn(4)])
+@pytest.mark.parametrize("boolean", [True, False])
+def test_with_mixing_is_the_same(boolean: bool, sinks: Tensor | None) -> None:
+    """Also where a query sees nothing, and where a head's keys are no numbers."""
+    query, (key, value) = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 2, 9, 8)
+    key[1, 1, 5, 3] = -torch.inf
+    seen = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    seen[..., 4, :] = False
+    mask = seen if boolean else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+    (one, without), (two, with_mixing) = (
+        attend(query, key, value, scale=0.3, mask=mask, sinks=sinks, with_mixing=wanted)
+        for wanted in (False, True)
+    )
+    torch.testing.assert_close(one[0], two[0])
+    assert not two[0, :, 4].any()
+    assert with_mixing.p0[1, 2:, 5:].isnan().all() and with_mixing.p0[0].isfinite().all()
+    torch.testing.assert_close(without.p0, with_mixing.p0, equal_nan=True)
+    torch.testing.assert_close(without.mixing(), with_mixing.mixing(), equal_nan=True)
+    if sinks is not None:
+        assert without.sink is not None and with_mixing.sink is not None
+        torch.testing.assert_close(without.sink, with_mixing.sink, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -145,6 +145,7 @@ class Attentions(Watched):
                     query, key, value, scale=wanted, mask=edited,
                     second_key=self.observer.second_key,
                     allow_future_keys=edited is not mask,
+                    with_mixing=self.observer.with_mixing,
                 )  # fmt: skip
             self.show("SDPA", attended, output)
         mark(output, Mark("mixed", heads=query.shape[1]))

@@ -410,6 +410,7 @@ class _Watcher(Tap):
             scale=self.scale(number, core),
             mask=self.mask(number, length, query.device),
             sinks=self.sinks(core, query.device),
+            with_mixing=self.shard.with_mixing,
         )
         self.same(number, ours, output)
         self.shard.attention(number, attended)

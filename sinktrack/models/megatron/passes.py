@@ -210,6 +210,7 @@ class _Tap(Tap):
             "scale": self.scale(number, core),
             "sinks": self.sinks(core, query.device),
             "second_key": self.observer.second_key,
+            "with_mixing": self.observer.with_mixing,
         }
         ours, attended = attend(query, key, value, mask=mask, **wide)
         self.same(number, ours, output)

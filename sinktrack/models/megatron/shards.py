@@ -35,6 +35,8 @@ class Shard(Observer):
     ) -> None:
         self.layout, self.lengths, self.blocks = layout, lengths, blocks
         self.metrics = metrics
+        self.with_mixing = any(metric.reads_mixing for metric in metrics.values())
+        self._with_writes = any(metric.reads_writes for metric in metrics.values())
         self.kept: defaultdict[tuple[int, int], dict[Key, Tensor]] = defaultdict(dict)
         """By block and batch, partial states on the CPU."""
         self.terms: defaultdict[tuple[int, int], dict[str, WriteAtP0]] = defaultdict(dict)
@@ -105,7 +107,7 @@ class Shard(Observer):
             shard = self._shard(block, number, write.added)
             for name, metric in self.metrics.items():
                 self._keep(block, number, name, metric.on_write(write, shard))
-        if not self.layout.dense or self.layout.cp:
+        if not self._with_writes or not self.layout.dense or self.layout.cp:
             return
         rows = {}
         if self.layout.holds_p0:
