@@ -16,6 +16,7 @@ of absolute terms ``scale * sum_d |q_d k_d|``, which bounds what rounding can do
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -330,7 +331,9 @@ def _tiled(
     lse = None if of.sinks is None else torch.empty_like(squares)
     tiles, most = _tiles(query, each)
     room = torch.empty(most, dtype=wide, device=query.device)
-    with torch._C.DisableTorchFunction():  # who follows a model asks of every operation
+    plain = all(type(x) is Tensor for x in (query, key, value))
+    # Who follows a model would ask of every operation.
+    with torch._C.DisableTorchFunction() if plain else nullcontext():
         for at, shared in tiles:
             sequences, _, queries = at
             last = length if of.allow_future_keys else queries.stop

@@ -159,6 +159,26 @@ def measured_fields(model: Any, probe: Probe, **options: Any) -> dict[str, Any]:
     return {name: record[name] for name in (*FIELDS, "intervals") if name in record}
 
 
+def test_how_often_experts_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the probe, on its P0 rows to tell them apart, and on the single first tokens."""
+    model = models.qwen3_moe()
+    experts = type(model.model.layers[0].mlp.experts)
+    rows: list[int] = []
+    forward = experts.forward
+
+    def counted(self: Any, hidden: torch.Tensor, *args: Any) -> Any:
+        rows.append(len(hidden))
+        return forward(self, hidden, *args)
+
+    monkeypatch.setattr(experts, "forward", counted)
+    monkeypatch.setattr("sinktrack.models.live.refuse_another_model", lambda *_: None)  # runs, too
+    measure(model, PROBE, in_training=True)
+    p0 = PROBE.sequences * model.config.num_experts_per_tok
+    each = [PROBE.tokens.numel(), p0, len(PROBE.first_tokens())]
+    routed = [layer for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    assert sorted(rows) == sorted(each * len(routed))
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_batches_give_the_same_numbers(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sinktrack.metrics.localization.READ", 0)
