@@ -224,7 +224,7 @@ def reference(model: nn.Module, case: Case) -> Reference:
 
     def keep(place: Any) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            calls[place] = (args, kwargs, first(output))
+            calls[place] = (args, kwargs, first(output).clone())
 
         return hook
 
