@@ -716,7 +716,8 @@ def olmo_core() -> Iterator[Case]:
             lambda model: model.blocks,
             experts=lambda moe: list(moe.experts.mlp.w2.view(4, 16, 32))
             if hasattr(moe, "experts") else [],
-            scale=0.4,
+            # at 0.4 the scores reach 26, and the float32 model is itself 4.6e-7 off
+            scale=0.3 if name == "moe_hybrid" else 0.4,
         )  # fmt: skip
         if "moe" not in name:
             yield case
