@@ -224,7 +224,7 @@ def reference(model: nn.Module, case: Case) -> Reference:
 
     def keep(place: Any) -> Callable[..., None]:
         def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-            calls[place] = (args, kwargs, first(output))
+            calls[place] = (args, kwargs, first(output).clone())
 
         return hook
 
@@ -716,7 +716,8 @@ def olmo_core() -> Iterator[Case]:
             lambda model: model.blocks,
             experts=lambda moe: list(moe.experts.mlp.w2.view(4, 16, 32))
             if hasattr(moe, "experts") else [],
-            scale=0.4,
+            # at 0.4 the scores reach 26, and the float32 model is itself 4.6e-7 off
+            scale=0.3 if name == "moe_hybrid" else 0.4,
         )  # fmt: skip
         if "moe" not in name:
             yield case

@@ -103,8 +103,8 @@ class ResidualTracer(TorchFunctionMode):
         self._watcher = watcher
         self.following = False
         self._softmax: tuple[Tensor, int] | None = None
-        """The last one's result, and how often that had been changed in place. Not in its mark,
-        which would keep it alive by itself."""
+        """The last one's result, and how often that had been changed in place; under inference
+        mode, which does not count that, a copy. Not in its mark, which would keep it alive."""
 
     def forget(self) -> None:
         """Let go of what was kept of a block."""
@@ -136,7 +136,8 @@ class ResidualTracer(TorchFunctionMode):
                 if value.is_floating_point():
                     mark(value, after)
             if name == "softmax" and after.origin == "weights":
-                self._softmax = (result, result._version)
+                counts = not result.is_inference()
+                self._softmax = (result, result._version) if counts else (result.clone(), 0)
         elif name.endswith("_") and mark_of(result):
             delattr(result, _MARK)
         return result
@@ -237,7 +238,9 @@ class ResidualTracer(TorchFunctionMode):
         if self._softmax is None:
             return False
         before, version = self._softmax
-        if before._version != version or before.numel() != weights.numel():
+        if before.numel() != weights.numel():
+            return False
+        if not before.is_inference() and before._version != version:
             return False
         before, weights = before.to(weights.dtype), weights.reshape(before.shape)
         return torch.equal(before, weights) or torch.equal(

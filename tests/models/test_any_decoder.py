@@ -268,6 +268,7 @@ def capped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         ("a factor after the softmax", "changed after the softmax"),
         ("through numpy", "not seen to meet its values"),
         ("exponentials by hand", "no softmax attention was seen"),
+        ("memory keys", r"a softmax over \(5, 4, 16, 17\) for tokens \(5, 16\).*memory keys"),
         ("memory keys", "no softmax attention was seen"),
         ("an operator with a soft cap", "capped.* something else than causal softmax"),
         ("linear", "no softmax attention was seen"),

@@ -478,6 +478,76 @@ def test_a_model_that_is_split_over_devices() -> None:
             measure(model, PROBE)
 
 
+def changed_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return scores(q, k).softmax(-1).mul_(0.5) @ v  # type: ignore[no-any-return]
+
+
+def over_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A convolution of one place over the scores' heads, which changes none."""
+    same = torch.eye(HEADS)[..., None, None].to(q)
+    mixed = F.conv2d(q @ k.mT * q.shape[-1] ** -0.5, same)
+    return mixed.masked_fill(~causal(q.shape[2]), -torch.inf).softmax(-1) @ v
+
+
+def over_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A convolution of two places over the values, of which the last counts."""
+    wide = F.pad(v.transpose(2, 3).flatten(1, 2), (1, 0))
+    kernel = torch.tensor([0.0, 1.0]).expand(wide.shape[1], 1, 2).contiguous()
+    v = F.conv1d(wide, kernel, groups=wide.shape[1]).unflatten(1, (HEADS, -1)).transpose(2, 3)
+    return scores(q, k).softmax(-1) @ v  # type: ignore[no-any-return]
+
+
+def attending(own: Any, monkeypatch: pytest.MonkeyPatch, kind: type[Net] = Net) -> Net:
+    model = reading(Kind(), PROBE.tokens)
+    model.__class__ = kind
+    for block in model.layers:
+        block.attention.__class__ = Attends
+    monkeypatch.setattr(Attends, "own", staticmethod(own), raising=False)
+    return model
+
+
+class Inference(Net):
+    """Its pass counts no changes in place, as that of models written for inference."""
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens)
+
+
+def test_a_pass_under_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scores(q, k).softmax(-1) @ v  # type: ignore[no-any-return]
+
+    model = attending(plain, monkeypatch, Inference)
+    found = measure(model, PROBE)
+    model.__class__ = Net
+    check(found, model, PROBE.tokens)
+    model.__class__ = Inference
+    monkeypatch.setattr(Attends, "own", staticmethod(changed_in_place))
+    with pytest.raises(MeasurementError, match="changed after the softmax"):
+        measure(model, PROBE)
+
+
+def test_a_convolution_of_one_place_mixes_no_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attending(over_heads, monkeypatch)
+    check(measure(model, PROBE), model, PROBE.tokens)
+    model = attending(over_positions, monkeypatch)
+    assert "conv1d mixes positions" in measure(model, PROBE).missing["shares"]
+
+
+def test_a_model_whose_weights_are_out_of_sight() -> None:
+    """As Keras's are, until it is asked for them."""
+
+    class Hidden(Net):
+        def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+            return iter(())
+
+    model = reading(Kind(), PROBE.tokens)
+    expected = measure(model, PROBE)
+    model.__class__ = Hidden
+    assert torch.equal(measure(model, PROBE).p0_attention, expected.p0_attention)
+
+
 def test_modules_of_torchscript() -> None:
     model = Net(Kind())
     model.layers[1].mlp = torch.jit.trace(model.layers[1].mlp, torch.randn(3, WIDTH))

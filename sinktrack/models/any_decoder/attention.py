@@ -67,8 +67,11 @@ class Attentions(Watched):
                     f"a softmax over {tuple(scores.shape)}, of which sequence and head cannot be "
                     "told: view the scores as [B, H, T, T]"
                 )
+            elif scores.ndim > 3:
+                self._other_scores(scores)
             return None
         if scores.shape[0] != self.batch:
+            self._other_scores(scores)
             return None
         with self.flow.paused(), self.named():
             wide = scores.flatten(1, -3).float()
@@ -83,6 +86,14 @@ class Attentions(Watched):
             self.show("softmax", attended, None)
         self.unmixed = True
         return scores, Mark("weights", heads=wide.shape[1])
+
+    def _other_scores(self, scores: Tensor) -> None:
+        """They are no scores of all positions over all."""
+        self.went_as_attention = (
+            f"a softmax over {tuple(scores.shape)} for tokens {tuple(self.tokens.shape)}, wanted "
+            "[B, H, T, T]: memory keys, a sink's logit as one more key (softmax1) and chunks of a "
+            "sequence are not supported"
+        )
 
     def edit_mask(self, seen: Tensor) -> Tensor | None:
         """Other keys that the editor lets the queries see."""

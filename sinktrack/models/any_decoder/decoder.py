@@ -237,6 +237,12 @@ class Found:
         """The class's name."""
         return class_of(self.model)
 
+    @property
+    def device(self) -> torch.device:
+        """Of its first parameter; Keras's models show none until they are asked for them."""
+        of = next(self.model.parameters(), None)
+        return torch.device("cpu") if of is None else of.device
+
 
 def found_in(decoder: Decoder) -> Found:
     """What is known of a decoder before it runs; errors as of `sinktrack.measure`."""

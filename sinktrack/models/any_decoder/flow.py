@@ -129,7 +129,8 @@ class Flow(LinearForm):
             tap.settle()
             return tap.multi_head(func, args, kwargs)
         values = list(_tensors(args, kwargs))
-        if name in _ACROSS and tap.inside and any(map(self._of_positions, values)):
+        mixes = name in _ACROSS and not _is_pointwise(name, args, kwargs)
+        if mixes and tap.inside and any(map(self._of_positions, values)):
             tap.lose(f"{name} mixes positions beside its attention")
         if any(isinstance(mark_of(value), Stream) for value in values):
             return self._on_stream(name, func, args, kwargs)
@@ -295,7 +296,9 @@ class Flow(LinearForm):
 
     def _versions(self, values: list[Tensor]) -> list[int]:
         """How often tensors were changed in place, where a pass may be edited."""
-        return [value._version for value in values] if self.tap.editor else []
+        if self.tap.editor is None:
+            return []
+        return [-1 if value.is_inference() else value._version for value in values]
 
     def _unmasked(
         self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -340,6 +343,8 @@ class Flow(LinearForm):
             Uneditable: it works in place, or does not give their sum.
         """
         tap = self.tap
+        if -1 in versions:
+            raise tap.uneditable(f"{name} adds its write to the stream under inference mode")
         if self._versions(list(_tensors(args, kwargs))) != versions:
             raise tap.uneditable(f"{name} adds its write to the stream in place")
         args, kwargs = self._edited(name, args, kwargs)
@@ -381,6 +386,12 @@ def _is_opaque(func: Any, name: str) -> bool:
     if type(func).__name__ in ("OpOverload", "OpOverloadPacket", "CustomOpDef"):
         return True
     return not any(hasattr(place, name) for place in (Tensor, torch, F))
+
+
+def _is_pointwise(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """A convolution whose kernel is one place large: a linear map of each place by itself."""
+    weight = args[1] if len(args) > 1 else kwargs.get("weight")
+    return name[:4] == "conv" and isinstance(weight, Tensor) and set(weight.shape[2:]) == {1}
 
 
 def _unmark(value: Any) -> None:

@@ -94,10 +94,9 @@ def _show(
     decoder: Decoder, found: Found, observer: Collector, tokens: Tensor, parts: bool = True
 ) -> _AtP0:
     """Show a forward pass of tokens ``[B, T]``, with the parts of its writes or without."""
-    device = next(found.model.parameters()).device
 
     def make() -> Tap:
-        return Tap(decoder, found, observer, tokens.to(device), "p0" if parts else None)
+        return Tap(decoder, found, observer, tokens.to(found.device), "p0" if parts else None)
 
     tap, _ = _passed(make)
     found.notes += tap.notes if parts else []
@@ -228,7 +227,7 @@ class _Passes(InMemory):
     def __init__(self, decoder: Decoder, found: Found) -> None:
         self._decoder, self._found = decoder, found
         self.blocks = len(found.blocks)
-        self.device = next(found.model.parameters()).device
+        self.device = found.device
         self.width = self.vocabulary = 0
         self.routes = False
         self._dims, self._time_first = 0, False
