@@ -497,6 +497,13 @@ def over_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores(q, k).softmax(-1) @ v  # type: ignore[no-any-return]
 
 
+def positions_as_channels(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A convolution of one place that maps the positions."""
+    wide = v.transpose(1, 2).flatten(2)
+    v = F.conv1d(wide, torch.eye(v.shape[2])[..., None]).unflatten(2, (HEADS, -1)).transpose(1, 2)
+    return scores(q, k).softmax(-1) @ v  # type: ignore[no-any-return]
+
+
 def attending(own: Any, monkeypatch: pytest.MonkeyPatch, kind: type[Net] = Net) -> Net:
     model = reading(Kind(), PROBE.tokens)
     model.__class__ = kind
@@ -531,8 +538,9 @@ def test_a_pass_under_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_convolution_of_one_place_mixes_no_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     model = attending(over_heads, monkeypatch)
     check(measure(model, PROBE), model, PROBE.tokens)
-    model = attending(over_positions, monkeypatch)
-    assert "conv1d mixes positions" in measure(model, PROBE).missing["shares"]
+    for own in (over_positions, positions_as_channels):
+        model = attending(own, monkeypatch)
+        assert "conv1d mixes positions" in measure(model, PROBE).missing["shares"]
 
 
 def test_a_model_whose_weights_are_out_of_sight() -> None:

@@ -129,7 +129,7 @@ class Flow(LinearForm):
             tap.settle()
             return tap.multi_head(func, args, kwargs)
         values = list(_tensors(args, kwargs))
-        mixes = name in _ACROSS and not _is_pointwise(name, args, kwargs)
+        mixes = name in _ACROSS and not _is_pointwise(name, args, kwargs, tap.length)
         if mixes and tap.inside and any(map(self._of_positions, values)):
             tap.lose(f"{name} mixes positions beside its attention")
         if any(isinstance(mark_of(value), Stream) for value in values):
@@ -388,10 +388,24 @@ def _is_opaque(func: Any, name: str) -> bool:
     return not any(hasattr(place, name) for place in (Tensor, torch, F))
 
 
-def _is_pointwise(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """A convolution whose kernel is one place large: a linear map of each place by itself."""
-    weight = args[1] if len(args) > 1 else kwargs.get("weight")
-    return name[:4] == "conv" and isinstance(weight, Tensor) and set(weight.shape[2:]) == {1}
+def _is_pointwise(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], length: int) -> bool:
+    """A convolution whose kernel is one place large: a linear map of each place by itself.
+
+    Not where positions are moved, or may be the channels that it maps.
+    """
+    if name[:4] != "conv":
+        return False
+    names = ("input", "weight", "bias", "stride", "padding")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    value, weight = given.get("input"), given.get("weight")
+    if not isinstance(value, Tensor) or not isinstance(weight, Tensor) or value.ndim < 3:
+        return False
+    stride, padding = (
+        {number} if isinstance(number, int | str) else set(number)
+        for number in (given.get("stride", 1), given.get("padding", 0))
+    )
+    moved = stride != {1} or not padding <= {0, "valid", "same"}
+    return set(weight.shape[2:]) == {1} and not moved and value.shape[1] != length
 
 
 def _unmark(value: Any) -> None:
