@@ -223,18 +223,17 @@ def median(values: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(ordered[..., middle].sum(-1) / 2)).to(values.device)
 
 
-def middle_size(values: Tensor) -> Tensor:
-    """Median of the absolute values over the last dimension, the lower one of the middle two.
+def lower_median_(values: Tensor) -> Tensor:
+    """Median over the last dimension as torch takes it: the lower one of the middle two.
 
-    nan is the largest number here, on a CPU.
+    The values change their order. nan is the largest number here, on a CPU.
     """
-    size = values.abs()
-    if size.device.type != "cpu":
-        return size.median(-1).values
-    place = (size.shape[-1] - 1) // 2
-    wide = size.to(torch.promote_types(size.dtype, torch.float32))  # numpy has no bfloat16
-    wide.numpy().partition(place, axis=-1)  # no sort is needed, nor another copy
-    return wide[..., place].to(size.dtype)
+    if values.device.type != "cpu":
+        return values.median(-1).values
+    place = (values.shape[-1] - 1) // 2
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))  # numpy has no bfloat16
+    wide.numpy().partition(place, axis=-1)  # no sort is needed
+    return wide[..., place].to(values.dtype)
 
 
 def number(value: Tensor) -> float | None:

@@ -18,8 +18,8 @@ from sinktrack.metrics.base import (
     Row,
     Seen,
     State,
+    lower_median_,
     median,
-    middle_size,
 )
 
 if TYPE_CHECKING:
@@ -56,10 +56,11 @@ class Outliers(Metric):
     def on_state(self, stream: Tensor, shard: PositionShard) -> PartialStates:
         """Largest value and its channel, ``[b, 2]``, at P0 and elsewhere; medians ``[b, t]``."""
         rest = shard.rest(stream)
-        kept: PartialStates = {"p0": _largest(stream[:, :1]) if shard.p0 else None}
+        kept: PartialStates = {"p0": _largest(stream[:, :1].abs()) if shard.p0 else None}
         if rest.shape[1]:
-            kept["others"] = _largest(rest)
-            kept["medians"] = middle_size(rest).float()
+            size = rest.abs()
+            kept["others"] = _largest(size)
+            kept["medians"] = lower_median_(size).float()
         return kept
 
     def compute(self, seen: Seen, found: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,11 +93,9 @@ class Outliers(Metric):
         return {"max_activation": largest, "p0_channels": channels}
 
 
-def _largest(stream: Tensor) -> Tensor:
-    """``[b, 2]``: the largest absolute value of ``[b, t, D]`` and its channel."""
-    high, low = stream.amax(1), stream.amin(1)
-    size = torch.maximum(high, -low).float()
-    value, channel = size.max(-1)
+def _largest(size: Tensor) -> Tensor:
+    """``[b, 2]``: the largest of absolute values ``[b, t, D]`` and its channel."""
+    value, channel = size.amax(1).float().max(-1)
     return torch.stack([value, channel.float()], -1)
 
 
