@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +97,7 @@ def test_pretrain(case: str, tmp_path: Path) -> None:
 
     assert_recorded(run, [2, 4, 6, 8])
     assert_saved(plain, tracked, run, tmp_path, 2e-3 if "--fp16" in arguments else 2 * AGREEMENT)
-    iterations = {int(number) for half in found[plain] for number, _ in half["training"]}
-    assert_logged(tracked, run, 1 + resumes, tmp_path, iterations)
+    assert_logged(tracked, run, 1 + resumes, tmp_path)
 
 
 LOGGED = {
@@ -191,13 +189,11 @@ def assert_saved(
         assert largest_difference(online, offline) <= within
 
 
-def assert_logged(
-    tracked: str, run: str, parts: int, tmp_path: Path, iterations: Collection[int] = range(1, 9)
-) -> None:
+def assert_logged(tracked: str, run: str, parts: int, tmp_path: Path) -> None:
     """Every row of Megatron's is in W&B, and every record with its keys."""
     rows = rows_below(Path(tracked), tmp_path)
     assert len(list(Path(tracked).glob("wandb/offline-run-*"))) == parts
-    assert {row["_step"] for row in rows if "lm loss" in row} == set(iterations)
+    assert {row["_step"] for row in rows if "lm loss" in row} == set(range(1, 9))
     assert any("validation" in key for row in rows for key in row)
     assert_ours(run, rows)
 
