@@ -44,6 +44,17 @@ CASES = {
     "experts": (2, "--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2 "
                    "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01"),
     "stages": (2, "--pipeline-model-parallel-size 2"),
+    "virtual stages": (
+        2, "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1",
+    ),
+    "context": (2, "--context-parallel-size 2"),
+    "tensors of experts": (2, "--num-experts 4 --moe-router-topk 2 --tensor-model-parallel-size 2 "
+                              "--expert-tensor-parallel-size 2 --sequence-parallel"),
+    "further tokens": (1, "--mtp-num-layers 1"),
+    "half precision": (1, "--fp16 --initial-loss-scale 65536 --loss-scale-window 3"),
+    "recomputed": (1, "--recompute-granularity full --recompute-method uniform "
+                      "--recompute-num-layers 1 "
+                      "--cross-entropy-loss-fusion --cross-entropy-fusion-impl native"),
     "hybrid": (1, "--hybrid-layer-pattern *-*E --num-experts 4 --moe-router-topk 2 "
                   "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 0.01 "
                   "--spec megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec"),
@@ -79,11 +90,13 @@ def test_pretrain(case: str, tmp_path: Path) -> None:
             given = [out, written, *arguments, *log, *more]
             found[out].append(losses(launch(processes, "megatron_pretrain.py", *given)))
     assert found[plain] == found[tracked]
-    assert [len(half["training"]) for half in found[plain]] == ([4, 4] if resumes else [8])
+    # the growing loss scale overflows once, and that iteration prints no loss
+    told = [4, 3 if case == "half precision" else 4] if resumes else [8]
+    assert [len(half["training"]) for half in found[plain]] == told
     assert [len(half["validation"]) for half in found[plain]] == ([2, 4] if resumes else [6])
 
     assert_recorded(run, [2, 4, 6, 8])
-    assert_saved(plain, tracked, run, tmp_path)
+    assert_saved(plain, tracked, run, tmp_path, 2e-3 if "--fp16" in arguments else 2 * AGREEMENT)
     assert_logged(tracked, run, 1 + resumes, tmp_path)
 
 
@@ -153,7 +166,9 @@ def assert_recorded(run: str, steps: list[int]) -> None:
     assert [record["tokens"] for record in records] == [step * 8 * 16 for step in steps]
 
 
-def assert_saved(plain: str, tracked: str, run: str, tmp_path: Path) -> None:
+def assert_saved(
+    plain: str, tracked: str, run: str, tmp_path: Path, within: float = 2 * AGREEMENT
+) -> None:
     """Both saved the same weights, and their scan gives the records of the training."""
     records = Run.read(run).records
     saved = [discover(Path(where)) for where in (plain, tracked)]
@@ -171,7 +186,7 @@ def assert_saved(plain: str, tracked: str, run: str, tmp_path: Path) -> None:
                 record.pop(name, None)
             for sink in record["sinks"]:
                 sink.pop("total_effects", None)
-        assert largest_difference(online, offline) <= 2 * AGREEMENT
+        assert largest_difference(online, offline) <= within
 
 
 def assert_logged(tracked: str, run: str, parts: int, tmp_path: Path) -> None:

@@ -152,6 +152,20 @@ class PlainAttention(torch.nn.Module):
         return mixed.flatten(2)
 
 
+def on_cpu(spec: Any, settings: Any) -> None:
+    """Put in norms and attention for layouts that Megatron's own ones refuse."""
+    spec.layer_norm = Norm
+    for layer in spec.layer_specs:
+        parts = layer.submodules
+        parts.input_layernorm, parts.pre_mlp_layernorm = Norm, Norm
+        attention = parts.self_attention.submodules
+        for name in ("q_layernorm", "k_layernorm"):
+            if settings.qk_layernorm:
+                setattr(attention, name, Norm)
+        if settings.multi_latent_attention or settings.context_parallel_size > 1:
+            attention.core_attention = PlainAttention
+
+
 def build(settings: Any) -> list[Any]:
     """The chunks that this process holds, with weights that do not depend on the layout."""
     from megatron.core import parallel_state as state
@@ -166,16 +180,7 @@ def build(settings: Any) -> list[Any]:
     for stage in range(stages):
         virtual = stage if stages > 1 else None
         spec = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, vp_stage=virtual)
-        spec.layer_norm = Norm
-        for layer in spec.layer_specs:
-            parts = layer.submodules
-            parts.input_layernorm, parts.pre_mlp_layernorm = Norm, Norm
-            attention = parts.self_attention.submodules
-            for name in ("q_layernorm", "k_layernorm"):
-                if settings.qk_layernorm:
-                    setattr(attention, name, Norm)
-            if settings.multi_latent_attention or settings.context_parallel_size > 1:
-                attention.core_attention = PlainAttention
+        on_cpu(spec, settings)
         last = state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual)
         ahead = None
         if settings.mtp_num_layers and last:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 
 from sinktrack import Probe
 from sinktrack.callbacks.megatron import SinkTrackMegatron
-from tests.helpers import megatron_hybrid
+from tests.helpers import megatron_hybrid, megatron_models
 
 VOCABULARY, LENGTH = 63, 16
 PROBE = Probe.random(VOCABULARY, sequences=4, length=12, seed=3)
@@ -28,7 +29,7 @@ ARGUMENTS = f"""
     --seq-length {LENGTH} --max-position-embeddings {LENGTH} --swiglu --normalization RMSNorm
     --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights
     --vocab-size {VOCABULARY} --tokenizer-type NullTokenizer --make-vocab-size-divisible-by 8
-    --micro-batch-size 2 --global-batch-size 8 --train-iters 8 --lr-decay-iters 8
+    --micro-batch-size 2
     --lr 0.01 --lr-decay-style cosine --min-lr 0.001 --attention-dropout 0.1 --hidden-dropout 0.1
     --eval-iters 1 --eval-interval 2 --save-interval 4 --log-interval 1 --num-workers 0
     --transformer-impl local --ckpt-format torch_dist
@@ -83,7 +84,7 @@ class Samples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"tokens": torch.randint(VOCABULARY, (LENGTH + 1,), generator=generator)}
 
 
-def datasets(*_: Any, **__: Any) -> Any:
+def datasets(*_: Any, vp_stage: int | None = None) -> Any:
     return Samples(), Samples(), Samples()
 
 
@@ -92,7 +93,10 @@ datasets.is_distributed = True  # type: ignore[attr-defined]
 
 def model(*_: Any, pre_process: bool = True, post_process: bool = True, **given: Any) -> Any:
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_mtp_block_spec,
+    )
     from megatron.training import arguments, get_args
 
     args = get_args()
@@ -117,14 +121,15 @@ def model(*_: Any, pre_process: bool = True, post_process: bool = True, **given:
             rotary_base=args.rotary_base,
             vp_stage=stage,
         )
+    fused = args.transformer_impl == "transformer_engine"
+    blocks = get_gpt_decoder_block_spec(
+        config, fused, normalization=args.normalization, vp_stage=stage
+    )
+    if config.sequence_parallel or config.context_parallel_size > 1:
+        megatron_models.on_cpu(blocks, config)
     return GPTModel(
         config,
-        get_gpt_decoder_block_spec(
-            config,
-            args.transformer_impl == "transformer_engine",
-            normalization=args.normalization,
-            vp_stage=stage,
-        ),
+        blocks,
         args.padded_vocab_size,
         args.max_position_embeddings,
         pre_process=pre_process,
@@ -132,6 +137,9 @@ def model(*_: Any, pre_process: bool = True, post_process: bool = True, **given:
         position_embedding_type=args.position_embedding_type,
         share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
         rotary_base=args.rotary_base,
+        mtp_block_spec=get_gpt_mtp_block_spec(config, blocks, fused, vp_stage=stage)
+        if args.mtp_num_layers
+        else None,
         vp_stage=stage,
     )
 
@@ -143,9 +151,13 @@ def loss(mask: Any, output: Any, **_: Any) -> Any:
 
 
 def step(iterator: Any, chunk: Any, *_: Any) -> Any:
+    from megatron.core import parallel_state as state
+
+    rank = state.get_context_parallel_rank()
+    chunks = torch.arange(LENGTH, device=DEVICE).chunk(2 * state.get_context_parallel_world_size())
+    held = torch.cat([chunks[rank], chunks[-1 - rank]])  # with one process, all
     tokens = next(iterator)["tokens"].to(DEVICE)
-    positions = torch.arange(LENGTH, device=DEVICE).expand(len(tokens), -1)
-    output = chunk(tokens[:, :-1], positions, None, labels=tokens[:, 1:].contiguous())
+    output = chunk(tokens[:, held], held.expand(len(tokens), -1), None, labels=tokens[:, held + 1])
     return output, functools.partial(loss, None)
 
 
@@ -154,6 +166,7 @@ def main(out: str, run: str, *more: str) -> None:
     if DEVICE == "cpu":
         stand_in()
         torch.distributed.init_process_group(BACKEND)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # tensor parallelism insists on it
     from megatron.core.enums import ModelType
     from megatron.training import initialize, training
 
@@ -161,6 +174,10 @@ def main(out: str, run: str, *more: str) -> None:
     if DEVICE == "cpu":
         initialize._warmup_jit_function = lambda *_, **__: None
     arguments = [*ARGUMENTS.split(), "--distributed-backend", BACKEND]
+    if "--train-samples" not in more:
+        arguments += ["--train-iters", "8", "--lr-decay-iters", "8"]
+    if "--step-batch-size-schedule" not in more:
+        arguments += ["--global-batch-size", "8"]
     sys.argv = ["pretrain", *arguments, "--save", out, "--load", out, *more]
     given: dict[str, Any] = {}
     if run != "-":
