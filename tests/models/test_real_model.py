@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sinktrack as st
@@ -65,6 +66,28 @@ def test_two_phases_in_series(story: Story) -> None:
             assert found.norm_ratio[block] < 1.3
             assert abs(found.concentration[block] - found.uniform[block]) < 0.2
     assert (story.of_prose.sinks[0].first_block, story.of_prose.sinks[0].last_block) == (3, 9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prose", [True, False])
+def test_the_same_with_1024_sequences(story: Story, prose: bool) -> None:
+    """Windows of the prose that begin anywhere, and random tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(story.directory)
+    probe = st.Probe.random(story.model.config.vocab_size, sequences=1024, length=64)
+    if prose:
+        tokens = torch.tensor([token for text in passages() for token in tokenizer(text).input_ids])
+        starts = torch.randint(
+            len(tokens) - 64, (1024,), generator=torch.Generator().manual_seed(0)
+        )
+        probe = st.Probe.from_tokens(tokens[starts[:, None] + torch.arange(64)])
+    found = st.measure(story.model, probe, batch_size=64)
+    phases = [(sink.first_block, sink.last_block) for sink in found.sinks]
+    assert phases == [(3, 9) if prose else (2, 10), (12, 29)]
+    first, main = found.sinks
+    assert named(main.writers)["mlp", 11] > 0.9
+    assert named(first.writers).keys() >= {("mlp", 1), ("mlp", 2)}
+    assert named(first.erasers).keys() >= {("mlp", 8), ("mlp", 9)}
+    assert named(main.erasers).keys() == {("mlp", 28), ("mlp", 29)}
 
 
 def test_who_writes_and_who_erases(story: Story) -> None:
