@@ -29,7 +29,7 @@ from sinktrack.errors import MeasurementError
 _CHUNK_SCORES = 2**22
 """Scores held at a time where no fused call returns a log-sum-exp (16 MiB in float32)."""
 _CACHED_SCORES = 2**20
-"""The same on a CPU, whose caches hold them."""
+"""The same on a CPU, whose caches hold them; more of many heads and long sequences."""
 _NOTHING = -80.0
 """Log-probability of a masked key at most; float32 has no smaller normal ``exp``."""
 
@@ -130,7 +130,8 @@ def attend(
 
     def onto(keys: Tensor) -> Tensor:
         marked = keys[:, None, :, None].float().expand(-1, key.shape[1], -1, 1)
-        return _tiled(query.float(), key.float(), marked, of)[0][..., 0]
+        received, _, _, squared = _tiled(query.float(), key.float(), marked, of)
+        return received[..., 0].masked_fill_(squared.isnan(), torch.nan)
 
     counts = _visible_keys(mask if mask is None else _seen_of(mask), query)
     attended = []
@@ -300,11 +301,13 @@ def _from_kernel(
         chosen = key[rows, :, keys].float().repeat_interleave(query.shape[1] // key.shape[1], 1)
         score = torch.einsum("bhtd,bhd->bht", query.float(), chosen).mul_(of.scale)
         if of.mask is not None and of.mask.dtype != torch.bool:
-            score = score + of.mask.expand(len(rows), -1, -1, -1)[rows, :, :, keys]
+            column = of.mask.expand(len(rows), -1, -1, -1)[rows, :, :, keys]
+            score = score + column.to(query.dtype)  # as the kernel takes it
         on.append(score.sub_(lse).exp_())
     return output, on, sink, lse
 
 
+@torch.no_grad()
 def _tiled(
     query: Tensor, key: Tensor, value: Tensor, of: _Scores, second_key: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor]:
@@ -329,6 +332,10 @@ def _tiled(
     squares = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
     on = [torch.empty_like(squares) for _ in range(1 if second_key is None else 2)]
     lse = None if of.sinks is None else torch.empty_like(squares)
+    whole, blind = of.allow_future_keys and of.mask is not None, None
+    if of.mask is not None and of.mask.dtype != torch.bool:
+        blind = ~_seen_of(of.mask).any(-1)
+        whole = whole or bool(blind.any())  # such a query takes the mean of all keys' values
     tiles, most = _tiles(query, each)
     room = torch.empty(most, dtype=wide, device=query.device)
     plain = all(type(x) is Tensor for x in (query, key, value))
@@ -336,7 +343,7 @@ def _tiled(
     with torch._C.DisableTorchFunction() if plain else nullcontext():
         for at, shared in tiles:
             sequences, _, queries = at
-            last = length if of.allow_future_keys else queries.stop
+            last = length if whole else queries.stop
             keys = scaled[sequences, shared, :last].flatten(0, 1)
             asks = query[at].to(wide)
             flat = room[: asks[..., 0].numel() * last].view(len(keys), -1, last)
@@ -346,10 +353,10 @@ def _tiled(
             largest = scores.amax(-1) if of.mask is not None or lse is not None else None
             torch.softmax(flat, -1, out=flat)
             if largest is not None:
-                blind = largest == -torch.inf
-                scores.masked_fill_(blind[..., None], 0.0)
+                nothing = largest == -torch.inf
+                scores.masked_fill_(nothing[..., None], 0.0)
                 if lse is not None:
-                    lse[at] = torch.where(blind, largest, largest - scores.amax(-1).log_())
+                    lse[at] = torch.where(nothing, largest, largest - scores.amax(-1).log_())
             squares[at] = torch.linalg.vector_norm(scores, dim=-1)
             on[0][at] = scores[..., 0]
             if second_key is not None:
@@ -359,6 +366,8 @@ def _tiled(
             values = value[sequences, shared, :last].flatten(0, 1)
             output[at] = torch.bmm(flat.to(value.dtype), values).view(*asks.shape[:3], -1)
     squares.square_()
+    if blind is not None:
+        squares.masked_fill_(blind, 0.0)
     finite = _finite(query, key)[..., None]
     sink = None
     if of.sinks is not None and lse is not None:

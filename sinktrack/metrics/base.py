@@ -150,7 +150,7 @@ class Seen:
 
     Args:
         collected: of the probe's pass.
-        alone: of the pass of single first tokens.
+        alone: of the pass of single first tokens; without writes.
         first_tokens: ``[B]`` int64, token 0 of each sequence, in the order of the batches.
         kinds: of all L blocks.
         ablated: single first tokens without one component's write, or why they cannot be had.

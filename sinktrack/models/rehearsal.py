@@ -36,6 +36,8 @@ class Rehearsal(Observer):
         found: the decoder.
     """
 
+    with_mixing = True  # as a measurement's passes
+
     def __init__(self, found: Decoder) -> None:
         self._found = found
         self._inputs: dict[int, Tensor] = {}

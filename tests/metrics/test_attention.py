@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from sinktrack import attention
 from sinktrack.attention import attend, edit_mask, read_scores
@@ -330,6 +331,34 @@ def test_with_mixing_is_the_same(boolean: bool, sinks: Tensor | None) -> None:
     if sinks is not None:
         assert without.sink is not None and with_mixing.sink is not None
         torch.testing.assert_close(without.sink, with_mixing.sink, equal_nan=True)
+
+
+@pytest.mark.parametrize("length", [9, 40])
+def test_a_query_that_sees_nothing_by_a_finite_mask(length: int) -> None:
+    """It takes the mean of all values, as in torch, and counts for nothing."""
+    query, (key, value) = torch.randn(2, 4, length, 8), torch.randn(2, 2, 2, length, 8)
+    seen = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    seen[..., 4, :] = False
+    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    wanted = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    for with_mixing in (False, True):
+        for scores in (64, 2**20):
+            with small_tiles(scores):
+                output, found = attend(
+                    query, key, value, scale=0.3, mask=mask, with_mixing=with_mixing
+                )
+                squares = found.mixing()
+            torch.testing.assert_close(output, wanted)
+            assert not found.p0[..., 4].any() and not squares[..., 4].any()
+
+
+def test_inputs_that_require_gradients() -> None:
+    query, key = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(2))
+    _, found = attend(query, key, key, scale=0.3, with_mixing=True)
+    _, again = attend(query.detach(), key.detach(), key.detach(), scale=0.3, with_mixing=True)
+    assert torch.equal(found.p0, again.p0) and torch.equal(found.mixing(), again.mixing())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

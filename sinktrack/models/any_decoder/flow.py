@@ -398,14 +398,15 @@ def _is_pointwise(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], leng
     names = ("input", "weight", "bias", "stride", "padding")
     given = dict(zip(names, args, strict=False)) | kwargs
     value, weight = given.get("input"), given.get("weight")
-    if not isinstance(value, Tensor) or not isinstance(weight, Tensor) or value.ndim < 3:
+    if not isinstance(value, Tensor) or not isinstance(weight, Tensor):
         return False
     stride, padding = (
         {number} if isinstance(number, int | str) else set(number)
         for number in (given.get("stride", 1), given.get("padding", 0))
     )
     moved = stride != {1} or not padding <= {0, "valid", "same"}
-    return set(weight.shape[2:]) == {1} and not moved and value.shape[1] != length
+    channels = value.ndim == weight.ndim and value.shape[1] % length != 0
+    return set(weight.shape[2:]) == {1} and not moved and channels
 
 
 def _unmark(value: Any) -> None:
