@@ -110,8 +110,10 @@ def attend(
     if second_key is not None:
         second_key = second_key.to(key.device)
         wanted.append(second_key)
-    tiles = with_mixing and query.device.type == "cpu" and query.dtype == torch.float32
-    fused = None if tiles or softcap is not None else _fused(query, key, value, scale, mask)
+    by_tiles = query.device.type == "cpu" and query.dtype == torch.float32  # a second call is dear
+    fused = None
+    if softcap is None and not (with_mixing and by_tiles):
+        fused = _fused(query, key, value, scale, mask)
     if fused is None:
         output, on, sink, squares = _tiled(query, key, value, of, second_key)
     else:
@@ -121,7 +123,7 @@ def attend(
     def mixing() -> Tensor:
         if fused is None:
             return squares
-        if query.device.type == "cpu" and query.dtype == torch.float32:
+        if by_tiles:
             return _tiled(query, key, value, of)[3]
         doubled = mask if mask is None or mask.dtype == torch.bool else mask * 2
         again = _fused(query, key, value, 2 * scale, doubled)
