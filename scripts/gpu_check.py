@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,11 @@ def attention(device: str, length: int) -> Iterator[Row]:
         )  # fmt: skip
         wanted = _in_float64(query, key, scale, mask, softcap, sinks)
         most = 5e-6 if dtype == torch.float32 else 2**-13
-        difference = float((found.p0.cpu().double() - wanted).abs().max())
+        difference = float((found.p0.cpu().double() - wanted[..., 0]).abs().max())
         yield Row(f"attention to P0, {name}, {_short(dtype)}, T {length}", difference, most)
+        squares = wanted.square().sum(-1)
+        difference = float((found.mixing().cpu().double() - squares).abs().max())
+        yield Row(f"squared attention, {name}, {_short(dtype)}, T {length}", difference, most)
 
 
 def _in_float64(
@@ -126,7 +129,7 @@ def _in_float64(
     if sinks is not None:
         own = sinks.double()[None, :, None, None].expand(*scores.shape[:-1], 1)
         scores = torch.cat([scores, own], -1)
-    return scores.softmax(-1)[..., 0]
+    return scores.softmax(-1)[..., : key.shape[2]]
 
 
 def backends(device: str, length: int) -> Iterator[Row]:
@@ -354,13 +357,23 @@ _ENGINE: dict[str, dict[str, Any]] = {
     },
     "window": {"window_size": (16, 0)},
     "sink logits": {"softmax_type": "learnable"},
+    "FP8, delayed scaling": {"fp8": "hybrid", "fp8_recipe": "delayed"},
+    "FP8, scaled by tensors, weights in FP8": {
+        "fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param": True,
+    },
+    "FP8, scaled by blocks, grouped experts": {
+        "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 128,
+        "moe_grouped_gemm": True, "moe_token_dispatcher_type": "alltoall",
+        "fp8": "e4m3", "fp8_recipe": "blockwise",
+    },
 }  # fmt: skip
 """Megatron-Core models of Transformer Engine's layers."""
 
 
 def transformer_engine(device: str) -> Iterator[Row]:
     """Megatron-Core with Transformer Engine: attention of what its core gets, in float64; norms;
-    and the random states, of which its fused attention takes."""
+    the random states, of which its fused attention takes; and the scales of FP8, which its forward
+    passes set."""
     try:
         import transformer_engine  # type: ignore[import-not-found]  # noqa: F401
     except ImportError:
@@ -406,15 +419,20 @@ def transformer_engine(device: str) -> Iterator[Row]:
                     with_kwargs=True,
                 ),
             ]
-        positions = torch.arange(64, device=device).expand(4, -1)
-        with torch.no_grad():
-            whole.eval()(probe.tokens.to(device), positions, None)
+        given = probe.tokens.to(device), torch.arange(64, device=device).expand(4, -1), None
+        with _without_fp8(own), torch.no_grad():
+            wide = whole.eval()(*given)
         whole.train()
         for handle in handles:
             handle.remove()
-        before = _states(states.get_cuda_rng_tracker())
+        if config.fp8:  # a step of training sets the scales
+            logits = whole(*given)
+            assert not torch.equal(whole.eval()(*given), wide), "FP8 is not on in training"
+            whole.train()
+            logits.float().square().mean().backward()
+        before = _states(own, states.get_cuda_rng_tracker())
         found = st.measure([whole], probe)
-        moved = float(before != _states(states.get_cuda_rng_tracker()))
+        moved = float(before != _states(own, states.get_cuda_rng_tracker()))
         wanted = torch.stack([_engine(config, *each) for each in seen])
         norms = torch.stack([stream[0].float().norm(dim=-1).mean() for stream in hidden]).cpu()
         yield Row(
@@ -423,15 +441,39 @@ def transformer_engine(device: str) -> Iterator[Row]:
         )  # fmt: skip
         apart = (found.p0_norm[: len(norms)] - norms).abs() / norms
         yield Row(f"Transformer Engine, {name}: norms of P0", float(apart.max()), 1e-6)
-        yield Row(f"Transformer Engine, {name}: random states that moved", moved, 0.0)
+        yield Row(f"Transformer Engine, {name}: random states and scales that moved", moved, 0.0)
     dist.destroy_process_group()
 
 
-def _states(tracker: Any) -> dict[str, bytes]:
-    return {
-        name: (state.get_state() if isinstance(state, torch.Generator) else state).numpy().tobytes()
+@contextmanager
+def _without_fp8(own: nn.Module) -> Iterator[None]:
+    """As Megatron-Core's own configuration says it."""
+    configs = {id(each.config): each.config for each in own.modules() if hasattr(each, "config")}
+    before = [(config, config.fp8) for config in configs.values()]
+    for config, _ in before:
+        config.fp8 = None
+    yield
+    for config, fp8 in before:
+        config.fp8 = fp8
+
+
+def _states(own: nn.Module, tracker: Any) -> dict[str, bytes]:
+    """Random states, and what FP8 scales by: of layers, and what it will reduce over processes."""
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager as Scales
+
+    tensors = {
+        name: state.get_state() if isinstance(state, torch.Generator) else state
         for name, state in tracker.get_states().items()
     }
+    for name, module in own.named_modules():
+        for of, scaling in getattr(module, "fp8_meta", {}).items():
+            for key in ("scale", "amax_history"):
+                if isinstance(value := getattr(scaling, key, None), Tensor):
+                    tensors[f"{name} {of} {key}"] = value
+    for buffer in (Scales.global_amax_buffer, Scales.global_amax_history_buffer):
+        for name, values in buffer.items():
+            tensors |= {f"{id(buffer)} {name} {at}": each for at, each in enumerate(values)}
+    return {name: value.cpu().numpy().tobytes() for name, value in tensors.items()}
 
 
 def _engine(config: Any, core: Any, query: Tensor, key: Tensor, more: Any) -> Tensor:
@@ -447,7 +489,7 @@ def _engine(config: Any, core: Any, query: Tensor, key: Tensor, more: Any) -> Te
         queries, keys, queries.shape[-1] ** -0.5, seen, None,
         None if sinks is None else sinks.detach().cpu().reshape(heads),
     )  # fmt: skip
-    return p0[..., 1 : window + 1].mean((0, 2))
+    return p0[..., 1 : window + 1, 0].mean((0, 2))
 
 
 def cost(device: str, lengths: tuple[int, ...], width: int, blocks: int) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from sinktrack.errors import MeasurementError
+from sinktrack.models import fp8
 from sinktrack.models.hidden_state import Kept
 from sinktrack.probe import Probe
 
@@ -89,7 +90,7 @@ def restore_on_exit(undo: Callable[[], object]) -> Iterator[None]:
 
 @contextmanager
 def preserve_state(model: nn.Module) -> Iterator[None]:
-    """Evaluate without gradients, autocast, compilation or dropout; then restore everything.
+    """Evaluate without gradients, autocast, FP8, compilation or dropout; then restore everything.
 
     Restored, also when the body raises: the random states of Python, numpy, torch and every CUDA
     device, train or eval mode of each module, its buffers and plain attributes with all that hangs
@@ -99,7 +100,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
 
     Raises:
         MeasurementError: after the body, something changed that cannot be put back, which is named;
-            from then on before it, for that model.
+            from then on before it, for that model. Before it, FP8 cannot be switched off.
     """
     from torch._dynamo import eval_frame  # slow to import
 
@@ -112,6 +113,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
     gpus = torch.cuda.get_rng_state_all() if cuda else []
     dtype, gradients = torch.get_default_dtype(), torch.is_grad_enabled()
     autocast = {device: torch.is_autocast_enabled(device) for device in devices - {"meta"}}
+    engine = fp8.Autocast()
     stance = eval_frame._stance
     depth = torch._C._len_torch_function_stack()
     modules = [
@@ -141,6 +143,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         torch.set_grad_enabled(gradients)
         for device, enabled in autocast.items():
             torch.set_autocast_enabled(device, enabled)
+        engine.undo()
         eval_frame._set_stance(stance)
         for module, attributes, hooks, training in modules:
             _restore(module, attributes)
@@ -165,6 +168,7 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
         torch.set_grad_enabled(False)  # not by torch's contexts, which a signal may leave half done
         for device in autocast:
             torch.set_autocast_enabled(device, False)
+        engine.off()
         torch.compiler.set_stance("force_eager")
         for module, attributes, _, _ in modules:
             module.training = False

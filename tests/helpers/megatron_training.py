@@ -687,9 +687,9 @@ def refusals(out: Path) -> None:
 
     for name, value, match in (
         (
-            "fp8",
-            "hybrid",
-            "fp8=hybrid is not supported in training: its scaling state .*; scan the checkpoints",
+            "fp4",
+            "e2m1",
+            "fp4=e2m1 is not supported in training: probes without it .*; scan the checkpoints",
         ),
         ("moe_latent_size", 8, "latent space"),
         ("cuda_graph_impl", "local", "replayed graph"),
@@ -705,6 +705,10 @@ def refusals(out: Path) -> None:
         chunks = small()
         setattr(chunks[0].config, name, value)
         refused(match, chunks)
+
+    chunks = small()
+    chunks[0].config.fp8, chunks[0].config.fp8_recipe = "e4m3", "mxfp8"
+    refused("fp8_recipe=mxfp8 is not supported in training", chunks)
 
     class FullyShardedDataParallel(type(chunks[0]).__mro__[2]):  # type: ignore[misc]
         def __init__(self, module: Any) -> None:

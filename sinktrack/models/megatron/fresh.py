@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sinktrack.errors import MeasurementError
+from sinktrack.models.fp8 import plain
 from sinktrack.models.megatron.processes import Processes
 
 Holders = tuple[int, ...]
@@ -96,7 +97,8 @@ def _digest(parameters: list[Tensor]) -> str:
 
 def _bits(parameter: Tensor) -> Tensor:
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return parameter.detach().view(integer[parameter.element_size()])
+    number = plain(parameter.detach())
+    return number.view(integer[number.element_size()])
 
 
 def _stale(found: Any) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sinktrack.attention import attend
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Observer, Projection, Write
+from sinktrack.models.fp8 import plain
 from sinktrack.models.megatron.layout import Layout, Routing
 
 if TYPE_CHECKING:
@@ -108,8 +109,7 @@ def _unwrap(model: Any) -> Any:
 def _refuse(config: Any, bare: Sequence[nn.Module]) -> None:
     """Refuse by name what would be measured wrongly."""
     reasons = {
-        "fp8": f"its scaling state is part of the forward pass; {_SCANNED}",
-        "fp4": f"its scaling state is part of the forward pass; {_SCANNED}",
+        "fp4": f"probes without it were not tried; {_SCANNED}",
         "moe_latent_size": "experts that work in a latent space",
         "moe_router_force_load_balancing": "routing by chance",
         "moe_router_force_biased": "routing by chance",
@@ -124,6 +124,12 @@ def _refuse(config: Any, bare: Sequence[nn.Module]) -> None:
             raise MeasurementError(
                 f"{name}={getattr(config, name)} is not supported in training: {reason}"
             )
+    recipe = getattr(config, "fp8_recipe", None)
+    if getattr(config, "fp8", None) and getattr(recipe, "value", recipe) == "mxfp8":
+        raise MeasurementError(
+            f"fp8_recipe=mxfp8 is not supported in training: probes without it were not tried; "
+            f"{_SCANNED}"
+        )
     variant = getattr(config, "experimental_attention_variant", None)
     if variant is not None and variant not in _LINEAR:
         raise MeasurementError(
@@ -174,9 +180,9 @@ def _kind(number: int, layer: nn.Module, config: Any) -> str:
 
 
 def weight_of(linear: nn.Module) -> Tensor | None:
-    """The one matrix of a linear layer, where it has one of its own."""
+    """The one matrix of a linear layer, where it has one of its own, out of FP8."""
     weight = getattr(linear, "weight", None)
-    return weight if isinstance(weight, Tensor) and weight.ndim == 2 else None
+    return plain(weight) if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
 def _window(number: int, config: Any) -> tuple[int, int] | None:
