@@ -448,7 +448,9 @@ def transformer_engine(device: str) -> Iterator[Row]:
 @contextmanager
 def _without_fp8(own: nn.Module) -> Iterator[None]:
     """As Megatron-Core's own configuration says it."""
-    configs = {id(each.config): each.config for each in own.modules() if hasattr(each, "config")}
+    configs: dict[int, Any] = {
+        id(each.config): each.config for each in own.modules() if hasattr(each, "config")
+    }
     before = [(config, config.fp8) for config in configs.values()]
     for config, _ in before:
         config.fp8 = None
@@ -459,7 +461,9 @@ def _without_fp8(own: nn.Module) -> Iterator[None]:
 
 def _states(own: nn.Module, tracker: Any) -> dict[str, bytes]:
     """Random states, and what FP8 scales by: of layers, and what it will reduce over processes."""
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager as Scales
+    from transformer_engine.pytorch.fp8 import (  # type: ignore[import-not-found]
+        FP8GlobalStateManager as Scales,
+    )
 
     tensors = {
         name: state.get_state() if isinstance(state, torch.Generator) else state
