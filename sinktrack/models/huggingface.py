@@ -24,9 +24,10 @@ from sinktrack.models.tracer import Mark, ResidualTracer, mark, mark_of
 _STANDS_FOR = "sdpa"
 """The implementation whose place we take: models ask for its name and prepare masks for it."""
 _INERT = {
-    "attention_mask", "block_indices", "cache_position", "deterministic", "dropout", "layer_idx",
-    "num_items_in_batch", "output_attentions", "output_hidden_states", "output_router_logits",
-    "past_key_values", "position_ids", "return_dict", "sliding_window", "use_cache",
+    "attention_mask", "block_indices", "cache", "cache_position", "deterministic", "dropout",
+    "layer_idx", "num_items_in_batch", "output_attentions", "output_hidden_states",
+    "output_router_logits", "past_key_values", "position_ids", "return_dict", "sliding_window",
+    "use_cache",
 }  # fmt: skip
 """What else an attention may be handed without a change to its scores: windows and selected keys
 are part of the mask."""

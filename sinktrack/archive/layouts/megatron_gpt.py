@@ -483,16 +483,16 @@ class MegatronGptModel(MegatronGptPreTrainedModel):
         if config.positions == "learned":
             stream = stream + self.embed_positions(positions)
         turns = self.rotary(positions, stream.dtype) if config.positions == "rope" else None
-        given = {
-            "config": config, "inputs_embeds": stream, "attention_mask": None,
-            "past_key_values": None, "position_ids": positions,
-        }  # fmt: skip
+        no_mask = no_cache = None  # by place: the cache's name differs between versions
         kinds = config.layer_types or ["full_attention"] * len(self.layers)
         make = {
             "full_attention": create_causal_mask,
             "sliding_attention": create_sliding_window_causal_mask,
         }
-        masks = {kind: make[kind](**given) for kind in set(kinds) & make.keys()}
+        masks = {
+            kind: make[kind](config, stream, no_mask, no_cache, position_ids=positions)
+            for kind in set(kinds) & make.keys()
+        }
         for block, (layer, kind) in enumerate(zip(self.layers, kinds, strict=True)):
             turned = None if block in (config.no_rope_layers or ()) else turns
             stream = layer(stream, masks.get(kind), turned)
