@@ -64,6 +64,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "granitemoe": {}, "granitemoeshared": {}, "granitemoe_swa": {}, "phimoe": {},
     "ernie4_5_moe": {}, "dots1": {}, "minimax_m2": {}, "hunyuan_v1_moe": {}, "llama4_text": {},
     "minimax_m3_vl_text": {}, "kolibri1": {}, "lfm3": {}, "glm_moe_dsa": LATENT,
+    "sarvam_moe": {}, "sarvam_mla": LATENT | {"head_dim": 4},
     "axk1": LATENT | {"head_dim": 4}, "axk2": LATENT | {"head_dim": 4},
     "bailing_hybrid": LATENT | {"layer_types": ["linear_attention", "full_attention"] * 2},
     "kimi_linear": LATENT | {"layer_types": ["linear_attention", "full_attention"] * 2,
@@ -89,6 +90,7 @@ EXACT: dict[str, dict[str, Any]] = {
     "granite": {}, "granite_swa": {}, "nemotron": {}, "glm": {}, "glm4": {}, "biogpt": {},
     "bitnet": {}, "cwm": {}, "gpt_neox_japanese": {}, "hyperclovax": {}, "internlm3": {},
     "jais2": {}, "ministral": {}, "ministral3": {}, "nanochat": {}, "persimmon": {},
+    "apertus1p5_text": {}, "exaone": {}, "lara_mini": {},
     "vaultgemma": {}, "recurrent_gemma": {}, "olmo_hybrid": {}, "lfm2": ALTERNATING,
     "minicpm3": LATENT, "youtu": LATENT | {"head_dim": 4}, "iquestcoder": {}, "ctrl": {},
     "modernbert-decoder": {}, "phi4_multimodal": {

@@ -42,6 +42,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "hy_v4": ("no residual stream", {}),
     "hrm_text": ("runs more than once in a pass of the model", {}),
     "inkling2_text": ("learned position biases", {}),
+    "inkling2_loop_text": ("learned position biases", {}),
+    "dory": ("runs more than once in a pass of the model", {}),
     "zamba": ("ZambaMambaMixer beside its attention", {}),
     "zamba2": ("Zamba2MambaMixer beside its attention", {"layer_types": ["mamba", "hybrid"] * 2}),
 }  # fmt: skip
@@ -96,7 +98,7 @@ def test_the_table_is_up_to_date() -> None:
         [
             "# Model families",
             "",
-            "Tiny random models of each family in transformers 5.23 against the family's own",
+            "Tiny random models of each family in transformers 5.24 against the family's own",
             "eager attention (within 1e-6) and residual stream: the parts of every block make",
             "what it adds at P0, and heads and experts equal plain loops over the weights (within",
             "2e-5 of the P0 norm).",
