@@ -19,7 +19,7 @@ from sinktrack.attention import Attended, attend, edit_mask, read_scores
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
 from sinktrack.models.guard import refuse_prompts, restore_on_exit
-from sinktrack.models.tracer import Mark, ResidualTracer, mark, mark_of
+from sinktrack.models.tracer import Mark, ResidualTracer, makes, mark, mark_of
 
 _STANDS_FOR = "sdpa"
 """The implementation whose place we take: models ask for its name and prepare masks for it."""
@@ -663,6 +663,11 @@ class _Tap:
         self.attended += 1
         self.observer.attention(self.block, attended)
 
+    def _has_own_tensors(self) -> bool:
+        """Has the block weights of other classes than torch's?"""
+        kinds = {type(weight) for weight in self.found.blocks[self.block].parameters()}
+        return not kinds <= {Tensor, nn.Parameter}
+
     def write(self, found: Mark | None, added: Tensor) -> Tensor | None:
         if added.numel() != math.prod(self.shape):
             self._untold(
@@ -685,6 +690,13 @@ class _Tap:
                 )
                 return None
             mixed = mixed.view(*self.shape[:2], -1)
+            whole = added if raw is None else raw
+            if self._has_own_tensors() and not makes(found, mixed[:, 0], whole[:, 0]):
+                self._untold(
+                    "its output projection's weight is of a class that multiplies otherwise than "
+                    "by its numbers, so what each head writes at P0 cannot be told"
+                )
+                return None
             projection = Projection(mixed, heads, weight, bias, found.factor)
             write = Write("attention", added, raw, projection)
         elif found is not None and found.origin == "experts" and self.routed is not None:
