@@ -56,6 +56,7 @@ class Writes(Watched):
         error = float((own - factor * one).abs().max())
         if error <= 4 * torch.finfo(value.dtype).eps * float(own.abs().max()):
             return Stream("stream", form={EMBEDDING: factor})
+        self.ask()
         self.lose(
             "something that is computed from no residual stream is added to it, such as another "
             "embedding, or an operator's output out of torch's sight"
