@@ -107,7 +107,7 @@ class OutOfSight(Watched):
             rows = self.rows(value, value.shape[-1])
             assert rows is not None
             flat = rows.flatten(0, 1).clone()
-            flat[at] = flat[at.roll(1)] * times
+            flat[at] = flat[_in_place_of(at)] * times
             return self.like(flat.view(rows.shape), value)
 
         self.flow.replaying = True
@@ -131,7 +131,7 @@ class OutOfSight(Watched):
             return False
         if torch.equal(one[at], two[at]):
             return False
-        grown = two[at].norm(dim=-1) <= _GROWS * one[at.roll(1)].norm(dim=-1)
+        grown = two[at].norm(dim=-1) <= _GROWS * one[_in_place_of(at)].norm(dim=-1)
         return times == 2 or bool(grown.all())
 
     def _mark(self, module: nn.Module, given: list[Tensor], value: Tensor) -> None:
@@ -155,6 +155,11 @@ def _projected(module: nn.Module, mixed: Tensor, known: Mark, value: Tensor) -> 
     if not isinstance(bias, Tensor) or bias.shape != value.shape[-1:]:
         bias = None
     return Mark("attention", operands=(mixed, known.heads, plain(weight), bias))
+
+
+def _in_place_of(at: Tensor) -> Tensor:
+    """Rows that take the place of some, half of these twice: a mean over all is another then."""
+    return at[len(at) - 1 - torch.arange(len(at), device=at.device) // 2]
 
 
 def _within(value: Any) -> Iterator[Tensor]:
