@@ -23,14 +23,17 @@ _MODULES = ("transformer_engine.pytorch.quantization", "transformer_engine.pytor
 _QUESTIONS = ("is_fp8_enabled", "is_fp8_calibration")
 """What its layers ask that state in each forward pass."""
 _LOW = {
-    ("torchao.float8.float8_linear", "Float8Linear"),
-    ("torchao.prototype.moe_training.tensor", "TrainingWeightWrapperBaseTensor"),
-    ("torchao.prototype.quantized_training.int8_mixed_precision",
-     "Int8MixedPrecisionTrainingLinear"),
-    ("torchao.prototype.quantized_training.int8_mixed_precision",
-     "Int8MixedPrecisionTrainingLinearWeight"),
-}  # fmt: skip
-"""torchao's linear layers, and weights of such, that round to 8 bits as they multiply."""
+    "torchao.float8.float8_linear.Float8Linear",
+    "torchao.prototype.blockwise_fp8_training.linear.Float8BlockwiseLinear",
+    "torchao.prototype.float8nocompile.float8nocompile_linear.Float8LinearNoCompile",
+    "torchao.prototype.moe_training.mxfp8_linear.MXFP8Linear",
+    "torchao.prototype.moe_training.nvfp4_training.nvfp4_training.NVFP4Linear",
+    "torchao.prototype.moe_training.tensor.TrainingWeightWrapperBaseTensor",
+    "torchao.prototype.quantized_training.int8_mixed_precision.Int8MixedPrecisionTrainingLinear",
+    "torchao.prototype.quantized_training.int8_mixed_precision."
+    "Int8MixedPrecisionTrainingLinearWeight",
+}
+"""torchao's linear layers, and weights of such, that round to 8 or 4 bits as they multiply."""
 
 
 class Autocast:
@@ -76,14 +79,14 @@ def plain(weight: Tensor) -> Tensor:
 
 
 def in_full(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The forward pass of a layer of torchao that multiplies in 8 bits, without that; else None."""
+    """The forward pass of a layer of torchao that multiplies in few bits, in full; else None."""
     if not isinstance(module, nn.Linear) or not (_is_low(module) or _is_low(module.weight)):
         return None
     return partial(_linear, module)
 
 
 def _is_low(value: object) -> bool:
-    return any((kind.__module__, kind.__name__) in _LOW for kind in type(value).__mro__)
+    return any(f"{kind.__module__}.{kind.__name__}" in _LOW for kind in type(value).__mro__)
 
 
 def _linear(module: nn.Linear, input: Tensor) -> Tensor:
