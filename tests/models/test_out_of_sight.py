@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sinktrack import Decoder, MeasurementError, Probe, measure
 from sinktrack.interventions.patching import Patch, Term
 from sinktrack.interventions.replay import replaying
-from tests.helpers import torch_models
+from tests.helpers import planted, torch_models
 from tests.helpers.torch_models import KINDS, VOCABULARY, WIDTH, Kind, Net, norm, reading
 from tests.models.test_any_decoder import check
 
@@ -26,6 +26,12 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         with torch._C.DisableTorchFunction():
             return F.linear(input, self.weight, self.bias)
+
+
+class Twice(Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return 2 * super().forward(input)
 
 
 def unseen(name: str) -> Net:
@@ -44,6 +50,32 @@ def test_linear_layers(name: str) -> None:
     found = measure(model, PROBE)
     check(found, model, PROBE.tokens)
     assert not found.missing
+
+
+def planted_model() -> Any:
+    model = planted.dense()
+    planted.head_writer(model, 0, 1)
+    planted.reader(model, 1)
+    return model
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+def test_in_transformers(doubled: bool) -> None:
+    """Heads where the layer's weight makes its output by value, else nothing of shares."""
+    probe, model = planted.probe(), planted_model()
+    for module in model.model.layers.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+    for block in model.model.layers if doubled else ():
+        block.self_attn.o_proj.__class__ = Twice
+    wanted = measure(planted_model(), probe).localization
+    assert any(part.kind == "head" for part in wanted.parts)
+    found = measure(model, probe)
+    if doubled:
+        assert found.localization.share_sum is None
+        assert "attention's output was not seen" in found.missing["shares"]
+    else:
+        assert found.localization == wanted
 
 
 def test_in_batches() -> None:

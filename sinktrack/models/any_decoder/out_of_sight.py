@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from sinktrack.models.any_decoder.by_value import distinct
 from sinktrack.models.any_decoder.stream import Stream
 from sinktrack.models.any_decoder.watched import Watched
-from sinktrack.models.fp8 import plain
-from sinktrack.models.tracer import Mark, mark, mark_of
+from sinktrack.models.tracer import by_weight, mark, mark_of
 
 _TIMES = 2.0**20
 """A stream is multiplied with it, which shows in what a module gives that adds the stream itself;
@@ -149,19 +148,9 @@ class OutOfSight(Watched):
         if len(derived) > 1 or known is None or isinstance(known, Stream):
             return
         if known.origin == "mixed":
-            mark(value, _projected(module, derived[0], known, value))
+            mark(value, by_weight(module, derived[0], value) or known)
         elif known.origin in ("attention", "experts"):
             mark(value, known if known.raw is not None else replace(known, raw=derived[0]))
-
-
-def _projected(module: nn.Module, mixed: Tensor, known: Mark, value: Tensor) -> Mark:
-    """The mark of what a module makes of heads: whether by its weight is seen by value later."""
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if not isinstance(weight, Tensor) or weight.shape != (value.shape[-1], mixed.shape[-1]):
-        return known
-    if not isinstance(bias, Tensor) or bias.shape != value.shape[-1:]:
-        bias = None
-    return Mark("attention", operands=(mixed, known.heads, plain(weight), bias))
 
 
 def _in_place_of(at: Tensor) -> Tensor:
