@@ -39,6 +39,8 @@ _INERT = {
 are part of the mask."""
 
 
+PLAIN: set[type] = {Tensor, nn.Parameter}
+"""Classes of weights that multiply by their numbers; of any other class that is looked at."""
 LIBRARIES = ("transformers.", "torch.", "peft.", "kernels.", "sinktrack.")
 """Whose functions and classes are what they are called."""
 
@@ -689,7 +691,7 @@ class _Tap:
     def _has_own_tensors(self) -> bool:
         """Has the block weights of other classes than torch's?"""
         kinds = {type(weight) for weight in self.found.blocks[self.block].parameters()}
-        return not kinds <= {Tensor, nn.Parameter}
+        return not kinds <= PLAIN
 
     def write(self, found: Mark | None, added: Tensor) -> Tensor | None:
         if added.numel() != math.prod(self.shape):

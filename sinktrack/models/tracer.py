@@ -289,7 +289,7 @@ def makes(found: Mark, rows: Tensor, whole: Tensor) -> bool:
     if bias is not None:
         made = made + bias.float()
     eps = max(torch.finfo(value.dtype).eps for value in (rows, whole))
-    slack = 32 * eps * float(whole.abs().max())
+    slack = 32 * eps * whole.float().abs().max()
     return bool(((made * found.factor - whole.float()).abs() <= slack).all())
 
 
