@@ -141,6 +141,16 @@ def test_fused(fused: bool) -> None:
     found = measure(model, PROBE)
     check(found, model, PROBE.tokens)
     assert not found.missing
+    first = torch.zeros(PROBE.sequences, dtype=torch.long)
+    for kind in ("attention", "mlp"):
+        with replaying(Decoder(model), PROBE) as replay:
+            replay.plain({1})
+            edit = Patch([Term(kind, 1)], first, "zero")
+            if fused and kind == "attention":
+                with pytest.raises(MeasurementError, match="Fused adds a write out of torch's"):
+                    replay.run([edit], loss=True)
+            else:
+                assert replay.run([edit], loss=True)
 
 
 ROOM: dict[Any, list[Tensor]] = {}

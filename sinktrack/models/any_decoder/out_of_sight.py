@@ -54,10 +54,13 @@ class OutOfSight(Watched):
                 self.lose(f"{type(module).__name__} gives a tensor once more that it gave before")
                 return
             sums = self.flow._sums(given) if unknown else []
+            self.changes = []
             for place in unknown:
                 form = self.flow._by_value(leaves[place], sums)
                 if form is not None:
                     mark(leaves[place], form)
+            if self.changes:
+                raise self.uneditable(f"{type(module).__name__} adds a write out of torch's sight")
             unknown = [n for n in unknown if mark_of(leaves[n]) is None]
             if self.asking and count and known.get(module, count):
                 known[module] = count if self._follows(module, args, kwargs, unknown, leaves) else 0
