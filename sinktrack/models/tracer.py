@@ -288,7 +288,7 @@ def makes(found: Mark, rows: Tensor, whole: Tensor) -> bool:
     made = rows.float() @ weight.float().T
     if bias is not None:
         made = made + bias.float()
-    eps = max(torch.finfo(value.dtype).eps for value in (rows, whole))
+    eps = max(torch.finfo(value.dtype).eps for value in (rows, whole, made))
     slack = 32 * eps * whole.float().abs().max()
     return bool(((made * found.factor - whole.float()).abs() <= slack).all())
 

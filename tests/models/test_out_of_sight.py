@@ -52,6 +52,19 @@ def test_linear_layers(name: str) -> None:
     assert not found.missing
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out", [True, False])
+def test_dtypes(out: bool, dtype: torch.dtype) -> None:
+    """The same parts as in torch's sight."""
+    model = unseen("plain") if out else reading(KINDS["plain"], PROBE.tokens)
+    found, wanted = (
+        measure(net.to(dtype), PROBE) for net in (model, reading(KINDS["plain"], PROBE.tokens))
+    )
+    assert not found.missing
+    assert found.localization == wanted.localization
+    assert any(part.kind == "head" for part in found.localization.parts)
+
+
 def planted_model() -> Any:
     model = planted.dense()
     planted.head_writer(model, 0, 1)
