@@ -1,14 +1,20 @@
-"""FP8 of Transformer Engine: off while a probe runs, and weights that are kept in it as numbers.
+"""FP8 of Transformer Engine and torchao: off while a probe runs, so it measures what a scan does.
 
-A forward pass in FP8 notes the largest values that it meets, in eval mode too, and the next step of
-training scales by them: a probe would change those. Without FP8 it measures what a scan does.
+With Transformer Engine a forward pass in FP8 notes the largest values that it meets, in eval mode
+too, and the next step of training scales by them: a probe would change those. With torchao nothing
+is noted, but what a position gets hangs on how others round, and rounding to 8 bits turns a last
+bit into a hundredth.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from sinktrack.errors import MeasurementError
 
@@ -16,6 +22,18 @@ _MODULES = ("transformer_engine.pytorch.quantization", "transformer_engine.pytor
 """Where the state of its autocast is; the second in versions before 2.9."""
 _QUESTIONS = ("is_fp8_enabled", "is_fp8_calibration")
 """What its layers ask that state in each forward pass."""
+_LOW = {
+    "torchao.float8.float8_linear.Float8Linear",
+    "torchao.prototype.blockwise_fp8_training.linear.Float8BlockwiseLinear",
+    "torchao.prototype.float8nocompile.float8nocompile_linear.Float8LinearNoCompile",
+    "torchao.prototype.moe_training.mxfp8_linear.MXFP8Linear",
+    "torchao.prototype.moe_training.nvfp4_training.nvfp4_training.NVFP4Linear",
+    "torchao.prototype.moe_training.tensor.TrainingWeightWrapperBaseTensor",
+    "torchao.prototype.quantized_training.int8_mixed_precision.Int8MixedPrecisionTrainingLinear",
+    "torchao.prototype.quantized_training.int8_mixed_precision."
+    "Int8MixedPrecisionTrainingLinearWeight",
+}
+"""torchao's linear layers, and weights of such, that round to 8 or 4 bits as they multiply."""
 
 
 class Autocast:
@@ -51,7 +69,30 @@ class Autocast:
 
 
 def plain(weight: Tensor) -> Tensor:
-    """A weight that Transformer Engine keeps in FP8, in the dtype that it stands for; or itself."""
-    if any(kind.__module__.startswith("transformer_engine.") for kind in type(weight).__mro__):
-        return weight.detach().dequantize()
+    """The numbers that a weight of a class of its own stands for, where it can tell; or itself."""
+    for name in ("get_original_weight", "dequantize"):  # NF4's dequantize takes another argument
+        own = getattr(type(weight), name, None)
+        if own not in (None, Tensor.dequantize):
+            numbers: Tensor = getattr(weight.detach(), name)()
+            return numbers
     return weight
+
+
+def in_full(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """The forward pass of a layer of torchao that multiplies in few bits, in full; else None."""
+    if not isinstance(module, nn.Linear) or not (_is_low(module) or _is_low(module.weight)):
+        return None
+    return partial(_linear, module)
+
+
+def _is_low(value: object) -> bool:
+    return any(f"{kind.__module__}.{kind.__name__}" in _LOW for kind in type(value).__mro__)
+
+
+def _linear(module: nn.Linear, input: Tensor) -> Tensor:
+    weight: Any = module.weight
+    if hasattr(weight, "to_original_precision"):  # FSDP2 gathered it in FP8
+        weight = weight.to_original_precision()
+    elif _is_low(weight):
+        weight = weight._data
+    return F.linear(input, weight, module.bias)

@@ -174,6 +174,8 @@ def preserve_state(model: nn.Module) -> Iterator[None]:
             module.training = False
             if "_original_forward" in attributes:  # Accelerate wraps forward in autocast
                 module.forward = attributes["_original_forward"]  # type: ignore[assignment]
+            elif (full := fp8.in_full(module)) is not None:
+                module.forward = full
         yield
     _refuse_spoilt(model)
 

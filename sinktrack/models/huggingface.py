@@ -19,7 +19,14 @@ from sinktrack.attention import Attended, attend, edit_mask, read_scores
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
 from sinktrack.models.guard import refuse_prompts, restore_on_exit
-from sinktrack.models.tracer import Mark, ResidualTracer, mark, mark_of
+from sinktrack.models.tracer import (
+    Mark,
+    ResidualTracer,
+    by_weight,
+    makes,
+    mark,
+    mark_of,
+)
 
 _STANDS_FOR = "sdpa"
 """The implementation whose place we take: models ask for its name and prepare masks for it."""
@@ -33,6 +40,8 @@ _INERT = {
 are part of the mask."""
 
 
+PLAIN: set[type] = {Tensor, nn.Parameter}
+"""Classes of weights that multiply by their numbers; of any other class that is looked at."""
 LIBRARIES = ("transformers.", "torch.", "peft.", "kernels.", "sinktrack.")
 """Whose functions and classes are what they are called."""
 
@@ -311,6 +320,8 @@ def watch(
                 if is_experts(module):
                     hook = module.register_forward_hook(tap.experts, with_kwargs=True)
                     stack.callback(hook.remove)
+                elif hasattr(module, "weight") and type(module).forward is not nn.Linear.forward:
+                    stack.callback(module.register_forward_hook(tap.projected).remove)
         _ACTIVE.set(tap)
         with _standing_in(), tap.lineage:
             yield
@@ -664,6 +675,25 @@ class _Tap:
         self.attended += 1
         self.observer.attention(self.block, attended)
 
+    def projected(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A hook after a module: it may project heads out of torch's sight, as its weight does."""
+        mixed: Any = args[0] if args else None
+        known = mark_of(mixed)
+        if known is None or known.origin != "mixed" or mark_of(output) is not None:
+            return
+        if not isinstance(output, Tensor) or output.shape[:-1] != mixed.shape[:-1]:
+            return
+        found = by_weight(module, mixed, output)
+        if found is not None:
+            with torch._C.DisableTorchFunction():
+                if makes(found, mixed.flatten(0, -2), output.flatten(0, -2)):
+                    mark(output, found)
+
+    def _has_own_tensors(self) -> bool:
+        """Has the block weights of other classes than torch's?"""
+        kinds = {type(weight) for weight in self.found.blocks[self.block].parameters()}
+        return not kinds <= PLAIN
+
     def write(self, found: Mark | None, added: Tensor) -> Tensor | None:
         if added.numel() != math.prod(self.shape):
             self._untold(
@@ -686,6 +716,13 @@ class _Tap:
                 )
                 return None
             mixed = mixed.view(*self.shape[:2], -1)
+            whole = added if raw is None else raw
+            if self._has_own_tensors() and not makes(found, mixed[:, 0], whole[:, 0]):
+                self._untold(
+                    "its output projection's weight is of a class that multiplies otherwise than "
+                    "by its numbers, so what each head writes at P0 cannot be told"
+                )
+                return None
             projection = Projection(mixed, heads, weight, bias, found.factor)
             write = Write("attention", added, raw, projection)
         elif found is not None and found.origin == "experts" and self.routed is not None:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from sinktrack.models.fp8 import plain
 
 _ADD = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _JOIN = {
@@ -199,13 +201,15 @@ class ResidualTracer(TorchFunctionMode):
         if name == "linear" and first and first.origin == "mixed":
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return Mark("attention", operands=(args[0], first.heads, weight, bias))
+            return Mark("attention", operands=(args[0], first.heads, plain(weight), bias))
         if name == "linear" and first and first.operands and first.raw is None:
-            return _composed(first, *args, **kwargs)
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return _composed(first, plain(weight), bias)
         if name == "addmm" and (mixed := mark_of(args[1])) and mixed.heads:
-            return Mark("attention", operands=(args[1], mixed.heads, args[2].T, args[0]))
+            return Mark("attention", operands=(args[1], mixed.heads, plain(args[2]).T, args[0]))
         if name in _PRODUCT and first and first.origin == "mixed" and args[1].ndim == 2:
-            return Mark("attention", operands=(args[0], first.heads, args[1].T, None))
+            return Mark("attention", operands=(args[0], first.heads, plain(args[1]).T, None))
         mark = first or marks[0]
         if mark.origin == "weights":
             if name not in _PRODUCT:
@@ -261,6 +265,34 @@ def _over_keys(name: str, args: tuple[Any, ...], weights: Tensor) -> bool:
     return bool(arrow) and of[-1] not in result and all(letter in result for letter in of[:-1])
 
 
+def by_weight(module: nn.Module, mixed: Tensor, value: Tensor) -> Mark | None:
+    """The mark of what a module out of torch's sight gives of heads, if it is by its weight.
+
+    Only the shapes are looked at: what remains is `makes`.
+    """
+    known = mark_of(mixed)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if known is None or not isinstance(weight, Tensor):
+        return None
+    if weight.shape != (value.shape[-1], mixed.shape[-1]):
+        return None
+    if not isinstance(bias, Tensor) or bias.shape != value.shape[-1:]:
+        bias = None
+    return Mark("attention", operands=(mixed, known.heads, plain(weight), bias))
+
+
+def makes(found: Mark, rows: Tensor, whole: Tensor) -> bool:
+    """Does an attention's output projection make ``[B, D]`` of its heads' rows ``[B, H * Dv]``?"""
+    assert found.operands is not None
+    _, _, weight, bias = found.operands
+    made = rows.float() @ weight.float().T
+    if bias is not None:
+        made = made + bias.float()
+    eps = max(torch.finfo(value.dtype).eps for value in (rows, whole, made))
+    slack = 32 * eps * whole.float().abs().max()
+    return bool(((made * found.factor - whole.float()).abs() <= slack).all())
+
+
 def _biased(found: Mark, added: Tensor) -> Mark:
     """An attention's output whose bias comes after the product."""
     if found.operands is None or found.raw is not None or added.ndim != 1:
@@ -269,7 +301,7 @@ def _biased(found: Mark, added: Tensor) -> Mark:
     return replace(found, operands=(mixed, heads, weight, added if bias is None else bias + added))
 
 
-def _composed(found: Mark, value: Tensor, weight: Tensor, bias: Tensor | None = None) -> Mark:
+def _composed(found: Mark, weight: Tensor, bias: Tensor | None) -> Mark:
     """One linear map after another, as in the low-rank factors of an adapter."""
     assert found.operands is not None
     mixed, heads, first, offset = found.operands

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from sinktrack.models.huggingface import PLAIN
+
 DEVICE = torch.device("cuda", 0)
 _INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 _MAY_MIX = {Tensor.copy_, *_INDEXING}
@@ -133,5 +135,9 @@ def elsewhere() -> Iterator[Callable[[nn.Module], nn.Module]]:
                     module._buffers[name] = Elsewhere(buffer)
         return model
 
-    with _Mode(), torch.no_grad():
-        yield move
+    PLAIN.add(Elsewhere)  # on a device it would be torch's own
+    try:
+        with _Mode(), torch.no_grad():
+            yield move
+    finally:
+        PLAIN.remove(Elsewhere)

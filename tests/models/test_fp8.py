@@ -1,15 +1,17 @@
 """FP8 is off while a probe runs.
 
 Transformer Engine wants a GPU, where `gpu_check.py` has its layers; here its state stands in, with
-the names that its layers ask.
+the names that its layers ask. torchao's layers are its own where it is installed, and what stands
+in for them has their names.
 """
 
 from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -17,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinktrack import MeasurementError, Probe, measure
+from sinktrack import Decoder, MeasurementError, Probe, measure
 from sinktrack.models.fp8 import plain
-from tests.helpers import models
+from tests.helpers import models, planted, torch_models
+from tests.helpers.torch_models import Kind, Net, reading
+from tests.models.test_any_decoder import check
 
 PROBE = Probe.random(models.VOCABULARY, sequences=4, length=12, seed=3)
 NAMES = ["transformer_engine.pytorch.quantization", "transformer_engine.pytorch.fp8"]
@@ -123,6 +127,106 @@ def test_no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     whole(NAMES[0], type("FP8GlobalStateManager", (), {}), monkeypatch)
     with pytest.raises(MeasurementError, match="no is_fp8_enabled and is_fp8_calibration, so"):
         measure(models.llama(), PROBE)
+
+
+class Float8Linear(nn.Linear):
+    """Multiplies in FP8, out of torch's sight, as torchao's does."""
+
+    ran = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        Float8Linear.ran += 1
+        low = (x.to(torch.float8_e4m3fn).to(x.dtype) for x in (input, self.weight))
+        return torch.from_numpy(F.linear(*low).detach().numpy())
+
+
+Float8Linear.__module__ = "torchao.float8.float8_linear"
+
+
+def stand_in(model: nn.Module) -> None:
+    for module in model.modules():
+        if type(module) is nn.Linear and module.bias is None:
+            module.__class__ = Float8Linear
+
+
+def converted(recipe: str) -> Callable[[nn.Module], None]:
+    """torchao's own conversion, which computes in float32 what a GPU does in FP8."""
+
+    def convert(model: nn.Module) -> None:
+        float8 = pytest.importorskip("torchao.float8")
+        recipes = float8.Float8LinearConfig.from_recipe_name(recipe)
+        float8.convert_to_float8_training(model, config=replace(recipes, emulate=True))
+
+    return convert
+
+
+LAYERS = {
+    "stand-in": stand_in,
+    **{name: converted(name) for name in ("tensorwise", "rowwise", "rowwise_with_gw_hp")},
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_torchao_in_any_decoder(name: str) -> None:
+    """As the model multiplies in full: with heads, and whatever else is in the batch."""
+    probe = Probe.random(torch_models.VOCABULARY, sequences=5, length=17)
+    model: Net = reading(Kind(), probe.tokens)
+    LAYERS[name](model)
+    kinds = {type(module).__name__ for module in model.modules()}
+    assert "Float8Linear" in kinds
+    with torch.no_grad():
+        before = model(probe.tokens)
+    Float8Linear.ran = 0
+    found = measure(Decoder(model), probe)
+    assert not Float8Linear.ran
+    check(found, model, probe.tokens)
+    assert not found.missing
+    assert {type(module).__name__ for module in model.modules()} == kinds
+    with torch.no_grad():
+        assert torch.equal(model(probe.tokens), before)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_torchao_in_transformers(name: str) -> None:
+    """The same numbers as before it was converted."""
+    wanted, model = measure(models.llama(), PROBE), models.llama()
+    LAYERS[name](model)
+    found = measure(model, PROBE)
+    assert torch.equal(found.p0_norm, wanted.p0_norm)
+    assert torch.equal(found.p0_attention, wanted.p0_attention)
+    assert found.localization == wanted.localization
+    assert found.missing == wanted.missing
+
+
+class Whole(Tensor):
+    """A weight that multiplies as whole numbers, as that of torchao's BitNet does by three."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is F.linear:
+            args = (args[0], args[1].as_subclass(Tensor).ceil(), *args[2:])
+        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+
+
+def test_weights_of_a_class_that_multiplies_otherwise() -> None:
+    """Heads are not told by numbers that did not multiply; norms and attention stand."""
+    probe = planted.probe()
+    model = planted.dense()
+    planted.head_writer(model, 0, 1, size=2.5)
+    planted.reader(model, 1)
+    found = measure(model, probe)
+    assert any(part.kind == "head" for part in found.localization.parts)
+    for block in model.model.layers:
+        own = block.self_attn.o_proj
+        own.weight = nn.Parameter(own.weight.detach().as_subclass(Whole), requires_grad=False)
+    found = measure(model, probe)
+    assert found.localization.share_sum is None
+    assert "multiplies otherwise than by its numbers" in found.missing["shares"]
+    with torch.no_grad():
+        states = model(probe.tokens, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(found.p0_norm[1], states[1][:, 0].norm(dim=-1).mean())
 
 
 class Float8Tensor(Tensor):
