@@ -76,7 +76,7 @@ class Writes(Watched):
                     return Write("attention", value, raw, projection)
             self.notes.append(
                 f"{self.name()}: which head writes what cannot be told: the attention's output is "
-                "no linear map of its heads side by side"
+                "no linear map of its heads side by side, to rounding (in TF32 a product is not)"
             )
             return Write("attention", value)
         if found is not None and found.origin == "experts" and self.routed is not None:
