@@ -112,7 +112,6 @@ WRITERS = {
     "NVRx, distributed optimizer": (
         2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", False,
     ),
-    "core's own": (1, "--async-strategy mcore", True),
     "core's own, stages": (
         2, "--async-strategy mcore --pipeline-model-parallel-size 2", True,
     ),
@@ -122,17 +121,17 @@ WRITERS = {
 }  # fmt: skip
 
 
-writers = pytest.mark.skipif(
-    importlib.util.find_spec("nvidia_resiliency_ext") is None,
-    reason="nvidia-resiliency-ext is not installed, and without it Megatron saves at once",
-)
+def needs_nvrx() -> None:
+    """Skip where the package of NVRx's writers is not, or is too old: Megatron wants 0.6."""
+    pytest.importorskip("nvidia_resiliency_ext", "0.6")
 
 
-@writers
 @pytest.mark.parametrize("case", WRITERS)
 def test_saved_later(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same of asynchronous saves, which training, or its end, overtakes; no writer is left."""
     processes, text, resumes = WRITERS[case]
+    if "mcore" not in text:
+        needs_nvrx()
     plain, tracked, run = (str(tmp_path / name) for name in ("plain", "tracked", "run"))
     monkeypatch.setenv("LAUNCHED_FOR", run)
     arguments = ["--async-save", "--use-persistent-ckpt-worker", *text.split()]
@@ -232,7 +231,6 @@ def test_bridge(processes: int, tmp_path: Path) -> None:
     assert_logged(tracked, run, 2, tmp_path)
 
 
-@writers
 @pytest.mark.skipif(
     importlib.util.find_spec("megatron.bridge") is None, reason="Megatron Bridge is not installed"
 )
@@ -240,11 +238,13 @@ def test_bridge(processes: int, tmp_path: Path) -> None:
 def test_bridge_saved_later(
     strategy: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same of Megatron Bridge's, which announces to callbacks what was saved before."""
+    """The same of Megatron Bridge's, announced later, or when training waits to exit."""
+    if strategy == "nvrx":
+        needs_nvrx()
     plain, tracked, run = (str(tmp_path / name) for name in ("plain", "tracked", "run"))
     monkeypatch.setenv("LAUNCHED_FOR", run)
     found: dict[str, list[dict[str, list[str]]]] = {plain: [], tracked: []}
-    for last, until in ((8, "8"), (14, "99")):
+    for last, until in ((7, "-7"), (14, "99")):  # a signal in the seventh iteration: not foretold
         for out, written in ((plain, "-"), (tracked, run)):
             given = [out, written, until, "", strategy]
             said = launch(processes, "megatron_bridge_pretrain.py", *given)
@@ -252,9 +252,9 @@ def test_bridge_saved_later(
             assert processes_of(run) == []
             assert_overtaken(said, last)
     assert found[plain] == found[tracked]
-    assert [len(half["training"]) for half in found[plain]] == [8, 6]
-    assert_recorded(run, [0, 3, 4, 6, 8, 9, 12, 14])
-    assert_saved(plain, tracked, run, tmp_path, saved_at=[4, 8, 12, 14])
+    assert [len(half["training"]) for half in found[plain]] == [7, 7]
+    assert_recorded(run, [0, 3, 4, 6, 7, 8, 9, 12, 14])
+    assert_saved(plain, tracked, run, tmp_path, saved_at=[4, 7, 8, 12, 14])
 
 
 def assert_recorded(run: str, steps: list[int]) -> None:

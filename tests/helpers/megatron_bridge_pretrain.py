@@ -4,7 +4,8 @@ A script to run under torchrun: ``megatron_bridge_pretrain.py OUT RUN EXIT [PROJ
 trains a tiny model by Megatron Bridge's configuration for eight iterations, or until it exits at a
 multiple of EXIT. The callback writes to the directory RUN; there is none where that is "-". With a
 PROJECT it logs to W&B. With a STRATEGY, ``mcore`` or ``nvrx``, it saves asynchronously, and trains
-for fourteen. Only CUDA, packages that want it, and the data are stand-ins.
+for fourteen; there a negative EXIT is the iteration in which a signal comes. Only CUDA, packages
+that want it, and the data are stand-ins.
 """
 
 from __future__ import annotations
@@ -87,10 +88,11 @@ def main(out: str, run: str, until: str, project: str = "", strategy: str = "") 
     """Train."""
     stand_in()
     import_bridge()
+    steps = 14 if strategy else 8
     if strategy:
         from megatron.bridge.training import checkpointing
 
-        megatron_writers.train(checkpointing, out)
+        megatron_writers.train(checkpointing, out, signal_at=-int(until))
     from megatron.bridge.data.base import DatasetProvider
     from megatron.bridge.models.gpt_provider import GPTModelProvider
     from megatron.bridge.training import initialize
@@ -132,7 +134,8 @@ def main(out: str, run: str, until: str, project: str = "", strategy: str = "") 
     )  # fmt: skip
     config = ConfigContainer(
         train=TrainingConfig(
-            train_iters=14 if strategy else 8, exit_interval=int(until), global_batch_size=8, micro_batch_size=2
+            train_iters=steps, exit_interval=max(int(until), 0) or None,
+            exit_signal_handler=int(until) < 0, global_batch_size=8, micro_batch_size=2,
         ),
         validation=ValidationConfig(eval_iters=1, eval_interval=2),
         model=model,
@@ -140,8 +143,8 @@ def main(out: str, run: str, until: str, project: str = "", strategy: str = "") 
             optimizer="adam", lr=0.01, min_lr=0.001, bf16=False, use_distributed_optimizer=False
         ),
         scheduler=SchedulerConfig(
-            lr_decay_style="cosine", lr_warmup_iters=0, lr_decay_iters=14 if strategy else 8, start_weight_decay=0.01,
-            end_weight_decay=0.01, weight_decay_incr_style="constant",
+            lr_decay_style="cosine", lr_warmup_iters=0, lr_decay_iters=steps,
+            start_weight_decay=0.01, end_weight_decay=0.01, weight_decay_incr_style="constant",
         ),
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=False),
         dataset=Data(dataloader_type="single", num_workers=0),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,18 @@ class _Writing(megatron_cpu._OnCpu):
         return moved.clone() if func is torch.Tensor.to and args[1:] == ("cpu",) else moved
 
 
-def train(module: Any, out: str) -> None:
-    """Tell the writers of this training, which calls ``module``'s function, how far it is."""
+def train(module: Any, out: str, signal_at: int | None = None) -> None:
+    """Tell the writers of this training, which calls ``module``'s function, how far it is.
+
+    Args:
+        module: of Megatron.
+        out: where it saves.
+        signal_at: the iteration, counted in this process, which a signal to exit comes in.
+    """
     pace = Path(f"{out}-pace")
     pace.write_bytes(b"")
     os.environ[_FILE] = str(pace)
+    iterations = itertools.count(1)
     finalize = module.maybe_finalize_async_save
 
     def told(*args: Any, **kwargs: Any) -> Any:
@@ -40,6 +49,8 @@ def train(module: Any, out: str) -> None:
         finalize(*args, **kwargs)
         if not waits:
             tell(b".")
+            if next(iterations) == signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.2)  # steps so short would be over before a writer wakes up
 
     def tell(what: bytes) -> None:
