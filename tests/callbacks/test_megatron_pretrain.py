@@ -154,8 +154,8 @@ def processes_of(run: str) -> list[str]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if f"LAUNCHED_FOR={run}" in (process / "environ").read_text().split("\0"):
-                found.append((process / "cmdline").read_text().replace("\0", " "))
+            if f"LAUNCHED_FOR={run}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
     return found
 
 

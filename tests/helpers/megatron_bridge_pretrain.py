@@ -23,7 +23,12 @@ from sinktrack.callbacks.megatron import SinkTrackMegatron
 from tests.helpers import megatron_writers
 from tests.helpers.megatron_pretrain import LENGTH, PROBE, VOCABULARY, Samples, loss, stand_in
 
-ABSENT = ("transformer_engine", "modelopt", "nvidia_resiliency_ext", "megatron.energon")
+ABSENT: tuple[str, ...] = (
+    "transformer_engine",
+    "modelopt",
+    "nvidia_resiliency_ext",
+    "megatron.energon",
+)
 """Packages that Bridge imports whatever it trains."""
 if importlib.util.find_spec("nvidia_resiliency_ext"):
     ABSENT = tuple(name for name in ABSENT if name != "nvidia_resiliency_ext")
