@@ -5,7 +5,9 @@ PYTHON312 ?= python3.12
 BOTH := -n 2 --dist loadfile --no-loadscope-reorder  # two cores, each file's tests on one
 MEGATRON := 0.16.1 0.17.1 0.18.2 0.19.2
 BRIDGE := megatron-bridge==0.6.2 omegaconf hydra-core antlr4-python3-runtime==4.9.3 einops six datasets \
-	dill multiprocess xxhash mistral-common sentencepiece tiktoken  # what it imports of its requirements on a CPU
+	dill multiprocess xxhash mistral-common sentencepiece tiktoken defusedxml  # what it imports of its requirements on a CPU
+NVRX := --platform manylinux_2_39_$(shell uname -m) --only-binary :all: nvidia-resiliency-ext==0.7.0  # writers of checkpoints, \
+	in Python: an older libc than it asks for will do
 
 .PHONY: help demo test slow check coverage lowest megatron docs linkcheck bench clean
 
@@ -45,6 +47,8 @@ megatron:  ## run Megatron's tests with each megatron-core that is known; from 0
 	$(PYTHON312) -m venv $(VENV)-megatron
 	$(VENV)-megatron/bin/pip install -q -c constraints.txt torch==2.13.0
 	$(VENV)-megatron/bin/pip install -q -c constraints.txt -e '.[all,dev]'
+	$(VENV)-megatron/bin/pip install -q --no-deps $(NVRX) \
+		--target "$$($(VENV)-megatron/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	for version in $(MEGATRON); do \
 		$(VENV)-megatron/bin/pip install -q --no-deps megatron-core==$$version && \
 		$(VENV)-megatron/bin/python -m pytest $(BOTH) -m "slow or not slow" tests/*/test_megatron*.py || exit 1; \

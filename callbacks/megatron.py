@@ -42,6 +42,7 @@ class SinkTrackMegatron:
         self._iteration = 0
         self._model: Any = None
         self._before: int | None = None
+        self._begun: int | None = None
 
     def step(self, iteration: int, model: Any, tokens: int | None = None) -> Measurement | None:
         """Probe if ``iteration`` is due. Call it on every process, after the optimizer's step.
@@ -61,6 +62,7 @@ class SinkTrackMegatron:
         self._iteration = int(state.step if state else getattr(_arguments(), "iteration", 0) or 0)
         self._model = context.model
         self._before = _samples(context)
+        self._begun = _begun_saves(context)
         self._probe(context, self.tracker.due(self._iteration), _samples(context))
 
     def on_train_step_start(self, context: Any) -> None:
@@ -71,6 +73,7 @@ class SinkTrackMegatron:
         """After an iteration, which is counted only later: probe if it is due or will be saved."""
         self._iteration = _begun(context, self._iteration) + 1
         self._model = context.model
+        self._begun = _begun_saves(context)
         samples = _samples(context)
         if samples is not None and samples == self._before:  # not counted yet, either
             batch = _batch()
@@ -88,11 +91,15 @@ class SinkTrackMegatron:
     def on_checkpoint_save(self, context: Any) -> None:
         """Megatron Bridge has saved: probe these weights, if they are those of now.
 
-        An asynchronous save is announced when it is done, at a later iteration; what it saved was
-        probed when it began.
+        An asynchronous save is announced when it is done, at a later iteration, unless training
+        waits for it to exit. Then, whichever is announced, one has begun since the last iteration
+        ended, and it saves these weights.
         """
         state, configuration = _state(context), _configuration(context)
         later = getattr(getattr(configuration, "checkpoint", None), "async_save", False)
+        if later:
+            begun = _begun_saves(context)
+            later = begun is None or self._begun is None or begun <= self._begun
         if self._model is not None and not later:
             self._iteration = int(state.step) if state else self._iteration
             self._probe(context, True, _samples(context))
@@ -253,6 +260,13 @@ def _state(context: Any) -> Any:
 def _configuration(context: Any) -> Any:
     """Megatron Bridge's."""
     return getattr(getattr(context, "state", None), "cfg", None)
+
+
+def _begun_saves(context: Any) -> int | None:
+    """How many asynchronous saves Megatron Bridge has begun; None where it saves at once."""
+    queue = getattr(getattr(context, "state", None), "async_calls_queue", None)
+    begun = getattr(queue, "call_idx", None)
+    return None if begun is None else int(begun) + 1
 
 
 def _arguments() -> Any:

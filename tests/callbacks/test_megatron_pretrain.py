@@ -6,9 +6,11 @@ Megatron Bridge is a package of its own.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tests.helpers.wandb_files import read_back
 
 pytest.importorskip("megatron.core")
 
+from tests.helpers import megatron_writers
 from tests.helpers.megatron_pretrain import PROBE
 
 pytestmark = [
@@ -100,6 +103,74 @@ def test_pretrain(case: str, tmp_path: Path) -> None:
     assert_logged(tracked, run, 1 + resumes, tmp_path)
 
 
+WRITERS = {
+    "NVRx": (1, "", True),
+    "NVRx through shared memory": (1, "--async-ckpt-use-cpu-shm", True),
+    "NVRx, experts": (
+        2, "--num-experts 4 --moe-router-topk 2 --expert-model-parallel-size 2", True,
+    ),
+    "NVRx, distributed optimizer": (
+        2, "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather", False,
+    ),
+    "core's own, stages": (
+        2, "--async-strategy mcore --pipeline-model-parallel-size 2", True,
+    ),
+    "core's own, distributed optimizer": (
+        2, "--async-strategy mcore --use-distributed-optimizer", False,
+    ),
+}  # fmt: skip
+
+
+def needs_nvrx() -> None:
+    """Skip where the package of NVRx's writers is not, or is too old: Megatron wants 0.6."""
+    pytest.importorskip("nvidia_resiliency_ext", "0.6")
+
+
+@pytest.mark.parametrize("case", WRITERS)
+def test_saved_later(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same of asynchronous saves, which training, or its end, overtakes; no writer is left."""
+    processes, text, resumes = WRITERS[case]
+    if "mcore" not in text:
+        needs_nvrx()
+    plain, tracked, run = (str(tmp_path / name) for name in ("plain", "tracked", "run"))
+    monkeypatch.setenv("LAUNCHED_FOR", run)
+    arguments = ["--async-save", "--use-persistent-ckpt-worker", *text.split()]
+    arguments += ["--train-iters", "14", "--lr-decay-iters", "14"]
+    found: dict[str, list[dict[str, list[str]]]] = {plain: [], tracked: []}
+    for last, more in ((8, ["--exit-interval", "8"]), (14, []))[not resumes :]:
+        for out, written in ((plain, "-"), (tracked, run)):
+            said = launch(processes, "megatron_pretrain.py", out, written, *arguments, *more)
+            found[out].append(losses(said))
+            assert processes_of(run) == []
+            assert_overtaken(said, last)
+    assert found[plain] == found[tracked]
+    assert sum(len(half["training"]) for half in found[plain]) == 14
+    assert_recorded(run, [2, 4, 6, 8, 10, 12, 14])
+    assert_saved(plain, tracked, run, tmp_path, saved_at=[4, 8, 12, 14])
+
+
+def processes_of(run: str) -> list[str]:
+    """The commands that still run of those launched for a test."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"LAUNCHED_FOR={run}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
+
+
+def assert_overtaken(said: str, last: int) -> None:
+    """Training went on during each save, up to its last iteration."""
+    told = re.findall(r"(scheduled|successfully|\](?= iteration)) [^\]\n]*?iteration +(\d+)", said)
+    events = [(what, int(step)) for what, step in told]
+    saved = [step for what, step in events if what == "successfully"]
+    assert saved == [step for what, step in events if what == "scheduled"] != []
+    for step in saved:
+        begun, ended = (events.index((what, step)) for what in ("scheduled", "successfully"))
+        meanwhile = [what for what, _ in events[begun:ended]].count("]")
+        assert meanwhile >= min(megatron_writers.ITERATIONS, last - step)
+
+
 LOGGED = {
     "every third line, in the default directory": (1, "--log-interval 3", False),
     "resumed under one id by two": (2, "--log-interval 3", True),
@@ -160,6 +231,31 @@ def test_bridge(processes: int, tmp_path: Path) -> None:
     assert_logged(tracked, run, 2, tmp_path)
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron.bridge") is None, reason="Megatron Bridge is not installed"
+)
+@pytest.mark.parametrize(("strategy", "processes"), [("nvrx", 2), ("mcore", 1)])
+def test_bridge_saved_later(
+    strategy: str, processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same of Megatron Bridge's, announced later, or when training waits to exit."""
+    needs_nvrx()  # Bridge imports it whichever writes
+    plain, tracked, run = (str(tmp_path / name) for name in ("plain", "tracked", "run"))
+    monkeypatch.setenv("LAUNCHED_FOR", run)
+    found: dict[str, list[dict[str, list[str]]]] = {plain: [], tracked: []}
+    for last, until in ((7, "-7"), (14, "99")):  # a signal in the seventh iteration: not foretold
+        for out, written in ((plain, "-"), (tracked, run)):
+            given = [out, written, until, "", strategy]
+            said = launch(processes, "megatron_bridge_pretrain.py", *given)
+            found[out].append(losses(said))
+            assert processes_of(run) == []
+            assert_overtaken(said, last)
+    assert found[plain] == found[tracked]
+    assert [len(half["training"]) for half in found[plain]] == [7, 7]
+    assert_recorded(run, [0, 3, 4, 6, 7, 8, 9, 12, 14])
+    assert_saved(plain, tracked, run, tmp_path, saved_at=[4, 7, 8, 12, 14])
+
+
 def assert_recorded(run: str, steps: list[int]) -> None:
     records = Run.read(run).records
     assert [record["step"] for record in records] == steps
@@ -167,12 +263,17 @@ def assert_recorded(run: str, steps: list[int]) -> None:
 
 
 def assert_saved(
-    plain: str, tracked: str, run: str, tmp_path: Path, within: float = 2 * AGREEMENT
+    plain: str,
+    tracked: str,
+    run: str,
+    tmp_path: Path,
+    within: float = 2 * AGREEMENT,
+    saved_at: Sequence[int] = (4, 8),
 ) -> None:
     """Both saved the same weights, and their scan gives the records of the training."""
     records = Run.read(run).records
     saved = [discover(Path(where)) for where in (plain, tracked)]
-    assert [checkpoint.step for checkpoint in saved[0]] == [4, 8]
+    assert [checkpoint.step for checkpoint in saved[0]] == list(saved_at)
     for one, other in zip(*saved, strict=True):
         assert one.step == other.step
         left, right = open_source(one), open_source(other)

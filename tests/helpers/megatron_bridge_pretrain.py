@@ -1,15 +1,18 @@
 """Runs `megatron.bridge.training.pretrain.pretrain` itself over gloo on CPUs.
 
-A script to run under torchrun: ``megatron_bridge_pretrain.py OUT RUN EXIT [PROJECT]`` trains a tiny
-model by Megatron Bridge's configuration for eight iterations, or until it exits at a multiple of
-EXIT. The callback writes to the directory RUN; there is none where that is "-". With a PROJECT it
-logs to W&B. Only CUDA, packages that want it, and the data are stand-ins.
+A script to run under torchrun: ``megatron_bridge_pretrain.py OUT RUN EXIT [PROJECT [STRATEGY]]``
+trains a tiny model by Megatron Bridge's configuration for eight iterations, or until it exits at a
+multiple of EXIT. The callback writes to the directory RUN; there is none where that is "-". With a
+PROJECT it logs to W&B. With a STRATEGY, ``mcore`` or ``nvrx``, it saves asynchronously, and trains
+for fourteen; there a negative EXIT is the iteration in which a signal comes. Only CUDA, packages
+that want it, and the data are stand-ins.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.machinery
+import importlib.util
 import sys
 import types
 from typing import Any
@@ -17,10 +20,18 @@ from typing import Any
 import torch
 
 from sinktrack.callbacks.megatron import SinkTrackMegatron
+from tests.helpers import megatron_writers
 from tests.helpers.megatron_pretrain import LENGTH, PROBE, VOCABULARY, Samples, loss, stand_in
 
-ABSENT = ("transformer_engine", "modelopt", "nvidia_resiliency_ext", "megatron.energon")
+ABSENT: tuple[str, ...] = (
+    "transformer_engine",
+    "modelopt",
+    "nvidia_resiliency_ext",
+    "megatron.energon",
+)
 """Packages that Bridge imports whatever it trains."""
+if importlib.util.find_spec("nvidia_resiliency_ext"):
+    ABSENT = tuple(name for name in ABSENT if name != "nvidia_resiliency_ext")
 
 
 class Anything(type):
@@ -78,10 +89,15 @@ def step(iterator: Any, chunk: Any) -> Any:
     return output, functools.partial(loss, None)
 
 
-def main(out: str, run: str, until: str, project: str = "") -> None:
+def main(out: str, run: str, until: str, project: str = "", strategy: str = "") -> None:
     """Train."""
     stand_in()
     import_bridge()
+    steps = 14 if strategy else 8
+    if strategy:
+        from megatron.bridge.training import checkpointing
+
+        megatron_writers.train(checkpointing, out, signal_at=-int(until))
     from megatron.bridge.data.base import DatasetProvider
     from megatron.bridge.models.gpt_provider import GPTModelProvider
     from megatron.bridge.training import initialize
@@ -123,7 +139,8 @@ def main(out: str, run: str, until: str, project: str = "") -> None:
     )  # fmt: skip
     config = ConfigContainer(
         train=TrainingConfig(
-            train_iters=8, exit_interval=int(until), global_batch_size=8, micro_batch_size=2
+            train_iters=steps, exit_interval=max(int(until), 0) or None,
+            exit_signal_handler=int(until) < 0, global_batch_size=8, micro_batch_size=2,
         ),
         validation=ValidationConfig(eval_iters=1, eval_interval=2),
         model=model,
@@ -131,8 +148,8 @@ def main(out: str, run: str, until: str, project: str = "") -> None:
             optimizer="adam", lr=0.01, min_lr=0.001, bf16=False, use_distributed_optimizer=False
         ),
         scheduler=SchedulerConfig(
-            lr_decay_style="cosine", lr_warmup_iters=0, lr_decay_iters=8, start_weight_decay=0.01,
-            end_weight_decay=0.01, weight_decay_incr_style="constant",
+            lr_decay_style="cosine", lr_warmup_iters=0, lr_decay_iters=steps,
+            start_weight_decay=0.01, end_weight_decay=0.01, weight_decay_incr_style="constant",
         ),
         ddp=DistributedDataParallelConfig(use_distributed_optimizer=False),
         dataset=Data(dataloader_type="single", num_workers=0),
@@ -142,8 +159,9 @@ def main(out: str, run: str, until: str, project: str = "") -> None:
         ),
         tokenizer=TokenizerConfig(tokenizer_type="NullTokenizer", vocab_size=VOCABULARY),
         checkpoint=CheckpointConfig(
-            save=out, load=out, save_interval=4, ckpt_format="torch_dist", async_save=False,
-            fully_parallel_save=False,
+            save=out, load=out, save_interval=4, ckpt_format="torch_dist",
+            async_save=bool(strategy), fully_parallel_save=bool(strategy),
+            **({"async_strategy": strategy} if strategy else {}),
         ),
         rng=RNGConfig(seed=7),
         dist=DistributedInitConfig(distributed_backend="gloo"),
@@ -154,6 +172,8 @@ def main(out: str, run: str, until: str, project: str = "") -> None:
     bridge.pretrain(config, step, callbacks=callbacks)
 
 
+if __name__ == "__mp_main__":
+    megatron_writers.write()
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])

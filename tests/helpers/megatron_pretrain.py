@@ -20,7 +20,7 @@ import torch
 
 from sinktrack import Probe
 from sinktrack.callbacks.megatron import SinkTrackMegatron
-from tests.helpers import megatron_hybrid, megatron_models
+from tests.helpers import megatron_hybrid, megatron_models, megatron_writers
 
 VOCABULARY, LENGTH = 63, 16
 PROBE = Probe.random(VOCABULARY, sequences=4, length=12, seed=3)
@@ -179,6 +179,8 @@ def main(out: str, run: str, *more: str) -> None:
     if "--step-batch-size-schedule" not in more:
         arguments += ["--global-batch-size", "8"]
     sys.argv = ["pretrain", *arguments, "--save", out, "--load", out, *more]
+    if "--async-save" in more and DEVICE == "cpu":
+        megatron_writers.train(training, out)
     given: dict[str, Any] = {}
     if run != "-":
         tracker = SinkTrackMegatron(PROBE, run, every=2, on_error="raise")
@@ -197,6 +199,8 @@ def main(out: str, run: str, *more: str) -> None:
     training.pretrain(**given)
 
 
+if __name__ == "__mp_main__" and DEVICE == "cpu":
+    megatron_writers.write()
 if __name__ == "__main__":
     torch.set_num_threads(1)
     main(*sys.argv[1:])

@@ -399,6 +399,7 @@ class Bridge:
         self.counts = SimpleNamespace(step=step, consumed_train_samples=8 * step)
         self.state = SimpleNamespace(
             train_state=self.counts,
+            async_calls_queue=SimpleNamespace(call_idx=-1) if checkpoint["async_save"] else None,
             cfg=SimpleNamespace(
                 model=SimpleNamespace(seq_length=16),
                 checkpoint=SimpleNamespace(**checkpoint),
@@ -455,11 +456,16 @@ def bridge_async(out: Path) -> None:
         loop.iterate()
         if loop.counts.step == 4:
             wanted = measure(loop.chunks, PROBE).to_record(4, "", {}, None)
+            loop.state.async_calls_queue.call_idx += 1
     loop.saved()
-    loop.fire("on_train_end")
+    assert Run.read(out).steps == [0, 4]
+    loop.state.async_calls_queue.call_idx += 1  # a signal, say: it exits, and waits for the writer
+    loop.saved()
     records = Run.read(out).records
     assert [record["step"] for record in records] == [0, 4, 7]
     assert records[1]["p0_norm"] == wanted["p0_norm"].tolist()
+    loop.fire("on_train_end")
+    assert Run.read(out).steps == [0, 4, 7]
 
 
 class MegatronLM:
