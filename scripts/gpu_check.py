@@ -454,9 +454,11 @@ def _without_fp8(own: nn.Module) -> Iterator[None]:
     before = [(config, config.fp8) for config in configs.values()]
     for config, _ in before:
         config.fp8 = None
-    yield
-    for config, fp8 in before:
-        config.fp8 = fp8
+    try:
+        yield
+    finally:
+        for config, fp8 in before:
+            config.fp8 = fp8
 
 
 def _states(own: nn.Module, tracker: Any) -> dict[str, bytes]:

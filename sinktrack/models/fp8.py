@@ -44,18 +44,19 @@ class Autocast:
     """
 
     def __init__(self) -> None:
-        modules = [sys.modules[name] for name in _MODULES if name in sys.modules]
+        modules = [module for name in _MODULES if (module := sys.modules.get(name)) is not None]
         states = {getattr(module, "FP8GlobalStateManager", None) for module in modules}
-        self._own = [
-            (state, name, getattr(state, "__dict__", {}).get(name))
-            for state in states
-            for name in _QUESTIONS
-        ]
-        if missing := [name for _, name, own in self._own if own is None]:
+        if len(states) > 1:
+            states.discard(None)  # only one of the two modules has it
+        missing = [name for state in states for name in _QUESTIONS if not hasattr(state, name)]
+        if missing:
             raise MeasurementError(
                 f"this version of Transformer Engine has no {' and '.join(missing)}, so FP8 cannot "
                 "be switched off while a probe runs; take another version, or scan the checkpoints"
             )
+        self._own = [
+            (state, name, vars(state).get(name)) for state in states for name in _QUESTIONS
+        ]
 
     def off(self) -> None:
         """Layers multiply in the dtype of their weights, whatever the model enters."""
@@ -65,7 +66,10 @@ class Autocast:
     def undo(self) -> None:
         """As it was."""
         for state, name, own in self._own:
-            setattr(state, name, own)
+            if own is not None:
+                setattr(state, name, own)
+            elif name in vars(state):  # it inherits it
+                delattr(state, name)
 
 
 def plain(weight: Tensor) -> Tensor:
@@ -73,16 +77,28 @@ def plain(weight: Tensor) -> Tensor:
     for name in ("get_original_weight", "dequantize"):  # NF4's dequantize takes another argument
         own = getattr(type(weight), name, None)
         if own not in (None, Tensor.dequantize):
-            numbers: Tensor = getattr(weight.detach(), name)()
+            try:
+                numbers: Tensor = getattr(weight.detach(), name)()
+            except TypeError:  # it wants an argument that we do not know
+                continue
             return numbers
     return weight
 
 
 def in_full(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The forward pass of a layer of torchao that multiplies in few bits, in full; else None."""
-    if not isinstance(module, nn.Linear) or not (_is_low(module) or _is_low(module.weight)):
+    """The forward pass of a layer of torchao that multiplies in few bits, in full; else None.
+
+    A forward pass that is another's, of a subclass or put on the layer, is left alone.
+    """
+    if not isinstance(module, nn.Linear) or "forward" in vars(module):
         return None
-    return partial(_linear, module)
+    forward: Any = type(module).forward
+    if forward is nn.Linear.forward:
+        weight = module._parameters.get("weight")
+        low = _is_low(getattr(weight, "_local_tensor", weight))
+    else:
+        low = f"{forward.__module__}.{forward.__qualname__.removesuffix('.forward')}" in _LOW
+    return partial(_linear, module) if low else None
 
 
 def _is_low(value: object) -> bool:

@@ -19,14 +19,7 @@ from sinktrack.attention import Attended, attend, edit_mask, read_scores
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
 from sinktrack.models.guard import refuse_prompts, restore_on_exit
-from sinktrack.models.tracer import (
-    Mark,
-    ResidualTracer,
-    by_weight,
-    makes,
-    mark,
-    mark_of,
-)
+from sinktrack.models.tracer import Mark, ResidualTracer, makes, mark, mark_of
 
 _STANDS_FOR = "sdpa"
 """The implementation whose place we take: models ask for its name and prepare masks for it."""
@@ -320,8 +313,6 @@ def watch(
                 if is_experts(module):
                     hook = module.register_forward_hook(tap.experts, with_kwargs=True)
                     stack.callback(hook.remove)
-                elif hasattr(module, "weight") and type(module).forward is not nn.Linear.forward:
-                    stack.callback(module.register_forward_hook(tap.projected).remove)
         _ACTIVE.set(tap)
         with _standing_in(), tap.lineage:
             yield
@@ -674,20 +665,6 @@ class _Tap:
     def _attended(self, attended: Attended) -> None:
         self.attended += 1
         self.observer.attention(self.block, attended)
-
-    def projected(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A hook after a module: it may project heads out of torch's sight, as its weight does."""
-        mixed: Any = args[0] if args else None
-        known = mark_of(mixed)
-        if known is None or known.origin != "mixed" or mark_of(output) is not None:
-            return
-        if not isinstance(output, Tensor) or output.shape[:-1] != mixed.shape[:-1]:
-            return
-        found = by_weight(module, mixed, output)
-        if found is not None:
-            with torch._C.DisableTorchFunction():
-                if makes(found, mixed.flatten(0, -2), output.flatten(0, -2)):
-                    mark(output, found)
 
     def _has_own_tensors(self) -> bool:
         """Has the block weights of other classes than torch's?"""

@@ -58,7 +58,7 @@ class Passes:
 
     def __init__(self, probe: Probe, batch_size: int | None) -> None:
         self._started = time.perf_counter()
-        self._probe, self._batch_size = probe, batch_size
+        self._probe = probe
         self.size = batch_size or probe.sequences
         self.first = probe.first_tokens()
         self.collected, self._singles = Collector(METRICS), Collector(ALONE)
@@ -67,12 +67,6 @@ class Passes:
         self._ablated: Ablations | str = (
             "its blocks are not run one by one; only transformers' decoders are"
         )
-
-    def anew(self) -> Passes:
-        """From the beginning, by the same clock."""
-        passes = Passes(self._probe, self._batch_size)
-        passes._started = self._started
-        return passes
 
     def ablate(self, found: Decoder, base: nn.Module, in_training: bool) -> None:
         """Begin the total effects, or note why they cannot be had."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sinktrack.models.fp8 import plain
@@ -263,22 +263,6 @@ def _over_keys(name: str, args: tuple[Any, ...], weights: Tensor) -> bool:
     place = next(i for i, value in enumerate(args[1:]) if value is weights)
     of = terms.split(",")[place]
     return bool(arrow) and of[-1] not in result and all(letter in result for letter in of[:-1])
-
-
-def by_weight(module: nn.Module, mixed: Tensor, value: Tensor) -> Mark | None:
-    """The mark of what a module out of torch's sight gives of heads, if it is by its weight.
-
-    Only the shapes are looked at: what remains is `makes`.
-    """
-    known = mark_of(mixed)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if known is None or not isinstance(weight, Tensor):
-        return None
-    if weight.shape != (value.shape[-1], mixed.shape[-1]):
-        return None
-    if not isinstance(bias, Tensor) or bias.shape != value.shape[-1:]:
-        bias = None
-    return Mark("attention", operands=(mixed, known.heads, plain(weight), bias))
 
 
 def makes(found: Mark, rows: Tensor, whole: Tensor) -> bool:

@@ -122,6 +122,15 @@ def test_a_failing_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dict(vars(FP8GlobalStateManager)) == before
 
 
+def test_a_state_that_inherits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The switches of a class above are hidden, and shown again."""
+    state = type("FP8GlobalStateManager", (FP8GlobalStateManager,), {})
+    whole(NAMES[0], state, monkeypatch)
+    monkeypatch.setitem(sys.modules, NAMES[1], types.ModuleType(NAMES[1]))
+    measure(models.llama(), PROBE)
+    assert not vars(state).keys() & {"is_fp8_enabled", "is_fp8_calibration"}
+
+
 def test_no_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A version that is asked otherwise is refused: a probe would move its scales."""
     whole(NAMES[0], type("FP8GlobalStateManager", (), {}), monkeypatch)
@@ -140,7 +149,7 @@ class Float8Linear(nn.Linear):
         return torch.from_numpy(F.linear(*low).detach().numpy())
 
 
-Float8Linear.__module__ = "torchao.float8.float8_linear"
+Float8Linear.__module__ = Float8Linear.forward.__module__ = "torchao.float8.float8_linear"
 
 
 def stand_in(model: nn.Module) -> None:
@@ -196,6 +205,62 @@ def test_torchao_in_transformers(name: str) -> None:
     assert torch.equal(found.p0_attention, wanted.p0_attention)
     assert found.localization == wanted.localization
     assert found.missing == wanted.missing
+
+
+class Tripled(Float8Linear):
+    """A layer of torchao with a forward pass of somebody's own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 3 * F.linear(input, self.weight)
+
+
+class LowRank(nn.Linear):
+    """A linear layer without a weight."""
+
+    low: Tensor
+    high: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.low.T @ self.high.T
+
+
+def own_class(module: nn.Linear) -> None:
+    module.__class__ = Tripled
+
+
+def own_instance(module: nn.Linear) -> None:
+    module.__class__ = Float8Linear
+    module.forward = lambda input: 3 * F.linear(input, module.weight)  # type: ignore[method-assign]
+
+
+def no_weight(module: nn.Linear) -> None:
+    weight = module.weight.detach()
+    del module.weight
+    module.__class__ = LowRank
+    module.low, module.high = torch.randn(4, weight.shape[1]), weight[:, :4].clone()
+
+
+@pytest.mark.parametrize("change", [own_class, own_instance, no_weight])
+def test_another_forward_pass_is_left_alone(change: Callable[[nn.Linear], None]) -> None:
+    """What such a layer computes is what is measured, and it is as before."""
+    model = models.llama()
+    layers = [block.mlp.down_proj for block in model.model.layers]
+    for layer in layers:
+        change(layer)
+    before = [dict(vars(layer)) for layer in layers]
+    found = measure(model, PROBE)
+    assert [dict(vars(layer)) for layer in layers] == before
+    with torch.no_grad():
+        states = model.model(PROBE.tokens, output_hidden_states=True).hidden_states
+    norms = torch.stack([state[:, 0].norm(dim=-1).mean() for state in states[:-1]])
+    torch.testing.assert_close(found.p0_norm[: len(norms)], norms)
+
+
+def test_a_layer_has_its_own_forward_pass_again() -> None:
+    model = models.llama()
+    stand_in(model)
+    measure(model, PROBE)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 class Whole(Tensor):

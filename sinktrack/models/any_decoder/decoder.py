@@ -229,9 +229,6 @@ class Found:
     """Does a block return its last write beside the stream? None before that is known."""
     start: int | None = None
     """Which of the tensors of its shape at block 0 is the stream, where there are several."""
-    out_of_sight: dict[nn.Module, int] | None = None
-    """Of modules whose outputs come from nowhere how many do; 0 where not each position of them is
-    a function of the same position of its input. None before any were asked."""
     forms: dict[int, int] = field(default_factory=dict)
     """What blocks return: 0 the stream bare, n a tuple of n of which the others are None."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,13 @@ from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer
 from sinktrack.measurement import Measurement
 from sinktrack.models.any_decoder.decoder import Decoder, Found, Several, class_of, found_in
-from sinktrack.models.any_decoder.stream import Decided, Restart, Undecided, Unseen
+from sinktrack.models.any_decoder.stream import Decided, Restart, Undecided
 from sinktrack.models.any_decoder.tap import Tap
 from sinktrack.models.editable import InMemory, at_once
 from sinktrack.models.guard import probe_context
 from sinktrack.models.passes import Digest, Passes
 from sinktrack.probe import Probe
 
-_Result = TypeVar("_Result")
 _FEW = 2, 64
 """Sequences and positions of the pass that finds out what the model's tensors are like."""
 
@@ -32,16 +31,10 @@ def measure_decoder(
 ) -> Measurement:
     """`sinktrack.measure` for any PyTorch decoder; errors are the same."""
     tried = found_in(decoder)
-    begun = Passes(probe, batch_size)
-
-    def shown() -> tuple[Passes, list[_AtP0]]:
-        passes = begun.anew()
-        collected, batches = passes.both[0]
-        return passes, [_show(decoder, tried, collected, tokens) for tokens in batches]
-
-    with probe_context(tried.model, begun.size, probe):
-        passes, wholes = _twice(shown)
-        (collected, _), (singles, firsts) = passes.both
+    passes = Passes(probe, batch_size)
+    (collected, batches), (singles, firsts) = passes.both
+    with probe_context(tried.model, passes.size, probe):
+        wholes = [_show(decoder, tried, collected, tokens) for tokens in batches]
         alone = [_show(decoder, tried, singles, _alone(tokens), parts=False) for tokens in firsts]
         _check_p0(tried, wholes[0], alone[0])
         passes.ablate_whole(_Passes(decoder, tried), in_training)
@@ -68,13 +61,9 @@ def check(decoder: Decoder, probe: Probe) -> str:
     """Try a model on a few tokens of the probe, and say what was found; errors as of `measure`."""
     tried = found_in(decoder)
     few = probe.tokens[:2, :8]
-
-    def shown() -> tuple[Collector, _AtP0]:
-        collected = Collector({})
-        return collected, _show(decoder, tried, collected, few)
-
+    collected = Collector({})
     with probe_context(tried.model, len(few), probe):
-        collected, whole = _twice(shown)
+        whole = _show(decoder, tried, collected, few)
         first = _alone(few[:, :1].unique(dim=0))  # alike, they do not tell the order of tensors
         _check_p0(tried, whole, _show(decoder, tried, Collector({}), first, parts=False))
     blocks, how = len(tried.blocks), " and ".join(tried.how)
@@ -115,30 +104,14 @@ def _show(
 
 
 def _passed(make: Callable[[], Tap]) -> tuple[Tap, Any]:
-    """A pass, and what the model gives; before the first one it is decided what its stream is.
-
-    Raises:
-        Unseen: modules out of torch's sight were asked now; what the pass has shown is void.
-    """
+    """A pass, and what the model gives; before the first one it is decided what its stream is."""
+    tap = make()
     try:
-        tap = make()
-        try:
-            return tap, _run(tap)
-        except Undecided as undecided:
-            _decide(make(), undecided.count)
-        tap = make()
         return tap, _run(tap)
-    except Unseen:
-        _ask(make())
-        raise
-
-
-def _twice(run: Callable[[], _Result]) -> _Result:
-    """What a pass gives, once more where it has found modules that were to be asked."""
-    try:
-        return run()
-    except Unseen:
-        return run()
+    except Undecided as undecided:
+        _decide(make(), undecided.count)
+    tap = make()
+    return tap, _run(tap)
 
 
 def _run(tap: Tap) -> Any:
@@ -146,15 +119,6 @@ def _run(tap: Tap) -> Any:
         output = tap.decoder.run(tap.tokens)
         tap.end()
     return output
-
-
-def _ask(like: Tap) -> None:
-    """Which modules out of torch's sight compute each position of its input alone."""
-    like.found.out_of_sight = {}
-    tap = Tap(like.decoder, like.found, Collector({}), like.tokens[:2], None)
-    tap.asking = True
-    with suppress(MeasurementError):
-        _run(tap)
 
 
 def _decide(like: Tap, count: int) -> None:
@@ -321,7 +285,7 @@ class _Passes(InMemory):
                 self._decoder, self._found, observer, tokens.to(self.device), "all", editor, restart
             )
 
-        tap, output = _twice(lambda: _passed(make))
+        tap, output = _passed(make)
         return tap, _logits(output, tap, self._found)
 
 

@@ -61,10 +61,6 @@ class Undecided(Exception):
         self.count = count
 
 
-class Unseen(Exception):
-    """Something comes from no function of torch, and what modules compute was not asked yet."""
-
-
 class Decided(Exception):
     """Block 0 is over, and by now it is known which of its outputs is the stream.
 

@@ -14,7 +14,6 @@ from sinktrack.errors import MeasurementError
 from sinktrack.models.any_decoder.by_value import distinct
 from sinktrack.models.any_decoder.decoder import Several, class_of
 from sinktrack.models.any_decoder.flow import Flow, swapped
-from sinktrack.models.any_decoder.out_of_sight import OutOfSight
 from sinktrack.models.any_decoder.routers import Routers, may_route
 from sinktrack.models.any_decoder.stream import (
     EMBEDDING,
@@ -29,7 +28,7 @@ from sinktrack.models.tracer import Mark, _tensors, mark, mark_of
 from sinktrack.probe import Probe
 
 
-class Tap(UnknownOperators, Writes, Routers, OutOfSight):
+class Tap(UnknownOperators, Writes, Routers):
     """Hooks on the blocks of a pass."""
 
     @cached_property
@@ -54,10 +53,6 @@ class Tap(UnknownOperators, Writes, Routers, OutOfSight):
                         hook = module.register_forward_pre_hook(self.called, with_kwargs=True)
                         stack.callback(hook.remove)
                         stack.callback(module.register_forward_hook(self.returned).remove)
-                    known = self.found.out_of_sight or {}
-                    if module is not block and (self.asking or known.get(module)):
-                        hook = module.register_forward_hook(self.gave, with_kwargs=True)
-                        stack.callback(hook.remove)
             with self.flow:
                 yield
 
@@ -222,8 +217,6 @@ class Tap(UnknownOperators, Writes, Routers, OutOfSight):
             self.terms[EMBEDDING] = value[:, 0].double()
             self.size = torch.zeros(self.batch, dtype=torch.float64, device=stream.device)
         elif not isinstance(known, Stream):
-            if not self.flow.derived(stream):
-                self.ask()
             last = f" (it went into {', '.join(self.went[-3:])})" if self.went else ""
             self._untold(
                 f"the stream at block {self.block} is not its first input plus writes, by sums and "
@@ -356,7 +349,6 @@ class Tap(UnknownOperators, Writes, Routers, OutOfSight):
                 "others by then; not supported"
             )
         if not self.written and self.lost is None:
-            self.ask()
             self.lose("the attention's output was not seen on its way into the residual stream")
 
     def write(self, found: Mark | None, added: Tensor) -> None:

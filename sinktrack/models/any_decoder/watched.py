@@ -11,7 +11,7 @@ from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer, Routed, Uneditable
 from sinktrack.models.any_decoder.decoder import Decoder, Found, class_of
 from sinktrack.models.any_decoder.experts import Expert
-from sinktrack.models.any_decoder.stream import Restart, Stream, Term, Unseen
+from sinktrack.models.any_decoder.stream import Restart, Stream, Term
 from sinktrack.models.tracer import mark_of
 
 if TYPE_CHECKING:
@@ -97,15 +97,6 @@ class Watched:
     def uneditable(self, reason: str) -> Uneditable:
         """The same where only an editor fails."""
         return Uneditable(f"{self.name()}: {reason}, so it cannot be changed there")
-
-    def ask(self) -> None:
-        """A write comes from nowhere: modules are asked before it is taken for none.
-
-        Raises:
-            Unseen: they were not yet.
-        """
-        if self.parts is not None and self.lost is None and self.found.out_of_sight is None:
-            raise Unseen
 
     def lose(self, reason: str) -> None:
         """Who writes the P0 state cannot be told; the rest stands."""

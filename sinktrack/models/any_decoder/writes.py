@@ -11,7 +11,7 @@ from sinktrack.events import Projection, Write
 from sinktrack.models.any_decoder.by_value import close
 from sinktrack.models.any_decoder.stream import EMBEDDING, Stream
 from sinktrack.models.any_decoder.watched import Watched
-from sinktrack.models.tracer import Mark, makes
+from sinktrack.models.tracer import Mark
 
 
 class Writes(Watched):
@@ -56,7 +56,6 @@ class Writes(Watched):
         error = float((own - factor * one).abs().max())
         if error <= 4 * torch.finfo(value.dtype).eps * float(own.abs().max()):
             return Stream("stream", form={EMBEDDING: factor})
-        self.ask()
         self.lose(
             "something that is computed from no residual stream is added to it, such as another "
             "embedding, or an operator's output out of torch's sight"
@@ -76,7 +75,7 @@ class Writes(Watched):
                     return Write("attention", value, raw, projection)
             self.notes.append(
                 f"{self.name()}: which head writes what cannot be told: the attention's output is "
-                "no linear map of its heads side by side, to rounding (in TF32 a product is not)"
+                "no linear map of its heads side by side"
             )
             return Write("attention", value)
         if found is not None and found.origin == "experts" and self.routed is not None:
@@ -93,7 +92,13 @@ class Writes(Watched):
             rows = self.rows(mixed, weight.shape[1], turned)
             if rows is None or self.heads is None or rows.shape[-1] != self.heads.shape[1]:
                 return None
-            own = rows[:, 0]
-            if close(own.float(), self.heads, rows.dtype) and makes(found, own, whole[:, 0]):
+            own = rows[:, 0].float()
+            made = own @ weight.float().T
+            if bias is not None:
+                made = made + bias.float()
+            coarse = max((rows.dtype, whole.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+            if close(own, self.heads, rows.dtype) and close(
+                made * found.factor, whole[:, 0].float(), coarse, 32
+            ):
                 return Projection(rows, heads, weight, bias, found.factor)
         return None
