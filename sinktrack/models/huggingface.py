@@ -19,6 +19,7 @@ from sinktrack.attention import Attended, attend, edit_mask, read_scores
 from sinktrack.errors import MeasurementError
 from sinktrack.events import Editor, Observer, Projection, Routed, Uneditable, Write
 from sinktrack.models.guard import refuse_prompts, restore_on_exit
+from sinktrack.models.parallel import has_units
 from sinktrack.models.tracer import Mark, ResidualTracer, makes, mark, mark_of
 
 _STANDS_FOR = "sdpa"
@@ -446,6 +447,7 @@ class _Tap:
         self.entered: set[int] | None = None
         """The blocks that ran in this pass of the model; None where they run by themselves."""
         self.lineage = ResidualTracer(self)
+        self.lineage.copying = has_units(found.blocks.values())
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """A pass of the whole model begins."""

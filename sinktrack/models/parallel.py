@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
@@ -11,6 +13,16 @@ def takes_every_process(model: nn.Module) -> bool:
     """Must every process call `sinktrack.measure`, since none holds the whole model?"""
     return is_apart(model) or any(
         isinstance(parameter, DTensor) for parameter in model.parameters()
+    )
+
+
+def has_units(blocks: Iterable[nn.Module]) -> bool:
+    """Are there units of FSDP2 in a block, whose weights are gone before it is over?"""
+    return any(
+        isinstance(module, FSDPModule)
+        for block in blocks
+        for module in block.modules()
+        if module is not block
     )
 
 

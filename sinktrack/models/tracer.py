@@ -104,6 +104,8 @@ class ResidualTracer(TorchFunctionMode):
         super().__init__()
         self._watcher = watcher
         self.following = False
+        self.copying = False
+        """Are weights gone before their block is over, as those of FSDP's units in it?"""
         self._softmax: tuple[Tensor, int] | None = None
         """The last one's result, and how often that had been changed in place; under inference
         mode, which does not count that, a copy. Not in its mark, which would keep it alive."""
@@ -111,6 +113,13 @@ class ResidualTracer(TorchFunctionMode):
     def forget(self) -> None:
         """Let go of what was kept of a block."""
         self._softmax = None
+
+    def _kept(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Of an output projection, as numbers that last until its block is over."""
+        weight = plain(weight)
+        if self.copying:
+            return weight.clone(), None if bias is None else bias.clone()
+        return weight, bias
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -201,15 +210,17 @@ class ResidualTracer(TorchFunctionMode):
         if name == "linear" and first and first.origin == "mixed":
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return Mark("attention", operands=(args[0], first.heads, plain(weight), bias))
+            return Mark("attention", operands=(args[0], first.heads, *self._kept(weight, bias)))
         if name == "linear" and first and first.operands and first.raw is None:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return _composed(first, plain(weight), bias)
+            return _composed(first, *self._kept(weight, bias))
         if name == "addmm" and (mixed := mark_of(args[1])) and mixed.heads:
-            return Mark("attention", operands=(args[1], mixed.heads, plain(args[2]).T, args[0]))
+            weight, bias = self._kept(args[2], args[0])
+            return Mark("attention", operands=(args[1], mixed.heads, weight.T, bias))
         if name in _PRODUCT and first and first.origin == "mixed" and args[1].ndim == 2:
-            return Mark("attention", operands=(args[0], first.heads, plain(args[1]).T, None))
+            weight, _ = self._kept(args[1], None)
+            return Mark("attention", operands=(args[0], first.heads, weight.T, None))
         mark = first or marks[0]
         if mark.origin == "weights":
             if name not in _PRODUCT:

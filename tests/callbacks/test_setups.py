@@ -364,3 +364,45 @@ def test_a_process_that_fails_alone_does_not_stop_the_others(tmp_path: Path) -> 
         dist.destroy_process_group()
         """,
     )
+
+
+@pytest.mark.distributed
+def test_units_within_blocks(tmp_path: Path) -> None:
+    """FSDP2 of every linear layer by itself, whose weights are gone before their block is over."""
+    two_processes(
+        tmp_path,
+        """
+        from torch import nn
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+        from sinktrack import Decoder, measure
+        from tests.helpers import planted, torch_models
+        dist.init_process_group("gloo")
+        mesh = init_device_mesh("cpu", (2,))
+        def transformers():
+            model = planted.dense()
+            planted.head_writer(model, 0, 1)
+            planted.reader(model, 1)
+            return model, model, planted.probe()
+        def own():
+            probe = Probe.random(torch_models.VOCABULARY, sequences=4, length=17)
+            model = torch_models.reading(torch_models.Kind(), probe.tokens)
+            return model, Decoder(model), probe
+        for build in (transformers, own):
+            _, given, probe = build()
+            wanted = measure(given, probe)
+            model, given, _ = build()
+            for module in list(model.modules()):
+                if isinstance(module, nn.Linear):
+                    fully_shard(module, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            found = measure(given, probe)
+            torch.testing.assert_close(found.p0_norm, wanted.p0_norm)
+            shares, heads = (
+                [(part.kind, part.block, part.index, round(part.share, 5)) for part in parts]
+                for parts in (found.localization.parts, wanted.localization.parts)
+            )
+            assert shares == heads and any(part[0] == "head" for part in shares)
+        dist.destroy_process_group()
+        """,
+    )

@@ -24,6 +24,7 @@ from sinktrack.models.any_decoder.stream import (
 )
 from sinktrack.models.any_decoder.unknown_operators import UnknownOperators
 from sinktrack.models.any_decoder.writes import Writes
+from sinktrack.models.parallel import has_units
 from sinktrack.models.tracer import Mark, _tensors, mark, mark_of
 from sinktrack.probe import Probe
 
@@ -34,7 +35,9 @@ class Tap(UnknownOperators, Writes, Routers):
     @cached_property
     def flow(self) -> Flow:  # type: ignore[override]
         """Of the functions that the pass calls."""
-        return Flow(self)
+        flow = Flow(self)
+        flow.copying = has_units(self.found.blocks.values())
+        return flow
 
     @contextmanager
     def watching(self) -> Iterator[None]:
