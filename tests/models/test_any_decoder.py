@@ -394,6 +394,9 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     atol = 0.03 if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(found.p0_attention, exact.p0_attention, atol=atol, rtol=0)
     assert found.localization.share_sum == pytest.approx(1, abs=0.02)
+    heads = [part.share for part in found.localization.parts if part.kind == "head"]
+    wanted = [part.share for part in exact.localization.parts if part.kind == "head"]
+    assert len(heads) == len(wanted) > 0
 
 
 def test_several_streams_are_refused() -> None:

@@ -11,7 +11,7 @@ from sinktrack.events import Projection, Write
 from sinktrack.models.any_decoder.by_value import close
 from sinktrack.models.any_decoder.stream import EMBEDDING, Stream
 from sinktrack.models.any_decoder.watched import Watched
-from sinktrack.models.tracer import Mark
+from sinktrack.models.tracer import Mark, makes
 
 
 class Writes(Watched):
@@ -92,13 +92,7 @@ class Writes(Watched):
             rows = self.rows(mixed, weight.shape[1], turned)
             if rows is None or self.heads is None or rows.shape[-1] != self.heads.shape[1]:
                 return None
-            own = rows[:, 0].float()
-            made = own @ weight.float().T
-            if bias is not None:
-                made = made + bias.float()
-            coarse = max((rows.dtype, whole.dtype), key=lambda dtype: torch.finfo(dtype).eps)
-            if close(own, self.heads, rows.dtype) and close(
-                made * found.factor, whole[:, 0].float(), coarse, 32
-            ):
+            own = rows[:, 0]
+            if close(own.float(), self.heads, rows.dtype) and makes(found, own, whole[:, 0]):
                 return Projection(rows, heads, weight, bias, found.factor)
         return None
