@@ -349,21 +349,20 @@ def sharded(device: str) -> Iterator[Row]:
     yield Row("FSDP2, one process", float((found - wanted).abs().max()), 1e-6)
 
 
+_GROUPED: dict[str, Any] = {
+    "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 128,
+    "moe_grouped_gemm": True, "moe_token_dispatcher_type": "alltoall",
+}  # fmt: skip
 _ENGINE: dict[str, dict[str, Any]] = {
     "dense": {},
-    "grouped experts": {
-        "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 128,
-        "moe_grouped_gemm": True, "moe_token_dispatcher_type": "alltoall",
-    },
+    "grouped experts": _GROUPED,
     "window": {"window_size": (16, 0)},
     "sink logits": {"softmax_type": "learnable"},
     "FP8, delayed scaling": {"fp8": "hybrid", "fp8_recipe": "delayed"},
     "FP8, scaled by tensors, weights in FP8": {
         "fp8": "hybrid", "fp8_recipe": "tensorwise", "fp8_param": True,
     },
-    "FP8, scaled by blocks, grouped experts": {
-        "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 128,
-        "moe_grouped_gemm": True, "moe_token_dispatcher_type": "alltoall",
+    "FP8, scaled by blocks, grouped experts": _GROUPED | {
         "fp8": "e4m3", "fp8_recipe": "blockwise",
     },
 }  # fmt: skip
@@ -491,11 +490,11 @@ def _engine(config: Any, core: Any, query: Tensor, key: Tensor, more: Any) -> Te
     window = config.window_size[0] if config.window_size else length
     seen = ((apart >= 0) & (apart <= window))[None, None]
     sinks = getattr(core, "softmax_offset", None)
-    p0 = _in_float64(
+    probabilities = _in_float64(
         queries, keys, queries.shape[-1] ** -0.5, seen, None,
         None if sinks is None else sinks.detach().cpu().reshape(heads),
     )  # fmt: skip
-    return p0[..., 1 : window + 1, 0].mean((0, 2))
+    return probabilities[..., 1 : window + 1, 0].mean((0, 2))
 
 
 def cost(device: str, lengths: tuple[int, ...], width: int, blocks: int) -> Iterator[Row]:
