@@ -51,6 +51,11 @@ class SafetensorsSlice:
         """As safetensors names it."""
         return self.place.dtype
 
+    def announce(self) -> None:
+        """Say that all of it will be read soon."""
+        size = math.prod(self.place.shape) * DTYPES[self.place.dtype].itemsize
+        self.files.announce(self.file, self.place.start, self.place.start + size)
+
     def __getitem__(self, index: Index) -> Tensor:
         """A part of the tensor, or with ``...`` all of it.
 

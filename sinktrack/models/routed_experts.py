@@ -1,0 +1,198 @@
+"""The routed experts of one block of a checkpoint, read as tokens come to them."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sinktrack.archive.storage.slices import DTYPES
+
+if TYPE_CHECKING:
+    from sinktrack.models.streaming import Streamed
+
+AT_ONCE = 32 * 2**20
+"""Bytes of routed experts that are converted at a time: few enough for memory to be reused."""
+_NEARLY = 0.9
+"""Of the experts, from which share on a block counts as read whole: so will be the next."""
+
+
+class Experts:
+    """Routed experts whose weights are read when a token is routed to them.
+
+    Args:
+        streamed: the model.
+        module: in one of its blocks.
+        prefix: of the names of its weights in the model.
+    """
+
+    def __init__(self, streamed: Streamed, module: nn.Module, prefix: str) -> None:
+        self._streamed = streamed
+        self._count = int(getattr(module, "num_experts", 0))
+        self.targets = {
+            name: streamed.targets[name]
+            for own, _ in module.named_parameters()
+            if self._divisible(name := f"{prefix}{own}")
+        }
+        """The weights that can be read expert by expert: their first dimension is the expert."""
+        self.values: dict[str, Tensor] = {}
+        """Those weights on the device: of experts that no token came to, zeros."""
+        self._read: set[int] = set()
+
+    @property
+    def nearly_all(self) -> bool:
+        """Were, of weights read by experts, nearly all wanted?"""
+        return len(self._read) >= _NEARLY * self._count
+
+    def _divisible(self, target: str) -> bool:
+        groups = self._streamed.names.get(target, [])
+        return (
+            self._count > 1
+            and self._streamed.targets[target].shape[0] == self._count
+            and bool(groups)
+            and all(len(names) == self._count or self._fused(names) for names in groups)
+        )
+
+    def _fused(self, names: list[str]) -> bool:
+        """Is one tensor on disk all experts, one after the other?"""
+        shape = self._streamed.source.slice(names[0]).get_shape()
+        return len(names) == 1 and shape[0] == self._count
+
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook before the experts' forward: read those that the tokens are routed to."""
+        if not self.targets:
+            return
+        index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+        new = sorted(set(index.unique().tolist()) - self._read)
+        new = [expert for expert in new if 0 <= expert < self._count]
+        if not self.values:
+            self.values = self._room(new)
+        bytes_each = sum(
+            target[0].numel() * target.element_size() for target in self.targets.values()
+        )
+        size = max(1, AT_ONCE // bytes_each)
+        parts = [new[start : start + size] for start in range(0, len(new), size)]
+        reader, copied = self._streamed.reader, len(parts) > 1 and self._stand_in_a_row()
+        coming = [reader.submit(self._fetch, part) for part in parts[:1]]
+        for part, next_part in zip_longest(parts, parts[1:]):  # one is read, one converted
+            tensors = coming.pop().result()
+            if next_part is not None:
+                coming.append(reader.submit(self._fetch, next_part))
+            if not (copied and self._copy(part, tensors, self.values)):
+                self._convert(part, tensors, self.values)
+        self._read |= set(new)
+        for name, value in self.values.items():
+            self._streamed.put(name, value)
+        if self.nearly_all:
+            self._streamed.announce_following()
+
+    def _room(self, wanted: list[int]) -> dict[str, Tensor]:
+        """Memory for the weights, zero but for those of ``wanted``: of the last block's experts,
+        if all of it was used, as a system takes as long to give fresh memory as to read the disk.
+        """
+        values = {}
+        for name, target in self.targets.items():
+            used = self._streamed.leftover(target)
+            if used is None:
+                values[name] = untouched(target, self._streamed.device)
+                continue
+            for expert in set(range(self._count)) - set(wanted):
+                used[expert].zero_()
+            values[name] = used
+        return values
+
+    def _fetch(self, experts: list[int]) -> dict[str, Tensor]:
+        """From the checkpoint, what makes these experts."""
+        weights: dict[str, Tensor] = {}
+        for target in self.targets:
+            for names in self._streamed.names[target]:
+                if self._fused(names):
+                    whole = self._streamed.source.slice(names[0])
+                    weights[names[0]] = torch.cat([whole[row : row + 1] for row in experts])
+                else:
+                    for expert in experts:
+                        weights[names[expert]] = self._streamed.stored(names[expert])[...]
+        return weights
+
+    def _stand_in_a_row(self) -> bool:
+        """Does the conversion put an expert's tensors one behind the other, as they are stored?
+
+        Then they can be copied, for less time than transformers' conversion takes. Random numbers
+        tell.
+        """
+        random, tensors = torch.Generator().manual_seed(0), {}
+        for target in self.targets:
+            for names in self._streamed.names[target]:
+                stored = self._streamed.stored(names[0])
+                shape = stored.get_shape()
+                numbers = torch.randn(
+                    [1, *shape[1:]] if self._fused(names) else shape, generator=random
+                )
+                tensors[names[0]] = numbers.to(DTYPES[stored.get_dtype()])
+        converted, copied = (
+            {name: torch.empty_like(like[:1], device="cpu") for name, like in self.targets.items()}
+            for _ in range(2)
+        )
+        self._convert([0], tensors, converted)
+        return self._copy([0], tensors, copied) and all(
+            torch.equal(copied[name], value) for name, value in converted.items()
+        )
+
+    def _copy(
+        self, experts: list[int], tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> bool:
+        """Put tensors of experts one behind the other, if their shapes fit."""
+        for target, value in values.items():
+            groups = self._streamed.names[target]
+            if value.dim() < 2:
+                return False
+            for row, expert in enumerate(experts):
+                parts = [
+                    tensors[names[0]][row] if self._fused(names) else tensors[names[expert]]
+                    for names in groups
+                ]
+                if any(part.shape[1:] != value.shape[2:] for part in parts):
+                    return False
+                sizes = [len(part) for part in parts]
+                if sum(sizes) != value.shape[1]:
+                    return False
+                for place, part in zip(value[expert].split(sizes), parts, strict=True):
+                    place.copy_(part)
+        return True
+
+    def _convert(
+        self, experts: list[int], tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    ) -> None:
+        """Through transformers' conversion, as if the block had these experts alone."""
+        for target, like in self.targets.items():
+            shape = (len(experts), *like.shape[1:])
+            self._streamed.put(target, torch.empty(shape, dtype=like.dtype, device="meta"))
+        self._streamed.convert(tensors)
+        for target, value in values.items():
+            for expert, part in zip(experts, self._streamed.weight(target).detach(), strict=True):
+                value[expert].copy_(part)
+
+
+def untouched(like: Tensor, device: str, *, scattered: bool = False) -> Tensor:
+    """Zeros that, on the CPU, take memory only where something is written.
+
+    Args:
+        like: of the same shape and dtype.
+        device: where.
+        scattered: small parts will be written here and there, each of which must not take a huge
+            page.
+    """
+    if device != "cpu":
+        return torch.zeros_like(like, device=device)
+    pages = mmap.mmap(-1, math.prod(like.shape) * like.element_size())
+    advice = "MADV_NOHUGEPAGE" if scattered else "MADV_HUGEPAGE"
+    if hasattr(mmap, advice):  # Linux
+        with suppress(OSError):
+            pages.madvise(getattr(mmap, advice))
+    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)

@@ -1,0 +1,188 @@
+"""Routed experts put in place part by part, against the model as transformers loads it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from sinktrack import ArchiveError
+from sinktrack.archive.discover import discover
+from sinktrack.archive.source import open as open_source
+from sinktrack.models import routed_experts, streaming
+from sinktrack.models.huggingface import is_experts
+from sinktrack.models.routed_experts import Experts
+from sinktrack.models.streaming import Streamed
+from tests.helpers.families import EXACT, minutes, tiny
+
+
+def saved(family: str, directory: Path) -> Any:
+    tiny(family, EXACT[family]).save_pretrained(directory)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+
+
+def opened(directory: Path) -> Streamed:
+    return Streamed(open_source(discover(directory)[0]))
+
+
+def route(module: nn.Module, experts: list[int]) -> None:
+    """Run the hook before the forward, as if tokens came to these."""
+    for hook in module._forward_pre_hooks.values():
+        hook(module, (None, torch.tensor([experts])), {})
+
+
+@contextmanager
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Each expert by itself; which blocks' were copied."""
+    copied: list[bool] = []
+    tell = Experts._stand_in_a_row
+
+    def told(self: Experts) -> bool:
+        copied.append(tell(self))
+        return copied[-1]
+
+    monkeypatch.setattr(routed_experts, "AT_ONCE", 1)
+    monkeypatch.setattr(Experts, "_stand_in_a_row", told)
+    yield copied
+
+
+def compare(model: Streamed, whole: nn.Module, chosen: Any = None) -> int:
+    """Weights of the chosen experts, or of all, to the bit, and zero elsewhere."""
+    found = 0
+    blocks = list(model.decoder.blocks)
+    for index in blocks:
+        with model.block(index, index + 1 if index < blocks[-1] else None) as block:
+            for path, module in block.named_modules():
+                hooks = module._forward_pre_hooks
+                if not (is_experts(module) and hooks):
+                    continue
+                other = whole.get_submodule(f"{model._prefixes[index]}{path}")
+                count = int(module.num_experts)
+                experts = list(range(count)) if chosen is None else chosen(index, count)
+                route(module, experts)
+                for name, weight in module.named_parameters():
+                    wanted = other.get_parameter(name)
+                    if weight.shape[0] != count:
+                        continue
+                    found += 1
+                    assert weight.dtype == wanted.dtype
+                    for expert in range(count):
+                        right = wanted[expert] if expert in experts else torch.zeros(())
+                        assert bool((weight[expert] == right).all()), (index, name, expert)
+    return found
+
+
+@pytest.mark.parametrize("family", minutes(sorted(EXACT)))
+def test_part_by_part_as_loaded(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.device("meta"):
+        if not any(map(is_experts, tiny(family, EXACT[family]).modules())):
+            return
+    whole = saved(family, tmp_path)
+    with in_parts(monkeypatch):
+        compare(opened(tmp_path), whole)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe"])
+def test_copied_where_they_stand_in_a_row(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = saved(family, tmp_path)
+    with in_parts(monkeypatch) as copied:
+        assert compare(opened(tmp_path), whole) > 0
+    assert copied and all(copied)
+
+
+def test_converted_where_the_stored_tensors_stand_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversion that a copy would not get right, though every shape fits."""
+    saved("qwen3_moe", tmp_path)
+    convert = Experts._convert
+
+    def turned(self: Experts, experts: list[int], tensors: Any, values: Any) -> None:
+        convert(self, experts, tensors, values)
+        for value in values.values():
+            for expert in experts:
+                value[expert] = value[expert].flip(0)
+
+    monkeypatch.setattr(Experts, "_convert", turned)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    for module in filter(is_experts, whole.modules()):
+        for weight in module.parameters():
+            weight.data = weight.data.flip(1)
+    with in_parts(monkeypatch) as copied:
+        assert compare(opened(tmp_path), whole) > 0
+    assert copied and not any(copied)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_memory_of_the_last_block_is_used_again(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All experts of even blocks, one of odd ones: the others' weights are zero."""
+    whole = saved(family, tmp_path)
+    fresh: list[torch.Tensor] = []
+    make = routed_experts.untouched
+
+    def made(like: torch.Tensor, device: str) -> torch.Tensor:
+        fresh.append(make(like, device))
+        return fresh[-1]
+
+    monkeypatch.setattr(routed_experts, "untouched", made)
+    model = opened(tmp_path)
+    found = compare(model, whole, lambda index, n: [1] if index % 2 else list(range(n)))
+    assert found == 2 * len(fresh) and not model._left
+
+
+def test_a_damaged_expert_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = saved("qwen3_moe", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if ".experts.2.up_proj" in name)
+    tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with in_parts(monkeypatch), pytest.raises(ArchiveError, match="weights mismatched"):
+        compare(opened(tmp_path), whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
+def test_the_system_is_told_what_comes_next(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly the bytes of the blocks behind the first, and of few experts nothing."""
+    whole = saved(family, tmp_path)
+    monkeypatch.setattr(streaming, "AT_ONCE", 1)
+    advised: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda _, start, size, advice: advised.append((start, size))
+    )
+
+    def walk(chosen: Any = None) -> int:
+        advised.clear()
+        model = opened(tmp_path)
+        compare(model, whole, chosen)
+        model.reader.shutdown()
+        places = [model.source.slice(name).place for name in model.source.names()]  # type: ignore[attr-defined]
+        later = sum(
+            4 * torch.Size(place.shape).numel()
+            for name, place in zip(model.source.names(), places, strict=True)
+            if "layers." in name and "layers.0." not in name
+        )
+        starts = {place.start for place in places}
+        assert len(set(advised)) == len(advised) and {start for start, _ in advised} <= starts
+        return later
+
+    assert walk() == sum(size for _, size in advised) > 0
+    if family == "qwen3_moe":
+        walk(lambda index, count: [0])
+        assert not advised
