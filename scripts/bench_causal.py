@@ -160,7 +160,8 @@ def plant(directory: Path, depth: int) -> None:
         value[:, one], value[0, begin] = 3.0, 3.0
 
     def evenly(value: torch.Tensor) -> None:
-        """What all tokens have in common sends none of them to the same experts."""
+        """What all tokens have in common sends none of them to the same experts, itself or as a
+        value: a probe of any size comes to nearly all experts."""
         value[:, [one, begin, sink]] = 0
 
     def heads(channel: int, strength: float) -> Callable[[Any], None]:
@@ -184,7 +185,13 @@ def plant(directory: Path, depth: int) -> None:
         changes[f"{attention}.q_proj.weight"] = heads(one, 10.0)
         changes[f"{attention}.k_proj.weight"] = key
         changes[f"model.layers.{block}.mlp.gate.weight"] = evenly
-    changes["model.layers.0.self_attn.v_proj.weight"] = into(0, begin, 1.0)
+        changes[f"{attention}.v_proj.weight"] = evenly
+
+    def own(value: torch.Tensor) -> None:
+        evenly(value)
+        into(0, begin, 1.0)(value)
+
+    changes["model.layers.0.self_attn.v_proj.weight"] = own
     changes["model.layers.0.self_attn.o_proj.weight"] = into(sink, 0, 20.0)
     weight_map = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
     for file in {weight_map[name] for name in changes}:
@@ -233,7 +240,7 @@ def stream(directory: Path, depth: int, tokens: int) -> None:
         command = [sys.executable, __file__, "--stream", str(directory), "--worker", way]
         done = subprocess.run(
             [*command, "--tokens", str(tokens)], stdout=subprocess.PIPE, text=True, check=True,
-            env=os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"},  # as of `sinktrack`
+            env=os.environ | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"},  # as of `sinktrack`
         )  # fmt: skip
         results[way] = json.loads(done.stdout.splitlines()[-1])
         print(way, results[way], file=sys.stderr)

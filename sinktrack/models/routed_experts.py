@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 from collections.abc import Mapping
@@ -44,6 +45,8 @@ class Experts:
         self.values: dict[str, Tensor] = {}
         """Those weights on the device: of experts that no token came to, zeros."""
         self._read: set[int] = set()
+        self._copied: bool | None = None
+        """Are an expert's tensors copied, not converted? None: that was not tried yet."""
 
     @property
     def nearly_all(self) -> bool:
@@ -71,21 +74,29 @@ class Experts:
         index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
         new = sorted(set(index.unique().tolist()) - self._read)
         new = [expert for expert in new if 0 <= expert < self._count]
-        if not self.values:
-            self.values = self._room(new)
         bytes_each = sum(
             target[0].numel() * target.element_size() for target in self.targets.values()
         )
         size = max(1, AT_ONCE // bytes_each)
+        many = len(new) > size
+        if many:
+            give_back()  # what attention left: the experts do not go there
+        if not self.values:
+            self.values = self._room(new)
+        if many and self._copied is None:
+            self._copied = self._stand_in_a_row()
+        size = 1 if self._copied else size  # a conversion costs more for each call
         parts = [new[start : start + size] for start in range(0, len(new), size)]
-        reader, copied = self._streamed.reader, len(parts) > 1 and self._stand_in_a_row()
+        reader = self._streamed.reader
         coming = [reader.submit(self._fetch, part) for part in parts[:1]]
         for part, next_part in zip_longest(parts, parts[1:]):  # one is read, one converted
             tensors = coming.pop().result()
             if next_part is not None:
                 coming.append(reader.submit(self._fetch, next_part))
-            if not (copied and self._copy(part, tensors, self.values)):
+            if not (self._copied and self._copy(part, tensors, self.values)):
                 self._convert(part, tensors, self.values)
+        if many:
+            give_back()
         self._read |= set(new)
         for name, value in self.values.items():
             self._streamed.put(name, value)
@@ -196,3 +207,10 @@ def untouched(like: Tensor, device: str, *, scattered: bool = False) -> Tensor:
         with suppress(OSError):
             pages.madvise(getattr(mmap, advice))
     return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
+
+
+def give_back() -> None:
+    """What freed weights leave goes back to the system, which glibc by itself does at the top of
+    its heap alone."""
+    with suppress(AttributeError, OSError, TypeError):  # elsewhere than on Linux
+        ctypes.CDLL(None).malloc_trim(0)

@@ -7,13 +7,12 @@ token is routed to, of the embedding only the rows of the probe's tokens.
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +31,7 @@ from sinktrack.archive.storage.safetensors_file import SafetensorsSlice
 from sinktrack.archive.storage.slices import Slice
 from sinktrack.errors import ArchiveError
 from sinktrack.models.huggingface import Decoder, decoder, is_experts
-from sinktrack.models.routed_experts import AT_ONCE, Experts, untouched
+from sinktrack.models.routed_experts import AT_ONCE, Experts, give_back, untouched
 
 _READERS = 8
 """Weights that are read ahead at the same time: a server answers each after a while."""
@@ -184,7 +183,7 @@ class Streamed:
         finally:
             for name, value in before.items():
                 self.put(name, value)
-            _give_back()
+            give_back()
 
     def _behind(self) -> set[str]:
         """The weights that the `base` does not hold."""
@@ -229,7 +228,7 @@ class Streamed:
                     self._left = [value for weights in done for value in weights.values.values()]
                 for name in own:
                     self.put(name, self.targets[name])
-                _give_back()
+                give_back()
 
     def leftover(self, like: Tensor) -> Tensor | None:
         """Memory of the last block's experts, once; what it holds is not to be used."""
@@ -390,10 +389,3 @@ def _later(experts: Mapping[nn.Module, Experts]) -> set[str]:
 
 def _matches(patterns: Collection[str] | None, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns or ())
-
-
-def _give_back() -> None:
-    """What freed weights leave goes back to the system, which glibc by itself does at the top of
-    its heap alone."""
-    with suppress(AttributeError, OSError, TypeError):  # elsewhere than on Linux
-        ctypes.CDLL(None).malloc_trim(0)
