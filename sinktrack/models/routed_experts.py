@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sinktrack.archive.storage.slices import DTYPES
+from sinktrack.errors import ArchiveError
 
 if TYPE_CHECKING:
     from sinktrack.models.streaming import Streamed
@@ -50,8 +51,8 @@ class Experts:
 
     @property
     def nearly_all(self) -> bool:
-        """Were, of weights read by experts, nearly all wanted?"""
-        return len(self._read) >= _NEARLY * self._count
+        """Did tokens come to nearly all of the experts?"""
+        return len(self._read) >= max(1, _NEARLY * self._count)
 
     def _divisible(self, target: str) -> bool:
         groups = self._streamed.names.get(target, [])
@@ -65,7 +66,7 @@ class Experts:
     def _fused(self, names: list[str]) -> bool:
         """Is one tensor on disk all experts, one after the other?"""
         shape = self._streamed.source.slice(names[0]).get_shape()
-        return len(names) == 1 and shape[0] == self._count
+        return len(names) == 1 and shape[:1] == [self._count]
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook before the experts' forward: read those that the tokens are routed to."""
@@ -74,6 +75,18 @@ class Experts:
         index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
         new = sorted(set(index.unique().tolist()) - self._read)
         new = [expert for expert in new if 0 <= expert < self._count]
+        try:
+            self._take(new)
+        except BaseException:
+            self.values, self._read = {}, set()  # part of it is another block's
+            raise
+        for name, value in self.values.items():
+            self._streamed.put(name, value)
+        if self.nearly_all:
+            self._streamed.announce_following(experts=True)
+
+    def _take(self, new: list[int]) -> None:
+        """Read experts into their place."""
         bytes_each = sum(
             target[0].numel() * target.element_size() for target in self.targets.values()
         )
@@ -86,22 +99,18 @@ class Experts:
         if many and self._copied is None:
             self._copied = self._stand_in_a_row()
         size = 1 if self._copied else size  # a conversion costs more for each call
+        put = self._copy if self._copied else self._convert
         parts = [new[start : start + size] for start in range(0, len(new), size)]
         reader = self._streamed.reader
         coming = [reader.submit(self._fetch, part) for part in parts[:1]]
-        for part, next_part in zip_longest(parts, parts[1:]):  # one is read, one converted
+        for part, next_part in zip_longest(parts, parts[1:]):  # one is read, one put in place
             tensors = coming.pop().result()
             if next_part is not None:
                 coming.append(reader.submit(self._fetch, next_part))
-            if not (self._copied and self._copy(part, tensors, self.values)):
-                self._convert(part, tensors, self.values)
+            put(part, tensors, self.values)
         if many:
             give_back()
         self._read |= set(new)
-        for name, value in self.values.items():
-            self._streamed.put(name, value)
-        if self.nearly_all:
-            self._streamed.announce_following()
 
     def _room(self, wanted: list[int]) -> dict[str, Tensor]:
         """Memory for the weights, zero but for those of ``wanted``: of the last block's experts,
@@ -127,8 +136,15 @@ class Experts:
                     whole = self._streamed.source.slice(names[0])
                     weights[names[0]] = torch.cat([whole[row : row + 1] for row in experts])
                 else:
+                    like = self._streamed.stored(names[0]).get_shape()
                     for expert in experts:
-                        weights[names[expert]] = self._streamed.stored(names[expert])[...]
+                        stored = self._streamed.stored(names[expert])
+                        if stored.get_shape() != like:
+                            raise ArchiveError(
+                                f"{names[expert]} is {stored.get_shape()}, {names[0]} {like}; the "
+                                "checkpoint does not fit its config.json"
+                            )
+                        weights[names[expert]] = stored[...]
         return weights
 
     def _stand_in_a_row(self) -> bool:
@@ -138,44 +154,39 @@ class Experts:
         tell.
         """
         random, tensors = torch.Generator().manual_seed(0), {}
-        for target in self.targets:
+        for target, like in self.targets.items():
+            rows = 0
             for names in self._streamed.names[target]:
                 stored = self._streamed.stored(names[0])
-                shape = stored.get_shape()
-                numbers = torch.randn(
-                    [1, *shape[1:]] if self._fused(names) else shape, generator=random
-                )
-                tensors[names[0]] = numbers.to(DTYPES[stored.get_dtype()])
+                shape = stored.get_shape()[1:] if self._fused(names) else stored.get_shape()
+                numbers = torch.randn(shape, generator=random).to(DTYPES[stored.get_dtype()])
+                tensors[names[0]] = numbers[None] if self._fused(names) else numbers
+                if like.dim() != 1 + len(shape) or list(like.shape[2:]) != shape[1:]:
+                    return False
+                rows += shape[0] if shape else 0
+            if like.dim() == 1 or rows != like.shape[1]:
+                return False
         converted, copied = (
             {name: torch.empty_like(like[:1], device="cpu") for name, like in self.targets.items()}
             for _ in range(2)
         )
         self._convert([0], tensors, converted)
-        return self._copy([0], tensors, copied) and all(
-            torch.equal(copied[name], value) for name, value in converted.items()
-        )
+        self._copy([0], tensors, copied)
+        return all(torch.equal(copied[name], value) for name, value in converted.items())
 
     def _copy(
         self, experts: list[int], tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]
-    ) -> bool:
-        """Put tensors of experts one behind the other, if their shapes fit."""
+    ) -> None:
+        """Put the tensors of each expert one behind the other."""
         for target, value in values.items():
-            groups = self._streamed.names[target]
-            if value.dim() < 2:
-                return False
             for row, expert in enumerate(experts):
                 parts = [
                     tensors[names[0]][row] if self._fused(names) else tensors[names[expert]]
-                    for names in groups
+                    for names in self._streamed.names[target]
                 ]
-                if any(part.shape[1:] != value.shape[2:] for part in parts):
-                    return False
-                sizes = [len(part) for part in parts]
-                if sum(sizes) != value.shape[1]:
-                    return False
-                for place, part in zip(value[expert].split(sizes), parts, strict=True):
+                places = value[expert].split([len(part) for part in parts])
+                for place, part in zip(places, parts, strict=True):
                     place.copy_(part)
-        return True
 
     def _convert(
         self, experts: list[int], tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]

@@ -79,6 +79,7 @@ class Streamed:
         """Memory of the last block's experts, for the next one's."""
         self.reader = ThreadPoolExecutor(1)
         """Reads while others convert or compute."""
+        self._announcer = ThreadPoolExecutor(1)
         skeleton = empty(source, dtype, head=head)
         self.model, self._text = skeleton.model, skeleton.prefix
         self.names = skeleton.names
@@ -205,6 +206,7 @@ class Streamed:
         """
         block, own, hooks = self.decoder.blocks[index], self._own(index), []
         self._following = following
+        left: list[Tensor] = []
         try:
             if index not in self._kept:
                 experts = self._experts(index)
@@ -216,36 +218,55 @@ class Streamed:
             if self.read_ahead and following is not None and following not in self._kept:
                 self._ahead = self.reader.submit(self._read, following)
             if not hooks:
-                self.announce_following()
+                self.announce_following(experts=False)
             yield block
+            if following is not None:
+                left = self._useful(self._kept[index], following)
         finally:
             for hook in hooks:
                 hook.remove()
             self._left = []
             if not (self._keeps and index in self._kept):
-                done = self._kept.pop(index, {}).values()
-                if following is not None and all(weights.nearly_all for weights in done):
-                    self._left = [value for weights in done for value in weights.values.values()]
+                self._kept.pop(index, None)
+                self._left = left
                 for name in own:
                     self.put(name, self.targets[name])
                 give_back()
 
+    def _useful(self, done: Mapping[nn.Module, Experts], following: int) -> list[Tensor]:
+        """Memory of a block's experts, all in use, that those of the following one fit into."""
+        own = self._own(following)
+        fits = {(like.shape, like.dtype) for like in map(self.targets.__getitem__, own)}
+        return [
+            value
+            for weights in done.values()
+            if weights.nearly_all
+            for value in weights.values.values()
+            if (value.shape, value.dtype) in fits
+        ]
+
     def leftover(self, like: Tensor) -> Tensor | None:
-        """Memory of the last block's experts, once; what it holds is not to be used."""
+        """Memory of the last block's experts, given away; the taker writes or zeroes all of it."""
         for place, value in enumerate(self._left):
             if value.shape == like.shape and value.dtype == like.dtype:
                 return self._left.pop(place)
         return None
 
-    def announce_following(self) -> None:
+    def announce_following(self, *, experts: bool) -> None:
         """Have the system read the following block from a disk while this one computes.
 
-        Into its own cache, which gives way to any process's memory. All of the experts are read.
+        Into its own cache, which gives way to any process's memory. Of weights in safetensors
+        files alone.
+
+        Args:
+            experts: with all routed experts?
         """
         following, self._following = self._following, None
         if self.read_ahead or following is None or following in self._kept:
             return
         own = self._own(following)
+        if not experts:
+            own -= _later(self._experts(following))
         if sum(int(self.targets[name].nbytes) for name in own) < AT_ONCE:  # is read in no time
             return
         names = self._sources(own)
@@ -256,7 +277,7 @@ class Streamed:
                 if isinstance(stored, SafetensorsSlice):
                     stored.announce()
 
-        self.reader.submit(announce)
+        self._announcer.submit(announce)
 
     def _own(self, index: int) -> set[str]:
         prefix = self._prefixes[index]
