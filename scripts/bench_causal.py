@@ -161,7 +161,7 @@ def plant(directory: Path, depth: int) -> None:
 
     def evenly(value: torch.Tensor) -> None:
         """What all tokens have in common sends none of them to the same experts, itself or as a
-        value: a probe of any size comes to nearly all experts."""
+        value: the probe comes to nearly all experts."""
         value[:, [one, begin, sink]] = 0
 
     def heads(channel: int, strength: float) -> Callable[[Any], None]:
