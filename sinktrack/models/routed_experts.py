@@ -42,7 +42,9 @@ class Experts:
             for own, _ in module.named_parameters()
             if self._divisible(name := f"{prefix}{own}")
         }
-        """The weights that can be read expert by expert: their first dimension is the expert."""
+        """The weights that can be read expert by expert: their first dimension is the expert.
+
+        In the checkpoint a group of names is one for each expert, or a single one for all."""
         self.values: dict[str, Tensor] = {}
         """Those weights on the device: of experts that no token came to, zeros."""
         self._read: set[int] = set()
@@ -60,10 +62,10 @@ class Experts:
             self._count > 1
             and self._streamed.targets[target].shape[0] == self._count
             and bool(groups)
-            and all(len(names) == self._count or self._fused(names) for names in groups)
+            and all(len(names) == self._count or self._is_table(names) for names in groups)
         )
 
-    def _fused(self, names: list[str]) -> bool:
+    def _is_table(self, names: list[str]) -> bool:
         """Is one tensor on disk all experts, one after the other?"""
         shape = self._streamed.source.slice(names[0]).get_shape()
         return len(names) == 1 and shape[:1] == [self._count]
@@ -132,7 +134,7 @@ class Experts:
         weights: dict[str, Tensor] = {}
         for target in self.targets:
             for names in self._streamed.names[target]:
-                if self._fused(names):
+                if len(names) == 1:
                     whole = self._streamed.source.slice(names[0])
                     weights[names[0]] = torch.cat([whole[row : row + 1] for row in experts])
                 else:
@@ -158,13 +160,14 @@ class Experts:
             rows = 0
             for names in self._streamed.names[target]:
                 stored = self._streamed.stored(names[0])
-                shape = stored.get_shape()[1:] if self._fused(names) else stored.get_shape()
-                numbers = torch.randn(shape, generator=random).to(DTYPES[stored.get_dtype()])
-                tensors[names[0]] = numbers[None] if self._fused(names) else numbers
-                if like.dim() != 1 + len(shape) or list(like.shape[2:]) != shape[1:]:
+                fused = len(names) == 1
+                shape = stored.get_shape()[fused:]
+                if like.dim() < 2 or not shape or shape[1:] != list(like.shape[2:]):
                     return False
-                rows += shape[0] if shape else 0
-            if like.dim() == 1 or rows != like.shape[1]:
+                rows += shape[0]
+                numbers = torch.randn(shape, generator=random).to(DTYPES[stored.get_dtype()])
+                tensors[names[0]] = numbers[None] if fused else numbers
+            if rows != like.shape[1]:
                 return False
         converted, copied = (
             {name: torch.empty_like(like[:1], device="cpu") for name, like in self.targets.items()}
@@ -181,7 +184,7 @@ class Experts:
         for target, value in values.items():
             for row, expert in enumerate(experts):
                 parts = [
-                    tensors[names[0]][row] if self._fused(names) else tensors[names[expert]]
+                    tensors[names[0]][row] if len(names) == 1 else tensors[names[expert]]
                     for names in self._streamed.names[target]
                 ]
                 places = value[expert].split([len(part) for part in parts])

@@ -264,9 +264,7 @@ class Streamed:
         following, self._following = self._following, None
         if self.read_ahead or following is None or following in self._kept:
             return
-        own = self._own(following)
-        if not experts:
-            own -= _later(self._experts(following))
+        own = self._own(following) if experts else self._besides_experts(following)
         if sum(int(self.targets[name].nbytes) for name in own) < AT_ONCE:  # is read in no time
             return
         names = self._sources(own)
@@ -290,8 +288,12 @@ class Streamed:
             if is_experts(module)
         }
 
+    def _besides_experts(self, index: int) -> set[str]:
+        """A block's weights, but for those that are read as tokens come to them."""
+        return self._own(index) - _later(self._experts(index))
+
     def _read(self, index: int) -> dict[str, Tensor]:
-        names = self._sources(self._own(index) - _later(self._experts(index)))
+        names = self._sources(self._besides_experts(index))
         with ThreadPoolExecutor(_READERS) as readers:
             read = readers.map(lambda name: self.stored(name)[...], names)
             return dict(zip(names, read, strict=True))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +42,8 @@ def route(module: nn.Module, experts: list[int]) -> None:
         hook(module, (None, torch.tensor([experts])), {})
 
 
-@contextmanager
-def in_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Each expert by itself; which blocks' were copied."""
     copied: list[bool] = []
     tell = Experts._stand_in_a_row
@@ -55,7 +54,7 @@ def in_parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
 
     monkeypatch.setattr(routed_experts, "AT_ONCE", 1)
     monkeypatch.setattr(Experts, "_stand_in_a_row", told)
-    yield copied
+    return copied
 
 
 def compare(model: Streamed, whole: nn.Module, chosen: Any = None) -> int:
@@ -85,32 +84,29 @@ def compare(model: Streamed, whole: nn.Module, chosen: Any = None) -> int:
 
 
 @pytest.mark.parametrize("family", minutes(sorted(EXACT)))
-def test_part_by_part_as_loaded(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("in_parts")
+def test_part_by_part_as_loaded(family: str, tmp_path: Path) -> None:
     with torch.device("meta"):
         if not any(map(is_experts, tiny(family, EXACT[family]).modules())):
             return
     whole = saved(family, tmp_path)
-    with in_parts(monkeypatch):
-        assert compare(opened(tmp_path), whole) or family in WHOLE
+    assert compare(opened(tmp_path), whole) or family in WHOLE
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe"])
 def test_copied_where_they_stand_in_a_row(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, in_parts: list[bool]
 ) -> None:
     whole = saved(family, tmp_path)
-    with in_parts(monkeypatch) as copied:
-        assert compare(opened(tmp_path), whole) > 0
-    assert copied and all(copied)
+    assert compare(opened(tmp_path), whole) > 0
+    assert in_parts and all(in_parts)
 
 
 def test_converted_where_the_stored_tensors_stand_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_parts: list[bool]
 ) -> None:
     """A conversion that a copy would not get right, though every shape fits."""
-    saved("qwen3_moe", tmp_path)
+    whole = saved("qwen3_moe", tmp_path)
     convert = Experts._convert
 
     def turned(self: Experts, experts: list[int], tensors: Any, values: Any) -> None:
@@ -120,13 +116,11 @@ def test_converted_where_the_stored_tensors_stand_otherwise(
                 value[expert] = value[expert].flip(0)
 
     monkeypatch.setattr(Experts, "_convert", turned)
-    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
     for module in filter(is_experts, whole.modules()):
         for weight in module.parameters():
             weight.data = weight.data.flip(1)
-    with in_parts(monkeypatch) as copied:
-        assert compare(opened(tmp_path), whole) > 0
-    assert copied and not any(copied)
+    assert compare(opened(tmp_path), whole) > 0
+    assert in_parts and not any(in_parts)
 
 
 @pytest.mark.parametrize("all_in", [0, 1])
@@ -167,17 +161,15 @@ def test_no_memory_is_kept_for_a_block_that_cannot_use_it(tmp_path: Path) -> Non
     experts = {index: bool(model._experts(index)) for index in model.decoder.blocks}
     before = next(i for i in experts if experts[i] and experts.get(i + 1) is False)
     for fails in (True, False):
-        try:
-            with model.block(before, before + 1) as block:
-                for module in filter(is_experts, block.modules()):
-                    route(module, list(range(int(module.num_experts))))  # type: ignore[arg-type]
-                if fails:
-                    raise KeyError
-        except KeyError:
-            pass
+        with suppress(KeyError), model.block(before, before + 1) as block:
+            for module in filter(is_experts, block.modules()):
+                route(module, list(range(int(module.num_experts))))  # type: ignore[arg-type]
+            if fails:
+                raise KeyError
         assert not model._left
 
 
+@pytest.mark.usefixtures("in_parts")
 def test_nothing_of_another_block_stays_after_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,25 +183,25 @@ def test_nothing_of_another_block_stays_after_an_error(
 
     second: Any = None
     monkeypatch.setattr(Experts, "_fetch", fetched)
-    with in_parts(monkeypatch):
-        model = opened(tmp_path)
-        with model.block(0, 1) as block:
-            for module in filter(is_experts, block.modules()):
-                route(module, list(range(8)))
-        with model.block(1, 2) as block:
-            (module,) = filter(is_experts, block.modules())
-            (second,) = model._kept[1].values()
-            with pytest.raises(OSError, match="not now"):
-                route(module, list(range(8)))
-            failing[0] = False
-            route(module, [0])
-            other = whole.model.layers[1].mlp.experts
-            for name, weight in module.named_parameters():
-                assert torch.equal(weight[0], other.get_parameter(name)[0])
-                assert not bool(weight[1:].any())
+    model = opened(tmp_path)
+    with model.block(0, 1) as block:
+        for module in filter(is_experts, block.modules()):
+            route(module, list(range(8)))
+    with model.block(1, 2) as block:
+        (module,) = filter(is_experts, block.modules())
+        (second,) = model._kept[1].values()
+        with pytest.raises(OSError, match="not now"):
+            route(module, list(range(8)))
+        failing[0] = False
+        route(module, [0])
+        other = whole.model.layers[1].mlp.experts
+        for name, weight in module.named_parameters():
+            assert torch.equal(weight[0], other.get_parameter(name)[0])
+            assert not bool(weight[1:].any())
 
 
-def test_a_damaged_expert_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("in_parts")
+def test_a_damaged_expert_is_named(tmp_path: Path) -> None:
     whole = saved("qwen3_moe", tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
@@ -219,7 +211,7 @@ def test_a_damaged_expert_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for rows, other in ((16, 15), (10, 22)):  # too few; and as many as both have
         tensors[gate], tensors[up] = both[:rows].clone(), both[rows : rows + other].clone()
         save_file(tensors, path, {"format": "pt"})
-        with in_parts(monkeypatch), pytest.raises(ArchiveError, match=r"experts\.2\.\w+_proj.* is"):
+        with pytest.raises(ArchiveError, match=r"experts\.2\.\w+_proj.* is"):
             compare(opened(tmp_path), whole)
 
 
