@@ -6,9 +6,10 @@ import copy
 import hashlib
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import reduce
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +52,8 @@ _OTHER_TOKENIZERS = (
 """What tokenizers without a ``tokenizer.json`` are made of."""
 _LAST: dict[Any, tuple[tuple[tuple[str, bytes], ...], Any]] = {}
 """What was made last by a class of transformers', and the digests of the files it is of."""
+_EMPTY: tuple[Any, Empty] | None = None
+"""What was made last, and of what."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,19 @@ class Empty:
     """In evaluation mode, in the dtype to be measured."""
     names: dict[str, list[list[str]]]
     """Per weight of the model the checkpoint's tensors that make it, like ones together."""
+    renamed: dict[str, str]
+    """By tensor of the checkpoint the weight that it is as it stands, under whatever name."""
     text: Any
     """The decoder without its language head; in a model of text and images the text's."""
+    in_a_row: dict[tuple[str, ...], bool] = field(default_factory=dict)
+    """By weights of routed experts: are they what is stored, one after the other? As was found."""
+
+    def copied(self) -> Empty:
+        """Another model like it."""
+        values = chain(self.model.parameters(), self.model.buffers())
+        held = {id(value): value for value in values if value.is_meta}  # nothing is written there
+        model = copy.deepcopy(self.model, held)
+        return replace(self, model=model, text=_text(model))
 
     @property
     def prefix(self) -> str:
@@ -118,6 +132,8 @@ def load(
 def empty(source: Source, dtype: str | None = None, *, head: bool = False) -> Empty:
     """The model without its weights, once all of them are seen to have a place in it.
 
+    Of checkpoints that differ in their numbers alone it is made once and copied.
+
     Args:
         source: the checkpoint.
         dtype: such as ``bfloat16``; by default the narrowest in which no stored weight is rounded,
@@ -128,12 +144,24 @@ def empty(source: Source, dtype: str | None = None, *, head: bool = False) -> Em
         ArchiveError: transformers cannot build it, the weights are quantized, or the checkpoint
             holds tensors that it has no place for.
     """
+    global _EMPTY
+    tensors = {name: source.slice(name) for name in source.names()}
+    stored = {name: tensor.get_dtype() for name, tensor in tensors.items()}
+    shapes = {name: tensor.get_shape() for name, tensor in tensors.items()}
+    config = source.config.to_dict()  # two configurations are equal if their fields alone are
+    asked = type(source.config), config, stored, shapes, dtype, head
+    last = _EMPTY  # other threads have theirs
+    if last is None or last[0] != asked:
+        _EMPTY = last = asked, _made_empty(source, stored, dtype, head)
+    return last[1].copied()
+
+
+def _made_empty(source: Source, stored: dict[str, str], dtype: str | None, head: bool) -> Empty:
     config = source.config
     if getattr(config, "quantization_config", None):
         raise ArchiveError(
             "quantized weights are not supported; scan the model before quantization"
         )
-    stored = {name: source.slice(name).get_dtype() for name in source.names()}
     blocks = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
     if isinstance(blocks, int) and blocks > len(stored):
         raise ArchiveError(
@@ -142,8 +170,8 @@ def empty(source: Source, dtype: str | None = None, *, head: bool = False) -> Em
         )
     wide = getattr(torch, dtype) if dtype else _promoted(stored.values())
     model = built(config, wide)
-    names, left = _places(model, stored)
-    made = Empty(model, names, _text(model))
+    names, renamed, left = _places(model, stored)
+    made = Empty(model, names, renamed, _text(model))
     try:
         _refuse_quantized(made, stored)
         _refuse_foreign(source, model, left)
@@ -151,7 +179,7 @@ def empty(source: Source, dtype: str | None = None, *, head: bool = False) -> Em
         raise ArchiveError(f"{source.files.location}: {error}") from error
     if dtype is None and (narrow := _narrowest(made, stored, head)) != wide:
         model = built(config, narrow)
-        made = Empty(model, names, _text(model))
+        made = replace(made, model=model, text=_text(model))
     return made
 
 
@@ -227,8 +255,9 @@ def _text(model: Any) -> Any:
 
 def _places(
     model: Any, stored: Iterable[str]
-) -> tuple[dict[str, list[list[str]]], dict[str, list[str]]]:
-    """Per weight of the model the tensors that make it; and per name without a place its tensors.
+) -> tuple[dict[str, list[list[str]]], dict[str, str], dict[str, list[str]]]:
+    """Per weight of the model the tensors that make it; of them those that are it as they stand;
+    and per name without a place its tensors.
 
     By transformers' own renaming. Of tied weights one may be stored for both.
     """
@@ -248,11 +277,17 @@ def _places(
         else:
             left[target].append(name)
     names = {target: list(by_pattern.values()) for target, by_pattern in sources.items()}
+    renamed = {
+        found[0]: target
+        for target, by_pattern in sources.items()
+        for pattern, found in by_pattern.items()
+        if pattern is None and len(by_pattern) == len(found) == 1
+    }
     for target, source in model.all_tied_weights_keys.items():
         for one, other in ((target, source), (source, target)):
             if one not in names and other in names:
                 names[one] = names[other]
-    return names, left
+    return names, renamed, left
 
 
 def _refuse_foreign(source: Source, model: Any, left: Mapping[str, list[str]]) -> None:
@@ -299,10 +334,7 @@ def _promoted(dtypes: Iterable[str]) -> torch.dtype:
 
 
 def _narrowest(found: Empty, stored: Mapping[str, str], head: bool) -> torch.dtype:
-    """In which to build the model so that none of its measured weights is rounded.
-
-    Some are always kept in float32, by transformers' plan.
-    """
+    """In which to build the model so that none of its measured weights is rounded."""
     model = found.model
     measured = [found.prefix]
     if head and (output := model.get_output_embeddings()) is not None:
@@ -314,16 +346,31 @@ def _narrowest(found: Empty, stored: Mapping[str, str], head: bool) -> torch.dty
     }
     wide = reduce(torch.promote_types, weights.values()) if weights else model.dtype
     for dtype in sorted({*weights.values()} - {wide}, key=lambda dtype: dtype.itemsize):
-        plan = model._get_dtype_plan(dtype)
-        kept, groups, _ = build_glob_alternation(list(plan)) if plan else (None, {}, None)
+        kept = kept_in(model, dtype)
         if all(
             torch.promote_types(held, own) == own
             for target, held in weights.items()
-            for match in [kept.search(target) if kept else None]
-            for own in [plan[groups[match.lastgroup]] if match else dtype]
+            for own in [kept(target) or dtype]
         ):
             return dtype
     return wide
+
+
+def kept_in(model: Any, dtype: torch.dtype) -> Callable[[str], torch.dtype | None]:
+    """By name of a weight the dtype that it is kept in where the model is of this one, or None.
+
+    By transformers' plan, as of routers that are always in float32.
+    """
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return lambda _: None
+    kept, groups, _ = build_glob_alternation(list(plan))
+
+    def find(name: str) -> torch.dtype | None:
+        match = kept.search(name)
+        return plan[groups[match.lastgroup]] if match else None
+
+    return find
 
 
 def config(files: Files) -> Any:

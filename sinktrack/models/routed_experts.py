@@ -48,8 +48,6 @@ class Experts:
         self.values: dict[str, Tensor] = {}
         """Those weights on the device: of experts that no token came to, zeros."""
         self._read: set[int] = set()
-        self._copied: bool | None = None
-        """Are an expert's tensors copied, not converted? None: that was not tried yet."""
 
     @property
     def nearly_all(self) -> bool:
@@ -98,10 +96,9 @@ class Experts:
             give_back()  # what attention left: the experts do not go there
         if not self.values:
             self.values = self._room(new)
-        if many and self._copied is None:
-            self._copied = self._stand_in_a_row()
-        size = 1 if self._copied else size  # a conversion costs more for each call
-        put = self._copy if self._copied else self._convert
+        copied = self._stand_in_a_row()
+        size = 1 if many and copied else size  # a conversion costs more for each call
+        put = self._copy if copied else self._convert
         parts = [new[start : start + size] for start in range(0, len(new), size)]
         reader = self._streamed.reader
         coming = [reader.submit(self._fetch, part) for part in parts[:1]]
@@ -152,9 +149,15 @@ class Experts:
     def _stand_in_a_row(self) -> bool:
         """Does the conversion put an expert's tensors one behind the other, as they are stored?
 
-        Then they can be copied, for less time than transformers' conversion takes. Random numbers
-        tell.
+        Then they can be copied, for less time than transformers' conversion takes.
         """
+        known, weights = self._streamed.in_a_row, tuple(self.targets)
+        if weights not in known:
+            known[weights] = self._copies_as_converted()
+        return known[weights]
+
+    def _copies_as_converted(self) -> bool:
+        """Whether random numbers say so."""
         random, tensors = torch.Generator().manual_seed(0), {}
         for target, like in self.targets.items():
             rows = 0

@@ -1,7 +1,7 @@
 """A checkpoint's model with the weights of one block at a time.
 
-The model is built on the meta device, where it takes no memory, and transformers' own weight
-conversion fills a block from the checkpoint's tensors. Of routed experts only those are read that a
+The model is built on the meta device, where it takes no memory, and a block is filled from the
+checkpoint's tensors under transformers' names and by its weight conversion. Of routed experts only those are read that a
 token is routed to, of the embedding only the rows of the probe's tokens.
 """
 
@@ -25,7 +25,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from sinktrack.archive.foreign import some
-from sinktrack.archive.huggingface import empty, prefix_of
+from sinktrack.archive.huggingface import empty, kept_in, prefix_of
 from sinktrack.archive.source import Source, fitting
 from sinktrack.archive.storage.safetensors_file import SafetensorsSlice
 from sinktrack.archive.storage.slices import Slice
@@ -35,6 +35,8 @@ from sinktrack.models.routed_experts import AT_ONCE, Experts, give_back, untouch
 
 _READERS = 8
 """Weights that are read ahead at the same time: a server answers each after a while."""
+_AT_ONCE = 4 * 2**20
+"""Bytes from which on several threads read a disk in less time than one."""
 _BETWEEN = 64 * 2**10
 """Bytes between two rows that are read with them: less than another request to a server costs."""
 _NO_PLAN: dict[str, Any] = (
@@ -79,11 +81,14 @@ class Streamed:
         """Memory of the last block's experts, for the next one's."""
         self.reader = ThreadPoolExecutor(1)
         """Reads while others convert or compute."""
+        self._readers = ThreadPoolExecutor(_READERS)
         self._announcer = ThreadPoolExecutor(1)
         skeleton = empty(source, dtype, head=head)
         self.model, self._text = skeleton.model, skeleton.prefix
         self.names = skeleton.names
         """By weight of the model the names in the checkpoint of what makes it, in groups."""
+        self._renamed = skeleton.renamed
+        self.in_a_row = skeleton.in_a_row
         self.decoder: Decoder = replace(decoder(skeleton.text), model=self.model)
         self.targets = dict(self.model.state_dict())
         """What stands for each weight while it takes no memory."""
@@ -104,6 +109,7 @@ class Streamed:
             device_map={"": device},
             weight_mapping=get_model_conversion_mapping(self.model),
         )
+        self._kept_in = kept_in(self.model, self.model.dtype)
         self._prefixes = {
             index: prefix_of(self.model, block) for index, block in self.decoder.blocks.items()
         }
@@ -294,9 +300,8 @@ class Streamed:
 
     def _read(self, index: int) -> dict[str, Tensor]:
         names = self._sources(self._besides_experts(index))
-        with ThreadPoolExecutor(_READERS) as readers:
-            read = readers.map(lambda name: self.stored(name)[...], names)
-            return dict(zip(names, read, strict=True))
+        read = self._readers.map(lambda name: self.stored(name)[...], names)
+        return dict(zip(names, read, strict=True))
 
     def stored(self, name: str) -> Slice:
         """A tensor of the checkpoint.
@@ -342,13 +347,33 @@ class Streamed:
             )
 
     def convert(self, tensors: Mapping[str, Slice | Tensor]) -> None:
-        """Put these tensors of the checkpoint where they belong, by transformers' conversion.
+        """Put these tensors of the checkpoint where they belong.
 
         Raises:
             ArchiveError: one is damaged, cannot be converted or is of another shape.
         """
-        if not tensors:
-            return
+        alone = {name: self._renamed[name] for name in tensors if name in self._renamed}
+        size = sum(self.targets[target].nbytes for target in alone.values())
+        at_once = size < _AT_ONCE and self.source.files.local
+        by = map if at_once else self._readers.map
+        read = by(lambda name: self._as_it_is(name, tensors[name]), alone)
+        mismatched = []
+        for target, value in zip(alone.values(), read, strict=True):
+            if (wanted := self.weight(target).shape) != value.shape:
+                mismatched.append((target, value.shape, wanted))
+            self.put(target, value)
+        self._refuse_mismatched(mismatched)
+        if others := {name: value for name, value in tensors.items() if name not in alone}:
+            self._convert(others)
+
+    def _as_it_is(self, name: str, tensor: Slice | Tensor) -> Tensor:
+        """A weight that transformers would only rename, a call of whose conversion takes 4 ms."""
+        target = self._renamed[name]
+        dtype = self._kept_in(target) or self.targets[target].dtype
+        return tensor[...].to(self.device, dtype)
+
+    def _convert(self, tensors: Mapping[str, Slice | Tensor]) -> None:
+        """By transformers' conversion."""
         shown = logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
@@ -361,10 +386,13 @@ class Streamed:
         if info.conversion_errors or info.error_msgs:
             errors = [*map(str, info.conversion_errors.values()), *info.error_msgs]
             raise ArchiveError(f"{some(list(tensors))} cannot be converted: {errors[0]}")
-        if info.mismatched_keys:
-            name, given, wanted = min(info.mismatched_keys)
+        self._refuse_mismatched(info.mismatched_keys)
+
+    def _refuse_mismatched(self, weights: Collection[tuple[str, torch.Size, torch.Size]]) -> None:
+        if weights:
+            name, given, wanted = min(weights)
             raise ArchiveError(
-                f"{len(info.mismatched_keys)} weights mismatched ({name} is {tuple(given)}, wanted "
+                f"{len(weights)} weights mismatched ({name} is {tuple(given)}, wanted "
                 f"{tuple(wanted)}); the checkpoint does not fit its config.json"
             )
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sinktrack import ArchiveError, Measurement, Probe, measure
+from sinktrack.archive.huggingface import empty
 from sinktrack.measure import measure_streamed
 from sinktrack.models.blockwise import BlockwiseUnsupported
 from sinktrack.models.streaming import Streamed, _neighbours
@@ -56,6 +57,59 @@ def test_as_the_whole_model(family: str, tmp_path: Path) -> None:
     whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
     assert_close(streamed(source), measure(whole, PROBE))
     assert_close(streamed(source, batch_size=2), measure(whole, PROBE, batch_size=2))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "gpt2", "gpt_oss", "qwen3_moe"])
+def test_weights_as_transformers_loads_them(
+    family: str, stored: torch.dtype, tmp_path: Path
+) -> None:
+    """Some are always kept in float32, such as the router's biases of DeepSeek-V3."""
+    tiny(family, EXACT[family]).to(stored).save_pretrained(tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    model = Streamed(Recorded(tmp_path), dtype="bfloat16")
+    later = {name for index in model.decoder.blocks for name in later_of(model, index)}
+    assert len(later) < len(model.targets)
+    for index in model.decoder.blocks:
+        with model.block(index):
+            for name in model._own(index) - later:
+                value = model.weight(name)
+                assert value.dtype == whole[name].dtype, name
+                assert torch.equal(value, whole[name]), name
+
+
+def later_of(model: Streamed, index: int) -> set[str]:
+    return model._own(index) - model._besides_experts(index)
+
+
+def test_checkpoints_alike_but_for_their_configuration(tmp_path: Path) -> None:
+    """The empty model of the one is not used for the other."""
+    thetas = {"first": 1e4, "second": 3.0, "third": 1e4}
+    for name, theta in thetas.items():
+        model = models.qwen3_moe()
+        model.config.rope_parameters["rope_theta"] = theta
+        model.save_pretrained(tmp_path / name)
+    first, second, third = (streamed(Recorded(tmp_path / name)) for name in thetas)
+    assert_close(third, first)
+    assert first.concentration.tolist() != second.concentration.tolist()
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype="auto").eval()
+    assert_close(second, measure(whole, PROBE))
+
+
+def test_checkpoints_alike_but_for_their_numbers(tmp_path: Path) -> None:
+    """They are copies of one empty model, and nothing of the last is left in the next."""
+    found = {}
+    for seed in (0, 1):
+        models.build(models.deepseek_v3().config, seed).save_pretrained(tmp_path / str(seed))
+        found[seed] = streamed(Recorded(tmp_path / str(seed)))
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / str(seed), dtype="auto").eval()
+        assert_close(found[seed], measure(whole, PROBE))
+    assert found[0].weights != found[1].weights
+    one, other = (empty(Recorded(tmp_path / "0")).model for _ in range(2))
+    assert one is not other and one.config is not other.config
+    assert one.model.layers[0] is not other.model.layers[0]
+    held = [{id(b) for b in model.buffers() if not b.is_meta} for model in (one, other)]
+    assert held[0].isdisjoint(held[1])
 
 
 @pytest.mark.parametrize("family", sorted(NOT_ONE_BY_ONE))
