@@ -36,7 +36,8 @@ class Experts:
 
     def __init__(self, streamed: Streamed, module: nn.Module, prefix: str) -> None:
         self._streamed = streamed
-        self._count = int(getattr(module, "num_experts", 0))
+        self.count = int(getattr(module, "num_experts", 0))
+        """Of experts."""
         self.targets = {
             name: streamed.targets[name]
             for own, _ in module.named_parameters()
@@ -52,21 +53,21 @@ class Experts:
     @property
     def nearly_all(self) -> bool:
         """Did tokens come to nearly all of the experts?"""
-        return len(self._read) >= max(1, _NEARLY * self._count)
+        return len(self._read) >= max(1, _NEARLY * self.count)
 
     def _divisible(self, target: str) -> bool:
         groups = self._streamed.names.get(target, [])
         return (
-            self._count > 1
-            and self._streamed.targets[target].shape[0] == self._count
+            self.count > 1
+            and self._streamed.targets[target].shape[0] == self.count
             and bool(groups)
-            and all(len(names) == self._count or self._is_table(names) for names in groups)
+            and all(len(names) == self.count or self._is_table(names) for names in groups)
         )
 
     def _is_table(self, names: list[str]) -> bool:
         """Is one tensor on disk all experts, one after the other?"""
         shape = self._streamed.source.slice(names[0]).get_shape()
-        return len(names) == 1 and shape[:1] == [self._count]
+        return len(names) == 1 and shape[:1] == [self.count]
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook before the experts' forward: read those that the tokens are routed to."""
@@ -74,7 +75,7 @@ class Experts:
             return
         index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
         new = sorted(set(index.unique().tolist()) - self._read)
-        new = [expert for expert in new if 0 <= expert < self._count]
+        new = [expert for expert in new if 0 <= expert < self.count]
         try:
             self._take(new)
         except BaseException:
@@ -121,7 +122,7 @@ class Experts:
             if used is None:
                 values[name] = untouched(target, self._streamed.device)
                 continue
-            for expert in set(range(self._count)) - set(wanted):
+            for expert in set(range(self.count)) - set(wanted):
                 used[expert].zero_()
             values[name] = used
         return values

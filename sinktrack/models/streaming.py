@@ -1,8 +1,8 @@
 """A checkpoint's model with the weights of one block at a time.
 
 The model is built on the meta device, where it takes no memory, and a block is filled from the
-checkpoint's tensors under transformers' names and by its weight conversion. Of routed experts only those are read that a
-token is routed to, of the embedding only the rows of the probe's tokens.
+checkpoint's tensors under transformers' names and by its weight conversion. Of routed experts only
+those are read that a token is routed to, of the embedding only the rows of the probe's tokens.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ _NO_PLAN: dict[str, Any] = (
     if "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters
     else {}
 )
+_LIKELY = 32
+"""Tokens for each expert from which on each is likely to get one."""
 KEPT = 2**29
 """Bytes of weights up to which a model is read once and kept, where it will be run repeatedly."""
 
@@ -157,6 +159,8 @@ class Streamed:
                 buffer = torch.full_like(buffer, unset, device=self.device)
             self.put(name, buffer.to(self.device))
         self.model.initialize_weights()  # for the first time: a second call does nothing
+        if self._comes_to_all(tokens.numel()):
+            self._announce(min(self._prefixes), experts=True)
         text, blocks = self._text, tuple(self._prefixes.values())
         own = {
             name for name in self.targets if name.startswith(text) and not name.startswith(blocks)
@@ -261,19 +265,26 @@ class Streamed:
     def announce_following(self, *, experts: bool) -> None:
         """Have the system read the following block from a disk while this one computes.
 
-        Into its own cache, which gives way to any process's memory. Of weights in safetensors
-        files alone.
-
         Args:
             experts: with all routed experts?
         """
         following, self._following = self._following, None
-        if self.read_ahead or following is None or following in self._kept:
+        if following is not None:
+            self._announce(following, experts)
+
+    def _announce(self, index: int, experts: bool) -> None:
+        """Have the system read a block into its own cache, which gives way to any process's memory.
+
+        Of weights in safetensors files alone.
+        """
+        if self.read_ahead or index in self._kept:
             return
-        own = self._own(following) if experts else self._besides_experts(following)
-        if sum(int(self.targets[name].nbytes) for name in own) < AT_ONCE:  # is read in no time
+        own = self._own(index)
+        first = self._besides_experts(index)
+        wanted = [*first, *(own - first)] if experts else list(first)
+        if sum(int(self.targets[name].nbytes) for name in wanted) < AT_ONCE:  # is read in no time
             return
-        names = self._sources(own)
+        names = self._sources(wanted)
 
         def announce() -> None:
             for name in names:
@@ -282,6 +293,13 @@ class Streamed:
                     stored.announce()
 
         self._announcer.submit(announce)
+
+    def _comes_to_all(self, tokens: int) -> bool:
+        """Are so many tokens likely to come to all experts of the first block?"""
+        first = min(self._prefixes)
+        chosen = self.decoder.number("num_experts_per_tok", block=first) or 1
+        counts = [experts.count for experts in self._experts(first).values()]
+        return tokens * chosen >= _LIKELY * max(counts, default=0)
 
     def _own(self, index: int) -> set[str]:
         prefix = self._prefixes[index]

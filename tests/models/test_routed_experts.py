@@ -275,3 +275,30 @@ def test_a_dense_block_announces_no_experts(
     assert told == {
         name for name in starts.values() if "layers.1." in name and ".experts." not in name
     }
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+def test_the_first_block_is_announced_to_many_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read before the experts comes first; few tokens may not come to all of them."""
+    config = saved("qwen3_moe", tmp_path).config
+    monkeypatch.setattr(streaming, "AT_ONCE", 1)
+    advised: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, advice: advised.append(start))
+
+    def told(tokens: int) -> list[str]:
+        advised.clear()
+        model = opened(tmp_path)
+        model.load_surroundings(torch.zeros(tokens, dtype=torch.int64))
+        model._announcer.shutdown()
+        names = {model.source.slice(name).place.start: name for name in model.source.names()}  # type: ignore[attr-defined]
+        return [names[start] for start in advised]
+
+    enough = 32 * config.num_experts // config.num_experts_per_tok
+    names = told(enough)
+    assert set(names) == {name for name in load_file(tmp_path / "model.safetensors")
+                          if ".layers.0." in name}  # fmt: skip
+    routed = [".experts." in name for name in names]
+    assert any(routed) and routed == sorted(routed)
+    assert told(enough - 1) == []
