@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sinktrack.archive.storage.safetensors_file import announce
 from sinktrack.archive.storage.slices import DTYPES
 from sinktrack.errors import ArchiveError
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 AT_ONCE = 32 * 2**20
 """Bytes of routed experts that are converted at a time: few enough for memory to be reused."""
+_EXPECTED = 64 * 2**20
+"""Bytes of routed experts that are on their way from a server at a time."""
 _NEARLY = 0.9
 """Of the experts, from which share on a block counts as read whole: so will be the next."""
 
@@ -102,9 +105,12 @@ class Experts:
         put = self._copy if copied else self._convert
         parts = [new[start : start + size] for start in range(0, len(new), size)]
         reader = self._streamed.reader
+        expected = max(1, _EXPECTED // (bytes_each * size))
+        self._expect(parts[:expected])
         coming = [reader.submit(self._fetch, part) for part in parts[:1]]
-        for part, next_part in zip_longest(parts, parts[1:]):  # one is read, one put in place
-            tensors = coming.pop().result()
+        for at, (part, next_part) in enumerate(zip_longest(parts, parts[1:])):
+            tensors = coming.pop().result()  # one is read, one put in place
+            self._expect(parts[at + expected : at + expected + 1])
             if next_part is not None:
                 coming.append(reader.submit(self._fetch, next_part))
             put(part, tensors, self.values)
@@ -126,6 +132,19 @@ class Experts:
                 used[expert].zero_()
             values[name] = used
         return values
+
+    def _expect(self, parts: list[list[int]]) -> None:
+        """Have these experts on their way from a server."""
+        if self._streamed.remote:
+            announce(
+                (self._streamed.source.slice(names[0]), expert, expert + 1)
+                if len(names) == 1
+                else (self._streamed.stored(names[expert]), 0, None)
+                for experts in parts
+                for expert in experts
+                for target in self.targets
+                for names in self._streamed.names[target]
+            )
 
     def _fetch(self, experts: list[int]) -> dict[str, Tensor]:
         """From the checkpoint, what makes these experts."""

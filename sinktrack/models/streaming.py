@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,7 +27,7 @@ from transformers.utils import logging
 from sinktrack.archive.foreign import some
 from sinktrack.archive.huggingface import empty, kept_in, prefix_of
 from sinktrack.archive.source import Source, fitting
-from sinktrack.archive.storage.safetensors_file import SafetensorsSlice
+from sinktrack.archive.storage.safetensors_file import announce
 from sinktrack.archive.storage.slices import Slice
 from sinktrack.errors import ArchiveError
 from sinktrack.models.huggingface import Decoder, decoder, is_experts
@@ -48,6 +48,10 @@ _LIKELY = 32
 """Tokens for each expert from which on each is likely to get one."""
 KEPT = 2**29
 """Bytes of weights up to which a model is read once and kept, where it will be run repeatedly."""
+
+
+_BEGINNING: list[tuple[str, int, int | None]] = []
+"""What the last model of a server read first: tensors, and which rows of them."""
 
 
 class Streamed:
@@ -74,9 +78,10 @@ class Streamed:
         head: bool = False,
     ) -> None:
         self.source, self.device = source, device
-        self.read_ahead = torch.device(device).type != "cpu" or not source.files.local
-        """Read the following block's weights, but for routed experts, while this one computes. From
-        a disk to the CPU they would wait in the very memory that is to be saved."""
+        self.read_ahead = torch.device(device).type != "cpu"
+        """Read the following block's weights, but for routed experts, while this one computes. On
+        the CPU they would wait in the very memory that is to be saved."""
+        self.remote = not source.files.local
         self._ahead: Future[dict[str, Tensor]] | None = None
         self._following: int | None = None
         self._left: list[Tensor] = []
@@ -159,14 +164,25 @@ class Streamed:
                 buffer = torch.full_like(buffer, unset, device=self.device)
             self.put(name, buffer.to(self.device))
         self.model.initialize_weights()  # for the first time: a second call does nothing
-        if self._comes_to_all(tokens.numel()):
-            self._announce(min(self._prefixes), experts=True)
         text, blocks = self._text, tuple(self._prefixes.values())
         own = {
             name for name in self.targets if name.startswith(text) and not name.startswith(blocks)
         }
         table = f"{prefix_of(self.model, self.base.get_input_embeddings())}weight"
-        self._load(own - self._load_rows(table, tokens))
+        groups = self._groups_of_rows(table, tokens)
+        first = min(self._prefixes)
+        if groups:
+            own.remove(table)
+        if self.remote:
+            rows = [(self.names[table][0][0], start, stop) for start, stop, _ in groups]
+            others = self._sources([*own, *self._besides_experts(first)])
+            _BEGINNING[:] = [*rows, *((name, 0, None) for name in others)]
+            begin(self.source)
+        elif not self.read_ahead and self._comes_to_all(first, tokens.numel()):
+            self._announce(first, experts=True)
+        if groups:
+            self._load_rows(table, groups)
+        self._load(own)
 
     @contextmanager
     def head(self) -> Iterator[None]:
@@ -225,8 +241,11 @@ class Streamed:
             for module, weights in self._kept[index].items():
                 hook = module.register_forward_pre_hook(weights.read, with_kwargs=True)
                 hooks.append(hook)
-            if self.read_ahead and following is not None and following not in self._kept:
-                self._ahead = self.reader.submit(self._read, following)
+            if following is not None and following not in self._kept:
+                if self.remote:
+                    self._announce(following, experts=False)
+                if self.read_ahead:
+                    self._ahead = self.reader.submit(self._read, following)
             if not hooks:
                 self.announce_following(experts=False)
             yield block
@@ -269,36 +288,31 @@ class Streamed:
             experts: with all routed experts?
         """
         following, self._following = self._following, None
-        if following is not None:
+        if following is not None and not self.read_ahead and not self.remote:
             self._announce(following, experts)
 
     def _announce(self, index: int, experts: bool) -> None:
-        """Have the system read a block into its own cache, which gives way to any process's memory.
-
-        Of weights in safetensors files alone.
-        """
-        if self.read_ahead or index in self._kept:
+        """Have a block on its way: from a disk into the system's cache, which gives way to any
+        process's memory; from a server into ours. Of weights in safetensors files alone."""
+        if index in self._kept:
             return
         own = self._own(index)
         first = self._besides_experts(index)
         wanted = [*first, *(own - first)] if experts else list(first)
-        if sum(int(self.targets[name].nbytes) for name in wanted) < AT_ONCE:  # is read in no time
-            return
         names = self._sources(wanted)
+        if self.remote:
+            self.announce(names)
+        elif sum(int(self.targets[name].nbytes) for name in wanted) >= AT_ONCE:  # takes a while
+            self._announcer.submit(self.announce, names)
 
-        def announce() -> None:
-            for name in names:
-                stored = self.source.slice(name)
-                if isinstance(stored, SafetensorsSlice):
-                    stored.announce()
+    def announce(self, names: Iterable[str]) -> None:
+        """Say that these tensors of the checkpoint will be read soon."""
+        announce((self.source.slice(name), 0, None) for name in names)
 
-        self._announcer.submit(announce)
-
-    def _comes_to_all(self, tokens: int) -> bool:
-        """Are so many tokens likely to come to all experts of the first block?"""
-        first = min(self._prefixes)
-        chosen = self.decoder.number("num_experts_per_tok", block=first) or 1
-        counts = [experts.count for experts in self._experts(first).values()]
+    def _comes_to_all(self, index: int, tokens: int) -> bool:
+        """Are so many tokens likely to come to all experts of a block?"""
+        chosen = self.decoder.number("num_experts_per_tok", block=index) or 1
+        counts = [experts.count for experts in self._experts(index).values()]
         return tokens * chosen >= _LIKELY * max(counts, default=0)
 
     def _own(self, index: int) -> set[str]:
@@ -332,27 +346,32 @@ class Streamed:
     def _sources(self, targets: Collection[str]) -> list[str]:
         return [name for t in targets for group in self.names.get(t, []) for name in group]
 
-    def _load_rows(self, table: str, tokens: Tensor) -> set[str]:
-        """Of an embedding table the rows of these tokens, if it can be read by rows."""
+    def _groups_of_rows(self, table: str, tokens: Tensor) -> list[tuple[int, int, list[int]]]:
+        """Of an embedding table those of these tokens, see `_neighbours`; none if it cannot be
+        read by rows."""
         names = self.names.get(table, [])
         target = self.targets[table]
         if len(names) != 1 or len(names[0]) != 1:
-            return set()
-        rows = self.source.slice(names[0][0])
-        if list(rows.get_shape()) != list(target.shape):
-            return set()
-        value = untouched(target, self.device, scattered=True)
+            return []
+        if self.source.slice(names[0][0]).get_shape() != list(target.shape):
+            return []
         width = math.prod(target.shape[1:]) * target.element_size()
-        for first, last, wanted in _neighbours(tokens.unique().tolist(), width):
+        return list(_neighbours(tokens.unique().tolist(), width))
+
+    def _load_rows(self, table: str, groups: Iterable[tuple[int, int, list[int]]]) -> None:
+        rows = self.source.slice(self.names[table][0][0])
+        value = untouched(self.targets[table], self.device, scattered=True)
+        for first, last, wanted in groups:
             read = rows[first:last].to(value)
             value[wanted] = read[[token - first for token in wanted]]
         self.put(table, value)
-        return {table}
 
     def _load(self, targets: Collection[str]) -> None:
         names = self._sources(targets)
         ahead, self._ahead = self._ahead, None
         read: Mapping[str, Any] = {} if ahead is None else ahead.result()
+        if self.remote:
+            self.announce(name for name in names if name not in read)
         self.convert({name: read.get(name, self.stored(name)) for name in names})
         ignored = self.model._keys_to_ignore_on_load_missing
         missing = [
@@ -427,6 +446,12 @@ class Streamed:
             module._buffers[own] = value
         else:
             module._parameters[own] = nn.Parameter(value, requires_grad=False)
+
+
+def begin(source: Source) -> None:
+    """Have on its way what the last model read first, as the next of an archive is like it."""
+    names = set(source.names())
+    announce((source.slice(name), first, last) for name, first, last in _BEGINNING if name in names)
 
 
 def _neighbours(rows: Sequence[int], width: int) -> Iterator[tuple[int, int, list[int]]]:

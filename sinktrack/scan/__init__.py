@@ -301,7 +301,10 @@ class Job:
 
         tell(checkpoint)
         source = open(checkpoint)
-        measured, tests = self._tested(checkpoint, source)
+        try:
+            measured, tests = self._tested(checkpoint, source)
+        finally:
+            source.files.forget_announced()
         tokens = checkpoint.tokens or getattr(source, "tokens", None)
         record: dict[str, Any] = to_json(
             measured.to_record(checkpoint.step, checkpoint.name, versions(), tokens) | tests
@@ -382,20 +385,33 @@ def _outcomes(
         elif engine == "local" or workers is not None:
             yield from local.distribute(job, checkpoints, workers)
         else:
-            reader: Thread | None = None
-            for checkpoint, following in zip_longest(checkpoints, checkpoints[1:]):
-                if reader is not None:
-                    reader.join()
-                if following is not None and not following.files.local:
-                    reader = Thread(target=_read_header, args=(following,), daemon=True)
-                    reader.start()
-                yield checkpoint, attempt(job, checkpoint)
+            yield from _one_by_one(checkpoints, job)
 
 
-def _read_header(checkpoint: Checkpoint) -> None:
-    """Have what every measurement of a remote checkpoint begins with; it keeps what it has read."""
+def _one_by_one(
+    checkpoints: Sequence[Checkpoint], job: Job
+) -> Iterator[tuple[Checkpoint, Outcome]]:
+    """In this process; a remote checkpoint is begun while the one before is measured."""
+    reader: Thread | None = None
+    try:
+        for checkpoint, following in zip_longest(checkpoints, checkpoints[1:]):
+            if reader is not None:
+                reader.join()
+            if following is not None and not following.files.local:
+                reader = Thread(target=_begin, args=(following,), daemon=True)
+                reader.start()
+            yield checkpoint, attempt(job, checkpoint)
+    finally:
+        for checkpoint in checkpoints:
+            checkpoint.files.forget_announced()
+
+
+def _begin(checkpoint: Checkpoint) -> None:
+    """Have on its way what every measurement of a remote checkpoint begins with."""
+    from sinktrack.models.streaming import begin
+
     with suppress(Exception):  # told when it is measured
-        open(checkpoint).names()
+        begin(open(checkpoint))
 
 
 def renamed(checkpoints: Sequence[Checkpoint], run: Run) -> list[str]:

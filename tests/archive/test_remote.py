@@ -29,6 +29,7 @@ from sinktrack.archive.follow import Watch
 from sinktrack.archive.huggingface import tokenizer
 from sinktrack.archive.source import open as open_checkpoint
 from sinktrack.archive.storage.files import Files
+from sinktrack.models import routed_experts
 from tests.helpers import models
 from tests.helpers.commands import COMMAND
 
@@ -36,13 +37,14 @@ PROBE = Probe.random(models.VOCABULARY, sequences=4, length=12)
 
 
 class Counting:
-    """A WSGI application that counts the bytes of bodies it answers GET with, and can fail."""
+    """A WSGI application that counts the bytes of files it answers GET with, and can fail."""
 
     def __init__(self, application: Any) -> None:
         self.application = application
         self.client: Any = None
         self.sent = 0
         self.asked: list[str] = []
+        self.requests: list[str] = []
         self.failures = 0
         self.forbidden = False
 
@@ -56,7 +58,8 @@ class Counting:
             start("403 Forbidden", [("Content-Length", str(len(body[0])))])
             return body
         body = list(self.application(environ, start))
-        if environ["REQUEST_METHOD"] == "GET":
+        self.requests.append(f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}")
+        if environ["REQUEST_METHOD"] == "GET" and "list-type" not in environ["QUERY_STRING"]:
             self.sent += sum(map(len, body))
             self.asked.append(environ["PATH_INFO"])
         return body
@@ -108,17 +111,80 @@ def test_a_scan_of_a_bucket_equals_a_local_one(
 def test_the_next_checkpoint_is_begun_while_one_is_measured(
     counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    list(scan("s3://runs/one", probe=PROBE, run=tmp_path / "run"))  # what comes first is known
     asked = []
     for name in ("ahead", "not"):
         counting.asked.clear()
         assert len(list(scan("s3://runs/one", probe=PROBE, run=tmp_path / name))) == 2
         asked.append([path for path in counting.asked if "checkpoint-" in path])
         module = sys.modules["sinktrack.scan"]  # whose name in the package is the function's
-        monkeypatch.setattr(module, "_read_header", lambda checkpoint: None)
+        monkeypatch.setattr(module, "_begin", lambda checkpoint: None)
     assert sorted(asked[0]) == sorted(asked[1])  # nothing is asked for twice
     first, second = ("/runs/one/checkpoint-3/", "/runs/one/checkpoint-12/")
     last = max(at for at, path in enumerate(asked[0]) if path.startswith(first))
-    assert any(path.startswith(second) for path in asked[0][:last])
+    begun = [path for path in asked[0][:last] if path == f"{second}model.safetensors"]
+    assert len(begun) > 1  # its header, and what is read first
+
+
+def test_requests_are_few(counting: Counting, tmp_path: Path) -> None:
+    """One for the list of a directory, and one for what lies together in a file: of a block what
+    stands before, in and behind its experts."""
+    scanned = partial(scan, "s3://runs/one/checkpoint-12", probe=PROBE)
+    counting.requests.clear()
+    (record,) = scanned(run=tmp_path / "run")
+    own = [path for path in counting.requests if "checkpoint-12" in path]
+    listed = [path for path in own if "list-type" in path]
+    weights = [path for path in own if "model.safetensors?" in path]
+    assert len(listed) <= 2 and len(own) - len(listed) - len(weights) == 1  # its config.json
+    assert len(weights) <= 4 + 3 * len(record["concentration"])
+
+
+@pytest.mark.parametrize("at_once", [1, 2**25])
+def test_experts_are_on_their_way_part_by_part(
+    at_once: int, counting: Counting, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routed_experts, "AT_ONCE", at_once)
+    monkeypatch.setattr(routed_experts, "_EXPECTED", 50_000)
+    found = discover("s3://runs/one")
+    monkeypatch.setattr(sys.modules["sinktrack.scan"], "discover", lambda *_: found)
+    there = list(scan("s3://runs/one", probe=PROBE, run=tmp_path / "remote"))
+    monkeypatch.undo()
+    here = list(scan(local, probe=PROBE, run=tmp_path / "local"))
+    assert [record | {"seconds": 0} for record in there] == [r | {"seconds": 0} for r in here]
+    assert [checkpoint.files._ahead._bytes for checkpoint in found] == [0, 0]
+
+
+def test_a_scan_that_ends_early_leaves_nothing_on_its_way(
+    counting: Counting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(scan("s3://runs/one", probe=PROBE, run=tmp_path / "run"))  # what comes first is known
+    found = discover("s3://runs/one")
+    monkeypatch.setattr(sys.modules["sinktrack.scan"], "discover", lambda *_: found)
+    records = scan("s3://runs/one", probe=PROBE, run=tmp_path / "other")
+    next(records)
+    records.close()  # type: ignore[attr-defined]
+    assert [checkpoint.files._ahead._bytes for checkpoint in found] == [0, 0]
+
+
+def test_a_file_that_is_not_there_is_asked_for_once_a_minute(
+    counting: Counting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("sinktrack.archive.storage.files.time.monotonic", lambda: now[0])
+    files = Files("s3://runs/one/checkpoint-12")
+    try:
+        for _ in range(3):
+            assert not files.exists("late.json") and files.exists("config.json")
+        counting.client.put_object(Bucket="runs", Key="one/checkpoint-12/late.json", Body=b"{}")
+        counting.requests.clear()
+        assert not files.exists("late.json") and counting.requests == []
+        now[0] += 61
+        assert files.exists("late.json") and files.read_json("late.json") == {}
+        assert Files(files.location).exists("late.json")
+        files.refresh()
+        assert files.exists("late.json")
+    finally:
+        counting.client.delete_object(Bucket="runs", Key="one/checkpoint-12/late.json")
 
 
 def test_bytes_are_read_by_range_and_counted(local: Path, counting: Counting) -> None:

@@ -10,7 +10,7 @@ import re
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from sinktrack.archive.storage.ahead import Ahead
 from sinktrack.errors import ArchiveError, SinktrackError, one_line, require
 
 _LARGEST_JSON = 64 * 2**20
@@ -30,8 +31,12 @@ _AHEAD = 64 * 2**10
 """Small remote reads take blocks of this many bytes, so that neighbouring ones cost one request."""
 _ADVISED = 128 * 2**10
 """Bytes of a local file announced at a time: of more Linux reads the beginning, unless told to."""
+_LATELY = 60
+"""Seconds for which it is believed that a remote file is not there."""
 _KEPT = 8
 """Blocks that are kept of a file, and files of which some are."""
+_BETWEEN = 64 * 2**10
+"""Bytes between two announced places that are read with them: less than a request costs."""
 _PART = 16 * 2**20
 """A larger remote read is split into parts of this size, a few in flight at a time."""
 _IN_FLIGHT = 4
@@ -78,7 +83,12 @@ class Files:
         self._meter = _Meter()
         self._blocks: OrderedDict[str, Any] = OrderedDict()
         self._infos: dict[str, dict[str, Any]] = {}
+        self._missed: dict[str, float] = {}
+        """Remote files that were not there, and when."""
+        self._listing: tuple[float, dict[str, dict[str, Any]]] | None = None
+        """When a remote directory was listed, and what it held."""
         self._lock = Lock()
+        self._ahead = Ahead(self._read_remote, _BETWEEN)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Files, (self.location, self.boundary)
@@ -120,8 +130,7 @@ class Files:
         """
         if not self.local:
             for info in self._listed():
-                name = str(info["name"]).rstrip("/").rsplit("/", 1)[-1]
-                yield Entry(name, info.get("type") == "directory")
+                yield Entry(_own_name(info), info.get("type") == "directory")
             return
         try:
             with os.scandir(self.location) as scanned:
@@ -225,30 +234,46 @@ class Files:
         Raises:
             ArchiveError: the file is missing, shorter, or not to be read.
         """
-        try:
-            buffer: memoryview = torch.empty(stop - start, dtype=torch.uint8).numpy().data
-        except RuntimeError as error:
-            raise ArchiveError(
-                f"no memory for {stop - start} bytes of {self.path(name)}"
-            ) from error
+        if not self.local and stop > start:
+            announced = self._ahead.take(name, start, stop)
+            return self._read_remote(name, start, stop) if announced is None else announced
+        buffer = self._room(name, stop - start)
         if stop > start:
-            if self.local:
-                self._read_local(name, start, buffer)
-            else:
-                self._read_remote(name, start, buffer)
+            self._read_local(name, start, buffer)
         return buffer
 
-    def announce(self, name: str, start: int, stop: int) -> None:
-        """Have the system read bytes of a local file into its cache, as far as it likes.
+    def _room(self, name: str, size: int) -> memoryview:
+        try:
+            room: memoryview = torch.empty(size, dtype=torch.uint8).numpy().data
+        except RuntimeError as error:
+            raise ArchiveError(f"no memory for {size} bytes of {self.path(name)}") from error
+        return room
+
+    def announce(self, name: str, spans: Iterable[tuple[int, int]]) -> None:
+        """Have bytes of a file read that will be asked for soon, as far as memory allows.
+
+        Of a local file the system reads them into its own cache; of a remote one they are on their
+        way, and wait for `read`.
+
+        Args:
+            name: of the file.
+            spans: first byte and the one behind the last; each will be read once and as a whole.
 
         Raises:
-            ArchiveError: the file is missing or not to be read.
+            ArchiveError: a local file is missing or not to be read.
         """
-        if self.local and hasattr(os, "posix_fadvise"):  # elsewhere than on macOS and Windows
+        if not self.local:
+            self._ahead.announce(name, spans)
+        elif hasattr(os, "posix_fadvise"):  # elsewhere than on macOS and Windows
             with self._opened(name) as descriptor, suppress(OSError):
-                for place in range(start, stop, _ADVISED):
-                    size = min(_ADVISED, stop - place)
-                    os.posix_fadvise(descriptor.number, place, size, os.POSIX_FADV_WILLNEED)
+                for start, stop in spans:
+                    for place in range(start, stop, _ADVISED):
+                        size = min(_ADVISED, stop - place)
+                        os.posix_fadvise(descriptor.number, place, size, os.POSIX_FADV_WILLNEED)
+
+    def forget_announced(self) -> None:
+        """Let go of remote bytes that were announced and never read."""
+        self._ahead.forget()
 
     def whole(self, name: str, largest: int) -> bytes:
         """All of a small file.
@@ -286,6 +311,8 @@ class Files:
             _filesystem(self.location).invalidate_cache()
             self._blocks.clear()
             self._infos.clear()
+            self._missed.clear()
+            self._listing = None
 
     def real_path(self, name: str) -> str:
         """Where a local file is once links are followed.
@@ -328,14 +355,15 @@ class Files:
                 done += count
         self._meter.add(done)
 
-    def _read_remote(self, name: str, start: int, buffer: memoryview) -> None:
-        length = len(buffer)
+    def _read_remote(self, name: str, start: int, stop: int) -> memoryview:
+        length = stop - start
+        buffer = self._room(name, length)
         if length < _AHEAD:
             data = self._from_blocks(name, start, start + length)
             if len(data) != length:
                 raise self._truncated(name)
             buffer[:] = data
-            return
+            return buffer
 
         def fetch(offset: int) -> None:
             size = min(_PART, length - offset)
@@ -346,13 +374,46 @@ class Files:
 
         with ThreadPoolExecutor(_IN_FLIGHT) as pool:
             list(pool.map(fetch, range(0, length, _PART)))
+        return buffer
 
     def _info(self, name: str) -> dict[str, Any]:
-        """What a remote file system says of a file; asked once."""
+        """What a remote file system says of a file; asked once.
+
+        A store's directory is listed: one request for all of its files, those that are not there
+        among them.
+        """
         if name not in self._infos:
             path = self.path(name)
-            self._infos[name] = self._retried(name, lambda: _filesystem(path).info(path))
+            if "/" in name or path.startswith("http"):  # a page need not list all files
+                self._infos[name] = self._asked(name)
+            elif (info := self._listed_lately().get(name)) is not None:
+                self._infos[name] = info
+            else:
+                raise _missing(path)
         return self._infos[name]
+
+    def _asked(self, name: str) -> dict[str, Any]:
+        """What a remote file system says of one file."""
+        path, now = self.path(name), time.monotonic()
+        if now - self._missed.get(name, -_LATELY) < _LATELY:
+            raise _missing(path)
+        try:
+            info: dict[str, Any] = self._retried(name, lambda: _filesystem(path).info(path))
+        except _Missing:
+            self._missed[name] = now
+            raise
+        return info
+
+    def _listed_lately(self) -> dict[str, dict[str, Any]]:
+        """What is here by name; nothing where there is no directory."""
+        now = time.monotonic()
+        if self._listing is None or now - self._listing[0] > _LATELY:
+            try:
+                listed = {_own_name(info): info for info in self._listed()}
+            except _Missing:
+                listed = {}
+            self._listing = now, listed
+        return self._listing[1]
 
     def _from_blocks(self, name: str, start: int, stop: int) -> bytes:
         """A few bytes, from blocks that are kept or fetched now."""
@@ -407,7 +468,7 @@ class Files:
                 continue
             except Exception:  # the place that was asked for is told, whatever this one answers
                 return said
-            neighbours = {str(one["name"]).rstrip("/").rsplit("/", 1)[-1]: one for one in listed}
+            neighbours = {_own_name(one): one for one in listed}
             if name in neighbours and neighbours[name].get("type") == "file":
                 return f"{above}/{name} is a file; name the directory that it is in: {above}"
             shown = ", ".join(sorted(neighbours)[:_SHOWN]) + (
@@ -459,6 +520,11 @@ def parse_json(data: bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None
 
 def _stamp(status: os.stat_result) -> tuple[Any, ...]:
     return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _own_name(info: dict[str, Any]) -> str:
+    """Of a remote entry, without the directories that it is in."""
+    return str(info["name"]).rstrip("/").rsplit("/", 1)[-1]
 
 
 def _remote_stamp(info: dict[str, Any]) -> tuple[Any, ...]:

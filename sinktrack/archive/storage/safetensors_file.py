@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sinktrack.archive.storage.files import Files, parse_json
-from sinktrack.archive.storage.slices import DTYPES, Index
+from sinktrack.archive.storage.slices import DTYPES, Index, Slice
 from sinktrack.errors import ArchiveError
 
 _LARGEST_HEADER = 100 * 10**6
@@ -51,10 +52,12 @@ class SafetensorsSlice:
         """As safetensors names it."""
         return self.place.dtype
 
-    def announce(self) -> None:
-        """Say that all of it will be read soon."""
-        size = math.prod(self.place.shape) * DTYPES[self.place.dtype].itemsize
-        self.files.announce(self.file, self.place.start, self.place.start + size)
+    def span(self, first: int = 0, last: int | None = None) -> tuple[int, int]:
+        """Where in the file its rows are, from the first to the one behind the last or to all."""
+        rows, *rest = self.place.shape or (1,)
+        width = math.prod(rest) * DTYPES[self.place.dtype].itemsize
+        first, last, _ = slice(first, last).indices(rows)
+        return self.place.start + first * width, self.place.start + max(first, last) * width
 
     def __getitem__(self, index: Index) -> Tensor:
         """A part of the tensor, or with ``...`` all of it.
@@ -88,6 +91,24 @@ class SafetensorsSlice:
         if size == 0:
             return torch.empty(shape, dtype=dtype)[tuple(rest)]
         return torch.frombuffer(data, dtype=dtype).reshape(shape)[tuple(rest)]
+
+
+def announce(parts: Iterable[tuple[Slice, int, int | None]]) -> None:
+    """Say what will be read soon; of other formats nothing is done about it.
+
+    Args:
+        parts: tensors, with the first row and the one behind the last, or None for all from there.
+
+    Raises:
+        ArchiveError: a local file is missing or not to be read.
+    """
+    spans: dict[tuple[int, str], tuple[Files, list[tuple[int, int]]]] = {}
+    for stored, first, last in parts:
+        if isinstance(stored, SafetensorsSlice):
+            _, own = spans.setdefault((id(stored.files), stored.file), (stored.files, []))
+            own.append(stored.span(first, last))
+    for (_, file), (files, own) in spans.items():
+        files.announce(file, own)
 
 
 def read_header(files: Files, name: str) -> dict[str, Place]:
