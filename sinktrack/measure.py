@@ -189,7 +189,7 @@ def measure_together(
         ]
         passes[0].ablate(decoder, streamed.base, in_training)
         for index in range(count):
-            with streamed.block(index, index + 1 if index + 1 < count else None) as block:
+            with streamed.block(index, count - 1) as block:
                 digest.add(block)
                 for observer, group in walks:
                     with watch(shown, observer):

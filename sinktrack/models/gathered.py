@@ -82,8 +82,8 @@ class Gathered:
         self._gather([name for name in own if not name.startswith(blocks)])
 
     @contextmanager
-    def block(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
-        """The block with its weights, which are freed on leaving; ``following`` is of no use."""
+    def block(self, index: int, last: int | None = None) -> Iterator[nn.Module]:
+        """The block with its weights, which are freed on leaving; ``last`` is of no use."""
         own = [name for name in self._targets if name.startswith(self._paths[index])]
         try:
             self._gather(own)

@@ -135,7 +135,7 @@ class _Passes:
         last = max(self._last(going.of) for going in group)
         for index in range(first, last + 1):
             there = [going for going in group if going.of.start <= index]
-            with self._streamed.block(index, index + 1 if index < last else None):
+            with self._streamed.block(index, last):
                 for going in there:
                     if not self._step(going, index):
                         group.remove(going)

@@ -44,6 +44,8 @@ _NO_PLAN: dict[str, Any] = (
     if "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters
     else {}
 )
+_BUSY = 64 * 2**20
+"""Bytes of blocks on their way from a server, which answers each request after a while."""
 _LIKELY = 32
 """Tokens for each expert from which on each is likely to get one."""
 KEPT = 2**29
@@ -218,19 +220,20 @@ class Streamed:
         return {name for name in self.targets if not name.startswith(base)}
 
     @contextmanager
-    def block(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
+    def block(self, index: int, last: int | None = None) -> Iterator[nn.Module]:
         """The block with its weights, which are freed on leaving, unless the model is small.
 
         Routed experts are read when tokens come to them.
 
         Args:
             index: its number.
-            following: the block that comes next, to read ahead.
+            last: the block up to which all that follow will be gone through, to read ahead.
 
         Raises:
             ArchiveError: a weight is missing, damaged or of another shape.
         """
         block, own, hooks = self.decoder.blocks[index], self._own(index), []
+        following = index + 1 if last is not None and index < last else None
         self._following = following
         left: list[Tensor] = []
         try:
@@ -241,11 +244,10 @@ class Streamed:
             for module, weights in self._kept[index].items():
                 hook = module.register_forward_pre_hook(weights.read, with_kwargs=True)
                 hooks.append(hook)
-            if following is not None and following not in self._kept:
-                if self.remote:
-                    self._announce(following, experts=False)
-                if self.read_ahead:
-                    self._ahead = self.reader.submit(self._read, following)
+            if self.remote and last is not None:
+                self._announce_many(index + 1, last)
+            if self.read_ahead and following is not None and following not in self._kept:
+                self._ahead = self.reader.submit(self._read, following)
             if not hooks:
                 self.announce_following(experts=False)
             yield block
@@ -304,6 +306,15 @@ class Streamed:
             self.announce(names)
         elif sum(int(self.targets[name].nbytes) for name in wanted) >= AT_ONCE:  # takes a while
             self._announcer.submit(self.announce, names)
+
+    def _announce_many(self, first: int, last: int) -> None:
+        """As many of these blocks as keep a server busy."""
+        size = 0
+        for index in range(first, last + 1):
+            if size >= _BUSY:
+                break
+            self._announce(index, experts=False)
+            size += sum(self.targets[name].nbytes for name in self._besides_experts(index))
 
     def announce(self, names: Iterable[str]) -> None:
         """Say that these tensors of the checkpoint will be read soon."""

@@ -47,13 +47,14 @@ class Counting:
         self.requests: list[str] = []
         self.failures = 0
         self.forbidden = False
+        self.unlisted = False
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         if environ["REQUEST_METHOD"] == "GET" and self.failures:
             self.failures -= 1
             start("503 Slow Down", [("Content-Length", "0")])
             return [b""]
-        if self.forbidden:
+        if self.forbidden or (self.unlisted and "list-type" in environ["QUERY_STRING"]):
             body = [b"<Error><Code>AccessDenied</Code><Message>No, you\n</Message></Error>"]
             start("403 Forbidden", [("Content-Length", str(len(body[0])))])
             return body
@@ -274,6 +275,15 @@ def test_what_is_forbidden_is_told_without_the_answers_xml(counting: Counting) -
             discover("s3://runs/one")
     finally:
         counting.forbidden = False
+
+
+def test_files_may_be_read_where_none_may_be_listed(counting: Counting) -> None:
+    counting.unlisted = True
+    try:
+        files = Files("s3://runs/one/checkpoint-12")
+        assert files.read_json("config.json")["model_type"] == "qwen3_moe"
+    finally:
+        counting.unlisted = False
 
 
 def test_a_bucket_that_is_written_to_is_followed(local: Path, counting: Counting) -> None:

@@ -104,11 +104,11 @@ def readings(streamed: Streamed) -> list[list[int]]:
     own = streamed.block
 
     @contextmanager
-    def block(index: int, following: int | None = None) -> Iterator[Any]:
+    def block(index: int, last: int | None = None) -> Iterator[Any]:
         if not found or found[-1][-1] >= index:
             found.append([])
         found[-1].append(index)
-        with own(index, following) as entered:
+        with own(index, last) as entered:
             yield entered
 
     streamed.block = block  # type: ignore[method-assign]

@@ -383,13 +383,14 @@ class Files:
         among them.
         """
         if name not in self._infos:
-            path = self.path(name)
-            if "/" in name or path.startswith("http"):  # a page need not list all files
+            alone = "/" in name or self.location.startswith("http")  # a page may list but a part
+            listed = None if alone else self._listed_lately()
+            if listed is None:
                 self._infos[name] = self._asked(name)
-            elif (info := self._listed_lately().get(name)) is not None:
-                self._infos[name] = info
+            elif name in listed:
+                self._infos[name] = listed[name]
             else:
-                raise _missing(path)
+                raise _missing(self.path(name))
         return self._infos[name]
 
     def _asked(self, name: str) -> dict[str, Any]:
@@ -404,14 +405,16 @@ class Files:
             raise
         return info
 
-    def _listed_lately(self) -> dict[str, dict[str, Any]]:
-        """What is here by name; nothing where there is no directory."""
+    def _listed_lately(self) -> dict[str, dict[str, Any]] | None:
+        """What is here by name, nothing where there is no directory; None if that is not told."""
         now = time.monotonic()
         if self._listing is None or now - self._listing[0] > _LATELY:
             try:
-                listed = {_own_name(info): info for info in self._listed()}
+                listed = {_own_name(info): info for info in self._ls()}
             except _Missing:
                 listed = {}
+            except ArchiveError:  # as where one may read, but not list
+                return None
             self._listing = now, listed
         return self._listing[1]
 
@@ -442,13 +445,16 @@ class Files:
         return data
 
     def _listed(self) -> list[dict[str, Any]]:
-        system = _filesystem(self.location)
         try:
-            listed: list[dict[str, Any]] = self._retried(
-                "", lambda: system.ls(self.location, detail=True)
-            )
+            return self._ls()
         except _Missing as error:
             raise _Missing(self._nothing_here()) from error
+
+    def _ls(self) -> list[dict[str, Any]]:
+        system = _filesystem(self.location)
+        listed: list[dict[str, Any]] = self._retried(
+            "", lambda: system.ls(self.location, detail=True)
+        )
         if len(listed) > _MOST_REMOTE_ENTRIES:
             raise ArchiveError(f"{self.location} holds {len(listed)} entries; name a part of it")
         return listed
