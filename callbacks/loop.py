@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -24,12 +24,16 @@ from sinktrack.models.any_decoder.decoder import Decoder
 from sinktrack.models.base import Model as Adapted
 from sinktrack.models.base import adapt
 from sinktrack.probe import Probe
+from sinktrack.records import twins
 from sinktrack.records.run import SCHEMA, Run, to_json, versions
 from sinktrack.signal import Stages, alarm
 
 _log = logging.getLogger("sinktrack")
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """Variables of the environment by which a process may be one of several, or be told nothing."""
+_RESUMED = {"float64": 1e-3, "float32": 1e-3, "float16": 0.02, "bfloat16": 0.05}
+"""By how much a step may be measured otherwise when a training goes on from it, by dtype: other
+kernels and other machines round otherwise."""
 _FELL = "sinktrack: the P0 sink fell back"
 Model = nn.Module | list[nn.Module] | Decoder
 """A model, the chunks of one, or a decoder that holds its model."""
@@ -343,6 +347,7 @@ class SinkTracker:
             marks = [mark.step for mark in self._run.marks]
             read = Run.read(self._run.directory)  # not kept: records grow with the model
             self._stages = Stages.of(read.history[:-1], marks)
+            self._resumed(record, read.history[:-1])
         before, abandoned = self._stages.stage, set(self._stages.abandoned)
         text = alarm(self._stages.add(record), before)
         if gone := self._stages.abandoned - abandoned:
@@ -358,6 +363,21 @@ class SinkTracker:
                 self._announce(self._stages.stage, fall)
             elif fall is not None:
                 self.tell(f"{_name(logger)} log", record["step"], logger.alert, _FELL, fall)
+
+    def _resumed(self, record: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> None:
+        """Warn where the step that a training goes on from was measured otherwise before."""
+        before = [one for one in history if one["step"] == record["step"]]
+        if not before or not twins.digests_agree(before[-1], record):
+            return
+        apart = twins.apart(before[-1], record)
+        if apart > _RESUMED.get(record["dtype"], _RESUMED["bfloat16"]):  # of some in fewer bits
+            _log.warning(
+                "the model at step %d measures otherwise than when %s recorded that step (by up to "
+                "%.2g of a number), though its norms, biases and embedding are the same: a part of "
+                "its checkpoint, such as experts or adapters, was not loaded, or it is computed "
+                "otherwise now. Look for missing keys in the log of the loading",
+                record["step"], self._directory, apart,
+            )  # fmt: skip
 
     def _announce(self, stage: str | None, fall: str | None) -> None:
         """Tell W&B the stage, and alert it of a fall."""

@@ -50,11 +50,33 @@ _HOOKS = {
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 }  # fmt: skip
 """Which are set is not ours to undo: FSDP sets its own once, in the first forward pass."""
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes, in which dtype the bits of a number can be added."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, types.ModuleType,
           torch.dtype, torch.device, torch.Size, ReferenceType)  # fmt: skip
 
 Undo = Callable[[], bool]
 """Puts a thing back where it changed; False where that is not possible."""
+
+
+def _set_anew(model: nn.Module) -> set[int]:
+    """Parameters that PEFT's adapters of parameters (``target_parameters``) put in place in each
+    forward pass, and back behind it: the same numbers, which torch counts as a change."""
+    return {
+        id(parameter)
+        for module in model.modules()
+        if hasattr(module, "parameter_name") and hasattr(module, "get_base_layer")
+        for parameter in module.get_base_layer().parameters(recurse=False)  # type: ignore[operator]
+        if type(parameter) is nn.Parameter and not parameter.is_meta
+    }
+
+
+def _sums(value: Tensor) -> tuple[int, ...]:
+    """Of all bits, and of the same in their places along the last dimension."""
+    bits = value.detach().view(_WHOLE[value.element_size()])
+    places = torch.arange(1, 1 + bits.shape[-1], device=bits.device)
+    columns = bits.flatten(0, -2).sum(0, dtype=torch.int64)
+    return value.data_ptr(), int(columns.sum()), int((columns * places).sum())
 
 
 class Kept:
@@ -71,9 +93,13 @@ class Kept:
         """By id, and kept alive, so that nothing else takes the id."""
         self._todo: list[tuple[str, Any]] = []
         self._left = COPIED
+        anew = _set_anew(model)
         for name, parameter in model.named_parameters():
             self._seen[id(parameter)] = parameter
-            self._watch(name, parameter)
+            if id(parameter) in anew:
+                self._sum(name, parameter)
+            else:
+                self._watch(name, parameter)
         for buffer in model.buffers():
             self._seen[id(buffer)] = buffer
         for name, module in model.named_modules():
@@ -214,6 +240,11 @@ class Kept:
         if not value.is_inference() and not hasattr(value, "_is_flat_param"):  # FSDP moves it
             version = value._version
             self._undo.append((name, lambda: value._version == version))
+
+    def _sum(self, name: str, value: Tensor) -> None:
+        """Of a parameter whose count says nothing a change is seen by its bits."""
+        before = _sums(value)
+        self._undo.append((name, lambda: _sums(value) == before))
 
     def _array(self, name: str, value: np.ndarray[Any, Any]) -> None:
         if value.dtype.hasobject:

@@ -213,9 +213,8 @@ class Scan:
                             ) from error
                         continue
                     written = True
-                    for steps in twins.equal_weights(self.run.records):
-                        if outcome["step"] in steps:
-                            _log.warning("%s", twins.told(steps))
+                    if len(steps := twins.like(outcome, self.run.records)) > 1:
+                        _log.warning("%s", twins.told(steps))
                 notify(checkpoint, outcome)
                 if isinstance(outcome, dict):
                     yield outcome

@@ -24,6 +24,7 @@ from sinktrack.errors import RecordError
 from sinktrack.records.lineage import current
 from sinktrack.records.marks import Mark
 from sinktrack.records.run import SCHEMA, Run
+from sinktrack.records.twins import groups
 from sinktrack.signal import robust
 from sinktrack.signal.analysis import analyze
 from sinktrack.signal.loss import Losses
@@ -365,14 +366,10 @@ def _notes(
     if len(models) > 1:
         kinds = "; ".join(f"{names[0]} is {model}" for model, names in models.items())
         notes.append(f"the runs are of different models, so a block is not the same place: {kinds}")
-    twins: dict[Any, list[str]] = {}
-    for name, record in lasts.items():
-        if record.get("weights") is not None:
-            twins.setdefault((record["step"], record["weights"]), []).append(name)
     notes += [
         f"{', '.join(names)} end on the same weights: one run, counted {len(names)} times"
-        for names in twins.values() if len(names) > 1
-    ]  # fmt: skip
+        for names in groups(lasts, lambda name: lasts[name]["step"])
+    ]
     if heads and lasts:
         notes.append("no record has a sink rate: stage and onset are of the share of sink heads")
     old = [name for name, records in runs.items()

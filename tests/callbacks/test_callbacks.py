@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import logging
@@ -15,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     EarlyStoppingCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -105,6 +108,34 @@ def test_resuming_goes_on_where_it_stopped(tmp_path: Path) -> None:
     )
     assert_identical(vars(plain), vars(tracked))
     assert Run.read(tmp_path / "run").steps == [0, 10, 20, 30, 40, 50]
+
+
+def test_a_resume_that_leaves_the_experts_out_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a model whose checkpoint names experts one by one, which the Trainer does not convert:
+    it warns of missing keys, and trains random experts."""
+
+    def callback() -> SinkTrackCallback:
+        return SinkTrackCallback(PROBE, tmp_path / "run", every=10, on_error="raise")
+
+    checkpoint = str(tmp_path / "out" / "checkpoint-20")
+    run_trainer(models.qwen3_moe().train(), tmp_path / "out", [callback()], max_steps=20)
+    true = AutoModelForCausalLM.from_pretrained(checkpoint)
+    same = copy.deepcopy(true).train()
+    run_trainer(same, tmp_path / "same", [callback()], max_steps=21, resume=checkpoint)
+    assert "measures otherwise" not in caplog.text
+    part = models.build(models.qwen3_moe().config, seed=5).train()
+    loaded = []
+
+    class Loaded(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            loaded.append(all(map(torch.equal, part.state_dict().values(), wanted)))
+
+    wanted = list(true.state_dict().values())
+    run_trainer(part, tmp_path / "part", [Loaded(), callback()], max_steps=21, resume=checkpoint)
+    told = "the model at step 20 measures otherwise than when" in caplog.text
+    assert told is not loaded[0]  # a Trainer that converts names says nothing
 
 
 def test_tokens_are_recorded_where_the_trainer_counts_them(tmp_path: Path) -> None:

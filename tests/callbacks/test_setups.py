@@ -158,6 +158,54 @@ def test_low_rank_adapters_measure_as_the_merged_model(target: str) -> None:
         torch.testing.assert_close(write, leaves[1][key], atol=1e-4, rtol=1e-4)
 
 
+@pytest.fixture
+def adapted_experts() -> Any:
+    """Low-rank adapters of parameters, which is how PEFT adapts experts that are one tensor."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    return peft.get_peft_model(
+        models.qwen3_moe(),
+        peft.LoraConfig(
+            r=2,
+            target_modules=["q_proj"],
+            target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+            init_lora_weights=False,
+        ),
+    )
+
+
+def test_adapters_of_experts_measure_as_the_merged_model(adapted_experts: Any) -> None:
+    """PEFT sets these parameters anew in each pass, which changes no bit of them."""
+    before = {name: value.clone() for name, value in adapted_experts.named_parameters()}
+    found = [measure(adapted_experts.train(), PROBE) for _ in range(2)][-1]
+    after = dict(adapted_experts.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    whole = measure(adapted_experts.merge_and_unload(), PROBE)
+    torch.testing.assert_close(found.p0_attention, whole.p0_attention, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found.p0_norm, whole.p0_norm, atol=0, rtol=1e-5)
+    assert found.norm_ratio.tolist() != measure(models.qwen3_moe(), PROBE).norm_ratio.tolist()
+
+
+@pytest.mark.parametrize("change", ["one number", "two rows in each other's place"])
+def test_a_change_of_adapted_experts_is_seen(adapted_experts: Any, change: str) -> None:
+    experts = next(
+        module for module in adapted_experts.modules() if "down_proj" in module._parameters
+    )
+
+    def spoil(*_: Any) -> None:
+        with torch.no_grad():
+            weight = experts._parameters["down_proj"].data
+            if change == "one number":
+                weight[2, 1, 0].mul_(1.5)
+            else:
+                weight[2, :, :2] = weight[2, :, :2].flip(-1)
+
+    adapted_experts.base_model.model.model.layers[2].register_forward_hook(spoil)
+    with pytest.raises(MeasurementError, match="changed .*down_proj, which cannot be put back"):
+        measure(adapted_experts, PROBE)
+
+
 class Around(torch.nn.Module):
     """A wrapper of somebody's own, under a name of its own."""
 
