@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Shard
@@ -24,6 +25,20 @@ def has_units(blocks: Iterable[nn.Module]) -> bool:
         for module in block.modules()
         if module is not block
     )
+
+
+def computed_in(model: nn.Module) -> set[torch.dtype]:
+    """The dtypes that the parameters have in a forward pass: FSDP2 may cast what it gathers."""
+    found: set[torch.dtype] = set()
+    todo: list[tuple[nn.Module, torch.dtype | None]] = [(model, None)]
+    while todo:
+        module, cast = todo.pop()
+        if isinstance(module, FSDPModule):
+            cast = module._get_fsdp_state()._mp_policy.param_dtype
+        own = module.parameters(recurse=False)
+        found |= {cast or value.dtype for value in own if value.is_floating_point()}
+        todo += [(child, cast) for child in module.children()]
+    return found
 
 
 def is_apart(model: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from sinktrack.errors import SinktrackError
 from sinktrack.measurement import Measurement, assemble
 from sinktrack.metrics import ALONE, METRICS
 from sinktrack.metrics.total_effect import Ablations, is_affordable
+from sinktrack.models.parallel import computed_in
 from sinktrack.probe import Probe
 
 if TYPE_CHECKING:  # transformers is slow to import
@@ -129,7 +130,7 @@ class Passes:
             self._singles,
             torch.cat([tokens[:, 0] for tokens in self._batches]),
             found.kinds,
-            {value.dtype for value in found.model.parameters() if value.is_floating_point()},
+            computed_in(found.model),
             self._ablated,
             model={
                 "type": found.type,

@@ -127,6 +127,28 @@ def test_accelerate_over_two_processes(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("reshard", [True, None])
+def test_what_fsdp2_casts_is_recorded_as_it_is_computed(
+    reshard: bool | None, tmp_path: Path
+) -> None:
+    two_processes(
+        tmp_path,
+        f"""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from sinktrack import measure
+        for dtype in (torch.bfloat16, None):
+            model = models.qwen3_moe()
+            policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            for block in model.model.layers:
+                fully_shard(block, mp_policy=policy)
+            fully_shard(model, mp_policy=policy, reshard_after_forward={reshard})
+            for _ in range(2):
+                assert measure(model, PROBE).dtype == ("bfloat16" if dtype else "float32")
+        """,
+    )
+
+
 @pytest.mark.parametrize("target", ["attention", "all"])
 def test_low_rank_adapters_measure_as_the_merged_model(target: str) -> None:
     peft = pytest.importorskip("peft")
