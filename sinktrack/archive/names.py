@@ -16,7 +16,7 @@ _TOKENS = r"[-_]tokens?[-_]?|(?<=[kKmMbBtT])-(?=[0-9._]+[kKmMbBtT])"
 """What stands before tokens: their name, or nothing where both counts have units (``480k-1T``); the
 7B of ``checkpoint-1000-7B`` is most likely a model's size."""
 _STEP = (
-    rf"(?:checkpoint-|global_step_?|iter_|(?:epoch=[0-9]+-)?step[-_=]?|ep[0-9]+-ba)"
+    rf"(?:checkpoint-|global_step_?|iter_|(?:epoch(?:=[0-9]+-|_[0-9]+_))?step[-_=]?|ep[0-9]+-ba)"
     rf"(?P<step>{_COUNT})(?:(?:{_TOKENS})(?P<tokens>{_COUNT}))?"
     r"(?:-hf|-unsharded|-rank0|-v[0-9]+)?(?:\.ckpt)?"
 )

@@ -20,7 +20,7 @@ from sinktrack.errors import ArchiveError
 
 FORMATS = (
     "safetensors_files", "pytorch_files", "adapters", "fsdp", "olmo_core", "deepspeed", "verl",
-    "litgpt", "nanogpt", "nanochat", "nanotron", "olmo", "gguf_files", "trainer_files",
+    "automodel", "litgpt", "nanogpt", "nanochat", "nanotron", "olmo", "gguf_files", "trainer_files",
     "torchtitan", "megatron",
 )  # fmt: skip
 """Modules of this package; of two that know a directory the first counts."""
