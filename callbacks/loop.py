@@ -369,6 +369,12 @@ class SinkTracker:
         before = [one for one in history if one["step"] == record["step"]]
         if not before or not twins.digests_agree(before[-1], record):
             return
+        others = [one for one in history if one["step"] != record["step"]]
+        blind = any(
+            twins.digests_agree(one, record) and not twins.same(one, before[-1]) for one in others
+        )
+        if blind or not others:  # what is trained may be nothing that the digest sees
+            return
         apart = twins.apart(before[-1], record)
         if apart > _RESUMED.get(record["dtype"], _RESUMED["bfloat16"]):  # of some in fewer bits
             _log.warning(

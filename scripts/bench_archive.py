@@ -18,7 +18,6 @@ import logging
 import multiprocessing
 import os
 import platform
-import shutil
 import statistics
 import tempfile
 import time
@@ -64,10 +63,10 @@ def compare(model: Any, checkpoints: int, rounds: int) -> dict[str, float]:
     model = model.eval()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        model.save_pretrained(directory / "archive/checkpoint-1")
-        first = directory / "archive/checkpoint-1"
-        for step in range(2, checkpoints + 1):
-            shutil.copytree(first, first.with_name(f"checkpoint-{step}"))
+        for step in range(1, checkpoints + 1):
+            model.save_pretrained(directory / f"archive/checkpoint-{step}")
+            with torch.no_grad():  # equal weights would be told of
+                model.model.layers[0].input_layernorm.weight.mul_(1.001)
 
         def forward() -> None:
             with torch.no_grad():

@@ -52,6 +52,8 @@ _HOOKS = {
 """Which are set is not ours to undo: FSDP sets its own once, in the first forward pass."""
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By bytes, in which dtype the bits of a number can be added."""
+_AT_ONCE = 2**22
+"""Numbers that are added at once."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, Enum, types.ModuleType,
           torch.dtype, torch.device, torch.Size, ReferenceType)  # fmt: skip
 
@@ -72,11 +74,15 @@ def _set_anew(model: nn.Module) -> set[int]:
 
 
 def _sums(value: Tensor) -> tuple[int, ...]:
-    """Of all bits, and of the same in their places along the last dimension."""
-    bits = value.detach().view(_WHOLE[value.element_size()])
-    places = torch.arange(1, 1 + bits.shape[-1], device=bits.device)
-    columns = bits.flatten(0, -2).sum(0, dtype=torch.int64)
-    return value.data_ptr(), int(columns.sum()), int((columns * places).sum())
+    """Of all bits and, so that an exchange is seen, of the same by their places."""
+    bits = value.detach().view(_WHOLE[value.element_size()]).reshape(-1)
+    places = torch.arange(1, _AT_ONCE + 1, device=bits.device)
+    sums = torch.zeros(2, dtype=torch.int64, device=bits.device)
+    for part in bits.split(_AT_ONCE):  # which bounds the memory that it takes
+        whole = part.long()
+        placed = (whole * places[: len(whole)]).sum()
+        sums = sums * 31 + torch.stack([whole.sum(), placed])
+    return value.data_ptr(), *sums.tolist()
 
 
 class Kept:

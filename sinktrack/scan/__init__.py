@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, tee, zip_longest
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -303,7 +303,7 @@ class Job:
         try:
             measured, tests = self._tested(checkpoint, source)
         finally:
-            source.files.forget_announced()
+            _forget(checkpoint)
         tokens = checkpoint.tokens or getattr(source, "tokens", None)
         record: dict[str, Any] = to_json(
             measured.to_record(checkpoint.step, checkpoint.name, versions(), tokens) | tests
@@ -392,25 +392,37 @@ def _one_by_one(
 ) -> Iterator[tuple[Checkpoint, Outcome]]:
     """In this process; a remote checkpoint is begun while the one before is measured."""
     reader: Thread | None = None
+    ended = Event()
     try:
         for checkpoint, following in zip_longest(checkpoints, checkpoints[1:]):
             if reader is not None:
                 reader.join()
             if following is not None and not following.files.local:
-                reader = Thread(target=_begin, args=(following,), daemon=True)
+                reader = Thread(target=_begin, args=(following, ended), daemon=True)
                 reader.start()
             yield checkpoint, attempt(job, checkpoint)
     finally:
+        ended.set()
         for checkpoint in checkpoints:
-            checkpoint.files.forget_announced()
+            _forget(checkpoint)
 
 
-def _begin(checkpoint: Checkpoint) -> None:
+def _forget(checkpoint: Checkpoint) -> None:
+    """Let go of what was announced of it and never read."""
+    for one in (checkpoint, checkpoint.base):
+        if one is not None:
+            one.files.forget_announced()
+
+
+def _begin(checkpoint: Checkpoint, ended: Event) -> None:
     """Have on its way what every measurement of a remote checkpoint begins with."""
     from sinktrack.models.streaming import begin
 
     with suppress(Exception):  # told when it is measured
-        begin(open(checkpoint))
+        source = open(checkpoint)
+        source.names()
+        if not ended.is_set():
+            begin(source)
 
 
 def renamed(checkpoints: Sequence[Checkpoint], run: Run) -> list[str]:

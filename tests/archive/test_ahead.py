@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from random import Random
 
 import pytest
@@ -70,6 +71,24 @@ def test_no_more_than_some_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert coming.take("a", 400, 500) is not None
     coming.forget()
     assert coming.take("a", 200, 300) is None and coming._bytes == 0
+
+
+def test_no_threads_are_left() -> None:
+    """A scan holds all of its checkpoints."""
+    before = threading.active_count()
+    held = [Ahead(Server(), 0) for _ in range(20)]
+    for coming in held:
+        coming.announce("a", [(0, 10), (20, 30)])
+        coming.take("a", 0, 10)
+        coming.forget()
+        coming.announce("a", [(0, 10)])  # may be read again
+        assert coming.take("a", 0, 10) is not None
+        coming.forget()
+    for _ in range(100):
+        if threading.active_count() <= before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() <= before
 
 
 def test_large_neighbours_are_not_one_request(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_the_next_checkpoint_is_begun_while_one_is_measured(
         assert len(list(scan("s3://runs/one", probe=PROBE, run=tmp_path / name))) == 2
         asked.append([path for path in counting.asked if "checkpoint-" in path])
         module = sys.modules["sinktrack.scan"]  # whose name in the package is the function's
-        monkeypatch.setattr(module, "_begin", lambda checkpoint: None)
+        monkeypatch.setattr(module, "_begin", lambda checkpoint, ended: None)
     assert sorted(asked[0]) == sorted(asked[1])  # nothing is asked for twice
     first, second = ("/runs/one/checkpoint-3/", "/runs/one/checkpoint-12/")
     last = max(at for at, path in enumerate(asked[0]) if path.startswith(first))
@@ -128,8 +128,8 @@ def test_the_next_checkpoint_is_begun_while_one_is_measured(
 
 
 def test_requests_are_few(counting: Counting, tmp_path: Path) -> None:
-    """One for the list of a directory, and one for what lies together in a file: of a block what
-    stands before, in and behind its experts."""
+    """One for the list of a directory, and of a block five: what stands before and behind its
+    experts, and experts as the passes come to them."""
     scanned = partial(scan, "s3://runs/one/checkpoint-12", probe=PROBE)
     counting.requests.clear()
     (record,) = scanned(run=tmp_path / "run")
@@ -137,7 +137,7 @@ def test_requests_are_few(counting: Counting, tmp_path: Path) -> None:
     listed = [path for path in own if "list-type" in path]
     weights = [path for path in own if "model.safetensors?" in path]
     assert len(listed) <= 2 and len(own) - len(listed) - len(weights) == 1  # its config.json
-    assert len(weights) <= 4 + 3 * len(record["concentration"])
+    assert len(weights) <= 4 + 5 * len(record["concentration"])
 
 
 @pytest.mark.parametrize("at_once", [1, 2**25])
@@ -282,6 +282,9 @@ def test_files_may_be_read_where_none_may_be_listed(counting: Counting) -> None:
     try:
         files = Files("s3://runs/one/checkpoint-12")
         assert files.read_json("config.json")["model_type"] == "qwen3_moe"
+        counting.requests.clear()
+        assert files.exists("model.safetensors") and files.exists("generation_config.json")
+        assert not [path for path in counting.requests if "prefix=one%2Fcheckpoint-12%2F&" in path]
     finally:
         counting.unlisted = False
 

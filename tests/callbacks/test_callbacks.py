@@ -138,6 +138,21 @@ def test_a_resume_that_leaves_the_experts_out_is_told(
     assert told is not loaded[0]  # a Trainer that converts names says nothing
 
 
+def test_a_digest_that_training_does_not_change_tells_nothing_of_a_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with adapters: the step may have been trained again, otherwise."""
+    model = models.llama()
+    for values in ((0.0, 0.1, 0.2), (0.3,)):
+        tracker = SinkTracker(PROBE, tmp_path, every=5, on_error="raise")
+        for step, value in enumerate(values, start=3 - len(values)):
+            with torch.no_grad():
+                model.model.layers[1].mlp.down_proj.weight.add_(value)
+            tracker.step(5 * step, model)
+    assert len({one["weights"] for one in Run.read(tmp_path).history}) == 1
+    assert "measures otherwise" not in caplog.text
+
+
 def test_tokens_are_recorded_where_the_trainer_counts_them(tmp_path: Path) -> None:
     callback = SinkTrackCallback(PROBE, tmp_path / "run", every=2)
     run_trainer(

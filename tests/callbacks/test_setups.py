@@ -209,6 +209,17 @@ def test_adapters_of_experts_measure_as_the_merged_model(adapted_experts: Any) -
     assert found.norm_ratio.tolist() != measure(models.qwen3_moe(), PROBE).norm_ratio.tolist()
 
 
+def test_adapters_of_a_layer_with_a_bias() -> None:
+    peft = pytest.importorskip("peft")
+    model = models.llama(attention_bias=True)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"])
+    )
+    assert measure(adapted, PROBE).p0_attention.tolist() == (
+        measure(models.llama(attention_bias=True), PROBE).p0_attention.tolist()
+    )
+
+
 @pytest.mark.parametrize("change", ["one number", "two rows in each other's place"])
 def test_a_change_of_adapted_experts_is_seen(adapted_experts: Any, change: str) -> None:
     experts = next(

@@ -19,10 +19,13 @@ _PART = re.compile(r"shard-[0-9]+-model-[0-9]+-of-[0-9]+\.safetensors|.+\.distcp
 
 def find(files: Files) -> list[Checkpoint]:
     """What is in the directory's ``model``; of parts of processes alone, why they are not read."""
-    if not {"model", "optim"} <= {entry.name for entry in files.entries() if entry.directory}:
+    around = {entry.name for entry in files.entries() if entry.directory}
+    if "model" not in around:
         return []
     model = files.at("model")
     there = {entry.name: entry.directory for entry in model.entries()}
+    if "optim" not in around and not there.get("consolidated"):
+        return []
     made = checkpoint_at(files, "safetensors_files")
     found = safetensors_files.find(model.at("consolidated")) if there.get("consolidated") else []
     for inner in found or adapters.find(model):

@@ -86,11 +86,12 @@ class Ahead:
         return own
 
     def forget(self) -> None:
-        """Let go of what nobody has read."""
+        """Let go of what nobody has read, and of the threads that fetched."""
         with self._lock:
-            for one in (one for coming in self._coming.values() for one in coming):
-                one.data.cancel()
+            pool, self._pool = self._pool, None
             self._coming, self._bytes = {}, 0
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _holds(one: _Coming, start: int, stop: int) -> bool:

@@ -85,10 +85,11 @@ class Files:
         self._infos: dict[str, dict[str, Any]] = {}
         self._missed: dict[str, float] = {}
         """Remote files that were not there, and when."""
-        self._listing: tuple[float, dict[str, dict[str, Any]]] | None = None
-        """When a remote directory was listed, and what it held."""
+        self._listing: tuple[float, dict[str, dict[str, Any]] | None] | None = None
+        """When a remote directory was listed, and what it held, if that was told."""
+        self._listing_lock = Lock()
         self._lock = Lock()
-        self._ahead = Ahead(self._read_remote, _BETWEEN)
+        self._ahead = Ahead(self._in_parts, _BETWEEN)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Files, (self.location, self.boundary)
@@ -356,14 +357,19 @@ class Files:
         self._meter.add(done)
 
     def _read_remote(self, name: str, start: int, stop: int) -> memoryview:
+        if stop - start >= _AHEAD:
+            return self._in_parts(name, start, stop)
+        data = self._from_blocks(name, start, stop)
+        if len(data) != stop - start:
+            raise self._truncated(name)
+        buffer = self._room(name, stop - start)
+        buffer[:] = data
+        return buffer
+
+    def _in_parts(self, name: str, start: int, stop: int) -> memoryview:
+        """Exactly these bytes of a remote file, of many a few parts at a time."""
         length = stop - start
         buffer = self._room(name, length)
-        if length < _AHEAD:
-            data = self._from_blocks(name, start, start + length)
-            if len(data) != length:
-                raise self._truncated(name)
-            buffer[:] = data
-            return buffer
 
         def fetch(offset: int) -> None:
             size = min(_PART, length - offset)
@@ -372,6 +378,9 @@ class Files:
                 raise self._truncated(name)
             buffer[offset : offset + size] = data
 
+        if length <= _PART:
+            fetch(0)
+            return buffer
         with ThreadPoolExecutor(_IN_FLIGHT) as pool:
             list(pool.map(fetch, range(0, length, _PART)))
         return buffer
@@ -407,16 +416,18 @@ class Files:
 
     def _listed_lately(self) -> dict[str, dict[str, Any]] | None:
         """What is here by name, nothing where there is no directory; None if that is not told."""
-        now = time.monotonic()
-        if self._listing is None or now - self._listing[0] > _LATELY:
-            try:
-                listed = {_own_name(info): info for info in self._ls()}
-            except _Missing:
-                listed = {}
-            except ArchiveError:  # as where one may read, but not list
-                return None
-            self._listing = now, listed
-        return self._listing[1]
+        with self._listing_lock:  # several threads ask for one list
+            now = time.monotonic()
+            if self._listing is None or now - self._listing[0] > _LATELY:
+                listed: dict[str, dict[str, Any]] | None
+                try:
+                    listed = {_own_name(info): info for info in self._ls()}
+                except _Missing:
+                    listed = {}
+                except ArchiveError:  # as where one may read, but not list
+                    listed = None
+                self._listing = now, listed
+            return self._listing[1]
 
     def _from_blocks(self, name: str, start: int, stop: int) -> bytes:
         """A few bytes, from blocks that are kept or fetched now."""
