@@ -262,7 +262,8 @@ class Streamed:
                 self._left = left
                 for name in own:
                     self.put(name, self.targets[name])
-                give_back()
+                if sum(self.targets[name].nbytes for name in own) >= _AT_ONCE:  # it takes a while
+                    give_back()
 
     def _useful(self, done: Mapping[nn.Module, Experts], following: int) -> list[Tensor]:
         """Memory of a block's experts, all in use, that those of the following one fit into."""
