@@ -294,19 +294,25 @@ class Streamed:
         if following is not None and not self.read_ahead and not self.remote:
             self._announce(following, experts)
 
-    def _announce(self, index: int, experts: bool) -> None:
+    def _announce(self, index: int, experts: bool) -> int:
         """Have a block on its way: from a disk into the system's cache, which gives way to any
-        process's memory; from a server into ours. Of weights in safetensors files alone."""
+        process's memory; from a server into ours. Of weights in safetensors files alone.
+
+        Returns:
+            Its bytes.
+        """
         if index in self._kept:
-            return
+            return 0
         own = self._own(index)
         first = self._besides_experts(index)
         wanted = [*first, *(own - first)] if experts else list(first)
         names = self._sources(wanted)
+        size = sum(int(self.targets[name].nbytes) for name in wanted)
         if self.remote:
             self.announce(names)
-        elif sum(int(self.targets[name].nbytes) for name in wanted) >= AT_ONCE:  # takes a while
+        elif size >= AT_ONCE:  # takes a while
             self._announcer.submit(self.announce, names)
+        return size
 
     def _announce_many(self, first: int, last: int) -> None:
         """As many of these blocks as keep a server busy."""
@@ -314,8 +320,7 @@ class Streamed:
         for index in range(first, last + 1):
             if size >= _BUSY:
                 break
-            self._announce(index, experts=False)
-            size += sum(self.targets[name].nbytes for name in self._besides_experts(index))
+            size += self._announce(index, experts=False)
 
     def announce(self, names: Iterable[str]) -> None:
         """Say that these tensors of the checkpoint will be read soon."""
